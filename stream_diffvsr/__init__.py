@@ -1,0 +1,40 @@
+"""Stream-DiffVSR: 4x video super-resolution, one frame at a time, with exact continuation.
+
+from stream_diffvsr import load_pipeline, from_pixels, to_pixels
+
+pipe = load_pipeline("nano")
+for result in pipe.stream(frames):        # each (1, 3, h, w) float32 in [-1, 1]
+    picture = to_pixels(result.hq)        # (1, 3, 4h, 4w) in [0, 1]
+"""
+
+from .errors import (
+    CheckpointError,
+    IncompatibleInputError,
+    ModelNotFoundError,
+    StreamDiffVSRError,
+    VideoError,
+    VRAMError,
+)
+from .options import UpscaleOptions
+from .pipeline import FrameResult, StreamDiffVSRPipeline
+from .state import StreamDiffVSRState
+from .tensors import from_pixels, to_pixels
+from .weights.open import load_pipeline
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "FrameResult",
+    "IncompatibleInputError",
+    "ModelNotFoundError",
+    "StreamDiffVSRError",
+    "StreamDiffVSRPipeline",
+    "StreamDiffVSRState",
+    "UpscaleOptions",
+    "VRAMError",
+    "VideoError",
+    "from_pixels",
+    "load_pipeline",
+    "to_pixels",
+]

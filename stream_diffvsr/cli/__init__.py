@@ -1,0 +1,1 @@
+"""The command `stream-diffvsr`: each subcommand is a module with `add_arguments` and `run`."""

@@ -1,0 +1,58 @@
+"""Entry point: picks the subcommand, and turns errors into one sentence and an exit code.
+
+0 done, 1 failed while running, 2 bad input or usage, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import StreamDiffVSRError, VRAMError
+from . import upscale
+
+COMMANDS = {"upscale": upscale}
+"""Each module has a one-line docstring (its help), `add_arguments(parser)` and `run(args) -> int`."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    args = parse(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return COMMANDS[args.command].run(args)
+    except KeyboardInterrupt:
+        return fail(args, "interrupted", 130)
+    except VRAMError as error:
+        return fail(args, str(error), 1)
+    except StreamDiffVSRError as error:
+        return fail(args, str(error), 2)
+    except Exception as error:
+        return fail(args, f"{type(error).__name__}: {error}", 1)
+
+
+def fail(args: argparse.Namespace, message: str, code: int) -> int:
+    """Say what went wrong in one line; with --debug, where."""
+    if args.debug:
+        logging.exception(message)
+    print(f"stream-diffvsr: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="stream-diffvsr", description="4x video super-resolution.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        summary = (module.__doc__ or "").partition("\n")[0]
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("--debug", action="store_true", help="show where an error came from")
+        module.add_arguments(command)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,25 @@
+"""The options that choose a model and how it runs, shared by the subcommands."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..devices import DTYPES
+from ..flow import FLOW_MODELS
+from ..pipeline import StreamDiffVSRPipeline
+from ..weights.open import load_pipeline
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """--model, --device, --dtype, --flow."""
+    parser.add_argument("--model", default="nano", help="nano (default), v1, or a checkpoint folder")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    parser.add_argument(
+        "--dtype", default="auto", choices=["auto", *DTYPES], help="number format of the networks"
+    )
+    parser.add_argument("--flow", default="auto", choices=["auto", *FLOW_MODELS], help="optical flow")
+
+
+def open_model(args: argparse.Namespace) -> StreamDiffVSRPipeline:
+    """The pipeline that these options name."""
+    return load_pipeline(args.model, device=args.device, dtype=args.dtype, flow=args.flow)

@@ -1,0 +1,54 @@
+"""Which device and which number format the networks use."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import IncompatibleInputError
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def available() -> list[str]:
+    """Names of the devices of this machine, best first."""
+    names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    return [*names, "cpu"]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """'auto' is the best device there is; one that does not exist is refused with those that do."""
+    names = available()
+    if device == "auto":
+        return torch.device(names[0])
+    if device == "cuda" and "cuda:0" in names:
+        return torch.device("cuda", torch.cuda.current_device())
+    if str(device) not in names:
+        raise IncompatibleInputError(
+            f"a device of this machine ({', '.join(['auto', *names])})", repr(str(device))
+        )
+    return torch.device(device)
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """'auto' is float16 where the accelerator does it well, else float32."""
+    if dtype == "auto":
+        return torch.float16 if _fast_half(device) else torch.float32
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise IncompatibleInputError(f"dtype as one of auto, {', '.join(DTYPES)}", repr(dtype))
+    return chosen
+
+
+def _fast_half(device: torch.device) -> bool:
+    # Cards before Volta compute float16 at a small fraction of their float32 rate.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given, so that a clock reads true."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,55 @@
+"""Everything that can go wrong, in one tree.
+
+StreamDiffVSRError
+├── ModelNotFoundError         a checkpoint, or a part of one, is not where it should be
+├── CheckpointError            the part is there, but damaged or of another model
+├── IncompatibleInputError     a frame, state or option that does not fit (also a ValueError)
+├── VRAMError                  no plan fits the memory
+└── VideoError                 a picture or video file that cannot be read or written
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class StreamDiffVSRError(Exception):
+    """Base of all errors that this engine raises on purpose."""
+
+
+class ModelNotFoundError(StreamDiffVSRError):
+    """A checkpoint, or one of its parts, is missing."""
+
+    def __init__(self, component: str, expected_path: Path | str, remedy: str = "") -> None:
+        self.component = component
+        self.expected_path = Path(expected_path)
+        super().__init__(f"{component} not found: expected {expected_path}. {remedy}".strip())
+
+
+class CheckpointError(StreamDiffVSRError):
+    """A checkpoint file that is damaged, or belongs to another model."""
+
+
+class IncompatibleInputError(StreamDiffVSRError, ValueError):
+    """An argument that does not fit; the message has what is needed and what came."""
+
+    def __init__(self, expected: str, got: str) -> None:
+        self.expected = expected
+        self.got = got
+        super().__init__(f"expected {expected}, got {got}")
+
+
+class VRAMError(StreamDiffVSRError):
+    """Memory ran out at every level that was tried."""
+
+    def __init__(self, required_mb: int, available_mb: int, suggestion: str) -> None:
+        self.required_mb = required_mb
+        self.available_mb = available_mb
+        self.suggestion = suggestion
+        super().__init__(
+            f"out of memory: about {required_mb} MB are needed, {available_mb} MB are free; {suggestion}"
+        )
+
+
+class VideoError(StreamDiffVSRError):
+    """A picture or video that cannot be read or written."""

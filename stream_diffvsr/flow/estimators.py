@@ -1,0 +1,143 @@
+"""Flow estimators behind one interface.
+
+Convention: `forward(current, previous)` takes two frames (1, 3, H, W), float32, model range, and
+returns backward flow (1, 2, H, W) in pixels, float32, channel 0 = dx: a pixel p of the current frame
+was at p + flow(p) in the previous one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import IncompatibleInputError, ModelNotFoundError
+from ..tensors import check_shape, pad_to, padded_size, to_pixels
+
+RAFT_MULTIPLE, RAFT_MINIMUM = 8, 128
+"""RAFT takes sides that are multiples of 8, and at least 128 for its four levels of correlation."""
+
+LUMA = (0.299, 0.587, 0.114)
+
+
+class FlowEstimator(nn.Module):
+    """Base of all estimators; a module also where it has no weights, so that each can be placed."""
+
+    name = "none"
+
+    def forward(self, current: Tensor, previous: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    @property
+    def estimates(self) -> bool:
+        """Whether there is a flow at all; without, every frame follows the first-frame rule."""
+        return True
+
+
+class NoFlow(FlowEstimator):
+    """No motion, no guidance."""
+
+    @property
+    def estimates(self) -> bool:
+        return False
+
+
+class RaftFlow(FlowEstimator):
+    """torchvision's RAFT, 12 updates, always float32."""
+
+    def __init__(self, network: nn.Module, name: str) -> None:
+        super().__init__()
+        self.network = network.eval().float()
+        self.name = name
+
+    def forward(self, current: Tensor, previous: Tensor) -> Tensor:
+        height, width = current.shape[-2:]
+        size = padded_size(max(height, RAFT_MINIMUM), max(width, RAFT_MINIMUM), RAFT_MULTIPLE)
+        flows = self.network(pad_to(current, *size), pad_to(previous, *size))
+        return flows[-1][..., :height, :width]
+
+
+class DisFlow(FlowEstimator):
+    """OpenCV's Dense Inverse Search on 8-bit luminance: fast on a CPU, no weights."""
+
+    name = "dis"
+
+    def forward(self, current: Tensor, previous: Tensor) -> Tensor:
+        cv2 = _import_cv2()
+        estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+        height, width = current.shape[-2:]
+        size = max(height, RAFT_MINIMUM), max(width, RAFT_MINIMUM)
+        flow = estimator.calc(_luma(pad_to(current, *size)), _luma(pad_to(previous, *size)), None)
+        return torch.from_numpy(flow).permute(2, 0, 1)[None, :, :height, :width].to(current)
+
+
+class CallableFlow(FlowEstimator):
+    """Any function of (current, previous); what it returns is checked."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.name = getattr(function, "__qualname__", type(function).__name__)
+
+    def forward(self, current: Tensor, previous: Tensor) -> Tensor:
+        flow = self.function(current, previous)
+        check_shape(flow, (1, 2, *current.shape[-2:]), "flow from the given callable")
+        return flow.to(current.device)
+
+
+def _luma(frame: Tensor) -> Any:
+    weights = torch.tensor(LUMA, device=frame.device)[:, None, None]
+    luma = (to_pixels(frame[0]) * weights).sum(0)
+    return (luma * 255).round().to(torch.uint8).cpu().numpy()
+
+
+def _import_cv2() -> Any:
+    try:
+        import cv2
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "flow 'dis' needs OpenCV: pip install opencv-python-headless, or choose another flow"
+        ) from error
+    return cv2
+
+
+def _open_raft(name: str) -> RaftFlow:
+    from torchvision.models import optical_flow
+
+    build, weights = {
+        "raft_large": (optical_flow.raft_large, optical_flow.Raft_Large_Weights.DEFAULT),
+        "raft_small": (optical_flow.raft_small, optical_flow.Raft_Small_Weights.DEFAULT),
+    }[name]
+    try:
+        state = weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        file = weights.url.rpartition("/")[2]
+        folder = f"{torch.hub.get_dir()}/checkpoints"
+        raise ModelNotFoundError(
+            f"RAFT weights ({error})", f"{folder}/{file}", f"Put {file} there, or choose another flow."
+        ) from error
+    network = build(weights=None, progress=False)
+    network.load_state_dict(state)
+    return RaftFlow(network, name)
+
+
+FLOW_MODELS = ("raft_large", "raft_small", "bundled", "dis", "none")
+"""Names that `open_flow` knows, beside 'auto' and callables."""
+
+
+def open_flow(flow: str | Callable[[Tensor, Tensor], Tensor]) -> FlowEstimator:
+    """The estimator of that name, or around that callable."""
+    if isinstance(flow, FlowEstimator):
+        return flow
+    if callable(flow):
+        return CallableFlow(flow)
+    if flow in ("raft_large", "raft_small"):
+        return _open_raft(flow)
+    if flow == "dis":
+        _import_cv2()
+        return DisFlow()
+    if flow == "none":
+        return NoFlow()
+    raise IncompatibleInputError(f"flow as one of auto, {', '.join(FLOW_MODELS)}, or a callable", repr(flow))

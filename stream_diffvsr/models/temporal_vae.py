@@ -1,0 +1,156 @@
+"""The tiny autoencoder with its Temporal Processor Module (TPM).
+
+Parameter names are the released ones. The networks know nothing about time: what the decoder should
+know of the previous frame is an argument of `decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+POOL = 4
+"""Side of the squares over which the TPM averages; padded frames have sides that are multiples of it."""
+
+TPM_STRENGTH = 0.1
+"""Share of the temporal mixture that a block adds to its own result, fixed in the reference."""
+
+
+class TemporalBlock(nn.Module):
+    """Residual block of three 3x3 convolutions, with an optional look at the previous frame."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.alpha = nn.Parameter(torch.tensor(0.5))
+        self.temporal_processor = nn.Sequential(
+            nn.Conv1d(channels, channels, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv1d(channels, channels, 3, padding=1),
+        )
+
+    def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
+        """(1, C, H, W) -> the same; `previous` is a pooled feature, (1, C, H/4, W/4)."""
+        update = self.conv(x)
+        if previous is not None:
+            mixed = self.mix(F.avg_pool2d(update, POOL), previous)
+            update = update + TPM_STRENGTH * upsample_like(mixed, update)
+        return F.relu(update + x)
+
+    def mix(self, current: Tensor, previous: Tensor) -> Tensor:
+        """The TPM on two pooled features of one shape.
+
+        Both are read in raster order as one sequence, current first, so that row ends and the seam
+        between the two leak into each other: so does the reference.
+        """
+        sequence = torch.cat([current.flatten(2), previous.flatten(2)], dim=2)
+        now, before = self.temporal_processor(sequence).chunk(2, dim=2)
+        return (self.alpha * now + (1 - self.alpha) * before).reshape(current.shape)
+
+
+def upsample_like(x: Tensor, target: Tensor) -> Tensor:
+    """Bilinear to the height and width of `target`, `align_corners=False`."""
+    return F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False)
+
+
+class Encoder(nn.Module):
+    """(1, 3, 4h, 4w) -> (1, 4, h, w)."""
+
+    def __init__(
+        self, image_channels: int, latent_channels: int, widths: Sequence[int], depths: Sequence[int]
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            if stage == 0:
+                layers.append(nn.Conv2d(image_channels, width, 3, padding=1))
+            else:
+                layers.append(nn.Conv2d(width, width, 3, stride=2, padding=1, bias=False))
+            layers += [TemporalBlock(width) for _ in range(depth)]
+        layers.append(nn.Conv2d(widths[-1], latent_channels, 3, padding=1))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """(1, 4, h, w) -> (1, 3, 4h, 4w), before the range is restored."""
+
+    def __init__(
+        self, latent_channels: int, image_channels: int, widths: Sequence[int], depths: Sequence[int]
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(latent_channels, widths[0], 3, padding=1), nn.ReLU()]
+        for stage, (width, depth) in enumerate(zip(widths, depths, strict=True)):
+            last = stage == len(widths) - 1
+            layers += [TemporalBlock(width) for _ in range(depth)]
+            if not last:
+                layers.append(nn.Upsample(scale_factor=2, mode="nearest"))
+            layers.append(nn.Conv2d(width, image_channels if last else width, 3, padding=1, bias=last))
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
+        remaining = iter(features or ())
+        for layer in self.layers:
+            x = layer(x, next(remaining, None)) if isinstance(layer, TemporalBlock) else layer(x)
+        return x
+
+
+class TemporalAutoencoderTiny(nn.Module):
+    """Autoencoder between pictures in model range and latents at a quarter of their size.
+
+    Built from the checkpoint's own configuration; keys that describe a variant which this network
+    does not implement must hold the only value that the reference uses.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        image, latent = config.get("in_channels", 3), config["latent_channels"]
+        encoder_widths = config.get("encoder_block_out_channels") or config["block_out_channels"]
+        decoder_widths = config.get("decoder_block_out_channels") or config["block_out_channels"]
+        self.encoder = Encoder(image, latent, encoder_widths, config["num_encoder_blocks"])
+        self.decoder = Decoder(
+            latent, config.get("out_channels", 3), decoder_widths, config["num_decoder_blocks"]
+        )
+        self.scaling_factor = float(config.get("scaling_factor", 1.0))
+        self.latent_magnitude = float(config.get("latent_magnitude", 3))
+
+    def encode(self, image: Tensor) -> Tensor:
+        """(1, 3, 4h, 4w) in [-1, 1] -> latents (1, 4, h, w)."""
+        return self.encoder((image + 1) / 2)
+
+    def features(self, warped: Tensor) -> list[Tensor]:
+        """What the decoder's blocks learn of the warped previous frame, coarse to fine.
+
+        `warped` is (1, 3, 4h, 4w) in model range, and goes in as it is: the reference leaves out the
+        mapping to [0, 1] that `encode` makes. Each feature is pooled, (1, C, H/4, W/4), since no more
+        of it is ever used; nothing behind the last block is computed.
+        """
+        pooled: list[Tensor] = []
+        depth = sum(isinstance(layer, TemporalBlock) for layer in self.encoder.layers)
+        for layer in self.encoder.layers:
+            warped = layer(warped)
+            if isinstance(layer, TemporalBlock):
+                pooled.append(F.avg_pool2d(warped, POOL))
+            if len(pooled) == depth:
+                break
+        return pooled[::-1]
+
+    def decode(self, latents: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
+        """Latents (1, 4, h, w) -> (1, 3, 4h, 4w) in model range, unclamped."""
+        latents = latents / self.scaling_factor
+        bounded = torch.tanh(latents / self.latent_magnitude) * self.latent_magnitude
+        return self.decoder(bounded, features) * 2 - 1

@@ -1,0 +1,108 @@
+"""What one frame hands to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, IncompatibleInputError, ModelNotFoundError
+from .tensors import SCALE, check_finite, check_shape
+
+FORMAT = "stream-diffvsr-state-1"
+INDEX_KEY = "frame_index"
+FORMAT_KEY = "format"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StreamDiffVSRState:
+    """The memory of a sequence: a frozen value that can be kept, branched, saved and loaded.
+
+    A state without previous frames starts a sequence at `frame_index`.
+    """
+
+    previous_hq: Tensor | None = None
+    """Last result, (1, 3, 4h, 4w) float32, model range, unclamped."""
+    previous_lq: Tensor | None = None
+    """Last input, (1, 3, h, w) float32, model range."""
+    frame_index: int = 0
+    """Frames done so far, counted in the whole video: the next frame's noise depends on it."""
+    metadata: dict[str, str] = field(default_factory=dict)
+    """`model` (fingerprint of the weights), and the settings and plan in force."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metadata", dict(self.metadata))
+        if (
+            isinstance(self.frame_index, bool)
+            or not isinstance(self.frame_index, int)
+            or self.frame_index < 0
+        ):
+            raise IncompatibleInputError(
+                "frame_index as a whole number of at least 0", repr(self.frame_index)
+            )
+        if (self.previous_hq is None) != (self.previous_lq is None):
+            raise IncompatibleInputError("both previous_hq and previous_lq, or neither", "only one of them")
+        if self.previous_hq is not None and self.previous_lq is not None:
+            _check_pair(self.previous_hq, self.previous_lq)
+
+    @property
+    def has_previous(self) -> bool:
+        """Whether there is a frame to continue from."""
+        return self.previous_hq is not None
+
+    def to(self, device: torch.device | str) -> StreamDiffVSRState:
+        """The same state with its tensors on `device`."""
+        if self.previous_hq is None or self.previous_lq is None:
+            return self
+        return replace(self, previous_hq=self.previous_hq.to(device), previous_lq=self.previous_lq.to(device))
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; it appears under its name only when it is whole."""
+        from .files import save_tensors
+
+        tensors = {
+            name: tensor.detach().cpu().contiguous()
+            for name, tensor in (("previous_hq", self.previous_hq), ("previous_lq", self.previous_lq))
+            if tensor is not None
+        }
+        save_tensors(
+            Path(path), tensors, {**self.metadata, FORMAT_KEY: FORMAT, INDEX_KEY: str(self.frame_index)}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> StreamDiffVSRState:
+        """Read what `save` wrote, onto the CPU.
+
+        Raises `ModelNotFoundError` for a missing file and `CheckpointError` for anything else that is
+        no such file.
+        """
+        from .files import read_tensors
+
+        path = Path(path)
+        if not path.is_file():
+            raise ModelNotFoundError("saved state", path, "Check the path.")
+        tensors, metadata = read_tensors(path)
+        if metadata.pop(FORMAT_KEY, None) != FORMAT or not metadata.get(INDEX_KEY, "").isdecimal():
+            raise CheckpointError(f"{path} is no saved Stream-DiffVSR state: save one with state.save().")
+        index = int(metadata.pop(INDEX_KEY))
+        try:
+            return cls(
+                previous_hq=tensors.get("previous_hq"),
+                previous_lq=tensors.get("previous_lq"),
+                frame_index=index,
+                metadata=metadata,
+            )
+        except IncompatibleInputError as error:
+            raise CheckpointError(f"{path} holds a state that cannot be: {error}.") from error
+
+
+def _check_pair(hq: Tensor, lq: Tensor) -> None:
+    if lq.ndim != 4 or lq.shape[:2] != (1, 3) or lq.dtype != torch.float32:
+        raise IncompatibleInputError(
+            "previous_lq (1, 3, h, w) of float32", f"{tuple(lq.shape)} of {lq.dtype}"
+        )
+    height, width = lq.shape[-2:]
+    check_shape(hq, (1, 3, height * SCALE, width * SCALE), "previous_hq")
+    check_finite(lq, "previous_lq")

@@ -1,0 +1,24 @@
+"""The previous frame, moved onto the current one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def warp(frame: Tensor, flow: Tensor) -> Tensor:
+    """Pull `frame` along `flow`, bilinear; what lies outside the picture is 0.
+
+    (1, C, H, W) and (1, 2, H, W) in pixels, channel 0 = dx -> (1, C, H, W). Always float32: half
+    precision cannot even hold the pixel positions of a large frame.
+
+    The reference normalises positions by W-1 and yet samples with align_corners=False, so that zero
+    flow is no identity: it shifts by -0.5 px at the left edge to +0.5 px at the right. The weights
+    were trained so; it is kept for parity (test_warp.py).
+    """
+    height, width = frame.shape[-2:]
+    x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0].float()
+    y = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None] + flow[:, 1].float()
+    grid = torch.stack([2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1], dim=-1)
+    return F.grid_sample(frame.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
