@@ -1,0 +1,146 @@
+"""Measures nano on clips that it never saw in training.
+
+    python -m training.evaluate CHECKPOINT.pt CLIP... [--frames 12] [--crf 28] [--sheet OUT.png]
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from training.data import to_model
+from training.networks import Nano, scheduler
+from training.rollout import dis_flow, lq_up, true_warp, upscale
+
+LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
+
+
+def read(path: Path, frames: int) -> Tensor:
+    """The first frames of the largest video stream, cropped to multiples of 4; (T, 3, H, W) in 0..1."""
+    with av.open(str(path)) as container:
+        stream = max(container.streams.video, key=lambda s: s.width * s.height)
+        arrays = []
+        for picture in container.decode(stream):
+            arrays.append(picture.to_ndarray(format="rgb24"))
+            if len(arrays) == frames:
+                break
+    video = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    return video[..., : video.shape[-2] // 4 * 4, : video.shape[-1] // 4 * 4]
+
+
+def reduced(truth: Tensor) -> Tensor:
+    size = (truth.shape[-2] // 4, truth.shape[-1] // 4)
+    small = F.interpolate(truth, size=size, mode="bicubic", antialias=True)
+    return (small.clamp(0, 1) * 255).round() / 255
+
+
+def compressed(lq: Tensor, crf: int) -> Tensor:
+    """The frames after H.264."""
+    height, width = lq.shape[-2:]
+    even = F.pad(lq, (0, width % 2, 0, height % 2), mode="replicate")
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": str(crf)})
+        stream.width, stream.height, stream.pix_fmt = even.shape[-1], even.shape[-2], "yuv420p"
+        for array in (even * 255).round().byte().permute(0, 2, 3, 1).numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    file.seek(0)
+    with av.open(file) as container:
+        arrays = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()[..., :height, :width] / 255
+
+
+def eight_bit(hq: Tensor) -> Tensor:
+    return ((hq / 2 + 0.5).clamp(0, 1) * 255).round() / 255
+
+
+def luma(picture: Tensor) -> Tensor:
+    return torch.einsum("nchw,c->nhw", picture, LUMA)
+
+
+def psnr(result: Tensor, truth: Tensor) -> float:
+    """Mean over frames of luminance PSNR, both in 0..1."""
+    error = (luma(result) - luma(truth)).square().mean((1, 2))
+    return float((-10 * torch.log10(error)).mean())
+
+
+def lanczos(lq: Tensor) -> Tensor:
+    arrays = (lq * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    from PIL import Image
+
+    size = (lq.shape[-1] * 4, lq.shape[-2] * 4)
+    big = [np.asarray(Image.fromarray(a).resize(size, Image.Resampling.LANCZOS)) for a in arrays]
+    return torch.from_numpy(np.stack(big)).permute(0, 3, 1, 2).float() / 255
+
+
+def warping_error(result: Tensor, truth: Tensor) -> float:
+    """Mean absolute difference between each frame and the previous one moved by the truth's flow, x255."""
+    flow = dis_flow(to_model(truth[1:]), to_model(truth[:-1]))
+    moved, inside = true_warp(result[:-1], flow)
+    reference, _ = true_warp(truth[:-1], flow)
+    seen = inside & ((reference - truth[1:]).abs().amax(1, keepdim=True) < 0.05)
+    return float(((moved - result[1:]).abs() * seen).sum() / (3 * seen.sum()) * 255)
+
+
+def load(path: Path) -> Nano:
+    model = Nano()
+    model.load_state_dict(torch.load(path, weights_only=True)["average"])
+    return model.eval().to(memory_format=torch.channels_last)
+
+
+def four_steps():
+    schedule = scheduler()
+    schedule.set_timesteps(4)
+    return schedule
+
+
+def sheet(pictures: list[Tensor], path: Path) -> None:
+    """Details side by side, enlarged twice."""
+    rows = []
+    height, width = pictures[0].shape[-2:]
+    for top, left in ((height // 3, width // 3), (height // 2, width // 2)):
+        cut = [p[:, top : top + 128, left : left + 128] for p in pictures]
+        rows.append(np.hstack([(c.permute(1, 2, 0).numpy() * 255).astype(np.uint8) for c in cut]))
+    cv2.imwrite(str(path), cv2.resize(np.vstack(rows), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)[..., ::-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("clips", type=Path, nargs="+")
+    parser.add_argument("--frames", type=int, default=12)
+    parser.add_argument("--crf", type=int)
+    parser.add_argument("--guided", type=int, default=1)
+    parser.add_argument("--sheet", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(2)
+    model = load(args.checkpoint)
+    gains = []
+    for clip in args.clips:
+        truth = read(clip, args.frames)
+        lq = reduced(truth)
+        lq = lq if args.crf is None else compressed(lq, args.crf)
+        ours = eight_bit(upscale(model, four_steps(), to_model(lq), guided=bool(args.guided)))
+        bicubic = eight_bit(lq_up(to_model(lq)))
+        values = [psnr(p, truth) for p in (ours, bicubic, lanczos(lq))]
+        flicker = [warping_error(p, truth) for p in (ours, bicubic, truth)]
+        gains.append(values[0] - max(values[1:]))
+        print(clip.stem, tuple(truth.shape), "ours/bicubic/lanczos %.2f %.2f %.2f" % tuple(values),
+              "gain %.2f" % gains[-1], "warp ours/bicubic/truth %.3f %.3f %.3f" % tuple(flicker), flush=True)  # fmt: skip
+        if args.sheet:
+            nearest = F.interpolate(lq[-1:], scale_factor=4)[0]
+            sheet([nearest, bicubic[-1], ours[-1], truth[-1]], args.sheet.with_name(f"{args.sheet.stem}-{clip.stem}.png"))
+    print("mean gain over the better of the two: %.3f" % (sum(gains) / len(gains)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The networks of nano: their configurations, and the values they start from.
+
+All of them start as an interpolation: the U-Net hands the LQ picture through as latents, the decoder
+enlarges it bilinearly. Training therefore only has to find what interpolation lacks, and nothing that
+was drawn at random stands between input and result on the first step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
+from torch import Tensor, nn
+
+from stream_diffvsr.models.temporal_vae import TemporalAutoencoderTiny, TemporalBlock
+
+# With one group and a large epsilon, group normalisation is almost a fixed scale: brightness survives,
+# and a tile is treated like the whole picture.
+NORM_EPS = 100.0
+
+WIDTHS = (24, 32, 48)
+PROMPT_WIDTH = 16
+
+SHARED: dict[str, Any] = {
+    "act_fn": "silu",
+    "attention_head_dim": 4,
+    "block_out_channels": WIDTHS,
+    "cross_attention_dim": PROMPT_WIDTH,
+    "down_block_types": ("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+    "in_channels": 7,
+    "layers_per_block": 1,
+    "mid_block_type": "UNetMidBlock2D",
+    "norm_eps": NORM_EPS,
+    "norm_num_groups": 1,
+    "only_cross_attention": True,
+    "use_linear_projection": True,
+}
+
+UNET = {
+    **SHARED,
+    "out_channels": 4,
+    "sample_size": 64,
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+}
+
+CONTROLNET = {**SHARED, "conditioning_channels": 3, "conditioning_embedding_out_channels": (8, 16, 24)}
+
+VAE: dict[str, Any] = {
+    "_class_name": "TemporalAutoencoderTiny",
+    "act_fn": "relu",
+    "block_out_channels": [32, 32, 32],
+    "decoder_block_out_channels": [32, 32, 32],
+    "encoder_block_out_channels": [32, 32, 32],
+    "force_upcast": False,
+    "in_channels": 3,
+    "latent_channels": 4,
+    "latent_magnitude": 3,
+    "latent_shift": 0.5,
+    # No block at full size: that is where a block costs most and gives least.
+    "num_decoder_blocks": [5, 1, 0],
+    "num_encoder_blocks": [0, 1, 5],
+    "out_channels": 3,
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "upsample_fn": "nearest",
+    "upsampling_scaling_factor": 2,
+}
+
+# The networks predict the clean latents themselves, and the last of the four steps starts almost
+# without noise: a small network need not cancel noise exactly.
+SCHEDULER: dict[str, Any] = {
+    "beta_end": 0.02,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.0001,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "prediction_type": "sample",
+    "rescale_betas_zero_snr": False,
+    "set_alpha_to_one": True,
+    "steps_offset": 1,
+    "thresholding": False,
+    "timestep_spacing": "leading",
+}
+
+
+class Nano(nn.Module):
+    """All weights of the checkpoint in one module, so that one file holds a training run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel(**UNET)
+        self.controlnet = ControlNetModel(**CONTROLNET)
+        self.vae = TemporalAutoencoderTiny(VAE)
+        self.register_buffer("prompt", torch.randn(1, 77, PROMPT_WIDTH))
+        start_unet(self.unet)
+        start_norms(self.controlnet)
+        start_vae(self.vae)
+
+
+def scheduler(**changes: Any) -> DDIMScheduler:
+    return DDIMScheduler(**{**SCHEDULER, **changes})
+
+
+@torch.no_grad()
+def start_norms(network: nn.Module) -> None:
+    """Group normalisation as the identity less a mean; attention without effect."""
+    for name, module in network.named_modules():
+        if isinstance(module, nn.GroupNorm) and module.eps == NORM_EPS:
+            module.weight.fill_(NORM_EPS**0.5)
+        if name.endswith("proj_out"):
+            module.weight.zero_()
+            module.bias.zero_()
+
+
+@torch.no_grad()
+def start_unet(unet: UNet2DConditionModel) -> None:
+    """Output = LQ picture in three channels, by way of the outermost skip connection.
+
+    Each colour travels as a pair of channels of opposite sign: a pair has no mean that normalisation
+    could take away, and silu(v) - silu(-v) = v exactly.
+    """
+    start_norms(unet)
+    last = unet.up_blocks[-1].resnets[-1]
+    for zeroed in (last.conv2.weight, last.conv2.bias, unet.conv_out.bias):
+        zeroed.zero_()
+    unet.conv_out.weight.mul_(0.1)
+    unet.conv_out.weight[:3].zero_()
+    for pair in range(6):
+        colour, sign = pair // 2, 1.0 - 2.0 * (pair % 2)
+        for line in (unet.conv_in.weight[pair], unet.conv_in.bias[pair], last.conv_shortcut.weight[pair],
+                     last.conv_shortcut.bias[pair]):
+            line.zero_()
+        unet.conv_in.weight[pair, 4 + colour, 1, 1] = sign
+        last.conv_shortcut.weight[pair, WIDTHS[0] + pair] = 1.0
+        unet.conv_out.weight[colour, pair, 1, 1] = sign
+
+
+@torch.no_grad()
+def start_vae(vae: TemporalAutoencoderTiny) -> None:
+    """The decoder as bilinear enlargement (nearest x2, then a 1-2-1 filter, twice)."""
+    for module in vae.modules():
+        if isinstance(module, TemporalBlock):
+            module.conv[4].weight.zero_()
+            module.conv[4].bias.zero_()
+            module.temporal_processor[2].weight.mul_(0.1)
+    convs = [layer for layer in vae.decoder.layers if isinstance(layer, nn.Conv2d)]
+    for pair in range(6):
+        colour, sign = pair // 2, 1.0 - 2.0 * (pair % 2)
+        convs[0].weight[pair].zero_()
+        convs[0].bias[pair].zero_()
+        convs[0].weight[pair, colour, 1, 1] = sign
+        for conv in convs[1:-1]:
+            conv.weight[pair].zero_()
+            conv.weight[pair, pair] = smoothing()
+    convs[-1].weight.mul_(0.1)
+    convs[-1].bias.fill_(0.5)
+    for pair in range(6):
+        convs[-1].weight[:, pair].zero_()
+        convs[-1].weight[pair // 2, pair, 1, 1] = 0.5 - 1.0 * (pair % 2)
+
+
+def smoothing() -> Tensor:
+    line = torch.tensor([1.0, 2.0, 1.0]) / 4
+    return torch.outer(line, line)
