@@ -19,6 +19,7 @@ from .options import UpscaleOptions
 from .pipeline import FrameResult, StreamDiffVSRPipeline
 from .state import StreamDiffVSRState
 from .tensors import from_pixels, to_pixels
+from .weights.find import find_checkpoints
 from .weights.open import load_pipeline
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "UpscaleOptions",
     "VRAMError",
     "VideoError",
+    "find_checkpoints",
     "from_pixels",
     "load_pipeline",
     "to_pixels",

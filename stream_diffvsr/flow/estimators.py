@@ -13,11 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import IncompatibleInputError, ModelNotFoundError
+from ..errors import IncompatibleInputError
 from ..tensors import check_shape, pad_to, padded_size, to_pixels
+from ..tiling import blend, tiles
+from . import raft
 
 RAFT_MULTIPLE, RAFT_MINIMUM = 8, 128
 """RAFT takes sides that are multiples of 8, and at least 128 for its four levels of correlation."""
+
+TILE, TILE_OVERLAP = 1024, 256
+"""Sides, in pixels of the estimated frames, for tiled flow."""
 
 LUMA = (0.299, 0.587, 0.114)
 
@@ -26,9 +31,15 @@ class FlowEstimator(nn.Module):
     """Base of all estimators; a module also where it has no weights, so that each can be placed."""
 
     name = "none"
+    methods: tuple[str, ...] = ("whole",)
+    """Ways to compute, the most memory first: 'whole', 'linear' (the same numbers) and 'tiled' (others)."""
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def estimate(self, current: Tensor, previous: Tensor, method: str) -> Tensor:
+        """What `forward` does, by one of `methods`."""
+        return self(current, previous)
 
     @property
     def estimates(self) -> bool:
@@ -44,22 +55,49 @@ class NoFlow(FlowEstimator):
         return False
 
 
-class RaftFlow(FlowEstimator):
+class TileableFlow(FlowEstimator):
+    """An estimator whose flow depends on the picture around, so that it can be had in tiles."""
+
+    methods = ("whole", "tiled")
+
+    def estimate(self, current: Tensor, previous: Tensor, method: str) -> Tensor:
+        if method != "tiled":
+            return self(current, previous)
+        flow = current.new_zeros((1, 2, *current.shape[-2:]))
+        parts = tiles(*current.shape[-2:], TILE, TILE_OVERLAP)
+        return blend(parts, lambda tile: self.estimate_tile(tile.cut(current), tile.cut(previous)), flow)
+
+    def estimate_tile(self, current: Tensor, previous: Tensor) -> Tensor:
+        """Flow of one tile."""
+        return self(current, previous)
+
+
+class RaftFlow(TileableFlow):
     """torchvision's RAFT, 12 updates, always float32."""
+
+    methods = ("whole", "linear", "tiled")
 
     def __init__(self, network: nn.Module, name: str) -> None:
         super().__init__()
         self.network = network.eval().float()
         self.name = name
 
-    def forward(self, current: Tensor, previous: Tensor) -> Tensor:
+    def forward(self, current: Tensor, previous: Tensor, *, linear: bool = False) -> Tensor:
         height, width = current.shape[-2:]
         size = padded_size(max(height, RAFT_MINIMUM), max(width, RAFT_MINIMUM), RAFT_MULTIPLE)
-        flows = self.network(pad_to(current, *size), pad_to(previous, *size))
-        return flows[-1][..., :height, :width]
+        flow = raft.estimate(self.network, pad_to(current, *size), pad_to(previous, *size), linear=linear)
+        return flow[..., :height, :width]
+
+    def estimate(self, current: Tensor, previous: Tensor, method: str) -> Tensor:
+        if method == "linear":
+            return self(current, previous, linear=True)
+        return super().estimate(current, previous, method)
+
+    def estimate_tile(self, current: Tensor, previous: Tensor) -> Tensor:
+        return self(current, previous, linear=True)
 
 
-class DisFlow(FlowEstimator):
+class DisFlow(TileableFlow):
     """OpenCV's Dense Inverse Search on 8-bit luminance: fast on a CPU, no weights."""
 
     name = "dis"
@@ -103,38 +141,20 @@ def _import_cv2() -> Any:
     return cv2
 
 
-def _open_raft(name: str) -> RaftFlow:
-    from torchvision.models import optical_flow
-
-    build, weights = {
-        "raft_large": (optical_flow.raft_large, optical_flow.Raft_Large_Weights.DEFAULT),
-        "raft_small": (optical_flow.raft_small, optical_flow.Raft_Small_Weights.DEFAULT),
-    }[name]
-    try:
-        state = weights.get_state_dict(progress=False, check_hash=True)
-    except (OSError, RuntimeError) as error:
-        file = weights.url.rpartition("/")[2]
-        folder = f"{torch.hub.get_dir()}/checkpoints"
-        raise ModelNotFoundError(
-            f"RAFT weights ({error})", f"{folder}/{file}", f"Put {file} there, or choose another flow."
-        ) from error
-    network = build(weights=None, progress=False)
-    network.load_state_dict(state)
-    return RaftFlow(network, name)
-
-
 FLOW_MODELS = ("raft_large", "raft_small", "bundled", "dis", "none")
 """Names that `open_flow` knows, beside 'auto' and callables."""
 
 
-def open_flow(flow: str | Callable[[Tensor, Tensor], Tensor]) -> FlowEstimator:
-    """The estimator of that name, or around that callable."""
+def open_flow(
+    flow: str | Callable[[Tensor, Tensor], Tensor], open_raft: Callable[[str], nn.Module]
+) -> FlowEstimator:
+    """The estimator of that name, or around that callable; `open_raft` gives RAFT with its weights."""
     if isinstance(flow, FlowEstimator):
         return flow
     if callable(flow):
         return CallableFlow(flow)
     if flow in ("raft_large", "raft_small"):
-        return _open_raft(flow)
+        return RaftFlow(open_raft(flow), flow)
     if flow == "dis":
         _import_cv2()
         return DisFlow()

@@ -1,4 +1,4 @@
-"""Networks built without initial weights, and filled from a file, strictly."""
+"""Networks built without initial weights, and filled from files, strictly."""
 
 from __future__ import annotations
 
@@ -10,38 +10,71 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..files import read_tensors
+from .parts import TEXT_ENCODER, Part
+from .temporal_vae import TemporalAutoencoderTiny
 
 Network = TypeVar("Network", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]
 
 BUFFERS = (".position_ids",)
 """Endings of keys that older files hold although they carry no weights."""
 
-
-def fill(
-    build: Callable[[], Network], path: Path, device: torch.device, dtype: torch.dtype, prefix: str = ""
-) -> Network:
-    """Build a network and give it the weights of a safetensors file, in eval mode.
-
-    `prefix` is one that a library's versions disagree about: the keys may have it or lack it. Raises
-    `CheckpointError` naming the file and the key where the two do not fit exactly.
-    """
-    network = empty(build)
-    tensors = {key: value for key, value in read_tensors(path)[0].items() if not key.endswith(BUFFERS)}
-    needed = network.state_dict()
-    if prefix and not any(key.startswith(prefix) for key in needed):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    check_keys(path, tensors, needed)
-    network.load_state_dict({key: place(value, device, dtype) for key, value in tensors.items()}, assign=True)
-    return network.to(device).eval().requires_grad_(False)
+PREFIXES = {TEXT_ENCODER: "text_model."}
+"""What keys begin with in files and in transformers 4, but not in transformers 5."""
 
 
-def empty(build: Callable[[], Network]) -> Network:
+def build(part: Part) -> nn.Module:
+    """The network that a part's configuration describes, without weights; raises `CheckpointError`."""
+    try:
+        return empty(lambda: _construct(part.name, part.config))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{part.config_path} describes no {part.name} that can be built ({error!r})."
+        ) from error
+
+
+def _construct(name: str, config: dict[str, Any]) -> Any:
+    if name == "vae":
+        return TemporalAutoencoderTiny(config)
+    if name == TEXT_ENCODER:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        return CLIPTextModel(CLIPTextConfig(**config))
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    if name == "unet":
+        return UNet2DConditionModel.from_config(config)
+    if config.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
+        raise ValueError("its picture must be in RGB order")
+    return ControlNetModel.from_config(config)
+
+
+def empty(construct: Callable[[], Network]) -> Network:
     """The network with all weights on the meta device: nothing is computed that would be overwritten."""
     from accelerate import init_empty_weights
 
     with torch.inference_mode(False), init_empty_weights(include_buffers=False):
-        return build()
+        return construct()
+
+
+def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What a network needs."""
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def fill(network: Network, part: Part, device: torch.device, dtype: torch.dtype) -> Network:
+    """Give a network without weights those of its part, in eval mode; raises `CheckpointError`.
+
+    The files are mapped and go to the device one weight at a time, so no second copy of them is ever
+    held. On a CPU, weights that have the right type already stay in the mapped file: they cost no memory
+    of the process, and are loaded when first used.
+    """
+    needed = shapes_of(network)
+    weights = named_for(part, part.weights(), needed)
+    check_keys(part.path, named_for(part, part.shapes, needed), needed)
+    placed = {key: place(value, device, dtype) for key, value in weights.items()}
+    network.load_state_dict(placed, assign=True)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def place(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -49,14 +82,26 @@ def place(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
 
 
-def check_keys(path: Path, got: Mapping[str, Any], needed: Mapping[str, Any]) -> None:
+Value = TypeVar("Value")
+
+
+def named_for(part: Part, values: Mapping[str, Value], needed: Shapes) -> dict[str, Value]:
+    """What a part's files hold, under the names of the installed library, without known buffers."""
+    kept = {key: value for key, value in values.items() if not key.endswith(BUFFERS)}
+    prefix = PREFIXES.get(part.name, "")
+    if prefix and not any(key.startswith(prefix) for key in needed):
+        return {key.removeprefix(prefix): value for key, value in kept.items()}
+    return kept
+
+
+def check_keys(path: Path, got: Shapes, needed: Shapes) -> None:
     """Compare names and shapes; the error names the first that differs."""
     problems = [f"lacks {key!r}" for key in needed if key not in got]
     problems += [f"holds {key!r}, which this network has not" for key in got if key not in needed]
     problems += [
-        f"has {key!r} of shape {tuple(got[key].shape)}, its configuration says {tuple(needed[key].shape)}"
+        f"has {key!r} of shape {got[key]}, its configuration says {needed[key]}"
         for key in needed
-        if key in got and got[key].shape != needed[key].shape
+        if key in got and got[key] != needed[key]
     ]
     if problems:
         more = f" ({len(problems) - 1} more such keys)" if len(problems) > 1 else ""

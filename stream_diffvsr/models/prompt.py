@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError, ModelNotFoundError
 from ..files import fingerprint, read_json, read_tensors, save_tensors
-from .build import fill
+from .build import build, fill
+from .parts import TEXT_ENCODER, TOKENIZER, open_part
 
 log = logging.getLogger(__name__)
 
 FILE = "prompt_embeddings.safetensors"
 ENCODER_KEY = "text_encoder"
-WEIGHTS = "model.safetensors"
 
 
 class PromptEmbeddings:
@@ -37,11 +37,17 @@ class PromptEmbeddings:
             self._known[prompt] = self._encode_and_keep(prompt) if stored is None else stored
         return self._known[prompt]
 
+    def has(self, prompt: str) -> bool:
+        """Whether `get` can do without the text encoder."""
+        return prompt in self._known or self._stored(prompt) is not None
+
     @cached_property
     def encoder(self) -> str:
         """Fingerprint of the text encoder; empty where the folder has none, and any file counts."""
-        weights = self.folder / "text_encoder" / WEIGHTS
-        return fingerprint([weights]) if weights.is_file() else ""
+        try:
+            return fingerprint(open_part(self.folder, TEXT_ENCODER).files)
+        except ModelNotFoundError:
+            return ""
 
     def _files(self) -> list[Path]:
         """Where embeddings may lie: beside the weights, or in the user's cache by encoder."""
@@ -87,31 +93,19 @@ def prompt_key(prompt: str) -> str:
 
 def encode(folder: Path, prompt: str) -> Tensor:
     """Run the folder's text encoder once: (1, 77, D) float32 on the CPU, after its final layer norm."""
-    if not (folder / "text_encoder" / WEIGHTS).is_file():
-        what = f"the embedding of the prompt {prompt!r}" if prompt else "the embedding of the empty prompt"
+    try:
+        part = open_part(folder, TEXT_ENCODER)
+    except ModelNotFoundError as error:
+        what = f"the prompt {prompt!r}" if prompt else "the empty prompt"
         raise ModelNotFoundError(
-            f"text encoder, for {what},",
-            folder / "text_encoder" / WEIGHTS,
-            "Add it, or use the empty prompt.",
-        )
-    config = read_json(folder / "text_encoder" / "config.json")
-    ids = token_ids(folder / "tokenizer", prompt, config.get("max_position_embeddings", 77))
-    model = _open_encoder(folder / "text_encoder", config)
+            f"text encoder, for the embedding of {what},",
+            error.expected_path,
+            "Add it, or use the empty prompt." if prompt else f"Add it, or {FILE} beside the weights.",
+        ) from error
+    ids = token_ids(folder / TOKENIZER, prompt, part.config.get("max_position_embeddings", 77))
+    model: Any = fill(build(part), part, torch.device("cpu"), torch.float32)
     with torch.no_grad():
         return model(input_ids=torch.tensor([ids])).last_hidden_state.float()
-
-
-def _open_encoder(folder: Path, config: dict[str, Any]) -> Any:
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    # transformers 5 dropped the prefix that its version 4, and so all files, have.
-    return fill(
-        lambda: CLIPTextModel(CLIPTextConfig(**config)),
-        folder / WEIGHTS,
-        torch.device("cpu"),
-        torch.float32,
-        prefix="text_model.",
-    )
 
 
 def token_ids(tokenizer: Path, prompt: str, length: int) -> list[int]:

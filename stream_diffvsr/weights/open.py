@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..devices import resolve_device, resolve_dtype
-from ..errors import CheckpointError, ModelNotFoundError
 from ..files import fingerprint, read_json
 from ..flow import open_flow
-from ..models.build import fill
+from ..models.build import Shapes, build, fill, shapes_of
 from ..models.control import Control
+from ..models.parts import SCHEDULER_CONFIG, Part
 from ..models.prompt import PromptEmbeddings
-from ..models.temporal_vae import TemporalAutoencoderTiny
 from ..pipeline import StreamDiffVSRPipeline
-
-NANO = Path(__file__).parent.parent / "nano"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-NETWORKS = ("unet", "controlnet", "vae")
-SCHEDULER_CONFIG = Path("scheduler", "scheduler_config.json")
+from .check import check_networks, check_text, default_flow, remembered_shapes
+from .download import OnProgress, download
+from .find import models_folders, resolve
+from .folders import user_cache
+from .raft import open_raft
 
 
 def load_pipeline(
@@ -31,89 +30,48 @@ def load_pipeline(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
+    extra_folders: Iterable[str | Path] = (),
+    on_progress: OnProgress | None = None,
 ) -> StreamDiffVSRPipeline:
     """Open a checkpoint and make it ready to run.
 
-    `source`: 'nano' (bundled), 'v1' (the released weights) or a checkpoint folder. `dtype` is that of
-    the networks; frames, flow, warp, state and scheduler arithmetic are float32 always. Raises
-    `ModelNotFoundError`, `CheckpointError` or `IncompatibleInputError`.
+    `source`: 'nano' (bundled), 'v1' (the released weights, found on this machine or downloaded), the
+    name of a checkpoint that `find_checkpoints(extra_folders)` lists, or a checkpoint folder. `dtype` is
+    that of the networks; frames, flow, warp, state and scheduler arithmetic are float32 always.
+    `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
+    download, which goes on from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
+    `IncompatibleInputError`.
     """
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    folder = find(source)
-    check_parts(folder)
+    folders = list(extra_folders)
+    folder = resolve(source, folders) or download(folders, on_progress=on_progress)
+    networks, prompts, parts = _Networks(), PromptEmbeddings(folder, user_cache()), []
     with torch.inference_mode(False):
-        networks = {name: open_network(folder, name, chosen_device, chosen_dtype) for name in NETWORKS}
-        estimator = open_flow(default_flow(folder) if flow == "auto" else flow).to(chosen_device)
+        parts = check_networks(folder, networks.shapes)
+        check_text(folder, remembered_shapes)
+        # Before the networks, so that the text encoder is gone when they come.
+        prompts.get("")
+        filled = {part.name: fill(networks[part.name], part, chosen_device, chosen_dtype) for part in parts}
+        chosen_flow = default_flow(folder) if flow == "auto" else flow
+        raft_folders = [folder, folder.parent, *models_folders(folders)]
+        estimator = open_flow(chosen_flow, partial(open_raft, folders=raft_folders)).to(chosen_device)
     return StreamDiffVSRPipeline(
-        unet=networks["unet"],
-        control=Control(networks["controlnet"]),
-        vae=networks["vae"],  # type: ignore[arg-type]
+        unet=filled["unet"],
+        control=Control(filled["controlnet"]),
+        vae=filled["vae"],  # type: ignore[arg-type]
         flow=estimator,
-        prompts=PromptEmbeddings(folder, user_cache()),
+        prompts=prompts,
         scheduler_config=read_json(folder / SCHEDULER_CONFIG),
         device=chosen_device,
         dtype=chosen_dtype,
-        model=fingerprint(folder / name / WEIGHTS for name in NETWORKS),
+        model=fingerprint(file for part in parts for file in part.files),
     )
 
 
-def find(source: str | Path) -> Path:
-    """The folder of a source."""
-    if source == "nano":
-        return NANO
-    folder = Path(source)
-    if not folder.is_dir():
-        raise ModelNotFoundError(
-            f"checkpoint {str(source)!r}", folder.absolute(), "Name a folder, 'nano' or 'v1'."
-        )
-    return folder
+class _Networks(dict[str, torch.nn.Module]):
+    """Networks built without weights: first to compare them with their files, then to be filled."""
 
-
-def check_parts(folder: Path) -> None:
-    """Raise `ModelNotFoundError` for the first file that a complete checkpoint has and this has not."""
-    parts = [Path(name, file) for name in NETWORKS for file in ("config.json", WEIGHTS)]
-    for part in [*parts, SCHEDULER_CONFIG]:
-        if not (folder / part).is_file():
-            raise ModelNotFoundError(
-                f"checkpoint part {part.parent}", folder / part, "Download the folder again."
-            )
-
-
-def open_network(folder: Path, name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """One network of a checkpoint, filled strictly."""
-    config = read_json(folder / name / "config.json")
-    path = folder / name / "config.json"
-    if name == "unet" and config.get("num_class_embeds"):
-        raise CheckpointError(
-            f"{path} describes a plain Stable Diffusion x4 upscaler (num_class_embeds "
-            f"{config['num_class_embeds']}), not Stream-DiffVSR's U-Net: point to the Stream-DiffVSR folder."
-        )
-    try:
-        return fill(lambda: build(name, config), folder / name / WEIGHTS, device, dtype)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} describes no {name} that can be built ({error}).") from error
-
-
-def build(name: str, config: dict[str, Any]) -> Any:
-    """A network from its configuration."""
-    if name == "vae":
-        return TemporalAutoencoderTiny(config)
-    from diffusers import ControlNetModel, UNet2DConditionModel
-
-    if name == "unet":
-        return UNet2DConditionModel.from_config(config)
-    if config.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
-        raise ValueError("its picture must be in RGB order")
-    return ControlNetModel.from_config(config)
-
-
-def default_flow(folder: Path) -> str:
-    """The estimator that a checkpoint names for itself, else RAFT large, as the reference has."""
-    index = folder / "model_index.json"
-    return read_json(index).get("flow", "raft_large") if index.is_file() else "raft_large"
-
-
-def user_cache() -> Path:
-    """Where small derived files go when a checkpoint's own folder is read-only."""
-    return Path.home() / ".cache" / "stream-diffvsr"
+    def shapes(self, part: Part) -> Shapes:
+        self[part.name] = build(part)
+        return shapes_of(self[part.name])
