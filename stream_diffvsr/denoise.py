@@ -84,20 +84,32 @@ class Denoiser:
         return latents
 
     def predict(self, x: Tensor, timestep: Tensor, embedding: Tensor | None, scale: float) -> Tensor:
-        """The U-Net's prediction for (1, 7, h, w), guidance included, float32."""
-        x = x.to(self.prompt.dtype).repeat(len(self.prompt), 1, 1, 1)
+        """The U-Net's prediction for (1, 7, h, w), guidance included, float32.
+
+        With guidance, u + g (c - u) of two separate runs, so that it is exactly that of the parts, and
+        needs no more memory than one.
+        """
+        x = x.to(self.prompt.dtype)
+        unconditional, *conditional = (
+            self.predict_one(x, timestep, prompt, embedding, scale) for prompt in self.prompt.split(1)
+        )
+        if not conditional:
+            return unconditional
+        return unconditional + self.options.guidance_scale * (conditional[0] - unconditional)
+
+    def predict_one(
+        self, x: Tensor, timestep: Tensor, prompt: Tensor, embedding: Tensor | None, scale: float
+    ) -> Tensor:
+        """The prediction for one prompt, (1, 77, D)."""
         down, middle = None, None
         if embedding is not None and scale:
-            down, middle = self.control(x, timestep, self.prompt, embedding, scale)
+            down, middle = self.control(x, timestep, prompt, embedding, scale)
         prediction = self.unet(
             x,
             timestep,
-            encoder_hidden_states=self.prompt,
+            encoder_hidden_states=prompt,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
             return_dict=False,
-        )[0].float()
-        if not self.options.guided:
-            return prediction
-        unconditional, conditional = prediction.chunk(2)
-        return unconditional + self.options.guidance_scale * (conditional - unconditional)
+        )
+        return prediction[0].float()
