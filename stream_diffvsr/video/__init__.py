@@ -1,0 +1,1 @@
+"""Video and pictures: file in, file out. `job.run` is the engine; PyAV and Pillow do the media work."""

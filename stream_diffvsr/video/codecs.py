@@ -1,0 +1,152 @@
+"""Which encoders there are, what they take, and which containers hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from ..errors import VideoError
+from .colour import BT709, LAYOUTS, RGB, Colour
+from .read import SourceInfo
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A kind of encoder."""
+
+    encoder: str
+    """FFmpeg's name."""
+    formats: tuple[str, ...]
+    """Pixel formats of `LAYOUTS`, the default of each depth first."""
+    crf: int | None = None
+    """Default quality; None: there is no such setting."""
+    crf_name: str = "crf"
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+YUV8 = ("yuv420p", "yuv422p", "yuv444p")
+YUV10 = ("yuv420p10le", "yuv422p10le", "yuv444p10le")
+YUV12 = ("yuv420p12le", "yuv422p12le", "yuv444p12le")
+YUV16 = ("yuv420p16le", "yuv422p16le", "yuv444p16le")
+RGB_DEEP = ("gbrp10le", "gbrp12le", "gbrp16le")
+NVENC = {"rc": "constqp", "preset": "p5"}
+
+CODECS = {
+    "h264": Codec("libx264", YUV8 + YUV10, 18),
+    "h265": Codec("libx265", YUV8 + YUV10 + YUV12, 18, options={"x265-params": "log-level=error"}),
+    "av1": Codec("libsvtav1", ("yuv420p", "yuv420p10le"), 24, options={"preset": "6"}),
+    "prores": Codec("prores_ks", ("yuv422p10le", "yuv444p10le"), options={"profile": "hq"}),
+    "ffv1": Codec(
+        "ffv1", YUV8 + YUV10 + YUV12 + YUV16 + RGB_DEEP, options={"level": "3", "slicecrc": "1", "g": "1"}
+    ),
+    "png": Codec("png", ("rgb24", "rgb48be")),
+    "h264_nvenc": Codec("h264_nvenc", ("yuv420p", "yuv444p"), 18, "qp", NVENC),
+    "hevc_nvenc": Codec("hevc_nvenc", ("yuv420p", "yuv444p"), 18, "qp", NVENC),
+    "av1_nvenc": Codec("av1_nvenc", ("yuv420p",), 90, "qp", NVENC),
+    "h264_videotoolbox": Codec("h264_videotoolbox", ("yuv420p",), 65, "global_quality"),
+    "hevc_videotoolbox": Codec("hevc_videotoolbox", ("yuv420p",), 65, "global_quality"),
+}
+"""`--codec` -> encoder."""
+
+CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
+"""Suffix of an output -> FFmpeg's format."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Everything that an encoder is opened with."""
+
+    codec: str
+    pix_fmt: str
+    options: Mapping[str, str]
+    width: int
+    height: int
+    rate: Fraction
+    time_base: Fraction
+    colour: Colour
+    aspect: Fraction | None
+
+
+def choose_encoding(
+    codec: str,
+    pix_fmt: str | None,
+    crf: int | None,
+    info: SourceInfo,
+    size: tuple[int, int],
+) -> Encoding:
+    """How a source is written at `size` (height, width); raises `VideoError` where it cannot be."""
+    if codec not in CODECS:
+        raise VideoError(f"there is no codec {codec!r}; known are {', '.join(CODECS)}.")
+    spec = CODECS[codec]
+    pix_fmt = pix_fmt or default_format(spec, info.bits)
+    if pix_fmt not in spec.formats:
+        raise VideoError(
+            f"{codec} is not written as {pix_fmt!r} here; choose from {', '.join(spec.formats)}."
+        )
+    height, width = size
+    layout = LAYOUTS[pix_fmt]
+    if width % layout.chroma_width or height % layout.chroma_height:
+        raise VideoError(
+            f"{pix_fmt} needs even sides, the output is {width}x{height}: change the target size."
+        )
+    return Encoding(
+        codec=codec,
+        pix_fmt=pix_fmt,
+        options=encoder_options(codec, crf, info),
+        width=width,
+        height=height,
+        rate=info.rate,
+        time_base=info.time_base,
+        colour=output_colour(info.colour, codec, layout.rgb),
+        aspect=info.aspect,
+    )
+
+
+def default_format(spec: Codec, bits: int) -> str:
+    """The first format that holds the source's bits, else the deepest; 4:2:0 where the codec has it."""
+    depths = {LAYOUTS[name].bits for name in spec.formats}
+    depth = min((d for d in depths if d >= bits), default=max(depths))
+    return next(name for name in spec.formats if LAYOUTS[name].bits == depth)
+
+
+def encoder_options(codec: str, crf: int | None, info: SourceInfo) -> dict[str, str]:
+    """The encoder's private options."""
+    spec = CODECS[codec]
+    options = dict(spec.options)
+    if crf is not None and spec.crf is None:
+        raise VideoError(f"{codec} has no quality setting: leave --crf away.")
+    if spec.crf is not None:
+        options[spec.crf_name] = str(spec.crf if crf is None else crf)
+    return options
+
+
+def output_colour(colour: Colour, codec: str, rgb: bool) -> Colour:
+    """The tags of the output: the source's, with a matrix where RGB becomes YUV and none where it stays."""
+    if rgb:
+        return Colour(RGB, True, colour.primaries, colour.transfer)
+    if colour.matrix == RGB:
+        return Colour(BT709, False, colour.primaries, colour.transfer)
+    if codec == "prores" and colour.full_range:
+        # ProRes has no way to say full range.
+        return Colour(colour.matrix, False, colour.primaries, colour.transfer)
+    return colour
+
+
+def open_encoder(container: Any, encoding: Encoding) -> Any:
+    """Add the encoder's stream to an open output container."""
+    spec = CODECS[encoding.codec]
+    stream = container.add_stream(spec.encoder, rate=encoding.rate, options=dict(encoding.options))
+    stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, encoding.pix_fmt
+    context = stream.codec_context
+    context.time_base = encoding.time_base
+    stream.time_base = encoding.time_base
+    context.colorspace = encoding.colour.matrix
+    context.color_primaries = encoding.colour.primaries
+    context.color_trc = encoding.colour.transfer
+    context.color_range = 2 if encoding.colour.full_range else 1
+    if encoding.aspect is not None:
+        context.sample_aspect_ratio = encoding.aspect
+        stream.sample_aspect_ratio = encoding.aspect
+    return stream

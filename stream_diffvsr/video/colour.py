@@ -1,0 +1,233 @@
+"""Code values <-> RGB, with the arithmetic in float32: nothing is cut to 8 bits on the way.
+
+PyAV hands over planes of integers; the matrix, the range and the chroma positions are applied here, on
+whatever device the tensors are. Chroma samples sit at the left of their luma pair, as in H.264.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import VideoError
+
+RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
+"""Matrices and primaries by their numbers in FFmpeg and in ITU-T H.273."""
+FULL_RANGE, LIMITED_RANGE = 2, 1
+HD_LINES = 720
+"""Untagged video below so many lines is taken as BT.601, else as BT.709."""
+
+LUMA_WEIGHTS = {
+    1: (0.2126, 0.0722),
+    4: (0.30, 0.11),
+    5: (0.299, 0.114),
+    6: (0.299, 0.114),
+    7: (0.212, 0.087),
+    9: (0.2627, 0.0593),
+    10: (0.2627, 0.0593),
+}
+"""Weight of red and of blue in luma, by matrix."""
+
+
+@dataclass(frozen=True)
+class Colour:
+    """How code values are meant: the four tags of a video stream, by their numbers in ITU-T H.273."""
+
+    matrix: int = UNSPECIFIED
+    full_range: bool = False
+    primaries: int = UNSPECIFIED
+    transfer: int = UNSPECIFIED
+
+    def resolved(self, lines: int) -> Colour:
+        """With the matrix filled in where nothing was said; raises `VideoError` for one we do not know."""
+        if self.matrix == UNSPECIFIED:
+            guess = BT709 if lines >= HD_LINES else BT601
+            untagged = self.primaries == self.transfer == UNSPECIFIED
+            return replace(
+                self,
+                matrix=guess,
+                primaries=guess if untagged else self.primaries,
+                transfer=guess if untagged else self.transfer,
+            )
+        if self.matrix != RGB and self.matrix not in LUMA_WEIGHTS:
+            raise VideoError(
+                f"the video uses colour matrix {self.matrix} (ITU-T H.273), known are "
+                f"{', '.join(map(str, LUMA_WEIGHTS))}: convert it first."
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A planar pixel format that is written: how many bits, and how much smaller chroma is."""
+
+    bits: int
+    chroma_width: int
+    chroma_height: int
+    rgb: bool = False
+
+
+LAYOUTS = {
+    "yuv420p": Layout(8, 2, 2),
+    "yuv422p": Layout(8, 2, 1),
+    "yuv444p": Layout(8, 1, 1),
+    "yuv420p10le": Layout(10, 2, 2),
+    "yuv422p10le": Layout(10, 2, 1),
+    "yuv444p10le": Layout(10, 1, 1),
+    "yuv420p12le": Layout(12, 2, 2),
+    "yuv422p12le": Layout(12, 2, 1),
+    "yuv444p12le": Layout(12, 1, 1),
+    "yuv420p16le": Layout(16, 2, 2),
+    "yuv422p16le": Layout(16, 2, 1),
+    "yuv444p16le": Layout(16, 1, 1),
+    "gbrp10le": Layout(10, 1, 1, rgb=True),
+    "gbrp12le": Layout(12, 1, 1, rgb=True),
+    "gbrp16le": Layout(16, 1, 1, rgb=True),
+    "rgb24": Layout(8, 1, 1, rgb=True),
+    "rgb48be": Layout(16, 1, 1, rgb=True),
+}
+
+
+def frame_to_rgb(frame: Any, colour: Colour) -> tuple[Tensor, Tensor | None]:
+    """A decoded `av.VideoFrame` -> RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1]."""
+    frame = planar(frame)
+    components = frame.format.components
+    planes = [(torch.from_numpy(read_plane(frame, c)).float()[None, None], c.bits) for c in components]
+    alpha = None
+    if components[-1].is_alpha:
+        values, bits = planes.pop()
+        alpha = values / (2**bits - 1)
+    if frame.format.is_rgb:
+        return torch.cat([values / (2**bits - 1) for values, bits in planes], dim=1), alpha
+    return yuv_to_rgb(planes, colour, (frame.height, frame.width)).clamp(0, 1), alpha
+
+
+def planar(frame: Any) -> Any:
+    """The same values with one plane of little-endian integers for each component."""
+    layout = frame.format
+    one_each = {c.plane for c in layout.components} == set(range(len(layout.components)))
+    if one_each and not (layout.has_palette or layout.is_big_endian) and layout.components[0].bits <= 16:
+        return frame
+    return frame.reformat(format=planar_name(layout, frame.width, frame.height))
+
+
+def planar_name(layout: Any, width: int, height: int) -> str:
+    """The planar format that holds all that a packed one holds."""
+    components = layout.components
+    deep = max(c.bits for c in components) > 8
+    alpha = "a" if layout.has_palette or components[-1].is_alpha else ""
+    if layout.is_rgb or layout.has_palette:
+        return f"gbr{alpha}p" + ("16le" if deep else "")
+    if len(components) < 3:
+        return ("yuva444p" if alpha else "gray") + ("16le" if deep else "")
+    halves = (components[1].width < width) + (components[1].height < height)
+    depth = f"{max(10, components[0].bits)}le" if deep else ""
+    return f"yuv{alpha}{('444', '422', '420')[halves]}p{depth}"
+
+
+def read_plane(frame: Any, component: Any) -> np.ndarray:
+    """One component as int32 (h, w)."""
+    plane = frame.planes[component.plane]
+    kind = np.dtype(np.uint8 if component.bits <= 8 else np.uint16)
+    rows = np.frombuffer(plane, kind).reshape(-1, plane.line_size // kind.itemsize)
+    return rows[: component.height, : component.width].astype(np.int32)
+
+
+def yuv_to_rgb(planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int, int]) -> Tensor:
+    """Luma and two chroma planes, with their bits -> RGB (1, 3, h, w), not clamped; luma alone is grey."""
+    (luma, bits), *chroma = planes
+    step = 2.0 ** (bits - 8)
+    luma = luma / (2**bits - 1) if colour.full_range else (luma - 16 * step) / (219 * step)
+    if not chroma:
+        return luma.expand(-1, 3, -1, -1)
+    span = 2**bits - 1 if colour.full_range else 224 * step
+    blue, red = ((upsample_chroma(plane, size) - 128 * step) / span for plane, _ in chroma)
+    weight_red, weight_blue = LUMA_WEIGHTS[colour.matrix]
+    red = luma + 2 * (1 - weight_red) * red
+    blue = luma + 2 * (1 - weight_blue) * blue
+    green = (luma - weight_red * red - weight_blue * blue) / (1 - weight_red - weight_blue)
+    return torch.cat([red, green, blue], dim=1)
+
+
+def upsample_chroma(plane: Tensor, size: tuple[int, int]) -> Tensor:
+    """(1, 1, h', w') -> (1, 1, *size): linear; cosited across, centred down."""
+    height, width = size
+    down, across = -(-height // plane.shape[-2]), -(-width // plane.shape[-1])
+    rows = (torch.arange(height) + 0.5) / down - 0.5
+    columns = torch.arange(width) / across
+    return _lerp(_lerp(plane, rows, -2), columns, -1)
+
+
+def _lerp(x: Tensor, positions: Tensor, dim: int) -> Tensor:
+    """Read between the samples of one axis, holding the edges."""
+    positions = positions.clamp(0, x.shape[dim] - 1)
+    low = positions.long()
+    high = (low + 1).clamp(max=x.shape[dim] - 1)
+    share = (positions - low).reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
+    return torch.lerp(x.index_select(dim, low), x.index_select(dim, high), share)
+
+
+def rgb_to_planes(rgb: Tensor, name: str, colour: Colour) -> list[np.ndarray]:
+    """RGB (1, 3, H, W) in [0, 1] -> the planes of a format of `LAYOUTS`, rounded half to even.
+
+    RGB formats give one array (H, W, 3); computed where `rgb` is, returned on the CPU.
+    """
+    layout = LAYOUTS[name]
+    top = 2**layout.bits - 1
+    if layout.rgb:
+        return [_integers(rgb[0].movedim(0, -1) * top, layout.bits)]
+    weight_red, weight_blue = LUMA_WEIGHTS[colour.matrix]
+    red, green, blue = rgb.split(1, dim=1)
+    luma = weight_red * red + (1 - weight_red - weight_blue) * green + weight_blue * blue
+    chroma = [(blue - luma) / (2 * (1 - weight_blue)), (red - luma) / (2 * (1 - weight_red))]
+    chroma = [downsample_chroma(plane, layout) for plane in chroma]
+    step = 2.0 ** (layout.bits - 8)
+    luma = luma * top if colour.full_range else luma * (219 * step) + 16 * step
+    span = top if colour.full_range else 224 * step
+    planes = [luma, *(plane * span + 128 * step for plane in chroma)]
+    return [_integers(plane[0, 0], layout.bits) for plane in planes]
+
+
+def downsample_chroma(plane: Tensor, layout: Layout) -> Tensor:
+    """(1, 1, H, W) at full size -> chroma size: a 1-2-1 filter across at the even columns, means down."""
+    if layout.chroma_width == 2:
+        wide = F.pad(plane, (1, 1, 0, 0), mode="replicate")
+        # Slices, not a convolution: that would run in TF32 on some GPUs.
+        plane = (wide[..., :-2:2] + 2 * wide[..., 1:-1:2] + wide[..., 2::2]) / 4
+    if layout.chroma_height == 2:
+        plane = F.pad(plane, (0, 0, 0, plane.shape[-2] % 2), mode="replicate")
+        plane = F.avg_pool2d(plane, (2, 1))
+    return plane
+
+
+def _integers(values: Tensor, bits: int) -> np.ndarray:
+    """Rounded half to even, and clamped to what the bits hold."""
+    rounded = values.round().clamp(0, 2**bits - 1).cpu().numpy()
+    return rounded.astype(np.uint8 if bits <= 8 else np.uint16)
+
+
+def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:
+    """An `av.VideoFrame` of a format of `LAYOUTS` that holds these planes."""
+    import av
+
+    height, width = planes[0].shape[:2]
+    frame = av.VideoFrame(width, height, name)
+    if LAYOUTS[name].rgb:
+        planes = _interleave(planes[0], name)
+    for plane, values in zip(frame.planes, planes, strict=True):
+        rows = np.frombuffer(plane, values.dtype).reshape(-1, plane.line_size // values.itemsize)
+        rows[: values.shape[0], : values.shape[1]] = values
+    return frame
+
+
+def _interleave(picture: np.ndarray, name: str) -> list[np.ndarray]:
+    """RGB (H, W, 3) as the planes of a packed format, or as G, B, R."""
+    if name.startswith("gbr"):
+        return [picture[..., channel] for channel in (1, 2, 0)]
+    packed = picture.reshape(picture.shape[0], -1)
+    return [packed.byteswap() if name.endswith("be") else packed]

@@ -1,0 +1,91 @@
+"""Decoding ahead and encoding behind, in threads, with bounded queues between."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+DONE = object()
+
+
+def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """The same items, made in a thread that runs at most `depth` ahead.
+
+    Errors of the thread are raised here; closing the generator ends the thread before it returns.
+    """
+    results: queue.Queue[Any] = queue.Queue(max(1, depth))
+    stop = threading.Event()
+
+    def offer(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                results.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def work() -> None:
+        iterator = iter(items)
+        try:
+            for item in iterator:
+                if not offer((item, None)):
+                    return
+            offer((DONE, None))
+        except BaseException as error:
+            offer((DONE, error))
+        finally:
+            # Ends the decoder in the thread that runs it.
+            getattr(iterator, "close", lambda: None)()
+
+    thread = threading.Thread(target=work, name="stream-diffvsr read ahead", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = results.get()
+            if error is not None:
+                raise error
+            if item is DONE:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()
+
+
+class Background:
+    """Runs calls one after the other in a thread; at most `depth` wait, then the caller does.
+
+    An error of a call is raised by the next `add` or by `wait`.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.depth = depth
+        self._pool = ThreadPoolExecutor(1, "stream-diffvsr write behind")
+        self._pending: deque[Future[Any]] = deque()
+
+    def __enter__(self) -> Background:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=kind is not None)
+
+    def add(self, call: Callable[..., Any], *args: Any) -> None:
+        """Queue a call."""
+        while len(self._pending) >= self.depth or (self._pending and self._pending[0].done()):
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(call, *args))
+
+    def wait(self) -> None:
+        """Return when everything queued is done."""
+        while self._pending:
+            self._pending.popleft().result()

@@ -1,0 +1,108 @@
+"""Scene cuts: where the previous frame must not guide the next one.
+
+The measure is the one PySceneDetect documents for its content detector: the mean difference of hue,
+saturation and value between two frames, in 8-bit units. It looks at two LQ frames and nothing else, so
+splitting and resuming a video change no decision.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..errors import VideoError
+from ..files import atomic
+from ..tensors import to_pixels
+
+THRESHOLD = 27.0
+"""PySceneDetect's default, of 255."""
+
+
+@dataclass(frozen=True)
+class SceneCut:
+    """How cuts are found: by a threshold, from a list, or not at all."""
+
+    threshold: float | None = THRESHOLD
+    listed: frozenset[int] | None = None
+    """Indices of the frames that begin a scene; then the threshold does not count."""
+
+    def between(self, index: int, previous_lq: Tensor | None, lq: Tensor) -> bool:
+        """Whether frame `index` begins a new scene; both frames (1, 3, h, w) in model range."""
+        if self.listed is not None:
+            return index in self.listed
+        if self.threshold is None or previous_lq is None:
+            return False
+        return difference(previous_lq.to(lq.device), lq) >= self.threshold
+
+
+def parse(text: str) -> SceneCut:
+    """`auto`, `off`, a threshold from 0 to 255, or a CSV file. Raises `VideoError`."""
+    if text == "auto":
+        return SceneCut()
+    if text == "off":
+        return SceneCut(threshold=None)
+    try:
+        threshold = float(text)
+    except ValueError:
+        return SceneCut(listed=read_list(Path(text)))
+    if not 0 <= threshold <= 255:
+        raise VideoError(f"scene cuts need a threshold from 0 to 255, got {text}.")
+    return SceneCut(threshold)
+
+
+def difference(before: Tensor, now: Tensor) -> float:
+    """Mean difference of hue (0 to 179), saturation and value (0 to 255) of two LQ frames."""
+    return float((hsv(to_pixels(before)) - hsv(to_pixels(now))).abs().mean())
+
+
+def hsv(rgb: Tensor) -> Tensor:
+    """RGB (1, 3, h, w) in [0, 1] -> hue / 2 in degrees, saturation and value of 255, rounded."""
+    rgb = (rgb * 255).round()
+    red, green, blue = rgb.unbind(1)
+    value, most = rgb.max(dim=1)
+    span = value - rgb.amin(dim=1)
+    safe = span.clamp(min=1)
+    sixths = torch.stack([(green - blue) / safe, 2 + (blue - red) / safe, 4 + (red - green) / safe], dim=1)
+    hue = sixths.gather(1, most[:, None])[:, 0] * 30
+    saturation = 255 * span / value.clamp(min=1)
+    return torch.stack([(hue % 180).round() % 180, saturation.round(), value], dim=1)
+
+
+def read_list(path: Path) -> frozenset[int]:
+    """Indices of first frames from a CSV file: PySceneDetect's scene list, or one index a line.
+
+    PySceneDetect counts frames from 1 in its column "Start Frame"; plain indices count from 0.
+    """
+    try:
+        rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise VideoError(f"the list of cuts {path} cannot be read ({error}).") from error
+    header = next((number for number, row in enumerate(rows) if "Start Frame" in row), None)
+    try:
+        if header is None:
+            return frozenset(int(row[0]) for row in rows if row)
+        column = rows[header].index("Start Frame")
+        return frozenset(int(row[column]) - 1 for row in rows[header + 1 :] if row)
+    except (ValueError, IndexError) as error:
+        raise VideoError(
+            f"{path} is no list of cuts ({error}): give one frame index a line, or PySceneDetect's CSV."
+        ) from error
+
+
+def write_list(path: Path, first: int, last: int, cuts: Sequence[int]) -> None:
+    """Write the scenes as PySceneDetect does: frames counted from 1, `last` included."""
+    starts = sorted({first, *cuts})
+    ends = [*(start - 1 for start in starts[1:]), last]
+    table = io.StringIO(newline="")
+    writer = csv.writer(table)
+    writer.writerow(["Scene Number", "Start Frame", "End Frame", "Length (frames)"])
+    for number, (start, end) in enumerate(zip(starts, ends, strict=True), 1):
+        writer.writerow([number, start + 1, end + 1, end - start + 1])
+    with atomic(path) as file:
+        file.write(table.getvalue().encode())

@@ -1,0 +1,80 @@
+"""From a source's size to the model's and to the output's, and the one resampling step at each end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import VideoError
+from ..tensors import MINIMUM_SIDE, SCALE, to_pixels
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the output's size shall be; at most one of target, short_edge and scale, else 4x of the LQ."""
+
+    pre_scale: float = 1.0
+    target: tuple[int, int] | None = None
+    """(width, height)"""
+    short_edge: int | None = None
+    scale: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("target", "short_edge", "scale") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise VideoError(f"{' and '.join(given)} were given: choose one way to set the output's size.")
+        numbers = [*(self.target or ()), self.short_edge or 1, self.scale or 1, self.pre_scale]
+        if min(numbers) <= 0 or self.pre_scale > 1:
+            raise VideoError("sizes and scales must be positive, and pre-scale at most 1.")
+
+    def model(self, height: int, width: int) -> tuple[int, int]:
+        """Size that the model gets; raises `VideoError` where nothing is left."""
+        height, width = round(height * self.pre_scale), round(width * self.pre_scale)
+        if min(height, width) < MINIMUM_SIDE:
+            raise VideoError(
+                f"frames of {width}x{height} are too small: the model needs sides of {MINIMUM_SIDE}."
+            )
+        return height, width
+
+    def output(self, height: int, width: int) -> tuple[int, int]:
+        """Size that is written; sides are even where they follow from a factor."""
+        if self.target is not None:
+            return self.target[1], self.target[0]
+        if self.short_edge is not None:
+            factor = self.short_edge / min(height, width)
+        elif self.scale is not None:
+            factor = self.scale
+        else:
+            height, width = self.model(height, width)
+            return SCALE * height, SCALE * width
+        return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
+
+    def to_model(self, rgb: Tensor) -> Tensor:
+        """(1, 3, h, w) in [0, 1] -> the frame that the model sees, in [0, 1]."""
+        return resize(rgb, self.model(*rgb.shape[-2:]))
+
+    def to_output(self, hq: Tensor, source: tuple[int, int]) -> Tensor:
+        """The model's result for a source frame of that size -> (1, 3, H, W) in [0, 1]."""
+        return resize(to_pixels(hq), self.output(*source))
+
+
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bicubic with antialiasing, clamped to [0, 1]; at the same size the input itself."""
+    if tuple(x.shape[-2:]) == size:
+        return x
+    return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
+
+def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Plain bicubic, clamped to [0, 1]: for alpha, and to compare with."""
+    return F.interpolate(x, size=size, mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def split_screen(lq: Tensor, hq: Tensor) -> Tensor:
+    """Left half bicubic of the source, right half the result; (1, 3, H, W) in [0, 1]."""
+    height, width = hq.shape[-2:]
+    half = width // 2
+    return torch.cat([enlarge(lq, (height, width))[..., :half], hq[..., half:]], dim=-1)
