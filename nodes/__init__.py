@@ -1,0 +1,28 @@
+"""ComfyUI's view of the engine: thin adapters, one module per theme.
+
+host        the only module that talks to ComfyUI
+sockets     socket types and the widgets that several nodes share
+layout      IMAGE tensors to model range and back
+load, upscale, video, state, settings        the nodes
+"""
+
+from .load import Loader
+from .settings import Settings
+from .state import CreateState, ExtractState, LoadState, SaveState
+from .upscale import ProcessFrame, Upscale
+
+NODES = {
+    "Loader": (Loader, "Loader"),
+    "Upscale": (Upscale, "Upscale"),
+    "ProcessFrame": (ProcessFrame, "Process Frame"),
+    "CreateState": (CreateState, "Create State"),
+    "ExtractState": (ExtractState, "Extract State"),
+    "SaveState": (SaveState, "Save State"),
+    "LoadState": (LoadState, "Load State"),
+    "Settings": (Settings, "Settings"),
+}
+
+NODE_CLASS_MAPPINGS = {f"StreamDiffVSR_{name}": node for name, (node, _) in NODES.items()}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    f"StreamDiffVSR_{name}": f"Stream-DiffVSR {title}" for name, (_, title) in NODES.items()
+}

@@ -1,0 +1,91 @@
+"""Which files the nodes read, and where they may write."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from ..stream_diffvsr import IncompatibleInputError
+from ..stream_diffvsr.state import FORMAT
+from . import host
+
+ANY_OUTPUT = "STREAM_DIFFVSR_ALLOW_ANY_OUTPUT"
+"""Environment variable; 1 lets nodes write outside ComfyUI's output and temp folders."""
+
+STATE_SUFFIX = ".safetensors"
+HEADER = 1 << 16
+"""A saved state names its format in so many bytes."""
+
+
+def identity(path: Path) -> str:
+    """What changes when a file is edited or replaced: size and time of its last change."""
+    try:
+        status = path.stat()
+    except OSError:
+        return f"{path} missing"
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+def writable(path: str | Path) -> Path:
+    """An absolute path where nodes may write; a relative one is taken below the output folder.
+
+    Raises `IncompatibleInputError` for any other place, links resolved.
+    """
+    target = host.folder("output") / path
+    allowed = [host.folder(kind) for kind in ("output", "temp")]
+    inside = any(target.resolve().is_relative_to(root.resolve()) for root in allowed)
+    if not inside and os.environ.get(ANY_OUTPUT) != "1":
+        places = " or ".join(map(str, allowed))
+        raise IncompatibleInputError(f"an output below {places} (or {ANY_OUTPUT}=1 set)", str(target))
+    return target.resolve()
+
+
+def numbered(prefix: str, suffix: str) -> Path:
+    """The next free `<prefix>_00001_<suffix>` below the output folder; its folder is made."""
+    path = writable(fill_in(prefix))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    taken = [_number(file.name, path.name) for file in path.parent.glob("*" + suffix)]
+    return path.with_name(f"{path.name}_{max(taken, default=0) + 1:05}_{suffix}")
+
+
+def _number(file: str, stem: str) -> int:
+    """The number in `<stem>_00012_...`, 0 in any other name."""
+    digits = file.removeprefix(stem + "_").partition("_")[0] if file.startswith(stem + "_") else ""
+    return int(digits) if digits.isdecimal() else 0
+
+
+def fill_in(prefix: str) -> str:
+    """Replace %year%, %month%, %day%, %hour%, %minute% and %second%, as ComfyUI's own nodes do."""
+    for name, value in zip(
+        ("year", "month", "day", "hour", "minute", "second"), time.localtime(), strict=False
+    ):
+        prefix = prefix.replace(f"%{name}%", f"{value:02}")
+    return prefix
+
+
+def saved_states() -> list[str]:
+    """Saved states below the output and input folders, as '<relative path> [output]', newest first."""
+    found = []
+    for kind in ("output", "input"):
+        root = host.folder(kind)
+        files = [file for file in root.rglob("*" + STATE_SUFFIX) if is_state(file)]
+        found += [(file.stat().st_mtime, f"{file.relative_to(root).as_posix()} [{kind}]") for file in files]
+    return [name for _, name in sorted(found, reverse=True)]
+
+
+def is_state(file: Path) -> bool:
+    """Whether a safetensors file says in its header that it is a saved state."""
+    try:
+        with file.open("rb") as stream:
+            return FORMAT.encode() in stream.read(HEADER)
+    except OSError:
+        return False
+
+
+def state_path(name: str) -> Path:
+    """The file behind an entry of `saved_states`, or any path."""
+    for kind in ("output", "input"):
+        if name.endswith(f" [{kind}]"):
+            return host.folder(kind) / name.removesuffix(f" [{kind}]")
+    return Path(name)

@@ -1,0 +1,246 @@
+"""ComfyUI as the nodes see it. Only this module talks to it, and each function works without it too."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRPipeline, devices, to_pixels
+
+PREVIEW_SIDE = 512
+PREVIEW_SECONDS = 0.2
+TEXT_SECONDS = 1.0
+MODEL_KEY = "streamdiffvsr"
+
+
+def comfy(module: str) -> Any:
+    """A module of ComfyUI, or None where the pack runs without it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name and module.startswith(error.name):
+            return None
+        raise
+
+
+def management() -> Any:
+    """ComfyUI's memory management, or None."""
+    return comfy("comfy.model_management")
+
+
+REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
+
+
+@contextmanager
+def install_line() -> Iterator[None]:
+    """Where a package is missing, say how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None:
+            raise
+        raise ModuleNotFoundError(
+            f'the Python package {error.name!r} is missing: run python -m pip install -r "{REQUIREMENTS}" '
+            "with ComfyUI's Python, and restart ComfyUI"
+        ) from error
+
+
+# Devices
+
+
+def device_names() -> list[str]:
+    """'auto' and the devices that ComfyUI may use."""
+    mm = management()
+    if mm is None:
+        found = devices.available()
+        return ["auto", "cpu", *(["cuda"] if "cuda:0" in found else []), *found[:-1]]
+    main = mm.get_torch_device()
+    if main.type == "cuda":
+        return ["auto", "cpu", "cuda", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return ["auto", "cpu"] + ([main.type] if main.type != "cpu" else [])
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is the one that ComfyUI was started with."""
+    mm = management()
+    if mm is None:
+        return devices.resolve_device(name)
+    if name not in device_names():
+        raise IncompatibleInputError(f"device as one of {', '.join(device_names())}", repr(name))
+    main = mm.get_torch_device()
+    return main if name in ("auto", main.type) else torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The number format of that name; 'auto' is float16 where ComfyUI would use it, else float32."""
+    mm = management()
+    if mm is None or name != "auto":
+        return devices.resolve_dtype(name, device)
+    return torch.float16 if mm.should_use_fp16(device) else torch.float32
+
+
+def intermediate_device() -> torch.device:
+    """Where outputs of nodes are kept."""
+    mm = management()
+    return mm.intermediate_device() if mm else torch.device("cpu")
+
+
+# Memory
+
+
+class ManagedPlacement:
+    """Networks that ComfyUI loads before a stage runs, and may unload between two."""
+
+    def __init__(self, patchers: Mapping[str, Any]) -> None:
+        self._patchers = dict(patchers)
+
+    def acquire(self, stage: str, activation_bytes: int) -> torch.device:
+        """Load what `stage` needs, making room for its activations; returns its device."""
+        patcher = self._patchers[stage]
+        management().load_models_gpu([patcher], memory_required=activation_bytes, force_full_load=True)
+        if any(weight.device.type != patcher.load_device.type for weight in patcher.model.parameters()):
+            patcher.model.to(patcher.load_device)
+            patcher.model.model_loaded_weight_memory = patcher.model_size()
+        return patcher.load_device
+
+
+def manage(pipe: StreamDiffVSRPipeline, device: torch.device) -> None:
+    """Hand the networks of `pipe`, which lie on the CPU, to ComfyUI's memory management."""
+    pipe.device = device
+    mm = management()
+    if mm is None:
+        for network in pipe.stages.values():
+            network.to(device)
+        return
+    # With little memory each stage comes and goes by itself; U-Net and ControlNet alternate in every step.
+    short = mm.vram_state in (mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
+    groups = [("flow",), ("unet", "controlnet"), ("vae",)] if short else [tuple(pipe.stages)]
+    patchers = {}
+    for names in groups:
+        patcher = _patcher({name: pipe.stages[name] for name in names}, device)
+        patchers |= dict.fromkeys(names, patcher)
+    pipe.placement = ManagedPlacement(patchers)
+
+
+def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:
+    """A patcher that moves plain networks as a whole: ComfyUI streams only layers of its own."""
+    from comfy.model_patcher import ModelPatcher
+
+    class WholePatcher(ModelPatcher):
+        def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
+            return super().partially_load(device_to, 1e32, *args, **kwargs)
+
+        def partially_unload(self, *args: Any, **kwargs: Any) -> int:
+            return 0  # then ComfyUI unloads the whole
+
+    # A container of our own, since a patcher sets attributes that diffusers' classes make read-only.
+    root = nn.Module()
+    for name, network in networks.items():
+        root.add_module(name, network)
+    offload = management().unet_offload_device() if device.type != "cpu" else torch.device("cpu")
+    return WholePatcher(root, load_device=device, offload_device=offload)
+
+
+# Progress and cancelling
+
+
+class Progress:
+    """The bar, the picture and the cancel button of the running node."""
+
+    def __init__(self, total: int, node_id: str | None = None) -> None:
+        self._utils = comfy("comfy.utils")
+        self._bar = self._utils.ProgressBar(total) if self._utils else None
+        self._node_id = node_id
+        self._total = total
+        self._next_picture = 0.0
+        self._next_text = 0.0
+
+    def check(self, *_: Any) -> None:
+        """Raise ComfyUI's interrupt if the user cancelled; takes what the engine's `on_step` gets."""
+        mm = management()
+        if mm:
+            mm.throw_exception_if_processing_interrupted()
+
+    def show(self, done: int, hq: Tensor | None = None) -> None:
+        """Move the bar, with a picture of the newest frame (1, 3, H, W) at most five times a second."""
+        if self._bar is None:
+            return
+        now, preview = time.monotonic(), None
+        if hq is not None and now >= self._next_picture:
+            preview = ("JPEG", picture(hq), PREVIEW_SIDE)
+            self._next_picture = now + PREVIEW_SECONDS
+        self._bar.update_absolute(done, self._total, preview)
+
+    def count(self, done: int, total: int) -> None:
+        """Move the bar to `done` of `total`, whatever its total was before."""
+        self._total = total
+        self.show(done)
+
+    def say(self, text: str) -> None:
+        """A line on the node, at most once a second."""
+        server, now = comfy("server"), time.monotonic()
+        instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+        if instance and self._node_id and now >= self._next_text:
+            instance.send_progress_text(text, self._node_id)
+            self._next_text = now + TEXT_SECONDS
+
+
+def picture(hq: Tensor) -> Any:
+    """A small Pillow image of a frame (1, 3, H, W) in model range."""
+    from PIL import Image
+
+    shrink = max(1.0, max(hq.shape[-2:]) / PREVIEW_SIDE)
+    size = [max(1, round(side / shrink)) for side in hq.shape[-2:]]
+    small = to_pixels(F.interpolate(hq, size=size, mode="area"))[0].movedim(0, -1)
+    return Image.fromarray((small * 255).round().to(torch.uint8).cpu().numpy())
+
+
+# Prompts
+
+
+def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> int | None:
+    """Which of VHS's meta-batches this node runs in, from 0; None where it hangs on no batch manager."""
+    seen, waiting = set(), [node_id]
+    while prompt and waiting:
+        current = waiting.pop()
+        node = prompt.get(current or "", {})
+        if current in seen or not node:
+            continue
+        seen.add(current)
+        if node.get("class_type") == "VHS_BatchManager":
+            return int(node["inputs"].get("requeue", 0))
+        links = [value for value in node.get("inputs", {}).values() if isinstance(value, list)]
+        waiting += [str(value[0]) for value in links if len(value) == 2]
+    return None
+
+
+# Files
+
+
+def folder(kind: str) -> Path:
+    """ComfyUI's 'output', 'temp' or 'input' folder; below the working folder where there is no ComfyUI."""
+    paths = comfy("folder_paths")
+    return Path(getattr(paths, f"get_{kind}_directory")()) if paths else Path.cwd() / kind
+
+
+def model_folders() -> list[Path]:
+    """Where ComfyUI's user may keep checkpoints; downloads go to the first.
+
+    Every path registered for the key StreamDiffVSR, in any spelling, then the usual places.
+    """
+    paths = comfy("folder_paths")
+    if paths is None:
+        return []
+    known = paths.folder_names_and_paths
+    keys = [key for key in known if key.lower().replace("-", "").replace("_", "") == MODEL_KEY]
+    registered = [Path(path) for key in keys for path in paths.get_folder_paths(key)]
+    shared = [Path(path, "Stream-DiffVSR") for path in paths.get_folder_paths("diffusers")]
+    return [*registered, Path(paths.models_dir, "StreamDiffVSR"), *shared]

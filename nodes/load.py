@@ -1,0 +1,138 @@
+"""The node that loads a model."""
+
+# ruff: noqa: N802 (ComfyUI prescribes the names)
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+from weakref import WeakValueDictionary
+
+import torch
+
+from ..stream_diffvsr import StreamDiffVSRError, StreamDiffVSRPipeline, load_pipeline
+from ..stream_diffvsr.flow.estimators import FLOW_MODELS
+from ..stream_diffvsr.weights.check import problem
+from ..stream_diffvsr.weights.find import candidates, resolve
+from . import files, host
+from .sockets import CATEGORY, PIPE
+
+BUILT_IN = ("v1", "nano")
+
+
+class Loader:
+    """Loads a model, and leaves its place in memory to ComfyUI."""
+
+    DESCRIPTION = (
+        "Loads Stream-DiffVSR. v1 is the released model (downloaded if it is nowhere found), nano a small "
+        "one "
+        "that comes with this pack and runs on a CPU."
+    )
+    SEARCH_ALIASES: ClassVar = ["load stream diffvsr", "vsr model loader", "video upscale model"]
+    CATEGORY = CATEGORY
+    FUNCTION = "execute"
+    RETURN_TYPES = (PIPE,)
+    RETURN_NAMES = ("pipe",)
+    OUTPUT_TOOLTIPS = ("The model, for the pipe input of the other nodes.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model_version": (
+                    checkpoints(),
+                    {
+                        "default": "v1",
+                        "tooltip": "v1: the released weights. nano: the small bundled model. Then every "
+                        "complete "
+                        "folder found in the model folders.",
+                    },
+                ),
+                "device": (
+                    host.device_names(),
+                    {"default": "auto", "tooltip": "auto: the device that ComfyUI uses."},
+                ),
+                "dtype": (
+                    ["auto", "float16", "bfloat16", "float32"],
+                    {
+                        "default": "auto",
+                        "tooltip": "Number format of the networks. auto: float16 where ComfyUI would use "
+                        "it, else "
+                        "float32. Frames, motion and the state are float32 always.",
+                    },
+                ),
+            },
+            "optional": {
+                "flow_model": (
+                    ["auto", *FLOW_MODELS],
+                    {
+                        "default": "auto",
+                        "tooltip": "How motion between frames is estimated. auto: what the model was "
+                        "trained with. "
+                        "none: no guidance by the frame before, so it flickers.",
+                    },
+                ),
+            },
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, model_version: str, **_: Any) -> str:
+        return source_identity(model_version)
+
+    def execute(
+        self, model_version: str, device: str, dtype: str, flow_model: str = "auto"
+    ) -> tuple[StreamDiffVSRPipeline]:
+        place = host.resolve_device(device)
+        return (shared_pipe(model_version, place, host.resolve_dtype(dtype, place), flow_model),)
+
+
+def checkpoints() -> list[str]:
+    """What the node offers: the two known models, then every complete folder by name."""
+    found = [name for name, path in candidates(host.model_folders()) if is_complete(path, identity(path))]
+    return list(dict.fromkeys([*BUILT_IN, *found]))
+
+
+@lru_cache(maxsize=64)
+def is_complete(folder: Path, files_identity: str) -> bool:
+    """Whether a folder is a whole checkpoint, looked into again only when its files change."""
+    return problem(folder) is None
+
+
+def identity(folder: Path) -> str:
+    """A short text that changes with the files of a checkpoint folder."""
+    parts = sorted(files.identity(path) for path in folder.glob("*/*"))
+    return hashlib.sha256("\n".join([str(folder), *parts]).encode()).hexdigest()[:16]
+
+
+def source_identity(source: str) -> str:
+    """The same for a source by name; a fixed word while it is not on this machine."""
+    try:
+        folder = resolve(source, host.model_folders())
+    except StreamDiffVSRError:
+        folder = None
+    return identity(folder) if folder else "missing"
+
+
+_open: WeakValueDictionary[tuple[Any, ...], StreamDiffVSRPipeline] = WeakValueDictionary()
+"""Pipes in use, so that two loaders with equal settings hold one."""
+
+
+def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str) -> StreamDiffVSRPipeline:
+    """A pipe with these settings: the one that is in use, or a new one."""
+    settings = (source, device, dtype, flow)
+    pipe = _open.get((source_identity(source), *settings))
+    if pipe is None:
+        progress = host.Progress(1)
+        with host.install_line():
+            pipe = load_pipeline(
+                source,
+                device="cpu",
+                dtype=dtype,
+                flow=flow,
+                extra_folders=host.model_folders(),
+                on_progress=progress.count,
+            )
+        host.manage(pipe, device)
+        _open[(source_identity(source), *settings)] = pipe  # asked again: it may just have been downloaded
+    return pipe

@@ -1,0 +1,206 @@
+"""Settings: everything that the working nodes have no widget for."""
+
+# ruff: noqa: N802 (ComfyUI prescribes the names)
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..stream_diffvsr import IncompatibleInputError, UpscaleOptions
+from .sockets import ADVANCED, SETTINGS, Widget
+
+CHECKPOINT_SPACING = "checkpoint"
+EXACT = "exact"
+
+ENGINE_WIDGETS: dict[str, Widget] = {
+    "guidance_scale": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            "min": 0.0,
+            "max": 20.0,
+            "step": 0.1,
+            "tooltip": "Classifier-free guidance. 1 or less: none, as the model was trained. Doubles the "
+            "time.",
+        },
+    ),
+    "prompt": (
+        "STRING",
+        {
+            "default": "",
+            "multiline": True,
+            "tooltip": "The model was trained with the empty prompt. Another one needs the text encoder.",
+        },
+    ),
+    "negative_prompt": (
+        "STRING",
+        {"default": "", "multiline": True, "tooltip": "Counts only with a guidance_scale above 1."},
+    ),
+    "controlnet_conditioning_scale": (
+        "FLOAT",
+        {
+            "default": 1.0,
+            "min": 0.0,
+            "max": 2.0,
+            "step": 0.05,
+            "tooltip": "How strongly the frame before guides this one. Lower: less ghosting, more flicker.",
+        },
+    ),
+    "control_guidance_start": (
+        "FLOAT",
+        {
+            "default": 0.0,
+            "min": 0.0,
+            "max": 1.0,
+            "step": 0.05,
+            "tooltip": "Share of the denoising steps after which that guidance begins.",
+        },
+    ),
+    "control_guidance_end": (
+        "FLOAT",
+        {
+            "default": 1.0,
+            "min": 0.0,
+            "max": 1.0,
+            "step": 0.05,
+            "tooltip": "Share of the denoising steps after which that guidance ends.",
+        },
+    ),
+    "use_tpm": (
+        "BOOLEAN",
+        {
+            "default": True,
+            "tooltip": "Whether the decoder sees the frame before (Temporal Processor Module). Off: more "
+            "flicker.",
+        },
+    ),
+    "flow_scale": (
+        [1.0, 0.5, 0.25],
+        {
+            "default": 1.0,
+            "tooltip": "Size at which motion is estimated, as a share of the output's. Below 1: faster, less "
+            "exact, and not what the model was trained with.",
+        },
+    ),
+    "memory_plan": (
+        ["auto", "whole", "banded", "tiled"],
+        {
+            "default": "auto",
+            "tooltip": "whole: nothing is split. banded: less memory, same picture. tiled: least memory, "
+            "U-Net in "
+            "tiles. auto picks what fits, and falls back when memory runs out.",
+        },
+    ),
+    "compile_mode": (
+        ["off", "auto", "max"],
+        {"default": "off", "tooltip": "torch.compile: the first frames take minutes, the others less time."},
+    ),
+}
+
+FILE_WIDGETS: dict[str, Widget] = {
+    "scene_cut": (
+        ["auto", "off"],
+        {
+            "default": "auto",
+            "tooltip": "auto: a new scene starts without memory of the one before. Acts in Upscale Video "
+            "only: "
+            "a batch of images is taken as one scene.",
+        },
+    ),
+    "scene_cut_threshold": (
+        "FLOAT",
+        {
+            "default": 27.0,
+            "min": 0.0,
+            "max": 255.0,
+            "step": 0.5,
+            "tooltip": "Mean HSV difference of two frames (0-255) from which on they are two scenes.",
+        },
+    ),
+    "codec": (
+        ["h264", "h265", "av1", "prores", "ffv1", "png"],
+        {"default": "h264", "tooltip": "Of the file that Upscale Video writes. ffv1 and png lose nothing."},
+    ),
+    "crf": (
+        "INT",
+        {
+            "default": 18,
+            "min": 0,
+            "max": 63,
+            "tooltip": "Quality of that file: lower is better and larger. h264 and h265: 0-51, av1: 0-63.",
+        },
+    ),
+    "pix_fmt": (
+        ["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le"],
+        {
+            "default": "auto",
+            "tooltip": "Pixel format of that file. auto: 4:2:0 at the bit depth of the source.",
+        },
+    ),
+}
+
+LAST_WIDGETS: dict[str, Widget] = {
+    "preset": (
+        [EXACT, "balanced", "fast"],
+        {
+            "default": "exact",
+            "tooltip": "exact: the reference's numbers. balanced and fast trade a little of them for speed.",
+        },
+    ),
+    "timestep_spacing": (
+        [CHECKPOINT_SPACING, "trailing", "leading"],
+        {
+            "default": CHECKPOINT_SPACING,
+            "tooltip": "Which noise levels the steps visit. checkpoint: as its scheduler file says, and "
+            "leading "
+            "where that says nothing. The paper trained with 999, 749, 499, 249, which is trailing.",
+        },
+    ),
+}
+
+WIDGETS = {**ENGINE_WIDGETS, **FILE_WIDGETS, **LAST_WIDGETS}
+"""In the order of the node, which never changes."""
+
+
+@dataclass(frozen=True)
+class SettingsValue:
+    """What travels on the settings socket; empty means all defaults."""
+
+    engine: dict[str, Any] = field(default_factory=dict)
+    """Fields of `UpscaleOptions`."""
+    file: dict[str, Any] = field(default_factory=dict)
+    """How Upscale Video reads and writes: the names of FILE_WIDGETS."""
+
+    def options(self, **own: Any) -> UpscaleOptions:
+        """The engine's options; what the node itself says wins."""
+        return UpscaleOptions(**{**self.engine, **own})
+
+
+class Settings:
+    """Collects settings for the other nodes."""
+
+    DESCRIPTION = (
+        "Further settings for the Stream-DiffVSR nodes. Defaults are the model's own; most need none."
+    )
+    SEARCH_ALIASES: ClassVar = ["stream diffvsr options", "video upscale settings", "upscaler settings"]
+    CATEGORY = ADVANCED
+    FUNCTION = "execute"
+    RETURN_TYPES = (SETTINGS,)
+    RETURN_NAMES = ("settings",)
+    OUTPUT_TOOLTIPS = ("For the settings input of Upscale, Upscale Video and Process Frame.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"optional": WIDGETS}
+
+    def execute(self, **values: Any) -> tuple[SettingsValue]:
+        values = {name: values.get(name, spec["default"]) for name, (_, spec) in WIDGETS.items()}
+        if values["preset"] != EXACT:
+            raise IncompatibleInputError("preset exact (the only one so far)", repr(values["preset"]))
+        spacing = values["timestep_spacing"]
+        engine = {name: values[name] for name in ENGINE_WIDGETS}
+        engine |= {
+            "flow_scale": float(values["flow_scale"]),
+            "timestep_spacing": None if spacing == CHECKPOINT_SPACING else spacing,
+        }
+        return (SettingsValue(engine, {name: values[name] for name in FILE_WIDGETS}),)

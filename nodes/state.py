@@ -1,0 +1,182 @@
+"""States as sockets: made from pictures, looked into, saved and loaded."""
+
+# ruff: noqa: N802 (ComfyUI prescribes the names)
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRState
+from ..stream_diffvsr.tensors import SCALE
+from . import files, layout
+from .sockets import ADVANCED, STATE, STATE_OUT
+
+BLACK_SIDE = 8
+"""An empty state shows a black picture of this side."""
+
+
+class CreateState:
+    """An empty state, or one that continues from a given upscaled frame."""
+
+    DESCRIPTION = (
+        "A state to start from: empty, or as if initial_frame had just been upscaled, so that the next frame "
+        "follows it."
+    )
+    SEARCH_ALIASES: ClassVar = ["start sequence", "reset state", "new video upscale state"]
+    CATEGORY = ADVANCED
+    FUNCTION = "execute"
+    RETURN_TYPES = (STATE,)
+    RETURN_NAMES = ("state",)
+    OUTPUT_TOOLTIPS = ("frame_index is 1 with initial_frame, else 0.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        frame = "An upscaled frame that the next one shall follow; its sides are multiples of 4."
+        lq = (
+            "The same frame before upscaling, a quarter of the size. Unlinked: initial_frame reduced by 4 "
+            "with "
+            "area averaging."
+        )
+        return {
+            "optional": {
+                "initial_frame": ("IMAGE", {"tooltip": frame}),
+                "initial_lq": ("IMAGE", {"tooltip": lq}),
+            }
+        }
+
+    def execute(
+        self, initial_frame: Tensor | None = None, initial_lq: Tensor | None = None
+    ) -> tuple[StreamDiffVSRState]:
+        if initial_frame is None and initial_lq is not None:
+            raise IncompatibleInputError("initial_frame together with initial_lq", "initial_lq alone")
+        if initial_frame is None:
+            return (StreamDiffVSRState(),)
+        hq = layout.to_model(one_picture(initial_frame, "initial_frame"))
+        lq = reduced(hq) if initial_lq is None else layout.to_model(one_picture(initial_lq, "initial_lq"))
+        return (StreamDiffVSRState(previous_hq=hq, previous_lq=lq, frame_index=1),)
+
+
+class ExtractState:
+    """What a state holds."""
+
+    DESCRIPTION = (
+        "Shows what a state holds: the last upscaled frame, how many frames were done, and its settings."
+    )
+    SEARCH_ALIASES: ClassVar = ["state info", "last frame", "inspect state"]
+    CATEGORY = ADVANCED
+    FUNCTION = "execute"
+    RETURN_TYPES = ("IMAGE", "INT", "BOOLEAN", "STRING")
+    RETURN_NAMES = ("previous_frame", "frame_index", "has_previous", "info")
+    OUTPUT_TOOLTIPS = (
+        "The last upscaled frame; on an empty state one black picture of 8x8.",
+        "How many frames of the video were done.",
+        "Whether there is a frame to continue from.",
+        "The same in words, with the model and the settings in force.",
+    )
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"state": (STATE, {"tooltip": "The state to look into."})}}
+
+    def execute(self, state: StreamDiffVSRState) -> tuple[Tensor, int, bool, str]:
+        if state.previous_hq is None:
+            frame = torch.zeros((1, BLACK_SIDE, BLACK_SIDE, layout.COLOURS))
+        else:
+            frame = layout.from_hq(state.previous_hq.cpu())
+        return frame, state.frame_index, state.has_previous, describe(state)
+
+
+class SaveState:
+    """Writes a state to a numbered file in the output folder."""
+
+    DESCRIPTION = (
+        "Saves a state to a numbered file in the output folder, to continue bit for bit another day."
+    )
+    SEARCH_ALIASES: ClassVar = ["save video state", "checkpoint state", "resume later"]
+    CATEGORY = ADVANCED
+    FUNCTION = "execute"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ("STRING",)
+    RETURN_NAMES = ("state_file",)
+    OUTPUT_TOOLTIPS = ("Path of the file.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        prefix = (
+            "Below the output folder; a number is appended. %year%, %month%, %day% and so on are filled in."
+        )
+        return {
+            "required": {
+                "state": (STATE, {"tooltip": "The state to save."}),
+                "filename_prefix": ("STRING", {"default": "stream_diffvsr/state", "tooltip": prefix}),
+            }
+        }
+
+    def execute(self, state: StreamDiffVSRState, filename_prefix: str) -> dict[str, Any]:
+        path = files.numbered(filename_prefix, files.STATE_SUFFIX)
+        state.save(path)
+        return {"ui": {"text": [str(path)]}, "result": (str(path),)}
+
+
+class LoadState:
+    """Reads a saved state."""
+
+    DESCRIPTION = "Loads a state that Save State wrote; Upscale then continues as if it had never stopped."
+    SEARCH_ALIASES: ClassVar = ["resume video upscale", "continue upscale", "restore state"]
+    CATEGORY = ADVANCED
+    FUNCTION = "execute"
+    RETURN_TYPES = (STATE,)
+    RETURN_NAMES = ("state",)
+    OUTPUT_TOOLTIPS = (STATE_OUT,)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        tooltip = (
+            "Saved states in the output and input folders, newest first; reload the page after saving one."
+        )
+        return {"required": {"state_file": (files.saved_states(), {"tooltip": tooltip})}}
+
+    @classmethod
+    def IS_CHANGED(cls, state_file: str) -> str:
+        return files.identity(files.state_path(state_file))
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, state_file: str) -> bool | str:
+        path = files.state_path(state_file)
+        return (
+            path.is_file()
+            or f"No saved state {path}: run Stream-DiffVSR Save State first, or choose another."
+        )
+
+    def execute(self, state_file: str) -> tuple[StreamDiffVSRState]:
+        return (StreamDiffVSRState.load(files.state_path(state_file)),)
+
+
+def one_picture(image: Tensor, name: str) -> Tensor:
+    """Refuse a batch; (1, H, W, 3 or 4) -> the same."""
+    layout.check_images(image)
+    if len(image) != 1:
+        raise IncompatibleInputError(f"one picture as {name}", f"a batch of {len(image)}")
+    return image
+
+
+def reduced(hq: Tensor) -> Tensor:
+    """(1, 3, 4h, 4w) -> (1, 3, h, w), the mean of each 4x4 square."""
+    height, width = hq.shape[-2:]
+    if height % SCALE or width % SCALE:
+        raise IncompatibleInputError(f"initial_frame with sides of multiples of {SCALE}", f"{width}x{height}")
+    return F.avg_pool2d(hq, SCALE)
+
+
+def describe(state: StreamDiffVSRState) -> str:
+    """A state in a few lines of text."""
+    if state.previous_lq is None:
+        frame = f"no previous frame: the picture is black, {BLACK_SIDE}x{BLACK_SIDE}"
+    else:
+        height, width = state.previous_lq.shape[-2:]
+        frame = f"previous frame {width}x{height}, upscaled {SCALE * width}x{SCALE * height}"
+    settings = [f"{key}: {value}" for key, value in sorted(state.metadata.items())]
+    return "\n".join([f"frames done: {state.frame_index}", frame, *settings])
