@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
-from . import upscale
+from . import doctor, download, upscale
 
-COMMANDS = {"upscale": upscale}
+COMMANDS = {"upscale": upscale, "doctor": doctor, "download": download}
 """Each module has a one-line docstring (its help), `add_arguments(parser)` and `run(args) -> int`."""
 
 

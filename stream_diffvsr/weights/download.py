@@ -86,20 +86,24 @@ def by_hand(target: Path, reason: str) -> ModelNotFoundError:
 
 
 def target_folder(extra_folders: Iterable[str | Path] = ()) -> Path:
-    """Where the released weights are to go: the first folder that can be written.
+    """The first of the `targets` that can be written; raises `ModelNotFoundError`."""
+    folders = targets(extra_folders)
+    target = next((target for target in folders if _can_bring_to(target)), None)
+    if target is None:
+        raise ModelNotFoundError(
+            "released weights (v1)", folders[-1], f"No models folder can be written; name one in {VARIABLE}."
+        )
+    return target
 
-    A folder that lacks only the text encoder and tokenizer is completed where it is.
+
+def targets(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
+    """Where the released weights are to go, best first.
+
+    A folder that lacks only the text encoder or tokenizer is completed where it is.
     """
     folders = list(extra_folders)
     nearly = [folder for folder in released(folders) if _lacks_text_only(folder)]
-    roots = [*registered(folders), user_models()]
-    targets = [*nearly, *(root / RELEASED for root in roots)]
-    target = next((target for target in targets if _can_bring_to(target)), None)
-    if target is None:
-        raise ModelNotFoundError(
-            "released weights (v1)", targets[-1], f"No models folder can be written; name one in {VARIABLE}."
-        )
-    return target
+    return [*nearly, *(root / RELEASED for root in [*registered(folders), user_models()])]
 
 
 def _lacks_text_only(folder: Path) -> bool:

@@ -1,0 +1,112 @@
+"""Say what is installed, which device and weights are used, and why other weights are not."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .. import __version__
+from ..devices import available, resolve_device, resolve_dtype
+from ..weights.check import problem
+from ..weights.download import targets
+from ..weights.find import NANO, Found, find_checkpoints, models_folders
+from ..weights.folders import user_cache
+from ..weights.hub import endpoint, offline
+from ..weights.raft import RAFT, find_raft, hub_file
+from ..weights.released import RELEASED, REPOSITORY
+
+PACKAGES = (
+    "torch", "torchvision", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub",
+    "einops", "numpy", "av", "Pillow", "tqdm", "opencv-python-headless", "opencv-python",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", nargs="*", type=Path, help="models folders to search first")
+
+
+def run(args: argparse.Namespace) -> int:
+    folders: list[Path] = args.folder
+    sections = {
+        "Packages": packages(),
+        "Devices": devices(),
+        "Weights": weights(folders),
+        "Flow": flow(folders),
+        "Folders": searched(folders),
+    }
+    print(f"stream-diffvsr {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    for title, lines in sections.items():
+        print(f"\n{title}")
+        for line in lines:
+            print(f"  {line}")
+    return 0 if problem(NANO) is None else 1
+
+
+def packages() -> Iterator[str]:
+    """Each package with its version."""
+    for name in PACKAGES:
+        try:
+            yield f"{name} {version(name)}"
+        except PackageNotFoundError:
+            yield f"{name} is not installed"
+
+
+def devices() -> Iterator[str]:
+    """Each device, and the number format that 'auto' means on it; the first is 'auto'."""
+    chosen = resolve_device("auto")
+    for name in available():
+        device = resolve_device(name)
+        dtype = str(resolve_dtype("auto", device)).removeprefix("torch.")
+        yield f"{name}: {dtype}{', used by auto' if device == chosen else ''}"
+
+
+def weights(folders: list[Path]) -> Iterator[str]:
+    """Every checkpoint that was found, and what its name then means."""
+    damage = problem(NANO)
+    yield f"nano: {NANO}, {f'is damaged: {damage}' if damage else 'bundled'}"
+    used: set[str] = set()
+    for found in find_checkpoints(folders):
+        yield f"{found.name}: {found.path}, {verdict(found, used)}"
+        used |= {found.name} if found.problem is None else set()
+    if RELEASED not in used:
+        yield missing(folders)
+
+
+def verdict(found: Found, used: set[str]) -> str:
+    """What becomes of a folder, given the names that earlier ones already have."""
+    if found.problem:
+        return f"does not count: {found.problem}"
+    return f"complete, but the one above is {found.name}" if found.name in used else "complete, will be used"
+
+
+def missing(folders: list[Path]) -> str:
+    """What will happen when the released weights are asked for."""
+    target = targets(folders)[0]
+    there = next(parent for parent in target.absolute().parents if parent.is_dir())
+    free = f"{shutil.disk_usage(there).free / 1e9:.1f} GB free"
+    how = "but HF_HUB_OFFLINE forbids it" if offline() else f"from {endpoint()}/{REPOSITORY}"
+    return f"{RELEASED}: not here; would be downloaded to {target} ({free}), {how}"
+
+
+def flow(folders: list[Path]) -> Iterator[str]:
+    """Where each flow estimator's weights are."""
+    for name in RAFT:
+        path = find_raft(name, models_folders(folders))
+        yield f"{name}: {path or f'not here; would be downloaded to {hub_file(name)}'}"
+    try:
+        import cv2
+
+        yield f"dis: OpenCV {cv2.__version__}"
+    except ImportError:
+        yield "dis: needs OpenCV (pip install opencv-python-headless)"
+
+
+def searched(folders: list[Path]) -> Iterator[str]:
+    """The folders that were searched, in order, and where small files are kept."""
+    for folder in models_folders(folders):
+        yield f"searched {folder}{'' if folder.is_dir() else ' (not there)'}"
+    yield f"cache {user_cache()}"

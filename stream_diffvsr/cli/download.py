@@ -1,0 +1,69 @@
+"""Download the released weights, or what is missing of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import ModelNotFoundError
+from ..weights.download import OnProgress, download
+from ..weights.find import models_folders, resolve
+from ..weights.raft import download_raft, find_raft
+from ..weights.released import RELEASED
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--folder", type=Path, help="models folder to use instead of the usual one")
+    parser.add_argument("--revision", help="branch, tag or commit of the published repository")
+
+
+def run(args: argparse.Namespace) -> int:
+    folders = [args.folder] if args.folder else []
+    try:
+        path = present(args.folder) or fetch(folders, args.revision)
+    except ModelNotFoundError as error:
+        from .main import fail
+
+        return fail(args, str(error), 1)
+    print(f"{RELEASED}: {path}")
+    print_flow([path, path.parent, *models_folders(folders)])
+    return 0
+
+
+def present(folder: Path | None) -> Path | None:
+    """The released weights where they are whole already; with a folder named, only those in it count."""
+    path = resolve(RELEASED, [folder] if folder else [])
+    inside = path and (folder is None or folder.resolve() in [path.resolve(), *path.resolve().parents])
+    return path if inside else None
+
+
+def fetch(folders: list[Path], revision: str | None) -> Path:
+    with bar() as on_progress:
+        return download(folders, revision=revision, on_progress=on_progress)
+
+
+def print_flow(folders: list[Path]) -> None:
+    """Bring RAFT's weights too, so that the model runs without a connection from now on."""
+    try:
+        print(f"raft_large: {find_raft('raft_large', folders) or download_raft('raft_large')}")
+    except ModelNotFoundError as error:
+        print(f"stream-diffvsr: {error}", file=sys.stderr)
+
+
+@contextmanager
+def bar() -> Iterator[OnProgress]:
+    """A progress bar in bytes, which begins where an earlier download ended."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc=RELEASED) as progress:
+
+        def show(done: int, total: int) -> None:
+            if progress.total != total and total:
+                progress.reset(total)
+                progress.initial = progress.n = done
+            progress.update(done - progress.n)
+
+        yield show
