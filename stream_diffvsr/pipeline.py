@@ -153,7 +153,7 @@ class StreamDiffVSRPipeline:
         state = state or StreamDiffVSRState()
         count, _, height, width = frames.shape
         hq = torch.empty((count, 3, SCALE * height, SCALE * width))
-        for index, result in enumerate(self.stream(frames.split(1), options, state, on_step)):
+        for index, result in enumerate(self.stream(frames.unsqueeze(1), options, state, on_step)):
             hq[index] = result.hq[0]
             state = result.state
         return hq, state
@@ -161,6 +161,8 @@ class StreamDiffVSRPipeline:
     def _accept(self, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions) -> StreamDiffVSRState:
         """Refuse a frame or a state that does not fit; say where the settings are not the state's."""
         check_frame(lq)
+        if options.flow_scale != 1 and not self.flow.any_size:
+            raise IncompatibleInputError("flow_scale 1 with a callable as flow", str(options.flow_scale))
         model = state.metadata.get("model", self.model)
         if model != self.model:
             raise IncompatibleInputError(f"a state of model {self.model}", f"one of model {model}")
