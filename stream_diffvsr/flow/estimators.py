@@ -112,7 +112,9 @@ class DisFlow(TileableFlow):
 
 
 class CallableFlow(FlowEstimator):
-    """Any function of (current, previous); what it returns is checked."""
+    """Any function of (current, previous) at the output's size; what it returns is checked."""
+
+    any_size = False
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()

@@ -42,10 +42,14 @@ class TemporalBlock(nn.Module):
     def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
         """(1, C, H, W) -> the same; `previous` is a pooled feature, (1, C, H/4, W/4)."""
         update = self.conv(x)
-        if previous is not None:
-            mixed = self.mix(F.avg_pool2d(update, POOL), previous)
-            update = update + TPM_STRENGTH * upsample_like(mixed, update)
-        return F.relu(update + x)
+        if previous is None:
+            return F.relu(update + x)
+        mixed = self.mix(F.avg_pool2d(update, POOL), previous)
+        return self.finish(x, update, upsample_like(mixed, update))
+
+    def finish(self, x: Tensor, update: Tensor, mixed: Tensor) -> Tensor:
+        """Add to the block's input its own update, and the TPM's at the same size."""
+        return F.relu(update + TPM_STRENGTH * mixed + x)
 
     def mix(self, current: Tensor, previous: Tensor) -> Tensor:
         """The TPM on two pooled features of one shape.
@@ -151,6 +155,9 @@ class TemporalAutoencoderTiny(nn.Module):
 
     def decode(self, latents: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
         """Latents (1, 4, h, w) -> (1, 3, 4h, 4w) in model range, unclamped."""
+        return self.decoder(self.bound(latents), features) * 2 - 1
+
+    def bound(self, latents: Tensor) -> Tensor:
+        """Latents as the decoder's layers take them: unscaled, and softly limited in size."""
         latents = latents / self.scaling_factor
-        bounded = torch.tanh(latents / self.latent_magnitude) * self.latent_magnitude
-        return self.decoder(bounded, features) * 2 - 1
+        return torch.tanh(latents / self.latent_magnitude) * self.latent_magnitude

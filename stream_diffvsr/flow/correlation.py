@@ -1,0 +1,152 @@
+"""RAFT's correlations, in memory that grows with the pixels and not with their square.
+
+RAFT asks, for each pixel of the current frame, how well it matches the pixels around one place in
+the previous frame, on four levels of detail. The usual way computes the match of every pixel with every
+other beforehand: 16 GiB for 2560x1440. Pooling and bilinear sampling are linear, so the same numbers
+come from pooled features, matched only where somebody asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 8
+"""Side of the squares of pixels that share one window where the flow is smooth; a power of 2."""
+
+SCRATCH = 2**24
+"""Numbers that one batch of windows may hold: 64 MiB of float32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Level:
+    """The previous frame's features at one level of detail."""
+
+    rows: Tensor
+    """(h * w + 1, C): one row per position, and a row of zeros for everything outside the picture."""
+    height: int
+    width: int
+
+    def index(self, y: Tensor, x: Tensor) -> Tensor:
+        """Row of each position."""
+        inside = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width)
+        return torch.where(inside, y * self.width + x, self.height * self.width)
+
+
+class LinearCorrelation:
+    """In place of torchvision's `CorrBlock`: the same two methods, the same numbers.
+
+    Neighbouring pixels look at nearly the same place, so a square of them shares one window of features,
+    and their matches are one small matrix product. A square whose places spread too far is cut
+    into four, down to single pixels.
+    """
+
+    def __init__(self, levels: int, radius: int) -> None:
+        self.levels = levels
+        self.side = 2 * radius + 1
+        self.radius = radius
+
+    def build_pyramid(self, fmap1: Tensor, fmap2: Tensor) -> None:
+        """Features (1, C, h, w) of the current and of the previous frame."""
+        _, channels, height, width = fmap1.shape
+        self.order, self.position = block_order(height, width, fmap1.device)
+        self.points = (fmap1 / channels**0.5).flatten(2)[0].T[self.order]
+        self.pyramid: list[Level] = []
+        for level in range(self.levels):
+            fmap2 = F.avg_pool2d(fmap2, 2) if level else fmap2
+            self.pyramid.append(Level(F.pad(fmap2.flatten(2)[0].T, (0, 0, 0, 1)), *fmap2.shape[-2:]))
+
+    def index_pyramid(self, centroids_coords: Tensor) -> Tensor:
+        """Places (1, 2, h, w) in the previous frame's features -> (1, levels * (2r + 1)^2, h, w)."""
+        places = centroids_coords[0].flatten(1).T[self.order]
+        found = [self._match(places / 2**number, level) for number, level in enumerate(self.pyramid)]
+        matches = torch.cat([level[self.position].T for level in found])
+        return matches.view(1, -1, *centroids_coords.shape[-2:])
+
+    def _match(self, places: Tensor, level: Level) -> Tensor:
+        """(P, 2) places, x first -> (P, (2r + 1)^2) matches at one level."""
+        corner = places.floor()
+        fraction = places - corner
+        # Farther outside than a window there are only zeros; the limit keeps whole numbers small.
+        size = torch.tensor([level.width, level.height], device=places.device)
+        corner = corner.clamp(min=-self.side).minimum(size + self.side).long() - self.radius
+        out = places.new_empty((len(places), self.side**2))
+        for pixels, chosen, window in self._squares(corner):
+            out.view(-1, pixels, self.side**2)[chosen] = self._match_squares(
+                self.points.view(-1, pixels, self.points.shape[-1])[chosen],
+                corner.view(-1, pixels, 2)[chosen],
+                fraction.view(-1, pixels, 1, 1, 2)[chosen],
+                window,
+                level,
+            )
+        return out
+
+    def _squares(self, corner: Tensor) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+        """Cut all pixels into squares that are looked up together.
+
+        Yields batches: pixels per square, numbers of the squares, width and height of their windows.
+        """
+        edge, numbers = BLOCK, torch.arange(len(corner) // BLOCK**2, device=corner.device)
+        while len(numbers):
+            squares = corner.view(-1, edge**2, 2)[numbers]
+            spread = squares.amax(1) - squares.amin(1)
+            together = (spread <= 2 * edge).all(1) | (edge == 1)
+            yield from self._batches(edge, numbers[together], spread[together] + self.side + 1)
+            cut = numbers[~together]
+            numbers = (4 * cut[:, None] + torch.arange(4, device=corner.device)).flatten()
+            edge //= 2
+
+    def _batches(
+        self, edge: int, numbers: Tensor, windows: Tensor
+    ) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
+        # Squares of like spread go together, so that few windows are larger than they need be.
+        by_size = windows.sum(1).argsort(stable=True)
+        largest = (2 * edge + self.side + 1) ** 2
+        per_square = largest * (self.points.shape[-1] + edge**2) + 3 * edge**2 * (self.side + 1) ** 2
+        for batch in by_size.split(max(1, SCRATCH // per_square)):
+            width, height = windows[batch].amax(0).tolist()
+            yield edge**2, numbers[batch], (width, height)
+
+    def _match_squares(
+        self, points: Tensor, corner: Tensor, fraction: Tensor, window: tuple[int, int], level: Level
+    ) -> Tensor:
+        """(n, k, C) points and (n, k, 2) corners of n squares of k pixels -> (n, k, (2r + 1)^2)."""
+        width, height = window
+        origin = corner.amin(1)
+        x = origin[:, None, None, 0] + torch.arange(width, device=corner.device)
+        y = origin[:, None, None, 1] + torch.arange(height, device=corner.device)[:, None]
+        features = level.rows[level.index(y, x).flatten(1)]
+        products = points @ features.transpose(1, 2)
+        shift = corner - origin[:, None]
+        steps = torch.arange(self.side + 1, device=corner.device)
+        wanted = (shift[..., 1, None, None] + steps[:, None]) * width + shift[..., 0, None, None] + steps
+        square = products.gather(2, wanted.flatten(2)).view(wanted.shape)
+        # RAFT numbers the samples column by column.
+        return bilinear(square, fraction).transpose(2, 3).flatten(2)
+
+
+def bilinear(square: Tensor, fraction: Tensor) -> Tensor:
+    """(..., m, m) values at whole positions -> (..., m - 1, m - 1) between them, x and y in `fraction`."""
+    rows = torch.lerp(square[..., :-1, :], square[..., 1:, :], fraction[..., 1])
+    return torch.lerp(rows[..., :-1], rows[..., 1:], fraction[..., 0])
+
+
+def block_order(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Number the pixels of a picture so that each square of `BLOCK`, and each quarter of it, is in one piece.
+
+    Returns which pixel stands at each place of that order, with the last rows and columns repeated up
+    to whole squares, and the place of each pixel.
+    """
+    y = torch.arange(-(-height // BLOCK) * BLOCK, device=device)[:, None]
+    x = torch.arange(-(-width // BLOCK) * BLOCK, device=device)
+    place = ((y // BLOCK) * (len(x) // BLOCK) + x // BLOCK) * BLOCK**2
+    for bit in range(BLOCK.bit_length() - 1):
+        place = place + (((y >> bit & 1) * 2 + (x >> bit & 1)) << 2 * bit)
+    pixel = y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
+    order = torch.empty_like(pixel.flatten())
+    order[place.flatten()] = pixel.flatten()
+    return order, place[:height, :width].flatten()

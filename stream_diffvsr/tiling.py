@@ -1,0 +1,104 @@
+"""Pictures in parts: bands of rows that change nothing, and overlapping tiles that are blended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some rows of a picture, and more around them that a stack of convolutions needs to see."""
+
+    rows: slice
+    """The band itself."""
+    seen: slice
+    """The band and its neighbourhood, cut off at the picture's border."""
+
+    def scaled(self, factor: int) -> Band:
+        """The same band of a picture `factor` times as high."""
+        rows, seen = self.rows, self.seen
+        return Band(
+            slice(rows.start * factor, rows.stop * factor), slice(seen.start * factor, seen.stop * factor)
+        )
+
+    def see(self, x: Tensor) -> Tensor:
+        """What the band sees of (1, C, H, W)."""
+        return x[..., self.seen, :]
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Keep the band's own rows of (1, C, seen, W)."""
+        return x[..., self.rows.start - self.seen.start : self.rows.stop - self.seen.start, :]
+
+
+def bands(height: int, rows: int, halo: int) -> list[Band]:
+    """Cut `height` rows into bands of `rows`, each with `halo` more to see above and below."""
+    return [
+        Band(
+            slice(start, min(start + rows, height)),
+            slice(max(start - halo, 0), min(start + rows + halo, height)),
+        )
+        for start in range(0, height, rows)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Tile:
+    """A rectangle of a picture and what it counts in the blend."""
+
+    rows: slice
+    columns: slice
+    weight: Tensor
+    """(height, width) float32; over all tiles the weights of a pixel sum to 1."""
+
+    def cut(self, x: Tensor) -> Tensor:
+        """This part of (B, C, H, W)."""
+        return x[..., self.rows, self.columns]
+
+
+def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -> list[Tile]:
+    """Cover a picture with tiles of at most `size`, row by row.
+
+    Neighbours share at least `overlap`; starts are multiples of `multiple`, and so must `size` be. Weights
+    rise linearly over what is shared and are never 0, at the picture's border neither.
+    """
+    rows, columns = (spans(length, size, overlap, multiple) for length in (height, width))
+    return [
+        Tile(down, across, down_weight[:, None] * across_weight)
+        for down, down_weight in zip(rows, feather(rows, height), strict=True)
+        for across, across_weight in zip(columns, feather(columns, width), strict=True)
+    ]
+
+
+def spans(length: int, size: int, overlap: int, multiple: int = 1) -> list[slice]:
+    """Cover 0..length with overlapping spans of at most `size`, starting at multiples of `multiple`."""
+    step = max((size - overlap) // multiple * multiple, multiple)
+    starts = [0]
+    while starts[-1] + size < length:
+        last = -(-(length - size) // multiple) * multiple
+        starts.append(min(starts[-1] + step, last))
+    return [slice(start, min(start + size, length)) for start in starts]
+
+
+def feather(parts: list[slice], length: int) -> list[Tensor]:
+    """Weight of each position in each span: positive everywhere, together 1."""
+    position = torch.arange(length) + 0.5
+    far = torch.full_like(position, length)
+    weights = torch.zeros(len(parts), length)
+    for index, part in enumerate(parts):
+        # Only edges inside the picture fade; where two spans meet, the distances to their ends share out.
+        before = position - part.start if index else far
+        behind = part.stop - position if index + 1 < len(parts) else far
+        weights[index, part] = torch.minimum(before, behind)[part]
+    weights = weights / weights.sum(0)
+    return [weight[part] for weight, part in zip(weights, parts, strict=True)]
+
+
+def blend(parts: Iterable[Tile], compute: Callable[[Tile], Tensor], out: Tensor) -> Tensor:
+    """Add the weighted result of each tile to `out`, which begins as zeros; returns it."""
+    for tile in parts:
+        tile.cut(out).add_(compute(tile) * tile.weight.to(out.device))
+    return out
