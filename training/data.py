@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 cv2.setNumThreads(1)
 
-# Only pictures that are CC0 or in the public domain; training/README.md names their sources.
+# Only pictures that are CC0, in the public domain or free of known restrictions; training/README.md names their sources.
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png",
     "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg", "rocket.jpg",
@@ -27,8 +27,13 @@ PHOTOGRAPHS = (
 WEIGHTS = {"astronaut.png": 4, "chelsea.png": 3, "coffee.png": 3, "rocket.jpg": 2, "camera.png": 2,
            "clock_motion.png": 0.5, "cell.png": 0.5, "retina.jpg": 0.5, "text.png": 0.5}  # fmt: skip
 
-FONTS = (cv2.FONT_HERSHEY_SIMPLEX, cv2.FONT_HERSHEY_COMPLEX, cv2.FONT_HERSHEY_DUPLEX, cv2.FONT_HERSHEY_TRIPLEX,
-         cv2.FONT_HERSHEY_SCRIPT_SIMPLEX)  # fmt: skip
+FONTS = (
+    cv2.FONT_HERSHEY_SIMPLEX,
+    cv2.FONT_HERSHEY_COMPLEX,
+    cv2.FONT_HERSHEY_DUPLEX,
+    cv2.FONT_HERSHEY_TRIPLEX,
+    cv2.FONT_HERSHEY_SCRIPT_SIMPLEX,
+)
 LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.,:;!?&%+-()  "))
 
 
@@ -110,7 +115,11 @@ def shape_mask(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def paint(
-    canvas: np.ndarray, mask: np.ndarray, rng: np.random.Generator, surfaces: list[np.ndarray], palette: np.ndarray
+    canvas: np.ndarray,
+    mask: np.ndarray,
+    rng: np.random.Generator,
+    surfaces: list[np.ndarray],
+    palette: np.ndarray,
 ) -> None:
     """One shape onto the canvas, touching only its bounding box."""
     x, y, width, height = cv2.boundingRect(mask)
@@ -173,7 +182,8 @@ def square(rng: np.random.Generator, picture: np.ndarray, size: int) -> np.ndarr
     top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
     piece = picture[top : top + side, left : left + side]
     if side != size:
-        piece = cv2.resize(piece, (size, size), interpolation=cv2.INTER_AREA if side > size else cv2.INTER_CUBIC)
+        method = cv2.INTER_AREA if side > size else cv2.INTER_CUBIC
+        piece = cv2.resize(piece, (size, size), interpolation=method)
     piece = np.rot90(piece, rng.integers(4))
     return piece[:, ::-1] if rng.random() < 0.5 else piece
 
@@ -185,7 +195,7 @@ def recolour(rng: np.random.Generator, pictures: np.ndarray) -> np.ndarray:
     values = values ** np.exp(rng.normal(0, 0.25))
     tint = np.exp(rng.normal(0, 0.08, 3)).astype(np.float32)
     values = (values - 0.5) * rng.uniform(0.6, 1.15) * tint + 0.5 + rng.uniform(-0.15, 0.15)
-    return np.clip(values, 0, 1)
+    return np.clip(values, 0, 1).astype(np.float32)
 
 
 def reduce(truth: Tensor, rng: np.random.Generator) -> Tensor:
@@ -221,7 +231,9 @@ def to_model(values: Tensor) -> Tensor:
     return values * 2 - 1
 
 
-def still_batch(pool: Pictures, rng: np.random.Generator, count: int, size: int, spoiled: float = 0.25) -> tuple[Tensor, Tensor]:
+def still_batch(
+    pool: Pictures, rng: np.random.Generator, count: int, size: int, spoiled: float = 0.25
+) -> tuple[Tensor, Tensor]:
     """-> (lq (N,3,s/4,s/4), truth (N,3,s,s)) in model range."""
     lqs, truths = [], []
     for _ in range(count):

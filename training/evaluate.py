@@ -6,19 +6,20 @@
 from __future__ import annotations
 
 import argparse
-import io
 from pathlib import Path
 
 import av
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
 from training.data import to_model
 from training.networks import Nano, scheduler
 from training.rollout import dis_flow, lq_up, true_warp, upscale
+from training.sequences import h264
 
 LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
 
@@ -46,17 +47,7 @@ def compressed(lq: Tensor, crf: int) -> Tensor:
     """The frames after H.264."""
     height, width = lq.shape[-2:]
     even = F.pad(lq, (0, width % 2, 0, height % 2), mode="replicate")
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=25, options={"crf": str(crf)})
-        stream.width, stream.height, stream.pix_fmt = even.shape[-1], even.shape[-2], "yuv420p"
-        for array in (even * 255).round().byte().permute(0, 2, 3, 1).numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
-        container.mux(stream.encode())
-    file.seek(0)
-    with av.open(file) as container:
-        arrays = [f.to_ndarray(format="rgb24") for f in container.decode(video=0)]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float()[..., :height, :width] / 255
+    return h264(even, crf, preset="medium")[..., :height, :width]
 
 
 def eight_bit(hq: Tensor) -> Tensor:
@@ -75,8 +66,6 @@ def psnr(result: Tensor, truth: Tensor) -> float:
 
 def lanczos(lq: Tensor) -> Tensor:
     arrays = (lq * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    from PIL import Image
-
     size = (lq.shape[-1] * 4, lq.shape[-2] * 4)
     big = [np.asarray(Image.fromarray(a).resize(size, Image.Resampling.LANCZOS)) for a in arrays]
     return torch.from_numpy(np.stack(big)).permute(0, 3, 1, 2).float() / 255
@@ -107,10 +96,12 @@ def sheet(pictures: list[Tensor], path: Path) -> None:
     """Details side by side, enlarged twice."""
     rows = []
     height, width = pictures[0].shape[-2:]
-    for top, left in ((height // 3, width // 3), (height // 2, width // 2)):
-        cut = [p[:, top : top + 128, left : left + 128] for p in pictures]
+    side = min(128, height // 2)
+    for top, left in ((height // 4, width // 3), (height // 2, width // 2)):
+        cut = [p[:, top : top + side, left : left + side] for p in pictures]
         rows.append(np.hstack([(c.permute(1, 2, 0).numpy() * 255).astype(np.uint8) for c in cut]))
-    cv2.imwrite(str(path), cv2.resize(np.vstack(rows), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)[..., ::-1])
+    big = cv2.resize(np.vstack(rows), None, fx=2, fy=2, interpolation=cv2.INTER_NEAREST)
+    cv2.imwrite(str(path), big[..., ::-1])
 
 
 def main() -> None:
@@ -134,12 +125,14 @@ def main() -> None:
         values = [psnr(p, truth) for p in (ours, bicubic, lanczos(lq))]
         flicker = [warping_error(p, truth) for p in (ours, bicubic, truth)]
         gains.append(values[0] - max(values[1:]))
-        print(clip.stem, tuple(truth.shape), "ours/bicubic/lanczos %.2f %.2f %.2f" % tuple(values),
-              "gain %.2f" % gains[-1], "warp ours/bicubic/truth %.3f %.3f %.3f" % tuple(flicker), flush=True)  # fmt: skip
+        print(clip.stem, f"{truth.shape[-1]}x{truth.shape[-2]}",
+              "PSNR ours/bicubic/lanczos", *(f"{v:.2f}" for v in values), f"gain {gains[-1]:.2f}",
+              "warping error ours/bicubic/truth", *(f"{v:.3f}" for v in flicker), flush=True)  # fmt: skip
         if args.sheet:
             nearest = F.interpolate(lq[-1:], scale_factor=4)[0]
-            sheet([nearest, bicubic[-1], ours[-1], truth[-1]], args.sheet.with_name(f"{args.sheet.stem}-{clip.stem}.png"))
-    print("mean gain over the better of the two: %.3f" % (sum(gains) / len(gains)))
+            path = args.sheet.with_name(f"{args.sheet.stem}-{clip.stem}.png")
+            sheet([nearest, bicubic[-1], ours[-1], truth[-1]], path)
+    print(f"mean gain over the better of the two: {sum(gains) / len(gains):.3f}")
 
 
 if __name__ == "__main__":

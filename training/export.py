@@ -55,10 +55,10 @@ def prompt_key(prompt: str) -> str:
 
 def export(checkpoint: Path, folder: Path) -> None:
     model = load(checkpoint)
-    parts = {"unet": ("UNet2DConditionModel", UNET), "controlnet": ("ControlNetModel", CONTROLNET), "vae": ("", VAE)}
+    parts = {"unet": ("UNet2DConditionModel", UNET), "controlnet": ("ControlNetModel", CONTROLNET),
+             "vae": ("TemporalAutoencoderTiny", VAE)}  # fmt: skip
     for name, (kind, config) in parts.items():
-        header = {"_class_name": kind} if kind else {}
-        write_json(folder / name / "config.json", {**WRITTEN_FOR, **header, **config})
+        write_json(folder / name / "config.json", {"_class_name": kind, **WRITTEN_FOR, **config})
         write_weights(folder / name, getattr(model, name))
     write_json(folder / "scheduler" / "scheduler_config.json",
                {"_class_name": "DDIMScheduler", **WRITTEN_FOR, **SCHEDULER})  # fmt: skip

@@ -47,7 +47,6 @@ UNET = {
 CONTROLNET = {**SHARED, "conditioning_channels": 3, "conditioning_embedding_out_channels": (8, 16, 24)}
 
 VAE: dict[str, Any] = {
-    "_class_name": "TemporalAutoencoderTiny",
     "act_fn": "relu",
     "block_out_channels": [32, 32, 32],
     "decoder_block_out_channels": [32, 32, 32],
@@ -119,6 +118,7 @@ def start_unet(unet: UNet2DConditionModel) -> None:
 
     Each colour travels as a pair of channels of opposite sign: a pair has no mean that normalisation
     could take away, and silu(v) - silu(-v) = v exactly.
+    The noise is not looked at before training finds a use for the latents.
     """
     start_norms(unet)
     last = unet.up_blocks[-1].resnets[-1]
@@ -126,6 +126,7 @@ def start_unet(unet: UNet2DConditionModel) -> None:
         zeroed.zero_()
     unet.conv_out.weight.mul_(0.1)
     unet.conv_out.weight[:3].zero_()
+    unet.conv_in.weight[:, :4].zero_()
     for pair in range(6):
         colour, sign = pair // 2, 1.0 - 2.0 * (pair % 2)
         for line in (unet.conv_in.weight[pair], unet.conv_in.bias[pair], last.conv_shortcut.weight[pair],

@@ -50,26 +50,51 @@ def true_warp(previous: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     return F.grid_sample(previous, grid, padding_mode="border", align_corners=False), inside
 
 
-def denoise(model: Nano, schedule: DDIMScheduler, lq: Tensor, latents: Tensor, warped: Tensor | None) -> Tensor:
-    """All steps of `schedule`; `warped` None means a first frame, without ControlNet."""
+def predict(model: Nano, timestep: Tensor, lq: Tensor, latents: Tensor, warped: Tensor | None) -> Tensor:
+    """The clean latents, as the U-Net and its ControlNet see them from this step."""
     prompt = model.prompt.expand(len(lq), -1, -1)
-    for timestep in schedule.timesteps:
-        sample = torch.cat([latents, lq], 1)
-        down, middle = None, None
-        if warped is not None:
-            down, middle = model.controlnet(sample, timestep, prompt, warped, return_dict=False)
-        output = model.unet(
-            sample, timestep, prompt, down_block_additional_residuals=down,
-            mid_block_additional_residual=middle, return_dict=False,
-        )[0]  # fmt: skip
-        latents = schedule.step(output, timestep, latents, return_dict=False)[0]
-    return latents
+    sample = torch.cat([latents, lq], 1)
+    down, middle = None, None
+    if warped is not None:
+        down, middle = model.controlnet(sample, timestep, prompt, warped, return_dict=False)
+    return model.unet(
+        sample,
+        timestep,
+        prompt,
+        down_block_additional_residuals=down,
+        mid_block_additional_residual=middle,
+        return_dict=False,
+    )[0]
 
 
-def frame(model: Nano, schedule: DDIMScheduler, lq: Tensor, latents: Tensor, warped: Tensor | None) -> Tensor:
-    """One frame of each sequence: (N, 3, h, w) -> (N, 3, 4h, 4w), unclamped."""
+def denoise(
+    model: Nano,
+    schedule: DDIMScheduler,
+    lq: Tensor,
+    latents: Tensor,
+    warped: Tensor | None,
+    steps: int | None = None,
+    learning: int = 2,
+) -> Tensor:
+    """`warped` None means a first frame, without ControlNet.
+
+    After `steps` steps it stops and returns what the network then takes for the clean latents; after all
+    of them the scheduler's result is just that. Only the last `learning` steps have gradients: the
+    weights are the same in all, and which step is last varies.
+    """
+    timesteps, wanted = schedule.timesteps[:steps], torch.is_grad_enabled()
+    output = latents
+    for index, timestep in enumerate(timesteps):
+        with torch.set_grad_enabled(wanted and index >= len(timesteps) - learning):
+            output = predict(model, timestep, lq, latents, warped)
+            latents = schedule.step(output, timestep, latents, return_dict=False)[0]
+    return output
+
+
+def decode(model: Nano, latents: Tensor, warped: Tensor | None) -> Tensor:
+    """(N, 4, h, w) -> (N, 3, 4h, 4w), unclamped."""
     features = None if warped is None else model.vae.features(warped)
-    return model.vae.decode(denoise(model, schedule, lq, latents, warped), features)
+    return model.vae.decode(latents, features)
 
 
 def pad(picture: Tensor, multiple: int) -> Tensor:
@@ -78,7 +103,9 @@ def pad(picture: Tensor, multiple: int) -> Tensor:
 
 
 @torch.no_grad()
-def upscale(model: Nano, schedule: DDIMScheduler, frames: Tensor, *, guided: bool = True, seed: int = 0) -> Tensor:
+def upscale(
+    model: Nano, schedule: DDIMScheduler, frames: Tensor, *, guided: bool = True, seed: int = 0
+) -> Tensor:
     """One sequence of any size, as the engine does it; (T, 3, h, w) -> (T, 3, 4h, 4w)."""
     results: list[Tensor] = []
     for index in range(len(frames)):
@@ -91,5 +118,6 @@ def upscale(model: Nano, schedule: DDIMScheduler, frames: Tensor, *, guided: boo
         if guided and results:
             flow = dis_flow(lq_up(lq), lq_up(frames[index - 1 : index]))
             warped = pad(warp(results[-1], flow), 16)
-        results.append(frame(model, schedule, padded, latents, warped)[..., : 4 * height, : 4 * width])
+        hq = decode(model, denoise(model, schedule, padded, latents, warped), warped)
+        results.append(hq[..., : 4 * height, : 4 * width])
     return torch.cat(results)

@@ -3,6 +3,9 @@
     python -m training.train autoencoder --steps 4500
     python -m training.train temporal --steps 1200 --start training/runs/autoencoder.pt
     python -m training.export training/runs/temporal.pt
+
+Each of the `--workers` processes computes with one thread on its share of the batch: on a machine that does
+other work besides, threads that wait for one another at every layer would mostly wait.
 """
 
 from __future__ import annotations
@@ -20,25 +23,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, multiprocessing, nn
 
 from training.data import Pictures, still_batch
+from training.losses import fidelity
 from training.networks import Nano
+from training.sequences import sequence_batch
+from training.temporal import temporal_loss
 
 RUNS = Path(__file__).parent / "runs"
 LOG = Path(__file__).parent / "log.csv"
-LUMA = (0.299, 0.587, 0.114)
-
-
-def charbonnier(difference: Tensor) -> Tensor:
-    return (difference.square() + 1e-6).sqrt().mean()
-
-
-def fidelity(result: Tensor, truth: Tensor) -> Tensor:
-    """Charbonnier distance of colours and, once more, of luminance, which the eye weighs most."""
-    difference = result - truth
-    luma = (difference * difference.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1)
-    return charbonnier(difference) + charbonnier(luma)
 
 
 def ahead(make: Callable[[], Any], depth: int = 3) -> Iterator[Any]:
@@ -59,7 +53,7 @@ def plain_latents(lq: Tensor) -> Tensor:
     return torch.cat([lq, torch.zeros_like(lq[:, :1])], 1)
 
 
-def autoencoder_step(model: Nano, batch: tuple[Tensor, Tensor]) -> Tensor:
+def autoencoder_loss(model: Nano, batch: tuple[Tensor, Tensor]) -> Tensor:
     lq, truth = batch
     return fidelity(model.vae.decode(plain_latents(lq)), truth)
 
@@ -68,6 +62,16 @@ def average_into(average: nn.Module, model: nn.Module, decay: float) -> None:
     with torch.no_grad():
         for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
             slow.lerp_(fast, 1 - decay)
+
+
+def share_gradients(model: nn.Module) -> None:
+    """Average over the workers, in one message."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(flat)
+    pieces = (flat / distributed.get_world_size()).split([gradient.numel() for gradient in gradients])
+    for gradient, piece in zip(gradients, pieces, strict=True):
+        gradient.copy_(piece.view_as(gradient))
 
 
 class Run:
@@ -104,6 +108,7 @@ class Run:
             group["lr"] = self.rate_now()
         self.optimiser.zero_grad()
         loss.backward()
+        share_gradients(self.model)
         nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 0.5)
         self.optimiser.step()
         self.step += 1
@@ -113,7 +118,8 @@ class Run:
     def report(self) -> None:
         mean = sum(self.losses) / len(self.losses)
         self.losses.clear()
-        row = [self.name, self.step, f"{mean:.5f}", f"{self.rate_now():.2e}", f"{time.time() - self.started:.0f}"]
+        seconds = f"{time.time() - self.started:.0f}"
+        row = [self.name, self.step, f"{mean:.5f}", f"{self.rate_now():.2e}", seconds]
         print(*row, flush=True)
         with LOG.open("a", newline="") as file:
             csv.writer(file).writerow(row)
@@ -122,9 +128,10 @@ class Run:
 def fit(run: Run, batches: Iterator[Any], loss: Callable[[Nano, Any], Tensor]) -> None:
     while run.step < run.steps:
         run.update(loss(run.model, next(batches)))
-        if run.step % 100 == 0:
+        first = distributed.get_rank() == 0
+        if first and run.step % 50 == 0:
             run.report()
-        if run.step % 250 == 0 or run.step == run.steps:
+        if first and (run.step % 100 == 0 or run.step == run.steps):
             run.save()
 
 
@@ -134,28 +141,54 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--frames", type=int, default=3, help="length of the sequences of the temporal stage")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--scenes", type=int, default=150)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="checkpoint of the stage before")
     return parser.parse_args()
 
 
-def main() -> None:
-    args = arguments()
-    RUNS.mkdir(exist_ok=True)
+def start_from(model: Nano, checkpoint: Path) -> None:
+    """Take over what an earlier run has trained; the autoencoder's stage left the rest as it began."""
+    weights = torch.load(checkpoint, weights_only=True)["average"]
+    if checkpoint.stem == "autoencoder":
+        weights = {**model.state_dict(), **{k: v for k, v in weights.items() if k.startswith("vae.")}}
+    model.load_state_dict(weights)
+
+
+def work(rank: int, args: argparse.Namespace, pool: Pictures) -> None:
+    """One worker: the same weights everywhere, other data in each."""
+    meeting = f"file://{args.meeting}"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.workers)
     torch.manual_seed(args.seed)
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     model = Nano().to(memory_format=torch.channels_last)
     if args.start:
-        model.load_state_dict(torch.load(args.start, weights_only=True)["average"])
-    pool = Pictures(args.seed, args.scenes, RUNS / f"scenes-{args.seed}-{args.scenes}.npy")
+        start_from(model, args.start)
     run = Run(args.stage, model, args.steps, args.rate)
     run.resume()
-    rng = np.random.default_rng((args.seed, run.step))
+    torch.manual_seed(args.seed + 1000 * rank + run.step)
+    rng = np.random.default_rng((args.seed, run.step, rank))
+    count = args.batch // args.workers
     if args.stage == "autoencoder":
-        fit(run, ahead(lambda: still_batch(pool, rng, args.batch, args.size)), autoencoder_step)
+        fit(run, ahead(lambda: still_batch(pool, rng, count, args.size)), autoencoder_loss)
+    else:
+        # The same choices in all workers, so that none waits for one that does more steps.
+        choices = np.random.default_rng((args.seed, run.step))
+        batches = ahead(lambda: sequence_batch(pool, rng, count, args.frames, args.size))
+        fit(run, batches, lambda model, batch: temporal_loss(model, batch, choices))
+
+
+def main() -> None:
+    args = arguments()
+    RUNS.mkdir(exist_ok=True)
+    args.meeting = RUNS / f"{args.stage}.meeting"
+    args.meeting.unlink(missing_ok=True)
+    pool = Pictures(args.seed, args.scenes, RUNS / f"scenes-{args.seed}-{args.scenes}.npy")
+    multiprocessing.spawn(work, (args, pool), args.workers)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""Short sequences with known content: pictures that pan, turn and zoom, with things passing in front."""
+
+from __future__ import annotations
+
+import io
+
+import av
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+
+from training.data import Pictures, recolour, reduce, spoil, to_model
+
+OVERSAMPLE = 2
+
+
+def path(rng: np.random.Generator, frames: int) -> np.ndarray:
+    """Shift x, y (pixels of the result), turn (radians) and log zoom for each frame."""
+    speed = 0.0 if rng.random() < 0.2 else np.exp(rng.uniform(np.log(0.1), np.log(8)))
+    heading = rng.uniform(0, 2 * np.pi)
+    step = np.array([speed * np.cos(heading), speed * np.sin(heading), 0.0, 0.0])
+    if speed and rng.random() < 0.4:
+        step[2:] = rng.normal(0, 0.012), rng.normal(0, 0.012)
+    bend = rng.normal(0, 0.15, (frames, 4)) * np.array([speed, speed, *np.abs(step[2:])])
+    return np.cumsum(step + bend, 0)
+
+
+def placed(size: int, scale: float, start: np.ndarray, move: np.ndarray) -> np.ndarray:
+    """Affine map from a pixel of the (oversampled) frame to a pixel of the picture."""
+    turn, zoom = start[2] + move[2], scale / OVERSAMPLE * np.exp(move[3])
+    linear = zoom * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+    centre = np.full(2, size * OVERSAMPLE / 2)
+    offset = start[:2] + scale * move[:2] - linear @ centre
+    return np.concatenate([linear, offset[:, None]], 1)
+
+
+def layer(rng: np.random.Generator, picture: np.ndarray, frames: int, size: int) -> list[np.ndarray]:
+    """One picture under a moving camera, at OVERSAMPLE times `size`."""
+    height, width = picture.shape[:2]
+    scale = rng.uniform(1.0, max(1.05, min(2.2, min(height, width) / size)))
+    margin = min(size * scale * 0.75, min(height, width) / 2 - 1)
+    start = np.array([rng.uniform(margin, width - margin), rng.uniform(margin, height - margin),
+                      rng.choice(4) * np.pi / 2 + rng.normal(0, 0.2)])  # fmt: skip
+    side = (size * OVERSAMPLE, size * OVERSAMPLE)
+    flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
+    return [cv2.warpAffine(picture, placed(size, scale, start, move), side, flags=flags,
+                           borderMode=cv2.BORDER_REFLECT) for move in path(rng, frames)]  # fmt: skip
+
+
+def stencil(rng: np.random.Generator, size: int) -> np.ndarray:
+    """The outline of something that passes in front: (2 size, 2 size, 3) in 0..255."""
+    mask = np.zeros((2 * size, 2 * size, 3), np.uint8)
+    angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 12)))
+    reach = size * rng.uniform(0.15, 0.6) * rng.uniform(0.5, 1, len(angles))
+    points = size + np.stack([np.cos(angles) * reach, np.sin(angles) * reach], 1)
+    cv2.fillPoly(mask, [points.astype(np.int32)], (255, 255, 255), cv2.LINE_AA)
+    return mask
+
+
+def clip(pool: Pictures, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
+    """(T, size, size, 3) in 0..1."""
+    shown = layer(rng, pool.pick(rng), frames, size)
+    if rng.random() < 0.45:
+        front = layer(rng, pool.pick(rng), frames, size)
+        outline = stencil(rng, size)
+        start = np.array([rng.uniform(0.6, 1.4) * size, rng.uniform(0.6, 1.4) * size, 0.0])
+        side = (size * OVERSAMPLE, size * OVERSAMPLE)
+        for index, move in enumerate(path(rng, frames)):
+            mask = cv2.warpAffine(outline, placed(size, 1.0, start, move), side,
+                                  flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)  # fmt: skip
+            mixed = shown[index] + (front[index].astype(np.float32) - shown[index]) * (mask / np.float32(255))
+            shown[index] = mixed.astype(np.uint8)
+    if rng.random() < 0.06:
+        shown[frames // 2 :] = layer(rng, pool.pick(rng), frames, size)[frames // 2 :]
+    small = [cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA) for picture in shown]
+    return recolour(rng, np.stack(small))
+
+
+def h264(lq: Tensor, crf: int, preset: str = "veryfast") -> Tensor:
+    """(T, 3, h, w) in 0..1 with even sides, after H.264."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": str(crf), "preset": preset})
+        stream.width, stream.height, stream.pix_fmt = lq.shape[-1], lq.shape[-2], "yuv420p"
+        stream.thread_count = 1
+        for array in (lq.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).contiguous().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode())
+    file.seek(0)
+    with av.open(file) as container:
+        arrays = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+
+
+def sequence_batch(
+    pool: Pictures, rng: np.random.Generator, count: int, frames: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """-> (lq (T,N,3,s/4,s/4), truth (T,N,3,s,s)) in model range."""
+    lqs, truths = [], []
+    for _ in range(count):
+        truth = torch.from_numpy(clip(pool, rng, frames, size)).permute(0, 3, 1, 2).contiguous()
+        lq = reduce(truth, rng)
+        lq = h264(lq, int(rng.integers(20, 33))) if rng.random() < 0.2 else spoil(lq, rng, 0.15)
+        lqs.append(lq)
+        truths.append(truth)
+    return to_model(torch.stack(lqs, 1)), to_model(torch.stack(truths, 1))
