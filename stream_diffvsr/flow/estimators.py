@@ -31,6 +31,8 @@ class FlowEstimator(nn.Module):
     """Base of all estimators; a module also where it has no weights, so that each can be placed."""
 
     name = "none"
+    any_size = True
+    """Whether it may be asked at a lower size than the output's."""
     methods: tuple[str, ...] = ("whole",)
     """Ways to compute, the most memory first: 'whole', 'linear' (the same numbers) and 'tiled' (others)."""
 
