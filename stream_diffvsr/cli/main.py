@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
-from . import doctor, download, upscale
+from . import bench, demo, doctor, download, upscale
 
-COMMANDS = {"upscale": upscale, "doctor": doctor, "download": download}
+COMMANDS = {"upscale": upscale, "demo": demo, "doctor": doctor, "download": download, "bench": bench}
 """Each module has a one-line docstring (its help), `add_arguments(parser)` and `run(args) -> int`."""
 
 
@@ -30,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(args, str(error), 1)
     except StreamDiffVSRError as error:
         return fail(args, str(error), 2)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return fail(args, f"reading or writing failed: {reason or error}", 1)
     except Exception as error:
         return fail(args, f"{type(error).__name__}: {error}", 1)
 

@@ -14,6 +14,7 @@ from ..video.job import VideoJob
 from ..video.job import run as run_job
 from ..video.read import check_readable
 from .model import add_model_arguments, open_model
+from .progress import follow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,23 +50,9 @@ def run(args: argparse.Namespace) -> int:
         restart=args.restart,
     )
     with contextlib.closing(run_job(open_model(args), job)) as steps:
-        show(steps)
+        follow(steps)
     print(output)
     return 0
-
-
-def show(steps) -> None:
-    """Follow a job with a progress bar on stderr."""
-    from tqdm import tqdm
-
-    bar = None
-    for step in steps:
-        if bar is None:
-            bar = tqdm(total=step.total, initial=step.done - 1, unit="frame", dynamic_ncols=True)
-        bar.set_postfix_str(f"segment {step.segment + 1}", refresh=False)
-        bar.update()
-    if bar is not None:
-        bar.close()
 
 
 def default_output(source: Path) -> Path:
