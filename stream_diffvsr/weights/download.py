@@ -249,6 +249,7 @@ def _install(work: Path, target: Path, missing: list[RemoteFile]) -> None:
         if path.is_file() and path not in wanted:
             path.unlink()
     if not target.exists():
+        check(work)
         work.replace(target)
         return
     for file in missing:

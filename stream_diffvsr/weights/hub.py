@@ -15,8 +15,8 @@ from typing import Any
 
 from ..errors import StreamDiffVSRError
 
-CHUNK = 1 << 17
-"""Bytes between two looks at whether the download is to go on."""
+CHUNK = 1 << 16
+"""At most so many bytes come between two looks at whether the download is to go on."""
 
 TIMEOUT = 30.0
 """Seconds for the list of files."""
@@ -111,9 +111,10 @@ def open_stream(file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[by
 
 
 def _chunks(response: Any, what: str) -> Iterator[bytes]:
-    read = response.iter_bytes if hasattr(response, "iter_bytes") else response.iter_content
+    # httpx hands over what has come; requests fills a chunk first, and loses it when the connection breaks.
+    read = response.iter_bytes() if hasattr(response, "iter_bytes") else response.iter_content(CHUNK)
     with asking(what):
-        yield from read(CHUNK)
+        yield from read
 
 
 @contextmanager

@@ -1,0 +1,404 @@
+"""Downloading the released weights, over real HTTP, from a hub on loopback with all that goes wrong."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from stand_in_hub import StandInHub, cut_after, ignoring_range, one_bit, serving, status
+
+from stream_diffvsr import CheckpointError, ModelNotFoundError, find_checkpoints, load_pipeline
+from stream_diffvsr.weights import download as downloading
+from stream_diffvsr.weights.check import problem
+from stream_diffvsr.weights.download import download
+from stream_diffvsr.weights.hub import CHUNK
+from stream_diffvsr.weights.released import REPOSITORY
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+SIGNPOSTS = ("unet", "controlnet", "vae", "scheduler", "text_encoder", "tokenizer", REPOSITORY)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache, one for all tests, since working out the networks' shapes takes seconds."""
+    folder = tmp_path_factory.getbasetemp() / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def published(checkpoint: Path, tmp_path: Path) -> Path:
+    """The released layout, with what a repository holds besides."""
+    folder = tmp_path / "published"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("prompt_embeddings*"))
+    (folder / "README.md").write_text("# weights")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"the same again")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"and again")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "teaser.png").write_bytes(b"picture")
+    return folder
+
+
+@pytest.fixture
+def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    from huggingface_hub import constants
+
+    with serving(published, REPOSITORY) as hub:
+        # What HF_ENDPOINT sets when huggingface_hub is imported; the processes below use the variable.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's models folder, not there yet."""
+    from huggingface_hub import constants
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("STREAM_DIFFVSR_MODELS", raising=False)
+    monkeypatch.setattr(downloading, "PAUSE", 0.01)
+    monkeypatch.setattr(downloading, "INTERVAL", 0.01)
+    return tmp_path / "data" / "stream-diffvsr" / "models"
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def assert_same(folder: Path, published: Path) -> None:
+    for name in names(folder):
+        if not name.startswith("prompt_embeddings"):
+            assert (folder / name).read_bytes() == (published / name).read_bytes(), name
+
+
+def test_first_download(hub: StandInHub, home: Path, published: Path):
+    seen: list[tuple[int, int]] = []
+    folder = download(on_progress=lambda done, total: seen.append((done, total)))
+    assert folder == home / "v1"
+    assert problem(folder) is None
+    assert_same(folder, published)
+    extra = {"README.md", "assets/teaser.png", "unet/diffusion_pytorch_model.bin"}
+    extra |= {"unet/diffusion_pytorch_model.fp16.safetensors"}
+    assert set(names(published)) - set(names(folder)) == extra
+    assert [path.name for path in home.iterdir() if not path.name.startswith(".")] == ["v1"]
+    size = sum((folder / name).stat().st_size for name in names(folder))
+    assert seen[-1] == (size, size)
+    assert all(before <= after for (before, _), (after, _) in itertools.pairwise(seen))
+    assert len(hub.gets()) == len(names(folder)), "each file once"
+
+
+def test_loads_by_name_and_is_not_fetched_again(hub: StandInHub, home: Path):
+    pipe = load_pipeline("v1", device="cpu", flow="none")
+    assert pipe.prompts.folder == home / "v1"
+    asked = len(hub.requests)
+    assert load_pipeline("v1", device="cpu", flow="none").model == pipe.model
+    assert len(hub.requests) == asked
+    assert [(found.name, found.problem) for found in find_checkpoints()] == [("v1", None)]
+
+
+def test_goes_to_the_first_registered_folder(hub: StandInHub, home: Path, tmp_path: Path):
+    first, second = tmp_path / "models" / "StreamDiffVSR", tmp_path / "other"
+    assert download([first, second]) == first / "v1"
+    assert not home.exists()
+
+
+def test_skips_a_folder_that_cannot_be_written(hub: StandInHub, tmp_path: Path):
+    # Below a file nobody can make a folder, not even root.
+    (tmp_path / "file").write_text("")
+    assert download([tmp_path / "file" / "models", tmp_path / "other"]) == tmp_path / "other" / "v1"
+
+
+def test_resumes_within_one_call(hub: StandInHub, published: Path):
+    size = (published / UNET).stat().st_size
+    hub.fail(UNET, cut_after(size // 3), cut_after(size // 3))
+    folder = download()
+    assert_same(folder, published)
+    starts = [request.start for request in hub.gets(UNET)]
+    assert starts[0] == 0 < size // 3 - CHUNK <= starts[1] < starts[2]
+
+
+def test_resumes_after_being_cancelled(hub: StandInHub, home: Path, published: Path):
+    class CancelledError(Exception):
+        pass
+
+    def cancel(done: int, total: int) -> None:
+        if total and done > total // 2:
+            raise CancelledError
+
+    with pytest.raises(CancelledError):
+        download(on_progress=cancel)
+    assert not (home / "v1").exists()
+    assert find_checkpoints() == []
+    there = sum(path.stat().st_size for path in (home / "v1.partial").rglob("*") if path.is_file())
+    assert there > 0
+    first: list[int] = []
+    hub.requests.clear()
+    folder = download(on_progress=lambda done, total: first.append(done) if total else None)
+    assert_same(folder, published)
+    total = sum((folder / name).stat().st_size for name in names(folder) if "prompt_emb" not in name)
+    resumed = [request for request in hub.gets() if request.start]
+    assert len(hub.gets()) < len(names(folder))
+    assert resumed or first[0] == 0
+    assert max(first) == total
+
+
+def test_a_server_without_ranges_is_started_over(hub: StandInHub, published: Path):
+    hub.fail(UNET, cut_after(1000), ignoring_range)
+    assert_same(download(), published)
+
+
+def test_a_corrupted_byte_is_noticed_and_fetched_again(hub: StandInHub, published: Path):
+    hub.fail(UNET, one_bit)
+    assert_same(download(), published)
+    assert len(hub.gets(UNET)) == 2
+
+
+def test_a_file_that_stays_corrupted_is_named(hub: StandInHub, home: Path):
+    hub.fail(VAE, one_bit, one_bit)
+    with pytest.raises(ModelNotFoundError, match=r"vae/.*damaged twice"):
+        download()
+    assert not (home / "v1").exists()
+
+
+def test_a_corrupted_byte_on_the_disk_is_noticed_on_resuming(hub: StandInHub, home: Path, published: Path):
+    hub.fail(VAE, status(404))
+    with pytest.raises(ModelNotFoundError):
+        download()
+    kept = home / "v1.partial" / UNET
+    content = bytearray(kept.read_bytes())
+    content[len(content) // 2] ^= 1
+    kept.write_bytes(content)
+    assert_same(download(), published)
+
+
+@pytest.mark.parametrize("code", [500, 502, 503, 429, 408])
+def test_an_error_that_passes(hub: StandInHub, published: Path, code: int):
+    hub.fail(UNET, status(code))
+    hub.fail("revision/main", status(code))
+    assert_same(download(), published)
+
+
+@pytest.mark.parametrize(("code", "words"), [(404, "status 404"), (401, "HF_TOKEN"), (403, "HF_TOKEN")])
+def test_an_error_that_stays(hub: StandInHub, home: Path, code: int, words: str):
+    hub.fail("revision/main", status(code))
+    with pytest.raises(ModelNotFoundError, match=words) as caught:
+        download()
+    assert_manual(caught.value, home / "v1", hub.url)
+    assert len(hub.requests) == 1, "asking again would not help"
+
+
+def test_an_error_that_comes_again_and_again(hub: StandInHub, home: Path):
+    hub.fail(UNET, *[status(500)] * 20)
+    with pytest.raises(ModelNotFoundError, match="status 500") as caught:
+        download()
+    assert_manual(caught.value, home / "v1", hub.url)
+    assert len(hub.gets(UNET)) == downloading.ATTEMPTS
+
+
+def assert_manual(error: ModelNotFoundError, folder: Path, endpoint: str) -> None:
+    """One sentence that says what to fetch, from where, and where to put it."""
+    text = str(error)
+    assert all(word in text for word in (*SIGNPOSTS, str(folder), endpoint)), text
+    assert "\n" not in text
+    assert error.expected_path == folder
+
+
+def test_another_revision_that_is_not_there(hub: StandInHub):
+    with pytest.raises(ModelNotFoundError, match="no-such-branch"):
+        download(revision="no-such-branch")
+
+
+def test_revision_from_the_environment(hub: StandInHub, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("STREAM_DIFFVSR_REVISION", "named-by-variable")
+    with pytest.raises(ModelNotFoundError, match="named-by-variable"):
+        download()
+
+
+def test_a_token_is_sent_to_the_hub_and_to_nobody_else(hub: StandInHub, monkeypatch: pytest.MonkeyPatch):
+    hub.token = "hf_secret"
+    with pytest.raises(ModelNotFoundError, match="HF_TOKEN"):
+        download()
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.requests.clear()
+    download()
+    assert all(request.authorized for request in hub.requests if not request.path.startswith("/cdn/"))
+    assert not any(request.authorized for request in hub.requests if request.path.startswith("/cdn/"))
+
+
+def test_no_connection(home: Path, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    closed = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", closed)
+    with pytest.raises(ModelNotFoundError, match="connection") as caught:
+        load_pipeline("v1", device="cpu", flow="none")
+    assert_manual(caught.value, home / "v1", closed)
+
+
+def test_offline_asks_nobody(hub: StandInHub, home: Path, monkeypatch: pytest.MonkeyPatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE") as caught:
+        download()
+    assert_manual(caught.value, home / "v1", hub.url)
+    assert hub.requests == []
+
+
+def test_disk_space_is_looked_at_first(hub: StandInHub, monkeypatch: pytest.MonkeyPatch):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(ModelNotFoundError, match=r"GB free.*make room"):
+        download()
+    assert hub.gets() == []
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_disk_that_fills_up(hub: StandInHub, home: Path, published: Path):
+    part = home / "v1.partial" / (UNET + ".part")
+    part.parent.mkdir(parents=True)
+    part.symlink_to("/dev/full")
+    with pytest.raises(ModelNotFoundError, match="No space left"):
+        download()
+    assert not (home / "v1").exists()
+    part.unlink()
+    assert_same(download(), published)
+
+
+@pytest.mark.parametrize("keep_embedding", [True, False])
+def test_only_the_missing_parts_are_fetched(
+    hub: StandInHub, published: Path, home: Path, keep_embedding: bool
+):
+    folder = home / "v1"
+    load_pipeline("v1", device="cpu", flow="none")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / name)
+    if not keep_embedding:
+        (folder / "prompt_embeddings.safetensors").unlink()
+    hub.requests.clear()
+    load_pipeline("v1", device="cpu", flow="none")
+    fetched = {request.path.split("/")[5] for request in hub.gets()}
+    assert fetched == (set() if keep_embedding else {"text_encoder", "tokenizer"})
+
+
+def test_no_text_encoder_where_the_embedding_is(hub: StandInHub, home: Path):
+    folder = download()
+    load_pipeline(folder, device="cpu", flow="none")
+    for name in ("text_encoder", "tokenizer", "unet"):
+        shutil.rmtree(folder / name)
+    hub.requests.clear()
+    download()
+    assert {request.path.split("/")[5] for request in hub.gets()} == {"unet"}
+    assert problem(folder) is None
+
+
+def test_a_folder_copied_in_half_is_completed(hub: StandInHub, published: Path, tmp_path: Path):
+    folder = tmp_path / "models" / "v1"
+    shutil.copytree(published, folder)
+    content = (folder / UNET).read_bytes()
+    (folder / UNET).write_bytes(content[: len(content) // 2])
+    (folder / "notes.txt").write_text("mine")
+    assert download([folder.parent]) == folder
+    assert {request.path.rpartition("/resolve/")[2].partition("/")[2] for request in hub.gets()} == {UNET}
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert not (folder.parent / "v1.partial").exists()
+
+
+def test_a_mirror_that_lists_names_alone(hub: StandInHub, published: Path):
+    hub.sparse = True
+    hub.fail(UNET, one_bit)
+    assert_same(download(), published)
+    assert len(hub.gets(UNET)) == 2, "its etag is the digest"
+
+
+def test_sharded_weights_are_fetched_whole(hub: StandInHub, published: Path):
+    split(published / "unet")
+    folder = download()
+    assert [name for name in names(folder) if name.startswith("unet/")] == [
+        "unet/config.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+    ]
+
+
+def split(part: Path) -> None:
+    """A part's weights as two files and an index."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    for extra in part.glob("*.fp16.safetensors"):
+        extra.unlink()
+    path = part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    path.unlink()
+    keys, places = sorted(tensors), {}
+    for number, chosen in enumerate((keys[::2], keys[1::2]), start=1):
+        file = f"diffusion_pytorch_model-{number:05d}-of-00002.safetensors"
+        save_file({key: tensors[key] for key in chosen}, part / file)
+        places |= dict.fromkeys(chosen, file)
+    index = part / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_a_repository_with_another_model(hub: StandInHub, published: Path, home: Path):
+    shutil.copyfile(published / VAE, published / UNET)
+    with pytest.raises(CheckpointError, match="unet"):
+        download()
+    assert not (home / "v1").exists()
+
+
+COMMAND = "import sys; from stream_diffvsr.cli.main import main; sys.exit(main(['download']))"
+CALL = "from stream_diffvsr.weights.download import download; print(download())"
+
+
+def start(hub: StandInHub, home: Path, program: str, **variables: str) -> subprocess.Popen[str]:
+    data = home.parent.parent
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "XDG_DATA_HOME": str(data), **variables}
+    environment |= {"HF_HUB_CACHE": str(data / "hub"), "TORCH_HOME": str(data / "torch")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, **pipes)
+
+
+def test_two_processes_at_once(hub: StandInHub, home: Path, published: Path):
+    download([home.parent / "first"])  # the shapes are then known, so that the processes need no diffusers
+    hub.requests.clear()
+    processes = [start(hub, home, CALL) for _ in range(2)]
+    ends = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert all(str(home / "v1") in out for out, _ in ends)
+    assert_same(home / "v1", published)
+    assert len(hub.gets(UNET)) == 1, "the second waited for the first"
+
+
+def test_command(hub: StandInHub, home: Path, published: Path):
+    # Something under the name of flow weights, so that nobody asks for them outside.
+    (home / "flow").mkdir(parents=True)
+    (home / "flow" / "raft_large.safetensors").write_bytes(b"")
+    hub.fail(UNET, cut_after(1000))
+    process = start(hub, home, COMMAND)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert str(home / "v1") in out
+    assert "100%" in error and "B/s" in error
+    assert_same(home / "v1", published)
+
+
+def test_command_without_connection(hub: StandInHub, home: Path):
+    process = start(hub, home, COMMAND, HF_HUB_OFFLINE="1")
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "HF_HUB_OFFLINE" in error and str(home / "v1") in error and "Traceback" not in error
+    assert hub.requests == []
