@@ -10,10 +10,12 @@ from .load import Loader
 from .settings import Settings
 from .state import CreateState, ExtractState, LoadState, SaveState
 from .upscale import ProcessFrame, Upscale
+from .video import UpscaleVideo
 
 NODES = {
     "Loader": (Loader, "Loader"),
     "Upscale": (Upscale, "Upscale"),
+    "UpscaleVideo": (UpscaleVideo, "Upscale Video"),
     "ProcessFrame": (ProcessFrame, "Process Frame"),
     "CreateState": (CreateState, "Create State"),
     "ExtractState": (ExtractState, "Extract State"),

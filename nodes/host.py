@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRPipeline, devices, to_pixels
+from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRPipeline, devices
 
 PREVIEW_SIDE = 512
 PREVIEW_SECONDS = 0.2
@@ -163,19 +164,13 @@ class Progress:
         self._next_picture = 0.0
         self._next_text = 0.0
 
-    def check(self, *_: Any) -> None:
-        """Raise ComfyUI's interrupt if the user cancelled; takes what the engine's `on_step` gets."""
-        mm = management()
-        if mm:
-            mm.throw_exception_if_processing_interrupted()
-
-    def show(self, done: int, hq: Tensor | None = None) -> None:
-        """Move the bar, with a picture of the newest frame (1, 3, H, W) at most five times a second."""
+    def show(self, done: int, image: Tensor | None = None) -> None:
+        """Move the bar, with a picture of the newest frame (H, W, C) at most five times a second."""
         if self._bar is None:
             return
         now, preview = time.monotonic(), None
-        if hq is not None and now >= self._next_picture:
-            preview = ("JPEG", picture(hq), PREVIEW_SIDE)
+        if image is not None and now >= self._next_picture:
+            preview = ("JPEG", picture(image), PREVIEW_SIDE)
             self._next_picture = now + PREVIEW_SECONDS
         self._bar.update_absolute(done, self._total, preview)
 
@@ -193,13 +188,21 @@ class Progress:
             self._next_text = now + TEXT_SECONDS
 
 
-def picture(hq: Tensor) -> Any:
-    """A small Pillow image of a frame (1, 3, H, W) in model range."""
+def check_interrupt(*_: Any) -> None:
+    """Raise ComfyUI's interrupt if the user cancelled; takes what the engine's `on_step` gets."""
+    mm = management()
+    if mm:
+        mm.throw_exception_if_processing_interrupted()
+
+
+def picture(image: Tensor) -> Any:
+    """A small Pillow image of one picture (H, W, 3 or 4) in [0, 1]."""
     from PIL import Image
 
-    shrink = max(1.0, max(hq.shape[-2:]) / PREVIEW_SIDE)
-    size = [max(1, round(side / shrink)) for side in hq.shape[-2:]]
-    small = to_pixels(F.interpolate(hq, size=size, mode="area"))[0].movedim(0, -1)
+    colours = image[..., :3].movedim(-1, 0)[None]
+    shrink = max(1.0, max(colours.shape[-2:]) / PREVIEW_SIDE)
+    size = [max(1, round(side / shrink)) for side in colours.shape[-2:]]
+    small = F.interpolate(colours, size=size, mode="area")[0].movedim(0, -1)
     return Image.fromarray((small * 255).round().to(torch.uint8).cpu().numpy())
 
 
@@ -220,6 +223,48 @@ def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> 
         links = [value for value in node.get("inputs", {}).values() if isinstance(value, list)]
         waiting += [str(value[0]) for value in links if len(value) == 2]
     return None
+
+
+def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str]:
+    """The workflow as ComfyUI's own nodes write it into files; nothing where the user forbade that."""
+    arguments = getattr(comfy("comfy.cli_args"), "args", None)
+    if getattr(arguments, "disable_metadata", False):
+        return {}
+    content = {**({"prompt": prompt} if prompt else {}), **(extra or {})}
+    return {name: json.dumps(value) for name, value in content.items()}
+
+
+# Videos
+
+
+def is_file_video(video: Any) -> bool:
+    """Whether a VIDEO is what its stream source holds: a file, or the bytes of one, with no edits pending."""
+    implementations = comfy("comfy_api.input_impl")
+    known = implementations is None or isinstance(video, implementations.VideoFromFile)
+    return known and not getattr(video, "has_pending_frame_edits", bool)()
+
+
+def trim_window(video: Any) -> tuple[float, float]:
+    """Where a VIDEO is trimmed to, as start and length in seconds; length 0 means to the end."""
+    # Older ComfyUI versions cannot trim.
+    return getattr(video, "get_active_trim_window", lambda: (0.0, 0.0))()
+
+
+def video_file(path: Path) -> Any:
+    """A VIDEO that stands for a file; the path itself where there is no ComfyUI."""
+    implementations = comfy("comfy_api.input_impl")
+    return implementations.VideoFromFile(str(path)) if implementations else str(path)
+
+
+def shown_video(path: Path) -> dict[str, Any]:
+    """What makes the page show a video on the node; nothing where it lies outside ComfyUI's folders."""
+    for kind in ("output", "temp"):
+        if path.is_relative_to(folder(kind).resolve()):
+            inside = path.relative_to(folder(kind).resolve())
+            subfolder = "" if inside.parent == Path() else inside.parent.as_posix()
+            shown = {"filename": inside.name, "subfolder": subfolder, "type": kind}
+            return {"images": [shown], "animated": (True,), "text": [str(path)]}
+    return {"text": [str(path)]}
 
 
 # Files

@@ -172,9 +172,9 @@ def upscale(
     result = layout.empty_result(images, device)
     progress = host.Progress(len(images))
     state = state or StreamDiffVSRState()
-    for index, step in enumerate(pipe.stream(layout.lq_frames(images), options, state, progress.check)):
+    for index, step in enumerate(pipe.stream(layout.lq_frames(images), options, state, host.check_interrupt)):
         layout.put(result, index, step.hq, images[index])
-        progress.show(index + 1, step.hq)
+        progress.show(index + 1, result[index])
         state = step.state
     return result, state.to(device)
 

@@ -1,0 +1,265 @@
+"""The node that upscales a video file by file: any length, in constant memory."""
+
+# ruff: noqa: N802 (ComfyUI prescribes the names)
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRPipeline, VideoError
+from . import files, host
+from .settings import SettingsValue
+from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STEPS
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr.video.job import JobProgress, VideoJob
+
+READ_AHEAD = 4
+"""Frames decoded ahead where the node says 0."""
+SUFFIXES = {"prores": ".mov", "ffv1": ".mkv", "png": ".mkv"}
+"""Containers of the codecs that MP4 does not hold well."""
+WITH_QUALITY = ("h264", "h265", "av1")
+"""Codecs that take a crf."""
+LAST = -1
+INSTANT = Fraction(1, 1_000_000)
+"""Shorter than any frame, in seconds."""
+
+
+class UpscaleVideo:
+    """Upscales a file to a file."""
+
+    DESCRIPTION = (
+        "Upscales a whole video by 4, from file to file: any length in constant memory, with sound, timing "
+        "and "
+        "colours kept. A cancelled run leaves what is done as a playable file; queueing it again goes on "
+        "there."
+    )
+    SEARCH_ALIASES: ClassVar = [
+        "upscale long video",
+        "video file upscale",
+        "video super resolution",
+        "vsr video",
+    ]
+    CATEGORY = CATEGORY
+    FUNCTION = "execute"
+    OUTPUT_NODE = True
+    RETURN_TYPES = ("STRING", "VIDEO")
+    RETURN_NAMES = ("output_path", "video")
+    OUTPUT_TOOLTIPS = ("Path of the finished file.", "The finished file as a video, not loaded into memory.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {"pipe": PIPE_IN},
+            "optional": {
+                "video_path": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "A video file or a folder of pictures, anywhere; a relative path starts "
+                        "in the "
+                        "input folder. Leave empty if video is linked.",
+                    },
+                ),
+                "video": ("VIDEO", {"tooltip": "A video from Load Video, instead of video_path."}),
+                "output_path": (
+                    "STRING",
+                    {
+                        "default": "",
+                        "tooltip": "File to write, below the output folder; a number is added where it "
+                        "exists. "
+                        "Empty: stream_diffvsr/<name>_4x, numbered.",
+                    },
+                ),
+                "frames_per_batch": (
+                    "INT",
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 256,
+                        "tooltip": "Frames decoded ahead, 0 for automatic. Never changes pixels.",
+                    },
+                ),
+                "start_frame": (
+                    "INT",
+                    {"default": 0, "min": 0, "max": 2**31 - 1, "tooltip": "First frame to upscale, from 0."},
+                ),
+                "end_frame": (
+                    "INT",
+                    {
+                        "default": LAST,
+                        "min": LAST,
+                        "max": 2**31 - 1,
+                        "tooltip": "Last frame to upscale, included; -1 is the last one of the video.",
+                    },
+                ),
+                "num_inference_steps": STEPS,
+                "seed": SEED,
+                "settings": SETTINGS_IN,
+            },
+            "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, video_path: str | None = "", **_: Any) -> str:
+        return files.identity(source_path(video_path)) if video_path else ""
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, video_path: str | None = "", output_path: str | None = "") -> bool | str:
+        if video_path and not source_path(video_path).exists():
+            return f"No file {source_path(video_path)}: check video_path, or link video instead."
+        try:
+            files.writable(clean(output_path))
+        except IncompatibleInputError as error:
+            return str(error)
+        return True
+
+    def execute(
+        self,
+        pipe: StreamDiffVSRPipeline,
+        video_path: str = "",
+        video: Any = None,
+        output_path: str = "",
+        unique_id: str | None = None,
+        prompt: Mapping[str, Any] | None = None,
+        extra_pnginfo: Mapping[str, Any] | None = None,
+        settings: SettingsValue | None = None,
+        **widgets: Any,
+    ) -> dict[str, Any]:
+        with host.install_line():
+            job = plan(choose_source(video_path, video), settings or SettingsValue(), **widgets)
+            job = with_output(pipe, job, clean(output_path), host.workflow_metadata(prompt, extra_pnginfo))
+            do(pipe, job, unique_id)
+        return {"ui": host.shown_video(job.output), "result": (str(job.output), host.video_file(job.output))}
+
+
+def clean(text: str | None) -> str:
+    """A path as people paste it: without quotes and blanks around."""
+    return (text or "").strip().strip("\"'").strip()
+
+
+def source_path(video_path: str) -> Path:
+    """A path as given; a relative one starts in the input folder."""
+    return host.folder("input") / Path(clean(video_path)).expanduser()
+
+
+def choose_source(video_path: str, video: Any) -> tuple[Path, Fraction, Fraction | None]:
+    """The file to read, and the seconds from and to which it is trimmed (None: to its end)."""
+    given = bool(clean(video_path))
+    if given == (video is not None):
+        raise IncompatibleInputError("either video_path or video", "both" if given else "neither")
+    if given:
+        return source_path(video_path), Fraction(0), None
+    start, length = (Fraction(value) for value in host.trim_window(video))
+    return video_source(video), start, start + length - INSTANT if length else None
+
+
+def video_source(video: Any) -> Path:
+    """The file behind a VIDEO; one that lies in memory is written to the temp folder, as it is."""
+    if not host.is_file_video(video):
+        raise IncompatibleInputError(
+            "a video from a file, without edits but trimming",
+            f"{type(video).__name__} with frames in memory; link those to Stream-DiffVSR Upscale instead",
+        )
+    source = video.get_stream_source()
+    if isinstance(source, (str, Path)):
+        return Path(source)
+    content = source.getvalue()
+    path = host.folder("temp") / f"stream_diffvsr_{hashlib.sha256(content).hexdigest()[:16]}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def plan(
+    source: tuple[Path, Fraction, Fraction | None],
+    settings: SettingsValue,
+    frames_per_batch: int = 0,
+    start_frame: int = 0,
+    end_frame: int = LAST,
+    num_inference_steps: int = 4,
+    seed: int = 0,
+) -> VideoJob:
+    """What to do, without where to."""
+    from ..stream_diffvsr.video.job import VideoJob
+
+    path, start, end = source
+    trimmed = bool(start) or end is not None
+    if trimmed and (start_frame or end_frame != LAST):
+        raise IncompatibleInputError("a trimmed video or start_frame and end_frame", "both")
+    codec = settings.file.get("codec", "h264")
+    pix_fmt = settings.file.get("pix_fmt", "auto")
+    cut = settings.file.get("scene_cut", "auto")
+    return VideoJob(
+        source=path,
+        output=Path(SUFFIXES.get(codec, ".mp4")),
+        options=settings.options(num_inference_steps=num_inference_steps, seed=seed),
+        start=start if trimmed else start_frame,
+        end=end if trimmed or end_frame == LAST else end_frame,
+        codec=codec,
+        crf=settings.file.get("crf", 18) if codec in WITH_QUALITY else None,
+        pix_fmt=None if pix_fmt == "auto" else pix_fmt,
+        scene_cut=str(settings.file.get("scene_cut_threshold", 27.0)) if cut == "auto" else cut,
+        read_ahead=frames_per_batch or READ_AHEAD,
+    )
+
+
+def with_output(
+    pipe: StreamDiffVSRPipeline, job: VideoJob, output: str, metadata: Mapping[str, str]
+) -> VideoJob:
+    """The job with the first name that is free, or that the same job was cancelled under."""
+    from dataclasses import replace
+
+    suffix = job.output.name
+    base = files.writable(files.fill_in(output or f"stream_diffvsr/{job.source.stem}_4x"))
+    base.parent.mkdir(parents=True, exist_ok=True)
+    names = (base.with_name(f"{base.name}_{number:05}_{suffix}") for number in itertools.count(1))
+    if base.suffix:
+        numbered = (base.with_name(f"{base.stem}_{number:05}_{base.suffix}") for number in itertools.count(1))
+        names = itertools.chain([base], numbered)
+    jobs = (replace(job, output=name, metadata=metadata) for name in names)
+    return next(job for job in jobs if is_free(pipe, job))
+
+
+def is_free(pipe: StreamDiffVSRPipeline, job: VideoJob) -> bool:
+    """Whether nothing stands under the job's output, or what this same job left when it was cancelled."""
+    from ..stream_diffvsr.video import job as engine
+    from ..stream_diffvsr.video.journal import Journal, Workplace, continue_from
+    from ..stream_diffvsr.video.scenes import parse
+
+    work = Workplace(job.output)
+    try:
+        before = work.load()
+        if before is None:
+            return not job.output.exists() and not work.folder.exists()
+        encoding = engine.encoding_of(job, engine.open_job_source(job).info)
+        settings = engine.settings(pipe, job, parse(job.scene_cut), encoding)
+        continue_from(before, Journal(engine.identity(job.source), settings, {}), work.folder)
+    except VideoError:
+        return False
+    return True
+
+
+def do(pipe: StreamDiffVSRPipeline, job: VideoJob, node_id: str | None) -> None:
+    """Run a job with bar, picture and cancel button."""
+    from ..stream_diffvsr.video.job import run
+
+    progress = None
+    with contextlib.closing(run(pipe, job, on_step=host.check_interrupt)) as steps:
+        for step in steps:
+            progress = progress or host.Progress(step.total or 0, node_id)
+            progress.show(step.done, step.hq[0].movedim(0, -1))
+            progress.say(describe(step))
+
+
+def describe(step: JobProgress) -> str:
+    """'120 of 300 frames, 2.5 per second, 1:12 left'."""
+    total = f" of {step.total}" if step.total else ""
+    left = step.seconds_left
+    time = "" if left is None else f", {int(left) // 60}:{int(left) % 60:02} left"
+    return f"{step.done}{total} frames, {step.fps:.2f} per second{time}"
