@@ -26,14 +26,15 @@ PREFIXES = {TEXT_ENCODER: "text_model."}
 def build(part: Part) -> nn.Module:
     """The network that a part's configuration describes, without weights; raises `CheckpointError`."""
     try:
-        return empty(lambda: _construct(part.name, part.config))
+        return empty(lambda: from_config(part.name, part.config))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{part.config_path} describes no {part.name} that can be built ({error!r})."
         ) from error
 
 
-def _construct(name: str, config: dict[str, Any]) -> Any:
+def from_config(name: str, config: dict[str, Any]) -> Any:
+    """The network of that name in a checkpoint folder, with initial weights as its library sets them."""
     if name == "vae":
         return TemporalAutoencoderTiny(config)
     if name == TEXT_ENCODER:

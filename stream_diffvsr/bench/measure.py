@@ -1,0 +1,167 @@
+"""Times of frames and of the networks in them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..devices import synchronize
+from ..options import UpscaleOptions
+from ..pipeline import StreamDiffVSRPipeline
+from ..state import StreamDiffVSRState
+from ..tensors import upsample
+
+STAGES = {"flow": "flow", "controlnet": "control", "unet": "denoise", "vae": "decode"}
+"""Networks of a pipeline, and what their time is called; the remainder is `rest`."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """Medians over the measured frames; `stages` in milliseconds."""
+
+    width: int
+    height: int
+    frames: int
+    milliseconds: float
+    first_frame: float
+    """Milliseconds of the first frame, everything cold."""
+    stages: dict[str, float] = field(default_factory=dict)
+    peak_mb: float = 0.0
+    """Resident memory of the process on a CPU, the allocator's on CUDA; its highest so far."""
+    plain_ratio: float | None = None
+    """Median over interleaved pairs of plain time / time; None where the plain path was not run."""
+
+    @property
+    def fps(self) -> float:
+        return 1000 / self.milliseconds
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "fps": self.fps}
+
+
+class Clock:
+    """Adds up the time that is spent inside the networks of a pipeline."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spent: dict[str, float] = dict.fromkeys(STAGES.values(), 0.0)
+        self._depth = 0
+        self._since = 0.0
+
+    def now(self) -> float:
+        """Milliseconds, after the device has caught up."""
+        synchronize(self.device)
+        return time.perf_counter() * 1000
+
+    @contextmanager
+    def watching(self, pipe: StreamDiffVSRPipeline) -> Iterator[Clock]:
+        """Count what runs inside the pipeline's networks while the block lasts."""
+        handles = [handle for stage, network in pipe.stages.items() for handle in self._watch(stage, network)]
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, stage: str, network: nn.Module) -> Iterator[Any]:
+        # The autoencoder is not called as a whole, so that its parts are watched; the outermost call counts.
+        for part in network.modules() if stage == "vae" else (network, *network.children()):
+            yield part.register_forward_pre_hook(lambda *_: self._enter())
+            yield part.register_forward_hook(
+                lambda *_, name=STAGES[stage]: self._leave(name), always_call=True
+            )
+
+    def _enter(self) -> None:
+        if self._depth == 0:
+            self._since = self.now()
+        self._depth += 1
+
+    def _leave(self, name: str) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self.spent[name] += self.now() - self._since
+
+
+def moving_picture(count: int, height: int, width: int) -> list[Tensor]:
+    """A smooth random pattern that drifts, as LQ frames."""
+    generator = torch.Generator().manual_seed(0)
+    wide = upsample(torch.rand((1, 3, height // 4 + 2, width // 4 + count + 2), generator=generator) * 2 - 1)
+    return [wide[..., :height, index : index + width].clamp(-1, 1).contiguous() for index in range(count)]
+
+
+def measure(
+    pipe: StreamDiffVSRPipeline,
+    height: int,
+    width: int,
+    frames: int,
+    options: UpscaleOptions,
+    plain: StreamDiffVSRPipeline | None = None,
+    on_frame: Callable[[], None] = lambda: None,
+) -> Result:
+    """Upscale a moving picture: two frames to warm up, then `frames` that count.
+
+    With `plain`, each frame is upscaled by both, in turns that alternate, and their ratio is taken pair
+    by pair: so it holds although the machine's speed drifts.
+    """
+    lqs = moving_picture(frames + 2, height, width)
+    clock = Clock(pipe.device)
+    first, state = _time(clock, pipe, lqs[0], None, options)
+    on_frame()
+    times, ratios, stages = [], [], []
+    for index, lq in enumerate(lqs[1:]):
+        pair = [(pipe, False)] if plain is None else [(pipe, False), (plain, True)][:: 1 if index % 2 else -1]
+        spent = {}
+        for contender, is_plain in pair:
+            spent[is_plain], after = _time(clock, contender, lq, state, options)
+        if index:
+            times.append(spent[False])
+            ratios += [spent[True] / spent[False]] if plain else []
+            stages.append(_stages(clock, pipe, lq, state, options))
+        state = after
+        on_frame()
+    return Result(
+        width=width,
+        height=height,
+        frames=frames,
+        milliseconds=statistics.median(times),
+        first_frame=first,
+        stages={name: statistics.median(each[name] for each in stages) for name in stages[0]},
+        peak_mb=peak_memory(pipe.device),
+        plain_ratio=statistics.median(ratios) if ratios else None,
+    )
+
+
+def _time(
+    clock: Clock, pipe: StreamDiffVSRPipeline, lq: Tensor, state: Any, options: UpscaleOptions
+) -> tuple[float, StreamDiffVSRState]:
+    start = clock.now()
+    result = pipe.process_frame(lq, state, options)
+    return clock.now() - start, result.state
+
+
+def _stages(
+    clock: Clock, pipe: StreamDiffVSRPipeline, lq: Tensor, state: Any, options: UpscaleOptions
+) -> dict[str, float]:
+    """The same frame once more with the clock in its networks, which costs a little itself."""
+    clock.spent = dict.fromkeys(clock.spent, 0.0)
+    with clock.watching(pipe):
+        total, _ = _time(clock, pipe, lq, state, options)
+    return {**clock.spent, "rest": total - sum(clock.spent.values())}
+
+
+def peak_memory(device: torch.device) -> float:
+    """Highest use so far, in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows has no such count
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

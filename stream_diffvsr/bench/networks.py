@@ -1,0 +1,117 @@
+"""Pipelines to measure: any checkpoint, the released sizes with random weights, and the plain path."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..devices import resolve_device, resolve_dtype
+from ..flow import FlowEstimator, open_flow
+from ..models.build import from_config
+from ..models.control import Control, Residuals
+from ..pipeline import StreamDiffVSRPipeline
+from ..weights.open import load_pipeline
+
+RANDOM = "random"
+"""Name of the released architecture with random weights: their speed is that of the trained ones."""
+
+_SHARED = {
+    "block_out_channels": [256, 512, 512, 1024],
+    "cross_attention_dim": 1024,
+    "attention_head_dim": 8,
+    "only_cross_attention": [True, True, True, False],
+    "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 3],
+    "in_channels": 7,
+    "use_linear_projection": True,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "unet": {**_SHARED, "out_channels": 4, "up_block_types": [*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"]},
+    "controlnet": {**_SHARED, "conditioning_embedding_out_channels": [64, 128, 256]},
+    "vae": {
+        "latent_channels": 4,
+        "block_out_channels": [64, 64, 64],
+        "num_encoder_blocks": [1, 3, 3],
+        "num_decoder_blocks": [3, 3, 1],
+    },
+    "scheduler": {
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "scaled_linear",
+        "prediction_type": "v_prediction",
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "clip_sample": False,
+    },
+}
+"""The released networks as far as they are known (the SD x4 family's widths)."""
+
+
+class RandomPrompts:
+    """Stands where prompt embeddings are read from a folder."""
+
+    def get(self, prompt: str) -> Tensor:
+        generator = torch.Generator().manual_seed(len(prompt))
+        return torch.randn((1, 77, _SHARED["cross_attention_dim"]), generator=generator)
+
+
+def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
+    """The pipeline to measure."""
+    if model != RANDOM:
+        return load_pipeline(model, device=device, dtype=dtype, flow=flow)
+    chosen = resolve_device(device)
+    number = resolve_dtype(dtype, chosen)
+    torch.manual_seed(0)
+    nets = {
+        name: from_config(name, CONFIGS[name]).to(chosen, number).eval().requires_grad_(False)
+        for name in ("unet", "controlnet", "vae")
+    }
+    return StreamDiffVSRPipeline(
+        unet=nets["unet"],
+        control=Control(nets["controlnet"]),
+        vae=nets["vae"],
+        flow=_random_flow(flow).to(chosen),
+        prompts=RandomPrompts(),  # type: ignore[arg-type]
+        scheduler_config=CONFIGS["scheduler"],
+        device=chosen,
+        dtype=number,
+        model=RANDOM,
+    )
+
+
+def _random_flow(flow: str) -> FlowEstimator:
+    """RAFT with random weights costs what the trained one does, and needs no download."""
+    if flow not in ("auto", "raft_large", "raft_small"):
+        return open_flow(flow)
+    from torchvision.models import optical_flow
+
+    from ..flow import RaftFlow
+
+    name = "raft_large" if flow == "auto" else flow
+    return RaftFlow(getattr(optical_flow, name)(weights=None, progress=False), name)
+
+
+class PlainControl(Control):
+    """The ControlNet as the reference calls it: its picture is embedded anew in every step."""
+
+    def __init__(self, control: Control) -> None:
+        torch.nn.Module.__init__(self)
+        self.embedding, self.body = control.embedding, control.body
+
+    def embed(self, warped: Tensor) -> Tensor:
+        return warped
+
+    def forward(
+        self, x: Tensor, timestep: Tensor, prompt: Tensor, embedding: Tensor, scale: float
+    ) -> Residuals:
+        return super().forward(x, timestep, prompt, self.embedding(embedding), scale)
+
+
+def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
+    """The same networks, run the reference's way: nothing computed once that could be, nothing compiled."""
+    other = copy.copy(pipe)
+    other.stages = {**pipe.stages, "controlnet": PlainControl(pipe.control)}
+    return other

@@ -1,0 +1,98 @@
+"""Measure milliseconds per frame, stage by stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..errors import IncompatibleInputError
+from ..options import UpscaleOptions
+from ..pipeline import StreamDiffVSRPipeline
+from .model import add_model_arguments
+
+SIZE = "160x90"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--size", action="append", help=f"LQ WIDTHxHEIGHT, may be repeated (default {SIZE})")
+    parser.add_argument("--frames", type=int, default=8, help="frames that count (default 8)")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--plain", action="store_true", help="compare with the reference's way of computing")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..bench.measure import measure
+    from ..bench.networks import open_model, plain
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    sizes = [_size(text) for text in args.size or [SIZE]]
+    pipe = open_model(args.model, args.device, args.dtype, args.flow)
+    options = UpscaleOptions(num_inference_steps=args.steps)
+    results = []
+    for width, height in sizes:
+        print(f"measuring {width}x{height} ...", file=sys.stderr)
+        other = plain(pipe) if args.plain else None
+        results.append(measure(pipe, height, width, args.frames, options, other).to_json())
+    report = {**environment(pipe), "model": args.model, "results": results}
+    print(table(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise IncompatibleInputError("--size as WIDTHxHEIGHT, such as 320x180", repr(text))
+    return int(width), int(height)
+
+
+def environment(pipe: StreamDiffVSRPipeline) -> dict[str, str | int]:
+    """What the figures depend on."""
+    cuda = pipe.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(pipe.device)
+        if cuda
+        else platform.processor() or platform.machine(),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "flow": pipe.flow.name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def table(report: dict) -> str:
+    """Rows of milliseconds per frame, as Markdown."""
+    stages = list(report["results"][0]["stages"])
+    head = ["LQ size", "ms per frame", "fps", "first frame", *stages, "peak MB", "plain / ours"]
+    rows = [_row(result, stages) for result in report["results"]]
+    told = ", ".join(
+        f"{key} {report[key]}" for key in ("model", "device", "dtype", "flow", "threads", "torch")
+    )
+    return "\n".join([told, "", _line(head), _line(["---"] * len(head)), *map(_line, rows)])
+
+
+def _row(result: dict, stages: Sequence[str]) -> list[str]:
+    times = [result["milliseconds"], result["fps"], result["first_frame"], *map(result["stages"].get, stages)]
+    ratio = result["plain_ratio"]
+    return [
+        f"{result['width']}x{result['height']}",
+        *(f"{value:.1f}" for value in times),
+        f"{result['peak_mb']:.0f}",
+        f"{ratio:.3f}" if ratio else "",
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
