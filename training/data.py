@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 cv2.setNumThreads(1)
 
-# Only pictures that are CC0, in the public domain or free of known restrictions; training/README.md names their sources.
+# CC0, in the public domain or free of known restrictions; training/README.md names their sources.
 PHOTOGRAPHS = (
     "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "clock_motion.png", "coffee.png",
     "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg", "rocket.jpg",
