@@ -66,6 +66,7 @@ def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Part]:
         check_part(part, needed_shapes)
     require(folder / SCHEDULER_CONFIG, "scheduler")
     read_json(folder / SCHEDULER_CONFIG)
+    default_flow(folder)
     return parts
 
 
