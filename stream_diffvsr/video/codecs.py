@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -67,6 +68,11 @@ class Encoding:
     time_base: Fraction
     colour: Colour
     aspect: Fraction | None
+
+    @property
+    def segment_format(self) -> str:
+        """The container of segments, which keeps exact timestamps: MP4, but for ProRes, which it lacks."""
+        return "mov" if self.codec == "prores" else "mp4"
 
 
 def choose_encoding(
@@ -137,6 +143,8 @@ def output_colour(colour: Colour, codec: str, rgb: bool) -> Colour:
 def open_encoder(container: Any, encoding: Encoding) -> Any:
     """Add the encoder's stream to an open output container."""
     spec = CODECS[encoding.codec]
+    # SVT-AV1 writes pages to stderr unless told by this variable of its own that errors are enough.
+    os.environ.setdefault("SVT_LOG", "1")
     stream = container.add_stream(spec.encoder, rate=encoding.rate, options=dict(encoding.options))
     stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, encoding.pix_fmt
     context = stream.codec_context

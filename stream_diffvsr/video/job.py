@@ -48,6 +48,7 @@ from .read import (
     parse_position,
 )
 from .sizes import Sizes, enlarge, split_screen
+from .tracks import Window
 from .write import PictureSink, Sink, VideoSink, check_output, container_of
 
 log = logging.getLogger(__name__)
@@ -351,7 +352,7 @@ class _Run:
         writer.wait()
         (name, size, depth), *others = [sink.finish() for sink in self.sinks.values()]
         first, last = self.segment[0], self.segment[-1]
-        extras = {"compare": other[0] for other in others}
+        extras = {} if not others else {"compare": others[0][0]}
         end = last.time + (last.duration or self.step)
         return Part(name, len(self.segment), size, first.time, end, depth, extras)
 
@@ -377,21 +378,29 @@ class _Run:
         """Put the segments together and note in the journal how large the file is."""
         size = 0
         if self.encoding is not None:
-            whole = kind == "finished" and self.job.start == 0 and self.job.end is None
-            source = self.job.source if self.job.audio and isinstance(self.source, VideoSource) else None
             join(
                 self._joined,
                 container_of(self.job.output) or "",
-                self.work.folder,
+                [self.work.folder / part.name for part in parts],
                 parts,
                 self.encoding,
-                source=source,
+                source=self.job.source if self.job.audio and isinstance(self.source, VideoSource) else None,
                 metadata=self.job.metadata,
-                whole=whole,
+                window=self._window(parts, kind),
             )
             size = self._joined.stat().st_size
         self.journal = replace(self.journal, **{kind: size})
         self.work.save(self.journal)
+
+    def _window(self, parts: tuple[Part, ...], kind: str) -> Window:
+        """The time of the source that the parts cover; a job that starts later has its start at 0."""
+        base = self.source.info.time_base
+        low, high = parts[0].first * base, parts[-1].end * base
+        if kind == "finished" and self.job.end is None:
+            high = float("inf")
+        if self.job.start == 0:
+            return Window(high=float(high))
+        return Window(float(low), float(high), low)
 
     def _give_name(self) -> None:
         """The joined file becomes the output."""

@@ -111,8 +111,8 @@ class Workplace:
             if not try_lock(lock):
                 lock.seek(0)
                 raise VideoError(
-                    f"another run (process {lock.read().strip() or 'unknown'}) is writing this output: wait for "
-                    f"it, or choose another output; its work is in {self.folder}."
+                    f"another run (process {lock.read().strip() or 'unknown'}) is writing this output: wait "
+                    f"for it, or choose another output; its work is in {self.folder}."
                 )
             lock.truncate(0)
             lock.write(f"{os.getpid()}\n")
@@ -207,8 +207,8 @@ def continue_from(before: Journal, now: Journal, folder: Path) -> Journal:
     )
     if changed := differences(before, now):
         raise VideoError(
-            f"the unfinished work in {folder} was begun differently ({'; '.join(changed)}): run it with the same "
-            "source and settings, or start over with --restart."
+            f"the unfinished work in {folder} was begun differently ({'; '.join(changed)}): run it with the "
+            "same source and settings, or start over with --restart."
         )
     if before.versions != now.versions:
         log.warning("not an exact continuation: versions were %s, are %s", before.versions, now.versions)

@@ -20,32 +20,9 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
 
     Errors of the thread are raised here; closing the generator ends the thread before it returns.
     """
-    results: queue.Queue[Any] = queue.Queue(max(1, depth))
+    results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(max(1, depth))
     stop = threading.Event()
-
-    def offer(item: Any) -> bool:
-        while not stop.is_set():
-            try:
-                results.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
-
-    def work() -> None:
-        iterator = iter(items)
-        try:
-            for item in iterator:
-                if not offer((item, None)):
-                    return
-            offer((DONE, None))
-        except BaseException as error:
-            offer((DONE, error))
-        finally:
-            # Ends the decoder in the thread that runs it.
-            getattr(iterator, "close", lambda: None)()
-
-    thread = threading.Thread(target=work, name="stream-diffvsr read ahead", daemon=True)
+    thread = threading.Thread(target=_produce, args=(items, results, stop), name="read ahead", daemon=True)
     thread.start()
     try:
         while True:
@@ -58,6 +35,33 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     finally:
         stop.set()
         thread.join()
+
+
+def _produce(items: Iterable[Any], results: queue.Queue[Any], stop: threading.Event) -> None:
+    """Fill the queue until the items end or the consumer stops; the last entry says how it ended."""
+    iterator = iter(items)
+    try:
+        for item in iterator:
+            if not _offer(results, (item, None), stop):
+                return
+        _offer(results, (DONE, None), stop)
+    except BaseException as error:
+        _offer(results, (DONE, error), stop)
+    finally:
+        # Ends the decoder in the thread that runs it.
+        if isinstance(iterator, Generator):
+            iterator.close()
+
+
+def _offer(results: queue.Queue[Any], entry: Any, stop: threading.Event) -> bool:
+    """Wait for room in the queue; False when nobody wants it any more."""
+    while not stop.is_set():
+        try:
+            results.put(entry, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False
 
 
 class Background:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,6 @@ from .colour import planes_to_frame, rgb_to_planes
 from .journal import sync_folder
 from .pictures import Picture
 
-SEGMENT_FORMAT = "mov"
-"""Segments are QuickTime files: it holds every codec we write, and exact timestamps."""
-SEGMENT_SUFFIX = ".mov"
-
 
 class Segment:
     """One segment of a video file, encoded by an encoder of its own, so that it depends on nothing else."""
@@ -33,7 +30,7 @@ class Segment:
         self.order: list[int] = []
         self._part = path.with_name(f".{path.name}.part")
         self._file: IO[bytes] = self._part.open("wb+")
-        self._container = av.open(self._file, "w", format=SEGMENT_FORMAT)
+        self._container = av.open(self._file, "w", format=encoding.segment_format)
         self._stream = open_encoder(self._container, encoding)
 
     def add(self, planes: list[np.ndarray], time: int) -> None:
@@ -65,11 +62,9 @@ class Segment:
 
     def abort(self) -> None:
         """Leave nothing behind."""
-        try:
+        # It is thrown away: that it could not be finished either does not matter.
+        with contextlib.suppress(Exception):
             self._container.close()
-        except Exception:
-            # It is thrown away: that it could not be finished either does not matter.
-            pass
         self._file.close()
         self._part.unlink(missing_ok=True)
 
@@ -114,7 +109,9 @@ class VideoSink:
         self.segment: Segment | None = None
 
     def begin(self, number: int) -> None:
-        self.segment = Segment(self.folder / f"{self.name}-{number:06}{SEGMENT_SUFFIX}", self.encoding)
+        self.segment = Segment(
+            self.folder / f"{self.name}-{number:06}.{self.encoding.segment_format}", self.encoding
+        )
 
     def prepare(self, picture: Picture) -> list[np.ndarray]:
         """Planes; what is transparent becomes black."""
