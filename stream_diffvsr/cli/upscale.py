@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
+from fractions import Fraction
 from pathlib import Path
 
 from ..options import UpscaleOptions
@@ -22,21 +24,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, help="default: <name>_4x beside the input")
     add_model_arguments(parser)
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (4)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the noise; with the frame's index (0)")
     parser.add_argument("--state-in", type=Path, help="continue from a saved state")
     parser.add_argument("--state-out", type=Path, help="save the state after the last frame")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
     parser.add_argument("--restart", action="store_true", help="throw away unfinished work of an earlier run")
-    parser.add_argument("--start", default="0", help="first frame: 120, 12.5s or hh:mm:ss")
-    parser.add_argument("--end", help="last frame, included")
-    parser.add_argument("--codec", choices=CODECS, help="default: h264, in WebM av1")
-    parser.add_argument("--crf", type=int, help="quality, lower is better (h264: 18)")
+    add_input_arguments(parser.add_argument_group("what is read"))
+    add_size_arguments(parser.add_argument_group("size of the output (4x the input by default)"))
+    add_output_arguments(parser.add_argument_group("how it is written"))
+
+
+def add_input_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--start", default="0", help="first frame: 120, or a time as 12.5s or hh:mm:ss")
+    group.add_argument("--end", help="last frame, included")
+    group.add_argument("--stream", type=int, help="index of the video stream in the file (the largest)")
+    group.add_argument("--fps", type=Fraction, help="frames per second of a folder of images (25)")
+    group.add_argument(
+        "--scene-cut",
+        default="auto",
+        help="auto (default), off, a threshold of 255, or a CSV file of first frames",
+    )
+    group.add_argument("--cuts-out", type=Path, help="write the scenes that were found as CSV")
+
+
+def add_size_arguments(group: argparse._ArgumentGroup) -> None:
+    sizes = group.add_mutually_exclusive_group()
+    sizes.add_argument("--target", type=size, metavar="WxH", help="exactly this size")
+    sizes.add_argument("--short-edge", type=int, help="this many pixels on the shorter side")
+    sizes.add_argument("--scale", type=float, help="this multiple of the input's size")
+    group.add_argument(
+        "--pre-scale", type=float, default=1.0, help="shrink the input by this before the model (1)"
+    )
+
+
+def add_output_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--codec", choices=CODECS, help="default: h264, in WebM av1")
+    group.add_argument("--crf", type=int, help="quality, lower is better (h264 and h265 18, av1 24)")
+    group.add_argument("--pix-fmt", help="such as yuv420p10le; default: the source's depth at 4:2:0")
+    group.add_argument("--no-audio", action="store_true", help="leave sound and subtitles away")
+    group.add_argument("--segment", type=int, default=120, help="frames that a crash costs at most (120)")
+    group.add_argument("--compare", type=Path, help="also write a split-screen video: bicubic | ours")
+    group.add_argument("--preview", type=int, metavar="N", help="write a picture to look at every N frames")
+
+
+def size(text: str) -> tuple[int, int]:
+    """`1920x1080` -> width and height."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 1920x1080")
+    return int(match[1]), int(match[2])
 
 
 def run(args: argparse.Namespace) -> int:
     check_readable(args.input)
     output = args.output or default_output(args.input)
-    job = VideoJob(
+    job = make_job(args, output)
+    preview = output.absolute().with_name(f"{output.stem}_preview.jpg") if args.preview else None
+    with contextlib.closing(run_job(open_model(args), job)) as steps:
+        follow(steps, preview, args.preview or 0)
+    print(output)
+    return 0
+
+
+def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
+    """The job that the options describe."""
+    return VideoJob(
         source=args.input,
         output=output,
         options=UpscaleOptions(num_inference_steps=args.steps, seed=args.seed),
@@ -44,15 +96,23 @@ def run(args: argparse.Namespace) -> int:
         state_out=args.state_out,
         start=args.start,
         end=args.end,
+        stream=args.stream,
+        rate=args.fps,
+        pre_scale=args.pre_scale,
+        target=args.target,
+        short_edge=args.short_edge,
+        scale=args.scale,
         codec=args.codec,
         crf=args.crf,
+        pix_fmt=args.pix_fmt,
+        scene_cut=args.scene_cut,
+        cuts_out=args.cuts_out,
+        segment_frames=args.segment,
+        audio=not args.no_audio,
         overwrite=args.overwrite,
         restart=args.restart,
+        compare=args.compare,
     )
-    with contextlib.closing(run_job(open_model(args), job)) as steps:
-        follow(steps)
-    print(output)
-    return 0
 
 
 def default_output(source: Path) -> Path:

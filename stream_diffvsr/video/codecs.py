@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -11,6 +14,8 @@ from typing import Any
 from ..errors import VideoError
 from .colour import BT709, LAYOUTS, RGB, Colour
 from .read import SourceInfo
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,38 @@ def encoder_options(codec: str, crf: int | None, info: SourceInfo) -> dict[str, 
         raise VideoError(f"{codec} has no quality setting: leave --crf away.")
     if spec.crf is not None:
         options[spec.crf_name] = str(spec.crf if crf is None else crf)
+    for key, value in hdr_options(codec, info).items():
+        options[key] = f"{options[key]}:{value}" if key in options else value
     return options
+
+
+def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
+    """HDR10 data as the encoders take it: they write it into the stream itself."""
+    units = {"h265": ("x265-params", 50_000, 10_000, "master-display", "max-cll")}
+    units["av1"] = ("svtav1-params", 1, 1, "mastering-display", "content-light")
+    if not info.side_data:
+        return {}
+    if codec not in units:
+        log.warning("%s is written without the HDR10 data of the source: h265 and av1 hold it", codec)
+        return {}
+    key, chroma, light, display_name, level_name = units[codec]
+    found = []
+    if data := info.side_data.get("MASTERING_DISPLAY_METADATA"):
+        found.append(f"{display_name}={mastering_display(data, chroma, light)}")
+    if data := info.side_data.get("CONTENT_LIGHT_LEVEL"):
+        found.append("{}={},{}".format(level_name, *struct.unpack_from("=2I", data)))
+    return {key: ":".join(found)}
+
+
+def mastering_display(data: bytes, chroma: int, light: int) -> str:
+    """FFmpeg's structure, of rationals for R, G, B, white, darkest and brightest, as encoders write it."""
+    numbers = struct.unpack_from("=20i", data)
+    values = [Fraction(top, bottom or 1) for top, bottom in zip(numbers[::2], numbers[1::2], strict=True)]
+    red, green, blue, white = (values[i : i + 2] for i in range(0, 8, 2))
+    pairs = [(name, [v * chroma for v in pair]) for name, pair in zip("GBR", (green, blue, red), strict=True)]
+    pairs += [("WP", [v * chroma for v in white]), ("L", [values[9] * light, values[8] * light])]
+    number = round if chroma > 1 else float
+    return "".join(f"{name}({number(a)},{number(b)})" for name, (a, b) in pairs)
 
 
 def output_colour(colour: Colour, codec: str, rgb: bool) -> Colour:
@@ -138,6 +174,25 @@ def output_colour(colour: Colour, codec: str, rgb: bool) -> Colour:
         # ProRes has no way to say full range.
         return Colour(colour.matrix, False, colour.primaries, colour.transfer)
     return colour
+
+
+def check_encoder(encoding: Encoding, container: str) -> None:
+    """Raise `VideoError` where the container does not hold the codec, or the encoder does not open here."""
+    import av
+
+    spec = CODECS[encoding.codec]
+    try:
+        with av.open(io.BytesIO(), "w", format=container) as out:
+            context = open_encoder(out, encoding).codec_context
+            context.open()
+    except av.error.FFmpegError as error:
+        raise VideoError(
+            f"the encoder {spec.encoder} does not open here ({error.strerror}): choose another with --codec."
+        ) from error
+    except ValueError as error:
+        raise VideoError(
+            f"{encoding.codec} cannot be written to {container} ({error}): choose another --codec or suffix."
+        ) from error
 
 
 def open_encoder(container: Any, encoding: Encoding) -> Any:

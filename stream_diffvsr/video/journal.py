@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1
 LOCK = "lock"
-OURS = re.compile(r"journal\.json|(main|compare|joined|state)-?\d*\.\w+|\..*\.part")
+OURS = re.compile(r"journal\.json|(main|compare|joined|state)-\w+\.\w+|\..*\.part")
 """Names of the files that are written here, and may be deleted."""
 
 
@@ -40,8 +40,9 @@ class Part:
     """When its last frame ends, in the same ticks."""
     depth: int = 0
     """How many frames the encoder keeps back: decoding order against presentation order."""
-    extras: Mapping[str, str] = field(default_factory=dict)
-    """Files of other outputs of the same frames, by what they are."""
+    compare: str = ""
+    """File of the split-screen video's segment."""
+    compare_depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,12 @@ class Workplace:
     @contextmanager
     def locked(self) -> Iterator[Workplace]:
         """Hold the lock; the system lets go of it however the process ends. Raises `VideoError`."""
-        self.folder.mkdir(exist_ok=True)
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise VideoError(
+                f"{self.folder} cannot be made ({error.strerror}): choose another output."
+            ) from error
         lock = (self.folder / LOCK).open("a+")
         try:
             if not try_lock(lock):
@@ -170,7 +176,7 @@ class Workplace:
         """Delete what a killed run left half done."""
         known = {self.journal_file.name, journal.state}
         for part in journal.parts:
-            known |= {part.name, *part.extras.values()}
+            known |= {part.name, part.compare}
         for file in self._files():
             if file.name not in known:
                 file.unlink()

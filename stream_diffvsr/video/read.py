@@ -7,7 +7,6 @@ whole source and its timestamp. What was repaired on the way is counted in `note
 from __future__ import annotations
 
 import logging
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from torch import Tensor
 
 from ..errors import VideoError
 from . import pictures
-from .colour import BT601, BT709, FULL_RANGE, RGB, UNSPECIFIED, Colour, frame_to_rgb
+from .colour import BT709, FULL_RANGE, RGB, UNSPECIFIED, Colour, frame_to_rgb
+from .span import Span
 
 log = logging.getLogger(__name__)
 
@@ -67,31 +67,6 @@ class SourceFrame:
     """What a picture file takes along: its ICC profile, its resolution."""
 
 
-@dataclass(frozen=True)
-class Span:
-    """The frames that are wanted: an int is a frame's index, a Fraction seconds since the first frame."""
-
-    start: int | Fraction = 0
-    end: int | Fraction | None = None
-    """The last frame, included; None means to the end."""
-
-    def before(self, index: int, seconds: Fraction) -> bool:
-        """Whether a frame comes before the span."""
-        return (index if isinstance(self.start, int) else seconds) < self.start
-
-    def after(self, index: int, seconds: Fraction) -> bool:
-        """Whether a frame comes after the span."""
-        return self.end is not None and (index if isinstance(self.end, int) else seconds) > self.end
-
-    def count(self, frames: int | None, rate: Fraction) -> int | None:
-        """About how many frames it has, given those of the source."""
-        first = self.start if isinstance(self.start, int) else round(self.start * rate)
-        if self.end is None:
-            return None if frames is None else max(0, frames - first)
-        last = self.end if isinstance(self.end, int) else int(self.end * rate)
-        return max(0, min(last + 1, last + 1 if frames is None else frames) - first)
-
-
 class Source(Protocol):
     """What the job reads from."""
 
@@ -102,19 +77,6 @@ class Source(Protocol):
     def frames(self, span: Span) -> Iterator[SourceFrame]:
         """The frames of a span, in order."""
         ...
-
-
-def parse_position(text: str) -> int | Fraction:
-    """`120` is a frame, `12.5s` and `hh:mm:ss.fff` are times in seconds; raises `VideoError`."""
-    if text.isdecimal():
-        return int(text)
-    if match := re.fullmatch(r"(\d+(?:\.\d+)?)s", text):
-        return Fraction(match[1])
-    if match := re.fullmatch(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text):
-        return Fraction(match[3]) + 60 * int(match[2]) + 3600 * int(match[1] or 0)
-    raise VideoError(
-        f"{text!r} is no place in a video: give a frame as 120, or a time as 12.5s or 0:01:02.5."
-    )
 
 
 def open_source(path: Path, stream: int | None = None, rate: Fraction | None = None) -> Source:
@@ -376,6 +338,3 @@ def upright(x: Tensor, matrix: tuple[int, int, int, int] | None) -> Tensor:
         x, (a, d) = x.transpose(-1, -2), (c, b)
     mirrored = [axis for axis, sign in ((-1, a), (-2, d)) if sign < 0]
     return (x.flip(mirrored) if mirrored else x).contiguous()
-
-
-__all__ = ["BT601", "Source", "SourceFrame", "SourceInfo", "Span", "open_source", "parse_position"]

@@ -192,9 +192,9 @@ def copied_packets(original: Any, tracks: Mapping[int, Track], window: Window) -
     if not tracks:
         return
     for packet in original.demux([stream for stream in original.streams if stream.index in tracks]):
-        if packet.pts is None and packet.dts is None:
-            continue
         moment = packet.dts if packet.dts is not None else packet.pts
+        if moment is None:
+            continue
         seconds = float(moment * packet.time_base)
         if not window.holds(seconds):
             continue

@@ -163,13 +163,13 @@ class PictureSink:
         pass
 
 
-def check_output(output: Path) -> None:
-    """Raise `VideoError` where an output cannot be written."""
-    folder = output.parent
+def check_folder(path: Path) -> None:
+    """Raise `VideoError` where a file of this name cannot be written."""
+    folder = path.absolute().parent
     if not folder.is_dir():
         raise VideoError(f"the output folder {folder} does not exist: create it, or choose another.")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise VideoError(f"the output folder {folder} is read-only: choose another with -o.")
+        raise VideoError(f"the output folder {folder} is read-only: choose another.")
 
 
 def container_of(output: Path) -> str | None:

@@ -1,0 +1,47 @@
+"""Which frames of a source are wanted."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+
+from ..errors import VideoError
+
+
+@dataclass(frozen=True)
+class Span:
+    """The frames that are wanted: an int is a frame's index, a Fraction seconds since the first frame."""
+
+    start: int | Fraction = 0
+    end: int | Fraction | None = None
+    """The last frame, included; None means to the end."""
+
+    def before(self, index: int, seconds: Fraction) -> bool:
+        """Whether a frame comes before the span."""
+        return (index if isinstance(self.start, int) else seconds) < self.start
+
+    def after(self, index: int, seconds: Fraction) -> bool:
+        """Whether a frame comes after the span."""
+        return self.end is not None and (index if isinstance(self.end, int) else seconds) > self.end
+
+    def count(self, frames: int | None, rate: Fraction) -> int | None:
+        """About how many frames it has, given those of the source."""
+        first = self.start if isinstance(self.start, int) else round(self.start * rate)
+        if self.end is None:
+            return None if frames is None else max(0, frames - first)
+        last = self.end if isinstance(self.end, int) else int(self.end * rate)
+        return max(0, min(last + 1, last + 1 if frames is None else frames) - first)
+
+
+def parse_position(text: str) -> int | Fraction:
+    """`120` is a frame, `12.5s` and `hh:mm:ss.fff` are times in seconds; raises `VideoError`."""
+    if text.isdecimal():
+        return int(text)
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)s", text):
+        return Fraction(match[1])
+    if match := re.fullmatch(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text):
+        return Fraction(match[3]) + 60 * int(match[2]) + 3600 * int(match[1] or 0)
+    raise VideoError(
+        f"{text!r} is no place in a video: give a frame as 120, or a time as 12.5s or 0:01:02.5."
+    )
