@@ -15,6 +15,7 @@ from .errors import (
     VideoError,
     VRAMError,
 )
+from .memory import estimate_memory
 from .options import UpscaleOptions
 from .pipeline import FrameResult, StreamDiffVSRPipeline
 from .state import StreamDiffVSRState
@@ -35,6 +36,7 @@ __all__ = [
     "UpscaleOptions",
     "VRAMError",
     "VideoError",
+    "estimate_memory",
     "find_checkpoints",
     "from_pixels",
     "load_pipeline",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,14 @@ from torch import Tensor, nn
 
 from .models.control import Control
 from .options import UpscaleOptions
+from .tensors import SCALE
+from .tiling import Tile, tiles
 
 OnStep = Callable[[str, int, int], None]
 """Called as (stage, parts done, parts in all) between the parts of a frame; may raise to cancel."""
+
+UNET_MULTIPLE = 8
+"""Tiles of the latents begin where the U-Net's three halvings of the whole frame would sample, too."""
 
 
 def noise(seed: int, frame_index: int, height: int, width: int) -> Tensor:
@@ -58,6 +63,14 @@ class Schedule:
         return self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
 
 
+def latent_tiles(height: int, width: int, size: int | None, overlap: int) -> list[Tile]:
+    """Tiles of latents (., ., height, width), `size` and `overlap` in HQ pixels; no size: one tile of all."""
+    if size is None:
+        return tiles(height, width, max(height, width), 0)
+    side = max(size // SCALE // UNET_MULTIPLE, 1) * UNET_MULTIPLE
+    return tiles(height, width, side, -(-overlap // SCALE), UNET_MULTIPLE)
+
+
 @dataclass(frozen=True, eq=False)
 class Denoiser:
     """The networks and the conditions that stay the same over the steps of a frame."""
@@ -68,6 +81,8 @@ class Denoiser:
     """(1, 77, D), or (2, 77, D) with guidance: the negative prompt first."""
     schedule: Schedule
     options: UpscaleOptions
+    tiles: Sequence[Tile]
+    """Of the latents; one for the whole frame."""
 
     def __call__(self, latents: Tensor, lq: Tensor, embedding: Tensor | None, on_step: OnStep) -> Tensor:
         """Noise (1, 4, h, w) and LQ frame (1, 3, h, w) -> latents (1, 4, h, w), all float32.
@@ -75,12 +90,16 @@ class Denoiser:
         `embedding` is the ControlNet's of the warped frame; None without a previous frame.
         """
         scales = self.schedule.control_scales(self.options)
-        for index, ((number, timestep), scale) in enumerate(
-            zip(self.schedule.timesteps, scales, strict=True)
-        ):
-            prediction = self.predict(torch.cat([latents, lq], dim=1), timestep, embedding, scale)
+        done, total = 0, len(scales) * len(self.tiles)
+        for (number, timestep), scale in zip(self.schedule.timesteps, scales, strict=True):
+            x = torch.cat([latents, lq], dim=1)
+            prediction = torch.zeros_like(latents)
+            for tile in self.tiles:
+                part = None if embedding is None else tile.cut(embedding)
+                tile.add(self.predict(tile.cut(x), timestep, part, scale), prediction)
+                done += 1
+                on_step("denoise", done, total)
             latents = self.schedule.step(prediction, number, latents)
-            on_step("denoise", index + 1, len(scales))
         return latents
 
     def predict(self, x: Tensor, timestep: Tensor, embedding: Tensor | None, scale: float) -> Tensor:

@@ -8,28 +8,37 @@ noise(seed, frame index), lq ──► denoise: U-Net + ControlNet ──► lat
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .denoise import Denoiser, OnStep, Schedule, noise
-from .errors import IncompatibleInputError
+from .denoise import Denoiser, OnStep, Schedule, latent_tiles, noise
+from .errors import CheckpointError, IncompatibleInputError
 from .flow import FlowEstimator
+from .memory.choose import choose
+from .memory.estimate import Widths, estimate
+from .memory.fallback import memory_of, within_memory
+from .memory.plan import Plan, asked_for, fitting
+from .models import banded
 from .models.control import Control
+from .models.precision import in_float32, upcast_attention
 from .models.prompt import PromptEmbeddings
 from .models.temporal_vae import TemporalAutoencoderTiny
 from .options import UpscaleOptions
+from .placement import FixedPlacement, Placement
 from .state import StreamDiffVSRState
 from .tensors import SCALE, check_frame, check_shape, pad_to, padded_size
 from .warp import warp
 
 log = logging.getLogger(__name__)
+
+OVERFLOWED = "float32_since"
+"""In a state's metadata: the first frame that half precision could not hold."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,22 +50,21 @@ class FrameResult:
     state: StreamDiffVSRState
 
 
-class Placement(Protocol):
-    """Decides where a network runs; asked before each stage."""
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """One frame to upscale, and how."""
 
-    def acquire(self, stage: str, activation_bytes: int) -> torch.device:
-        """Bring the network of `stage` to a device with room for its activations; return the device."""
-        ...
-
-
-@dataclass(frozen=True)
-class FixedPlacement:
-    """Everything stays on one device."""
-
-    device: torch.device
-
-    def acquire(self, stage: str, activation_bytes: int) -> torch.device:
-        return self.device
+    lq: Tensor
+    state: StreamDiffVSRState
+    options: UpscaleOptions
+    plan: Plan
+    dtype: torch.dtype
+    """Of the networks."""
+    latents: Tensor | None
+    """Noise to begin with instead of the seeded one."""
+    flow: Tensor | None
+    """Given instead of an estimate."""
+    on_step: OnStep
 
 
 class StreamDiffVSRPipeline:
@@ -85,7 +93,9 @@ class StreamDiffVSRPipeline:
         self.device = device
         self.dtype = dtype
         self.model = model
-        self._prepared: dict[tuple[UpscaleOptions, torch.device], tuple[Schedule, Tensor]] = {}
+        self._widths = Widths.of(unet, control, vae, flow.name)
+        self._prepared: dict[tuple[UpscaleOptions, torch.device, torch.dtype], tuple[Schedule, Tensor]] = {}
+        upcast_attention(unet, control)
 
     @property
     def flow(self) -> FlowEstimator:
@@ -113,18 +123,25 @@ class StreamDiffVSRPipeline:
 
         `lq` (1, 3, h, w) float32 in model range; `latents` (1, 4, h', w') instead of the seeded noise, at
         the size padded to multiples of 4; `flow` (1, 2, 4h, 4w) pixels instead of an estimate, which then
-        guides even where the pipe estimates none. Raises `IncompatibleInputError`.
+        guides even where the pipe estimates none.
+
+        Where memory runs out, `memory_plan` 'auto' repeats the frame with a lower plan, which the state then
+        records. A frame of half precision that is not finite is repeated in float32. Both are logged.
+        Raises `IncompatibleInputError`, and `VRAMError` where no plan suffices.
         """
-        options, on_step = options or UpscaleOptions(), on_step or _ignore
-        state = self._accept(lq, state or StreamDiffVSRState(), options)
-        self._check_given(lq, latents, flow)
-        lq = lq.to(self.device)
-        warped = self._warp_previous(lq, state.to(self.device), options, flow, on_step)
-        latents = self._denoise(lq, warped, state.frame_index, options, latents, on_step)
-        hq = self._decode(latents, warped, options, on_step)[
-            ..., : SCALE * lq.shape[-2], : SCALE * lq.shape[-1]
-        ]
-        return FrameResult(hq, self._next_state(lq, hq, state, options))
+        frame = self._accept(lq, state or StreamDiffVSRState(), options or UpscaleOptions(), latents, flow)
+        hq, frame = self._finite(replace(frame, on_step=on_step or frame.on_step))
+        return FrameResult(hq, self._next_state(frame, hq))
+
+    def _upscale(self, frame: Frame) -> Tensor:
+        """The figure above."""
+        with memory_of("flow"):
+            warped = self._warp_previous(frame)
+        with memory_of("unet"):
+            latents = self._denoise(frame, warped)
+        with memory_of("vae"):
+            hq = self._decode(frame, latents, warped)
+        return hq[..., : SCALE * frame.lq.shape[-2], : SCALE * frame.lq.shape[-1]]
 
     def stream(
         self,
@@ -158,112 +175,173 @@ class StreamDiffVSRPipeline:
             state = result.state
         return hq, state
 
-    def _accept(self, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions) -> StreamDiffVSRState:
-        """Refuse a frame or a state that does not fit; say where the settings are not the state's."""
+    def _accept(
+        self,
+        lq: Tensor,
+        state: StreamDiffVSRState,
+        options: UpscaleOptions,
+        latents: Tensor | None,
+        flow: Tensor | None,
+    ) -> Frame:
+        """Refuse what does not fit, say where the settings are not the state's, and take up its plan."""
         check_frame(lq)
         if options.flow_scale != 1 and not self.flow.any_size:
             raise IncompatibleInputError("flow_scale 1 with a callable as flow", str(options.flow_scale))
-        model = state.metadata.get("model", self.model)
-        if model != self.model:
-            raise IncompatibleInputError(f"a state of model {self.model}", f"one of model {model}")
-        if state.previous_lq is not None and state.previous_lq.shape != lq.shape:
-            height, width = state.previous_lq.shape[-2:]
-            got = f"one of {lq.shape[-1]}x{lq.shape[-2]}; start a new state for another size"
-            raise IncompatibleInputError(f"a frame of {width}x{height}, as the state has,", got)
-        _warn_if_changed(state, self._settings(options))
-        return state
-
-    def _check_given(self, lq: Tensor, latents: Tensor | None, flow: Tensor | None) -> None:
+        state.check_fits(lq, self.model)
         height, width = lq.shape[-2:]
         if latents is not None:
             check_shape(latents, (1, 4, *padded_size(height, width)), "latents")
         if flow is not None:
             check_shape(flow, (1, 2, SCALE * height, SCALE * width), "flow")
+        if differences := state.differences(self._settings(options)):
+            log.warning("not an exact continuation of frame %d: %s", state.frame_index, differences)
+        plan = self._plan(lq, state, options)
+        return Frame(
+            lq.to(self.device), state.to(self.device), options, plan, self.dtype, latents, flow, _ignore
+        )
 
-    def _warp_previous(
-        self,
-        lq: Tensor,
-        state: StreamDiffVSRState,
-        options: UpscaleOptions,
-        flow: Tensor | None,
-        on_step: OnStep,
-    ) -> Tensor | None:
+    def _plan(self, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions) -> Plan:
+        """What the options name; for 'auto' what the sequence began with, or what fits."""
+        methods = self.flow.methods
+        if options.memory_plan != "auto":
+            return asked_for(options, methods)
+        recorded = state.metadata.get("plan")
+        if recorded is not None and state.metadata.get("size") == _size(lq):
+            plan = Plan.from_json(recorded)
+            return replace(plan, flow=fitting(plan.flow, methods))
+        return choose(lambda plan: self._need(lq, options, plan), options, methods, self.device)
+
+    def _need(self, lq: Tensor, options: UpscaleOptions, plan: Plan) -> int:
+        """Bytes that a frame takes beside the weights."""
+        needs = estimate(self._widths, lq.shape[-2:], options, self.dtype, plan)
+        return needs["peak"] - needs["weights"]
+
+    def _acquire(self, frame: Frame, *stages: str) -> torch.device:
+        """Have the networks of stages that work together brought to their device."""
+        needs = estimate(self._widths, frame.lq.shape[-2:], frame.options, frame.dtype, frame.plan)
+        room = needs["frames"] + max(needs[stage] for stage in stages)
+        return [self.placement.acquire(stage, room) for stage in stages][-1]
+
+    def _finite(self, frame: Frame) -> tuple[Tensor, Frame]:
+        """The frame within memory; in float32 if it is not finite in half precision."""
+        hq, frame = self._within_memory(frame)
+        if bool(torch.isfinite(hq).all()):
+            return hq, frame
+        if frame.dtype == torch.float32:
+            raise CheckpointError(
+                f"frame {frame.state.frame_index} came out with values that are not finite, in float32 too: "
+                "the weights are damaged, or the previous frame was far out of range."
+            )
+        del hq
+        if OVERFLOWED not in frame.state.metadata:
+            name = str(frame.dtype).removeprefix("torch.")
+            log.warning(
+                "frame %d is not finite in %s: it, and others like it, are repeated in float32",
+                frame.state.frame_index,
+                name,
+            )
+        with in_float32([self.stages[name] for name in ("unet", "controlnet", "vae")], frame.dtype):
+            return self._finite(replace(frame, dtype=torch.float32))
+
+    def _within_memory(self, frame: Frame) -> tuple[Tensor, Frame]:
+        """The frame, with a lower plan where memory runs out: the same noise, the same flow."""
+        hq, plan = within_memory(
+            lambda plan: self._upscale(replace(frame, plan=plan)),
+            frame.plan,
+            methods=self.flow.methods,
+            automatic=frame.options.memory_plan == "auto",
+            device=self.device,
+            need=lambda plan: self._need(frame.lq, frame.options, plan),
+        )
+        return hq, replace(frame, plan=plan)
+
+    def _warp_previous(self, frame: Frame) -> Tensor | None:
         """The previous hq moved onto now, padded for the networks; None where a sequence starts."""
-        if state.previous_hq is None or state.previous_lq is None:
-            return None
-        if flow is None and not self.flow.estimates:
+        previous_hq, flow = frame.state.previous_hq, frame.flow
+        if previous_hq is None or (flow is None and not self.flow.estimates):
             return None
         if flow is None:
-            flow = self._estimate_flow(lq, state.previous_lq, options)
-            on_step("flow", 1, 1)
-        warped = warp(state.previous_hq, flow.to(self.device))
-        return pad_to(warped, *padded_size(*warped.shape[-2:], SCALE * SCALE))
+            flow = self._estimate_flow(frame)
+            frame.on_step("flow", 1, 1)
+        warped = warp(previous_hq, flow.to(self.device))
+        return pad_to(warped, *(SCALE * side for side in padded_size(*frame.lq.shape[-2:])))
 
-    def _estimate_flow(self, lq: Tensor, previous_lq: Tensor, options: UpscaleOptions) -> Tensor:
+    def _estimate_flow(self, frame: Frame) -> Tensor:
         """Flow between two LQ frames, for the 4x size, estimated at `flow_scale` of it."""
-        scale = options.flow_scale
-        height, width = lq.shape[-2:]
-        self.placement.acquire("flow", 0)
-        flow = self.flow(_resize(lq, SCALE * scale), _resize(previous_lq, SCALE * scale))
+        assert frame.state.previous_lq is not None
+        scale = frame.options.flow_scale
+        device = self._acquire(frame, "flow")
+        current, previous = (
+            _resize(lq.to(device), SCALE * scale) for lq in (frame.lq, frame.state.previous_lq)
+        )
+        flow = self.flow.estimate(current, previous, frame.plan.flow)
         if scale == 1:
             return flow
-        size = (SCALE * height, SCALE * width)
+        size = tuple(SCALE * side for side in frame.lq.shape[-2:])
         return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) / scale
 
-    def _denoise(
-        self,
-        lq: Tensor,
-        warped: Tensor | None,
-        frame_index: int,
-        options: UpscaleOptions,
-        latents: Tensor | None,
-        on_step: OnStep,
-    ) -> Tensor:
-        lq = pad_to(lq, *padded_size(*lq.shape[-2:]))
+    def _denoise(self, frame: Frame, warped: Tensor | None) -> Tensor:
+        """Latents (1, 4, h', w') at the size padded for the networks, float32."""
+        options, plan = frame.options, frame.plan
+        device = self._acquire(frame, "controlnet", "unet")
+        height, width = padded_size(*frame.lq.shape[-2:])
+        lq = pad_to(frame.lq, height, width).to(device)
+        latents = frame.latents
         if latents is None:
-            latents = noise(options.seed, frame_index, *lq.shape[-2:])
-        schedule, prompt = self._prepare(options)
-        self.placement.acquire("controlnet", 0)
-        self.placement.acquire("unet", 0)
+            latents = noise(options.seed, frame.state.frame_index, height, width)
+        schedule, prompt = self._prepare(options, frame.dtype)
         embedding = None
         if warped is not None and any(schedule.control_scales(options)):
-            embedding = self.control.embed(warped.to(self.dtype))
-            on_step("control", 1, 1)
-        denoiser = Denoiser(self.stages["unet"], self.control, prompt, schedule, options)
-        return denoiser(latents.to(self.device) * schedule.scheduler.init_noise_sigma, lq, embedding, on_step)
+            embedding = self._embed(warped.to(device, frame.dtype), plan)
+            frame.on_step("control", 1, 1)
+        tiles = latent_tiles(height, width, plan.tile, plan.overlap)
+        denoiser = Denoiser(self.stages["unet"], self.control, prompt.to(device), schedule, options, tiles)
+        start = latents.to(device) * schedule.scheduler.init_noise_sigma
+        return denoiser(start, lq, embedding, frame.on_step)
 
-    def _decode(
-        self, latents: Tensor, warped: Tensor | None, options: UpscaleOptions, on_step: OnStep
-    ) -> Tensor:
-        self.placement.acquire("vae", 0)
+    def _embed(self, warped: Tensor, plan: Plan) -> Tensor:
+        if plan.rows is None:
+            return self.control.embed(warped)
+        return banded.embed(self.control, warped, plan.rows)
+
+    def _decode(self, frame: Frame, latents: Tensor, warped: Tensor | None) -> Tensor:
+        """The picture (1, 3, 4h', 4w'), float32, on the pipe's device."""
+        device, rows = self._acquire(frame, "vae"), frame.plan.rows
         features = None
-        if warped is not None and options.use_tpm:
-            features = self.vae.features(warped.to(self.dtype))
-            on_step("features", 1, 1)
-        hq = self.vae.decode(latents.to(self.dtype), features).float()
-        on_step("decode", 1, 1)
-        return hq
+        if warped is not None and frame.options.use_tpm:
+            warped = warped.to(device, frame.dtype)
+            features = self.vae.features(warped) if rows is None else banded.features(self.vae, warped, rows)
+            frame.on_step("features", 1, 1)
+        latents = latents.to(device, frame.dtype)
+        if rows is None:
+            hq = self.vae.decode(latents, features)
+        else:
+            hq = banded.decode(self.vae, latents, features, rows)
+        frame.on_step("decode", 1, 1)
+        return hq.to(self.device, torch.float32)
 
-    def _prepare(self, options: UpscaleOptions) -> tuple[Schedule, Tensor]:
+    def _prepare(self, options: UpscaleOptions, dtype: torch.dtype | None = None) -> tuple[Schedule, Tensor]:
         """What depends on the options alone, kept for the run: timesteps and prompt embeddings."""
-        key = (options, self.device)
+        key = (options, self.device, dtype or self.dtype)
         if key not in self._prepared:
             texts = [options.negative_prompt, options.prompt] if options.guided else [options.prompt]
             prompt = torch.cat([self.prompts.get(text) for text in texts])
             schedule = Schedule.prepare(self.scheduler_config, options, self.device)
-            self._prepared = {key: (schedule, prompt.to(self.device, self.dtype))}
+            self._prepared = {key: (schedule, prompt.to(self.device, dtype or self.dtype))}
         return self._prepared[key]
 
-    def _next_state(
-        self, lq: Tensor, hq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
-    ) -> StreamDiffVSRState:
+    def _next_state(self, frame: Frame, hq: Tensor) -> StreamDiffVSRState:
+        metadata = {**frame.state.metadata, "model": self.model, **self._settings(frame.options)}
+        metadata |= {"plan": frame.plan.to_json(), "size": _size(frame.lq)}
+        if frame.dtype != self.dtype:
+            metadata.setdefault(OVERFLOWED, str(frame.state.frame_index))
         return replace(
-            state,
+            frame.state,
             # Own memory: neither the caller's frame nor the padded picture is kept alive through a view.
             previous_hq=hq.contiguous(),
-            previous_lq=lq.clone(),
-            frame_index=state.frame_index + 1,
-            metadata={**state.metadata, "model": self.model, **self._settings(options)},
+            previous_lq=frame.lq.clone(),
+            frame_index=frame.state.frame_index + 1,
+            metadata=metadata,
         )
 
     def _settings(self, options: UpscaleOptions) -> dict[str, str]:
@@ -284,19 +362,5 @@ def _resize(lq: Tensor, scale: float) -> Tensor:
     return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
-def _warn_if_changed(state: StreamDiffVSRState, settings: dict[str, str]) -> None:
-    """Log once what makes a run no exact continuation; the next state then has the new settings."""
-    if not state.has_previous:
-        return
-    changed = {
-        key: state.metadata[key]
-        for key in settings
-        if state.metadata.get(key, settings[key]) != settings[key]
-    }
-    if "options" in changed:
-        before, now = json.loads(changed.pop("options")), json.loads(settings["options"])
-        changed |= {key: before.get(key) for key in now if before.get(key) != now[key]}
-        settings = {**settings, **{key: str(value) for key, value in now.items()}}
-    if changed:
-        differences = ", ".join(f"{key} was {before}, is {settings[key]}" for key, before in changed.items())
-        log.warning("not an exact continuation of frame %d: %s", state.frame_index, differences)
+def _size(lq: Tensor) -> str:
+    return f"{lq.shape[-1]}x{lq.shape[-2]}"

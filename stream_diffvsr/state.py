@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -57,6 +58,28 @@ class StreamDiffVSRState:
         if self.previous_hq is None or self.previous_lq is None:
             return self
         return replace(self, previous_hq=self.previous_hq.to(device), previous_lq=self.previous_lq.to(device))
+
+    def check_fits(self, lq: Tensor, model: str) -> None:
+        """Refuse to continue with another model or another size; raises `IncompatibleInputError`."""
+        mine = self.metadata.get("model", model)
+        if mine != model:
+            raise IncompatibleInputError(f"a state of model {model}", f"one of model {mine}")
+        if self.previous_lq is not None and self.previous_lq.shape != lq.shape:
+            height, width = self.previous_lq.shape[-2:]
+            got = f"one of {lq.shape[-1]}x{lq.shape[-2]}; start a new state for another size"
+            raise IncompatibleInputError(f"a frame of {width}x{height}, as the state has,", got)
+
+    def differences(self, settings: dict[str, str]) -> str:
+        """In words, which of `settings` the frames so far were not made with; '' where all agree."""
+        if not self.has_previous:
+            return ""
+        before = {key: self.metadata[key] for key in settings if key in self.metadata}
+        now = {key: settings[key] for key in before}
+        if "options" in before:
+            old, new = json.loads(before.pop("options")), json.loads(now.pop("options"))
+            before |= {key: str(old.get(key)) for key in new}
+            now |= {key: str(value) for key, value in new.items()}
+        return ", ".join(f"{key} was {before[key]}, is {now[key]}" for key in now if before[key] != now[key])
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file; it appears under its name only when it is whole."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -58,6 +57,10 @@ class Tile:
         """This part of (B, C, H, W)."""
         return x[..., self.rows, self.columns]
 
+    def add(self, part: Tensor, whole: Tensor) -> None:
+        """Add this tile's share of the blend to `whole`, in place."""
+        self.cut(whole).add_(part * self.weight.to(part.device))
+
 
 def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -> list[Tile]:
     """Cover a picture with tiles of at most `size`, row by row.
@@ -95,10 +98,3 @@ def feather(parts: list[slice], length: int) -> list[Tensor]:
         weights[index, part] = torch.minimum(before, behind)[part]
     weights = weights / weights.sum(0)
     return [weight[part] for weight, part in zip(weights, parts, strict=True)]
-
-
-def blend(parts: Iterable[Tile], compute: Callable[[Tile], Tensor], out: Tensor) -> Tensor:
-    """Add the weighted result of each tile to `out`, which begins as zeros; returns it."""
-    for tile in parts:
-        tile.cut(out).add_(compute(tile) * tile.weight.to(out.device))
-    return out

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import IncompatibleInputError
 from ..tensors import check_shape, pad_to, padded_size, to_pixels
-from ..tiling import blend, tiles
+from ..tiling import tiles
 from . import raft
 
 RAFT_MULTIPLE, RAFT_MINIMUM = 8, 128
@@ -66,8 +66,10 @@ class TileableFlow(FlowEstimator):
         if method != "tiled":
             return self(current, previous)
         flow = current.new_zeros((1, 2, *current.shape[-2:]))
-        parts = tiles(*current.shape[-2:], TILE, TILE_OVERLAP)
-        return blend(parts, lambda tile: self.estimate_tile(tile.cut(current), tile.cut(previous)), flow)
+        height, width = current.shape[-2:]
+        for tile in tiles(height, width, TILE, TILE_OVERLAP):
+            tile.add(self.estimate_tile(tile.cut(current), tile.cut(previous)), flow)
+        return flow
 
     def estimate_tile(self, current: Tensor, previous: Tensor) -> Tensor:
         """Flow of one tile."""

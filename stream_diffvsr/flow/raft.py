@@ -23,12 +23,12 @@ def estimate(network: Any, current: Tensor, previous: Tensor, *, linear: bool) -
     fmap1, fmap2 = network.feature_encoder(current), network.feature_encoder(previous)
     correlation = (_linear if linear else _volume)(network.corr_block, fmap1, fmap2)
     hidden, context = _context(network, current)
-    start = position = _grid(*fmap1.shape[-2:], fmap1.device)
+    start = position = _grid(fmap1)
     for _ in range(UPDATES):
         matches = correlation.index_pyramid(centroids_coords=position)
         hidden, delta = network.update_block(hidden, context, matches, position - start)
         position = position + delta
-    del correlation, matches, context
+    del correlation, context
     return _enlarge(network, position - start, hidden)
 
 
@@ -56,9 +56,10 @@ def _context(network: Any, current: Tensor) -> tuple[Tensor, Tensor]:
     return torch.tanh(hidden), F.relu(context)
 
 
-def _grid(height: int, width: int, device: torch.device) -> Tensor:
+def _grid(like: Tensor) -> Tensor:
+    """Each pixel's own position, (1, 2, h, w), x first."""
     y, x = torch.meshgrid(
-        torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij"
+        *(torch.arange(side, device=like.device) for side in like.shape[-2:]), indexing="ij"
     )
     return torch.stack([x, y])[None].float()
 

@@ -1,0 +1,177 @@
+"""What a frame needs, predicted from sizes and widths alone.
+
+Every network here needs memory in proportion to the pixels. The proportions below count the numbers that are
+held at a stage's worst moment, in multiples of a width; they come from recording all allocations of
+the real networks. `benchmarks/memory.py` compares them with measured peaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..flow.estimators import TILE as FLOW_TILE
+from ..models.temporal_vae import TemporalBlock
+from ..options import UpscaleOptions
+from ..tensors import SCALE, padded_size
+from .plan import BAND_ROWS, Plan, asked_for
+
+FRAMES = 6
+"""Pictures of output size that live beside the networks: the previous and the new hq, the warped one, ..."""
+
+FLOW_BYTES = {"raft_large": 350, "raft_small": 145, "dis": 60, "bundled": 150}
+"""Bytes per pixel of the estimated frames, without RAFT's volume; 0 for those not named."""
+
+FLOW_PARAMETERS = {"raft_large": 5_257_536, "raft_small": 990_162}
+
+FLOW_METHODS = {"raft_large": ("whole", "linear", "tiled"), "raft_small": ("whole", "linear", "tiled")}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What of a model decides about its memory."""
+
+    unet: int
+    """Channels at latent size."""
+    unet_layers: int
+    embedding: int
+    """Channels of the ControlNet's embedding at output size."""
+    encoder: int
+    encoder_block: bool
+    """Whether there is a temporal block at output size."""
+    decoder: int
+    decoder_block: bool
+    weights: Mapping[str, int]
+    """Parameters by stage."""
+    flow: str
+    """Name of the flow estimator."""
+
+    @classmethod
+    def of(cls, unet: Any, controlnet: Any, vae: Any, flow: str) -> Widths:
+        """From the networks, which may be empty."""
+        encoder, decoder = vae.encoder.layers, vae.decoder.layers
+        networks = {"unet": unet, "controlnet": controlnet, "vae": vae}
+        embedding = getattr(controlnet, "controlnet_cond_embedding", None) or controlnet.embedding
+        return cls(
+            unet=unet.config["block_out_channels"][0],
+            unet_layers=unet.config["layers_per_block"],
+            embedding=embedding.conv_in.out_channels,
+            encoder=encoder[0].out_channels,
+            encoder_block=isinstance(encoder[1], TemporalBlock),
+            decoder=decoder[-1].in_channels,
+            decoder_block=isinstance(decoder[-2], TemporalBlock),
+            weights={
+                name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()
+            },
+            flow=flow,
+        )
+
+
+RELEASED = Widths(
+    unet=256,
+    unet_layers=2,
+    embedding=64,
+    encoder=64,
+    encoder_block=True,
+    decoder=64,
+    decoder_block=True,
+    weights={"unet": 472_374_020, "controlnet": 207_699_264, "vae": 2_052_501},
+    flow="raft_large",
+)
+"""The released networks, so that their needs can be told before they are there."""
+
+
+def estimate_memory(
+    height: int,
+    width: int,
+    options: UpscaleOptions | None = None,
+    dtype: torch.dtype = torch.float16,
+    model: str | Path = "v1",
+) -> dict[str, int]:
+    """Bytes by stage for an LQ frame of `height` x `width`.
+
+    Keys: 'weights', 'frames', the activations of 'flow', 'controlnet', 'unet' and 'vae', and 'peak', which is
+    what all of it takes at the worst moment. With `memory_plan` 'auto' it is the need with nothing split.
+    `model`: 'v1', 'nano' or a checkpoint folder.
+    """
+    options = options or UpscaleOptions()
+    widths = RELEASED if model == "v1" else _read(model)
+    plan = asked_for(options, FLOW_METHODS.get(widths.flow, ("whole",)))
+    return estimate(widths, (height, width), options, dtype, plan)
+
+
+def estimate(
+    widths: Widths, size: Sequence[int], options: UpscaleOptions, dtype: torch.dtype, plan: Plan
+) -> dict[str, int]:
+    """`estimate_memory` for known widths, an LQ size (height, width) and one plan."""
+    height, width = padded_size(*size)
+    stages = {
+        "flow": _flow(widths.flow, SCALE**2 * height * width * options.flow_scale**2, plan.flow),
+        "controlnet": _controlnet(widths, height, width, plan) * dtype.itemsize,
+        "unet": _unet(widths, height, width, plan) * dtype.itemsize,
+        "vae": _vae(widths, height, width, plan) * dtype.itemsize,
+    }
+    flow_weights = FLOW_PARAMETERS.get(widths.flow, 0) * torch.float32.itemsize
+    fixed = {
+        "weights": sum(widths.weights.values()) * dtype.itemsize + flow_weights,
+        "frames": FRAMES * 3 * torch.float32.itemsize * SCALE**2 * height * width,
+    }
+    needs = {name: round(count) for name, count in {**fixed, **stages}.items()}
+    return {**needs, "peak": needs["weights"] + needs["frames"] + max(needs[name] for name in stages)}
+
+
+def _flow(name: str, pixels: float, method: str) -> float:
+    """Bytes; the volume holds the match of every pixel with every other at an eighth of the size."""
+    if method == "tiled":
+        pixels = min(pixels, FLOW_TILE**2)
+    pyramid = 4 / 3 * (pixels / 64) ** 2 * torch.float32.itemsize
+    volume = pyramid if method == "whole" and name.startswith("raft") else 0
+    return FLOW_BYTES.get(name, 0) * pixels + volume
+
+
+def _controlnet(widths: Widths, height: int, width: int, plan: Plan) -> float:
+    """Numbers: the embedding at output size, or afterwards the network on it."""
+    seen = min(height, (plan.rows or height * SCALE) / SCALE + 6)
+    embedding = 32 * widths.embedding * seen * width + widths.unet * height * width * (plan.rows is not None)
+    network = (8.15 * widths.unet_layers - 2) * widths.unet * _at_once(height, width, plan)
+    return max(embedding, network + widths.unet * height * width)
+
+
+def _unet(widths: Widths, height: int, width: int, plan: Plan) -> float:
+    """Numbers, with the ControlNet's residuals and embedding, which are there meanwhile."""
+    residuals = 1.94 * widths.unet_layers + 0.96
+    network = (6.4 + 4.7 * widths.unet_layers + residuals) * widths.unet
+    return network * _at_once(height, width, plan) + widths.unet * height * width
+
+
+def _at_once(height: int, width: int, plan: Plan) -> int:
+    """LQ pixels that the U-Net sees at once."""
+    side = (plan.tile or SCALE * max(height, width)) // SCALE
+    return min(height, side) * min(width, side)
+
+
+def _vae(widths: Widths, height: int, width: int, plan: Plan) -> float:
+    """Numbers: the features of the warped frame, or afterwards the decoder's."""
+    encoder, decoder = (64 if widths.encoder_block else 20), (81 if widths.decoder_block else 32)
+    if plan.rows is not None and plan.rows < SCALE * height:
+        scale = plan.rows / BAND_ROWS / height
+        encoder = min(encoder, (6.5 + 1500 * scale) if widths.encoder_block else (5.3 + 810 * scale))
+        decoder = min(decoder, (13 + 530 * scale) if widths.decoder_block else (4 + 540 * scale))
+    return max(encoder * widths.encoder, decoder * widths.decoder) * height * width
+
+
+def _read(model: str | Path) -> Widths:
+    """The widths of a checkpoint, from its configurations; no weights are read."""
+    from ..models.build import build
+    from ..models.parts import open_part
+    from ..weights.check import default_flow
+    from ..weights.find import resolve
+
+    folder = resolve(model, [])
+    assert folder is not None  # only 'v1' may be absent
+    unet, controlnet, vae = (build(open_part(folder, name)) for name in ("unet", "controlnet", "vae"))
+    return Widths.of(unet, controlnet, vae, default_flow(folder))

@@ -1,0 +1,63 @@
+"""Half precision where it holds, and float32 where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@contextmanager
+def in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+    """Upcast the weights of networks that are loaded as `dtype`; afterwards they are what they were."""
+    networks = list(networks)
+    try:
+        _cast(networks, torch.float32)
+        yield
+    finally:
+        _cast(networks, dtype)
+
+
+def _cast(networks: Iterable[nn.Module], dtype: torch.dtype) -> None:
+    # Weights outlive the caller's inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        for network in networks:
+            nn.Module.to(network, dtype)  # diffusers' own `to` warns of casts
+
+
+class UpcastAttention:
+    """Fused attention in float32 inside a network of half precision, as diffusers' attention processor.
+
+    diffusers' own fused processor does not read `upcast_attention`; its older one does, with a matrix of
+    all pairs of positions in memory.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **unused: Any,
+    ) -> Tensor:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2).float()
+            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, context), (attn.to_v, context))
+        )
+        found = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
+        found = found.transpose(1, 2).flatten(2).to(hidden_states.dtype)
+        return attn.to_out[0](found) / attn.rescale_output_factor
+
+
+def upcast_attention(*networks: nn.Module) -> None:
+    """Give the attentions whose configuration asks for it their float32 processor."""
+    for network in networks:
+        for module in network.modules():
+            # Only attentions of transformer blocks are told so; they bring their own norms and residuals.
+            if hasattr(module, "set_processor") and getattr(module, "upcast_attention", False):
+                module.set_processor(UpcastAttention())  # type: ignore[operator]
