@@ -9,9 +9,9 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 import torch
-from samples import moving, shift_flow
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from samples import moving, shift_flow
 
 from stream_diffvsr import (
     IncompatibleInputError,

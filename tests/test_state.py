@@ -25,7 +25,9 @@ from stream_diffvsr.tensors import upsample
 @pytest.fixture
 def state() -> StreamDiffVSRState:
     lq = moving(1, 8, 11)
-    return StreamDiffVSRState(previous_hq=upsample(lq), previous_lq=lq, frame_index=7, metadata={"model": "x", "ü": "ß"})
+    return StreamDiffVSRState(
+        previous_hq=upsample(lq), previous_lq=lq, frame_index=7, metadata={"model": "x", "ü": "ß"}
+    )
 
 
 def test_saved_and_loaded(state, tmp_path):
@@ -49,7 +51,7 @@ def test_a_failed_save_leaves_the_old_file(state, tmp_path):
     state.save(path)
     before = path.read_bytes()
     broken = replace(state, metadata={"model": 5})
-    with pytest.raises(Exception, match="metadata|str|convert"):
+    with pytest.raises(Exception, match=r"metadata|str|convert"):
         broken.save(path)
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1

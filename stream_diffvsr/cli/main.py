@@ -12,9 +12,16 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
-from . import bench, demo, doctor, download, upscale
+from . import bench, demo, doctor, download, metrics, upscale
 
-COMMANDS = {"upscale": upscale, "demo": demo, "doctor": doctor, "download": download, "bench": bench}
+COMMANDS = {
+    "upscale": upscale,
+    "demo": demo,
+    "doctor": doctor,
+    "download": download,
+    "bench": bench,
+    "metrics": metrics,
+}
 """Each module has a one-line docstring (its help), `add_arguments(parser)` and `run(args) -> int`."""
 
 

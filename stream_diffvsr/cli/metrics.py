@@ -1,0 +1,53 @@
+"""Measure a result against the truth: PSNR, SSIM, GMSD, VIF, warping error, tOF."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import islice, zip_longest
+from pathlib import Path
+
+from torch import Tensor
+
+from ..errors import VideoError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("result", type=Path, help="video, or folder of pictures")
+    parser.add_argument("truth", type=Path, help="the same in full quality")
+    parser.add_argument("--border", type=int, default=0, help="pixels at each side that do not count")
+    parser.add_argument("--frames", type=int, help="compare at most so many frames")
+    parser.add_argument("--csv", type=Path, help="write the figures of each frame to this file")
+    parser.add_argument("--plot", type=Path, help="draw them into this PNG file")
+
+
+def run(args: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from ..quality.measures import measure
+    from ..quality.report import summary, write_csv, write_plot
+
+    pairs = measure(islice(matched(args.result, args.truth), args.frames), args.border)
+    measured = list(tqdm(pairs, unit="frame", file=sys.stderr, disable=None))
+    if not measured:
+        raise VideoError(f"{args.result} and {args.truth} have no frame in common.")
+    print(summary(measured))
+    if args.csv:
+        write_csv(args.csv, measured)
+    if args.plot:
+        write_plot(args.plot, measured)
+    return 0
+
+
+def matched(result: Path, truth: Path) -> Iterator[tuple[Tensor, Tensor]]:
+    """Frames that both have, (1, 3, H, W) in [0, 1]; says which of the two goes on after them."""
+    from ..video.read import Span, open_source
+
+    sources = [open_source(path).frames(Span()) for path in (result, truth)]
+    for one, other in zip_longest(*sources):
+        if one is None or other is None:
+            longer = truth if one is None else result
+            print(f"stream-diffvsr: {longer} has more frames, which are not compared", file=sys.stderr)
+            return
+        yield one.rgb, other.rgb

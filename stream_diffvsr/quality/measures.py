@@ -1,0 +1,151 @@
+"""Measures of one frame, and of two in a row.
+
+Convention: pictures are (1, 3, H, W) float32 in [0, 1], RGB; flow is backward, (1, 2, H, W) pixels. Where a
+library has a measure it is the library's (piq), with the settings that the field uses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import IncompatibleInputError
+from ..flow import DisFlow
+from ..tensors import from_pixels
+
+LUMA = (0.299, 0.587, 0.114)
+"""BT.601 weights, which the field's luminance figures use."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Figures of one frame; those over time are NaN on the first."""
+
+    psnr_y: float
+    """Peak signal-to-noise ratio of luminance, dB; higher is better."""
+    psnr_rgb: float
+    ssim_y: float
+    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window of sigma 1.5; 1 is best."""
+    ssim_rgb: float
+    gmsd: float
+    """Gradient magnitude similarity deviation (Xue et al. 2014); 0 is best."""
+    vif: float
+    """Visual information fidelity in the pixel domain (Sheikh and Bovik 2006); 1 is best."""
+    warping_error: float = math.nan
+    """Mean squared difference to the frame before moved along the truth's flow, where that frame shows the
+    same (Lai et al. 2018); lower is steadier. See `warping_error`."""
+    tof: float = math.nan
+    """Mean absolute difference of the result's flow and the truth's, pixels (Chu et al. 2020, tOF)."""
+
+
+NAMES = tuple(field.name for field in fields(Measures))
+
+
+def measure(pairs: Iterable[tuple[Tensor, Tensor]], border: int = 0) -> Iterator[Measures]:
+    """Figures of each (result, truth); `border` pixels at each side do not count in single pictures.
+
+    Raises `IncompatibleInputError` where two frames differ in size.
+    """
+    before: tuple[Tensor, Tensor] | None = None
+    for one, other in pairs:
+        check_pair(one, other, border)
+        yield Measures(**picture_measures(one, other, border), **temporal_measures(one, other, before))
+        before = one, other
+
+
+def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
+    """Refuse frames of different sizes, and a border that leaves nothing to compare."""
+    (height, width), size = truth.shape[-2:], f"{result.shape[-1]}x{result.shape[-2]}"
+    if result.shape != truth.shape:
+        raise IncompatibleInputError(f"a result of the truth's {width}x{height}", size)
+    if min(height, width) - 2 * border < SMALLEST:
+        raise IncompatibleInputError(f"frames of at least {SMALLEST} pixels inside the border", size)
+
+
+SMALLEST = 41
+"""VIF's largest window needs so many pixels."""
+
+
+def picture_measures(result: Tensor, truth: Tensor, border: int) -> dict[str, float]:
+    """The figures that need no other frame."""
+    piq = _import_piq()
+    inside = slice(border, -border or None)
+    a, b = (x[..., inside, inside].clamp(0, 1) for x in (result, truth))
+    return {
+        "psnr_y": psnr(luma(a), luma(b)),
+        "psnr_rgb": psnr(a, b),
+        "ssim_y": float(piq.ssim(luma(a), luma(b), downsample=False)),
+        "ssim_rgb": float(piq.ssim(a, b, downsample=False)),
+        "gmsd": float(piq.gmsd(a, b)),
+        "vif": float(piq.vif_p(a, b)),
+    }
+
+
+def luma(picture: Tensor) -> Tensor:
+    """BT.601 luminance, (1, 1, H, W) in [0, 1]."""
+    weights = torch.tensor(LUMA, device=picture.device)[:, None, None]
+    return (picture * weights).sum(1, keepdim=True)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """dB for a range of 1; infinite for equal pictures."""
+    error = float(F.mse_loss(a, b))
+    return -10 * math.log10(error) if error else math.inf
+
+
+def temporal_measures(
+    result: Tensor, truth: Tensor, before: tuple[Tensor, Tensor] | None
+) -> dict[str, float]:
+    """The figures of a frame and the one before it; nothing for the first."""
+    if before is None:
+        return {}
+    flow = estimate(truth, before[1])
+    seen = visible(flow, estimate(before[1], truth))
+    return {
+        "warping_error": warping_error(result, before[0], flow, seen),
+        "tof": float((estimate(result, before[0]) - flow).abs().mean()),
+    }
+
+
+def estimate(current: Tensor, previous: Tensor) -> Tensor:
+    """Backward flow by DIS."""
+    return DisFlow()(from_pixels(current), from_pixels(previous))
+
+
+def warping_error(current: Tensor, previous: Tensor, flow: Tensor, seen: Tensor) -> float:
+    """Mean squared difference of `current` and `previous` moved along `flow`, over the pixels `seen`."""
+    squared = (current - pull(previous, flow)).square().mean(1, keepdim=True)
+    return float((squared * seen).sum() / seen.sum().clamp(min=1))
+
+
+def visible(flow: Tensor, reverse: Tensor) -> Tensor:
+    """1 where a pixel's way back leads to itself (Sundaram et al. 2010) and inside the picture, else 0."""
+    back = pull(reverse, flow)
+    limit = 0.01 * (flow.square().sum(1, keepdim=True) + back.square().sum(1, keepdim=True)) + 0.5
+    same = (flow + back).square().sum(1, keepdim=True) < limit
+    return (same & (pull(torch.ones_like(flow[:, :1]), flow) > 0.999)).float()
+
+
+def pull(picture: Tensor, flow: Tensor) -> Tensor:
+    """`picture` at positions p + flow(p), bilinear, 0 outside; zero flow is identity, unlike in `warp`."""
+    height, width = picture.shape[-2:]
+    x = torch.arange(width, device=flow.device) + flow[:, 0]
+    y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]
+    grid = torch.stack([2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1], dim=-1)
+    return F.grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+
+
+def _import_piq() -> ModuleType:
+    try:
+        import piq
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "measuring quality needs piq: pip install 'stream-diffvsr[quality]'"
+        ) from error
+    return piq

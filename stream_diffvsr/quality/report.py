@@ -1,0 +1,58 @@
+"""Figures as a table of frames, a summary, and a picture."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from ..errors import VideoError
+from .measures import NAMES, Measures
+
+
+def means(frames: Sequence[Measures]) -> dict[str, float]:
+    """Mean of each figure over the frames that have it; NaN where none has."""
+    columns = {name: [getattr(each, name) for each in frames] for name in NAMES}
+    return {
+        name: _mean([value for value in column if not math.isnan(value)]) for name, column in columns.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def summary(frames: Sequence[Measures]) -> str:
+    """A Markdown table with one row of means."""
+    values = means(frames)
+    head = ["frames", *NAMES]
+    row = [str(len(frames)), *(f"{values[name]:.5g}" for name in NAMES)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), row))
+
+
+def write_csv(path: Path, frames: Sequence[Measures]) -> None:
+    """One row per frame; empty cells where a figure does not exist."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["frame", *NAMES])
+        writer.writeheader()
+        for index, each in enumerate(frames):
+            figures = {name: "" if math.isnan(value) else value for name, value in asdict(each).items()}
+            writer.writerow({"frame": index, **figures})
+
+
+def write_plot(path: Path, frames: Sequence[Measures]) -> None:
+    """Each figure over the frames, as a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ModuleNotFoundError("a plot needs matplotlib: pip install 'stream-diffvsr[quality]'") from error
+    if path.suffix.lower() != ".png":
+        raise VideoError(f"the plot is written as PNG: name it something.png, not {path.name}.")
+    figure = Figure(figsize=(10, 1.6 * len(NAMES)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(NAMES), sharex=True), NAMES, strict=True):
+        axes.plot([getattr(each, name) for each in frames], linewidth=1)
+        axes.set_ylabel(name)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
