@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from ..stream_diffvsr import IncompatibleInputError
 from ..stream_diffvsr.state import FORMAT
@@ -70,8 +70,13 @@ def saved_states() -> list[str]:
     for kind in ("output", "input"):
         root = host.folder(kind)
         files = [file for file in root.rglob("*" + STATE_SUFFIX) if is_state(file)]
-        found += [(file.stat().st_mtime, f"{file.relative_to(root).as_posix()} [{kind}]") for file in files]
+        found += [(file.stat().st_mtime, entry(file, root, kind)) for file in files]
     return [name for _, name in sorted(found, reverse=True)]
+
+
+def entry(file: PurePath, root: PurePath, kind: str) -> str:
+    """How a file of a folder is shown and kept in workflows: with / on every system."""
+    return f"{file.relative_to(root).as_posix()} [{kind}]"
 
 
 def is_state(file: Path) -> bool:

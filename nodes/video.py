@@ -6,7 +6,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -23,6 +24,8 @@ READ_AHEAD = 4
 """Frames decoded ahead where the node says 0."""
 SUFFIXES = {"prores": ".mov", "ffv1": ".mkv", "png": ".mkv"}
 """Containers of the codecs that MP4 does not hold well."""
+CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
+"""Endings that make an output_path a file's name and not the beginning of one."""
 WITH_QUALITY = ("h264", "h265", "av1")
 """Codecs that take a crf."""
 LAST = -1
@@ -133,9 +136,10 @@ class UpscaleVideo:
     ) -> dict[str, Any]:
         with host.install_line():
             job = plan(choose_source(video_path, video), settings or SettingsValue(), **widgets)
-            job = with_output(pipe, job, clean(output_path), host.workflow_metadata(prompt, extra_pnginfo))
-            do(pipe, job, unique_id)
-        return {"ui": host.shown_video(job.output), "result": (str(job.output), host.video_file(job.output))}
+            job = replace(job, metadata=host.workflow_metadata(prompt, extra_pnginfo))
+            names = outputs(job.source, clean(output_path), job.output.name)
+            path = do(pipe, (replace(job, output=name) for name in names), unique_id)
+        return {"ui": host.shown_video(path), "result": (str(path), host.video_file(path))}
 
 
 def clean(text: str | None) -> str:
@@ -209,52 +213,42 @@ def plan(
     )
 
 
-def with_output(
-    pipe: StreamDiffVSRPipeline, job: VideoJob, output: str, metadata: Mapping[str, str]
-) -> VideoJob:
-    """The job with the first name that is free, or that the same job was cancelled under."""
-    from dataclasses import replace
-
-    suffix = job.output.name
-    base = files.writable(files.fill_in(output or f"stream_diffvsr/{job.source.stem}_4x"))
+def outputs(source: Path, output: str, suffix: str) -> Iterator[Path]:
+    """Names to try: the given file and then numbered ones, or numbered ones from the start."""
+    base = files.writable(files.fill_in(output or f"stream_diffvsr/{source.stem}_4x"))
     base.parent.mkdir(parents=True, exist_ok=True)
-    names = (base.with_name(f"{base.name}_{number:05}_{suffix}") for number in itertools.count(1))
-    if base.suffix:
-        numbered = (base.with_name(f"{base.stem}_{number:05}_{base.suffix}") for number in itertools.count(1))
-        names = itertools.chain([base], numbered)
-    jobs = (replace(job, output=name, metadata=metadata) for name in names)
-    return next(job for job in jobs if is_free(pipe, job))
+    if base.suffix in CONTAINERS:
+        yield base
+        base, suffix = base.with_suffix(""), base.suffix
+    for number in itertools.count(1):
+        yield base.with_name(f"{base.name}_{number:05}_{suffix}")
 
 
-def is_free(pipe: StreamDiffVSRPipeline, job: VideoJob) -> bool:
-    """Whether nothing stands under the job's output, or what this same job left when it was cancelled."""
-    from ..stream_diffvsr.video import job as engine
-    from ..stream_diffvsr.video.journal import Journal, Workplace, continue_from
-    from ..stream_diffvsr.video.scenes import parse
-
-    work = Workplace(job.output)
-    try:
-        before = work.load()
-        if before is None:
-            return not job.output.exists() and not work.folder.exists()
-        encoding = engine.encoding_of(job, engine.open_job_source(job).info)
-        settings = engine.settings(pipe, job, parse(job.scene_cut), encoding)
-        continue_from(before, Journal(engine.identity(job.source), settings, {}), work.folder)
-    except VideoError:
-        return False
-    return True
+def do(pipe: StreamDiffVSRPipeline, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
+    """Do the job under the first name that is free, or that it was cancelled under; returns the file."""
+    for job in jobs:
+        begun = job.output.with_name(job.output.name + ".parts").exists()
+        if (begun or not job.output.exists()) and finish(pipe, job, begun, node_id):
+            return job.output
+    raise AssertionError("names never end")
 
 
-def do(pipe: StreamDiffVSRPipeline, job: VideoJob, node_id: str | None) -> None:
-    """Run a job with bar, picture and cancel button."""
+def finish(pipe: StreamDiffVSRPipeline, job: VideoJob, begun: bool, node_id: str | None) -> bool:
+    """Run a job with bar, picture and cancel button; False if what was `begun` there is another job."""
     from ..stream_diffvsr.video.job import run
 
-    progress = None
     with contextlib.closing(run(pipe, job, on_step=host.check_interrupt)) as steps:
-        for step in steps:
-            progress = progress or host.Progress(step.total or 0, node_id)
+        try:
+            first = next(steps, None)
+        except VideoError:
+            if begun:
+                return False
+            raise
+        progress = host.Progress(first.total or 0 if first else 0, node_id)
+        for step in itertools.chain([first] if first else [], steps):
             progress.show(step.done, step.hq[0].movedim(0, -1))
             progress.say(describe(step))
+    return True
 
 
 def describe(step: JobProgress) -> str:

@@ -1,0 +1,169 @@
+"""The pack as a whole: how it loads, and what it shows to the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from node_pack import ROOT, load_pack
+
+SCHEMAS = Path(__file__).parent / "node_schemas.json"
+HEAVY = ("diffusers", "transformers", "torchvision", "cv2", "av", "huggingface_hub", "accelerate", "PIL")
+
+LOAD = """
+import sys; sys.path.insert(0, {tests!r})
+import torch
+before = set(sys.modules)
+for name in {missing!r}: sys.modules[name] = None
+from pathlib import Path
+from node_pack import load_pack
+pack = load_pack(Path({folder!r}))
+"""
+
+
+def run_python(
+    code: str, folder: Path = ROOT, missing: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Load the pack in a fresh interpreter, then run `code`."""
+    head = LOAD.format(tests=str(ROOT / "tests"), folder=str(folder), missing=missing)
+    return subprocess.run([sys.executable, "-c", head + code], capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> dict[str, type]:
+    return load_pack().NODE_CLASS_MAPPINGS
+
+
+def frozen(node: type) -> dict:
+    """What workflows and other programs rely on; lists that differ from machine to machine left out."""
+    inputs = {}
+    for group, widgets in node.INPUT_TYPES().items():
+        inputs[group] = [[name, plain(name, spec)] for name, spec in widgets.items()]
+    outputs = [list(pair) for pair in zip(node.RETURN_TYPES, node.RETURN_NAMES, strict=True)]
+    return {"inputs": inputs, "outputs": outputs, "output_node": getattr(node, "OUTPUT_NODE", False)}
+
+
+def plain(name: str, spec: object) -> object:
+    if isinstance(spec, str):
+        return spec
+    kind, *rest = spec  # type: ignore[misc]
+    options = {key: value for key, value in (rest[0] if rest else {}).items() if key != "tooltip"}
+    if name in ("model_version", "device", "state_file"):
+        return [kind[:2] if name != "state_file" else "files", options]
+    return [kind, options]
+
+
+def test_schemas_are_frozen(nodes: dict[str, type]) -> None:
+    """Renaming or reordering breaks saved workflows; new inputs only at the end, optional."""
+    now = {name: frozen(node) for name, node in nodes.items()}
+    assert now == json.loads(SCHEMAS.read_text(encoding="utf-8"))
+
+
+def test_the_nine_nodes_are_there(nodes: dict[str, type]) -> None:
+    names = "Loader Upscale UpscaleVideo ProcessFrame CreateState ExtractState SaveState LoadState Settings"
+    assert set(nodes) == {f"StreamDiffVSR_{name}" for name in names.split()}
+
+
+def test_display_names() -> None:
+    pack = load_pack()
+    assert set(pack.NODE_DISPLAY_NAME_MAPPINGS) == set(pack.NODE_CLASS_MAPPINGS)
+    assert all(name.startswith("Stream-DiffVSR ") for name in pack.NODE_DISPLAY_NAME_MAPPINGS.values())
+
+
+def test_everything_has_words_for_the_user(nodes: dict[str, type]) -> None:
+    for name, node in nodes.items():
+        assert node.DESCRIPTION and node.SEARCH_ALIASES, name
+        assert node.CATEGORY.split("/")[0] == "StreamDiffVSR"
+        assert len(node.OUTPUT_TOOLTIPS) == len(node.RETURN_TYPES) == len(node.RETURN_NAMES)
+        assert all(node.OUTPUT_TOOLTIPS)
+        for group in ("required", "optional"):
+            for widget, (_, options) in node.INPUT_TYPES().get(group, {}).items():
+                assert options.get("tooltip"), f"{name}.{widget}"
+
+
+def test_seeds_stay_fixed(nodes: dict[str, type]) -> None:
+    """Queueing again must mean the same job."""
+    seeds = [
+        options
+        for node in nodes.values()
+        for widget, (_, options) in node.INPUT_TYPES().get("optional", {}).items()
+        if widget == "seed"
+    ]
+    assert len(seeds) == 3
+    assert all(options["control_after_generate"] == "fixed" for options in seeds)
+
+
+def test_every_node_has_a_help_page_with_a_picture(nodes: dict[str, type]) -> None:
+    docs = ROOT / "web" / "docs"
+    for name, node in nodes.items():
+        text = (docs / f"{name}.md").read_text(encoding="utf-8")
+        pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
+        assert pictures, name
+        assert all((docs / picture).is_file() for picture in pictures), name
+        for group in ("required", "optional"):
+            for widget in node.INPUT_TYPES().get(group, {}):
+                assert f"`{widget}`" in text, f"{name}: {widget} is not explained"
+        for output in node.RETURN_NAMES:
+            assert f"`{output}`" in text, f"{name}: {output} is not explained"
+
+
+def test_help_pages_belong_to_nodes(nodes: dict[str, type]) -> None:
+    assert {path.stem for path in (ROOT / "web" / "docs").glob("*.md")} == set(nodes)
+
+
+def test_the_page_loads_no_scripts_of_ours() -> None:
+    assert not list((ROOT / "web").rglob("*.js"))
+
+
+def test_loading_prints_nothing_and_imports_nothing_heavy() -> None:
+    code = f"print([name for name in {HEAVY!r} if name in sys.modules and name not in before])"
+    done = run_python(code)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_missing_packages_do_not_break_loading() -> None:
+    done = run_python("print(len(pack.NODE_CLASS_MAPPINGS))", missing=HEAVY)
+    assert (done.stdout.strip(), done.stderr) == ("9", "")
+
+
+def test_the_node_that_needs_a_missing_package_says_how_to_install_it() -> None:
+    code = """
+nodes = pack.NODE_CLASS_MAPPINGS
+for name, inputs in [("Loader", ("nano", "cpu", "auto")), ("UpscaleVideo", (None, sys.executable))]:
+    try:
+        nodes["StreamDiffVSR_" + name]().execute(*inputs)
+    except ModuleNotFoundError as error:
+        print(error)
+"""
+    loader, video = run_python(code, missing=("diffusers", "av")).stdout.splitlines()
+    assert "'diffusers'" in loader and "'av'" in video
+    assert all("pip install -r" in said and "requirements.txt" in said for said in (loader, video))
+
+
+@pytest.mark.parametrize("name", ["ComfyUI-Stream-DiffVSR", "my pack", "Überpack-上", "1"])
+def test_the_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(ROOT / "__init__.py", folder)
+    for part in ("nodes", "stream_diffvsr"):
+        shutil.copytree(
+            ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
+        )
+    pack = load_pack(folder)
+    assert len(pack.NODE_CLASS_MAPPINGS) == 9
+    assert (
+        Path(pack.NODE_CLASS_MAPPINGS["StreamDiffVSR_Loader"].__module__.removesuffix(".nodes.load"))
+        == folder
+    )
+
+
+def test_requirements_are_lower_bounds_and_name_no_opencv_or_torch() -> None:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    requirements = [line for line in lines if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[A-Za-z_]+>=[\d.]+", line) for line in requirements)
+    assert not [line for line in requirements if re.match("torch|opencv", line)]

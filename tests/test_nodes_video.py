@@ -1,0 +1,207 @@
+"""Upscale Video, with the tiny checkpoint and clips made here."""
+
+from __future__ import annotations
+
+import io
+import json
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from node_clips import frames_of, make_clip
+from node_pack import load_pack, part
+
+PACK = load_pack()
+NODES = PACK.NODE_CLASS_MAPPINGS
+LOADER = NODES["StreamDiffVSR_Loader"]
+VIDEO = NODES["StreamDiffVSR_UpscaleVideo"]
+UPSCALE = NODES["StreamDiffVSR_Upscale"]
+SETTINGS = NODES["StreamDiffVSR_Settings"]
+video = part(PACK, "nodes.video")
+FRAMES = 6
+
+
+@pytest.fixture(scope="module")
+def pipe(checkpoint: Path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STREAM_DIFFVSR_MODELS", str(checkpoint.parent))
+        return LOADER().execute(checkpoint.name, "cpu", "float32", "none")[0]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    return make_clip(tmp_path / "input" / "ein Film – 上.mp4", FRAMES)
+
+
+def upscale(pipe, **inputs) -> Path:
+    return Path(VIDEO().execute(pipe, num_inference_steps=1, **inputs)["result"][0])
+
+
+class FromFile:
+    """A VIDEO as ComfyUI's Load Video hands it on."""
+
+    def __init__(self, source, trim=(0.0, 0.0)) -> None:
+        self.source, self.trim = source, trim
+
+    def get_stream_source(self):
+        return self.source
+
+    def get_active_trim_window(self):
+        return self.trim
+
+
+def test_a_whole_file(pipe, clip: Path) -> None:
+    done = VIDEO().execute(
+        pipe,
+        video_path=str(clip),
+        num_inference_steps=1,
+        prompt={"1": {}},
+        extra_pnginfo={"workflow": {"nodes": []}},
+    )
+    path = Path(done["result"][0])
+    assert path == Path.cwd() / "output" / "stream_diffvsr" / f"{clip.stem}_4x_00001_.mp4"
+    frames = frames_of(path)
+    assert frames.shape == (FRAMES, 128, 192, 3)
+    with av.open(str(path)) as container:
+        assert [stream.type for stream in container.streams] == ["video", "audio"]
+        assert container.streams.video[0].average_rate == 12
+        assert json.loads(container.metadata["prompt"]) == {"1": {}}
+        assert json.loads(container.metadata["workflow"]) == {"nodes": []}
+    shown = {"filename": path.name, "subfolder": "stream_diffvsr", "type": "output"}
+    assert done["ui"]["images"] == [shown] and done["ui"]["animated"] == (True,)
+    assert not list(path.parent.glob("*.parts"))
+
+
+def test_it_shows_the_frames_that_upscale_makes(pipe, clip: Path) -> None:
+    settings = SETTINGS().execute(codec="ffv1", pix_fmt="yuv444p", scene_cut="off")[0]
+    path = upscale(pipe, video_path=str(clip), settings=settings)
+    assert path.suffix == ".mkv"
+    images = torch.from_numpy(frames_of(clip)).float() / 255
+    expected, _ = UPSCALE().execute(pipe, images, num_inference_steps=1)
+    difference = np.abs(frames_of(path).astype(int) - (expected * 255).round().numpy().astype(int))
+    assert difference.max() <= 3  # what 8 bits of YUV round away
+
+
+def test_names_are_numbered_and_nothing_is_overwritten(pipe, clip: Path) -> None:
+    first = upscale(pipe, video_path=clip.name)
+    content = first.read_bytes()
+    second = upscale(pipe, video_path=clip.name)
+    named = [upscale(pipe, video_path=clip.name, output_path="my/film.mkv").name for _ in range(2)]
+    assert (first.name[-10:], second.name[-10:]) == ("00001_.mp4", "00002_.mp4")
+    assert named == ["film.mkv", "film_00001_.mkv"]
+    assert first.read_bytes() == content
+
+
+def test_the_span_is_inclusive(pipe, clip: Path) -> None:
+    assert len(frames_of(upscale(pipe, video_path=str(clip), start_frame=2, end_frame=4))) == 3
+
+
+@pytest.mark.parametrize(
+    "trim, count", [((0.0, 0.0), 6), ((0.25, 0.0), 3), ((0.0, 0.25), 3), ((1 / 6, 1 / 6), 2)]
+)
+def test_a_trimmed_video_is_honoured(pipe, clip: Path, trim, count: int) -> None:
+    assert len(frames_of(upscale(pipe, video=FromFile(str(clip), trim)))) == count
+
+
+def test_a_video_in_memory(pipe, clip: Path) -> None:
+    path = upscale(pipe, video=FromFile(io.BytesIO(clip.read_bytes())))
+    assert len(frames_of(path)) == FRAMES
+
+
+def test_frames_per_batch_never_changes_the_file(pipe, clip: Path) -> None:
+    settings = SETTINGS().execute(codec="ffv1")[0]
+    paths = [upscale(pipe, video_path=str(clip), frames_per_batch=n, settings=settings) for n in (0, 1, 256)]
+    first, *others = [frames_of(path) for path in paths]
+    assert all(np.array_equal(first, other) for other in others)
+
+
+class CancelError(Exception):
+    """As ComfyUI's interrupt, a plain exception."""
+
+
+def test_a_cancelled_run_is_playable_and_goes_on(pipe, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = 0
+
+    def cancel(*_) -> None:
+        nonlocal steps
+        steps += 1
+        if steps > 8:
+            raise CancelError
+
+    whole = frames_of(upscale(pipe, video_path=str(clip), output_path="whole.mp4"))
+    host = part(PACK, "nodes.host")
+    with monkeypatch.context() as patch, pytest.raises(CancelError):
+        patch.setattr(host, "check_interrupt", cancel)
+        upscale(pipe, video_path=str(clip), output_path="cut.mp4")
+    cut = Path("output/cut.mp4").resolve()
+    half = frames_of(cut)
+    assert 0 < len(half) < FRAMES
+    # The encoder looks ahead, so its last frames differ by a little where the file ends early.
+    assert np.abs(half.astype(int) - whole[: len(half)]).mean() < 2
+    # Another job takes another name, the same one goes on under its own.
+    other = upscale(pipe, video_path=str(clip), output_path="cut.mp4", seed=1)
+    assert other.name == "cut_00001_.mp4"
+    assert upscale(pipe, video_path=str(clip), output_path="cut.mp4") == cut
+    assert np.array_equal(frames_of(cut), whole)
+    assert not list(cut.parent.glob("*.parts"))
+
+
+@pytest.mark.parametrize(
+    "inputs, said",
+    [
+        ({}, "either video_path or video, got neither"),
+        ({"video_path": "x.mp4", "video": FromFile("x.mp4")}, "got both"),
+        ({"video": FromFile("x.mp4", (1.0, 1.0)), "start_frame": 3}, "a trimmed video or start_frame"),
+        ({"video_path": "gone.mp4"}, "gone.mp4"),
+    ],
+)
+def test_what_cannot_be_done_is_said(pipe, inputs: dict, said: str) -> None:
+    with pytest.raises(Exception, match="(?s)" + said):
+        upscale(pipe, **inputs)
+
+
+def test_edited_videos_are_refused_with_the_way_out(pipe, clip: Path) -> None:
+    edited = FromFile(str(clip))
+    edited.has_pending_frame_edits = lambda: True
+    with pytest.raises(ValueError, match="Stream-DiffVSR Upscale instead"):
+        upscale(pipe, video=edited)
+
+
+def test_paths_are_checked_before_the_run(clip: Path) -> None:
+    assert VIDEO.VALIDATE_INPUTS(str(clip), "") is True
+    assert VIDEO.VALIDATE_INPUTS(f'"{clip}" ', None) is True
+    assert VIDEO.VALIDATE_INPUTS(None, "a/b.mp4") is True
+    assert "gone.mp4" in VIDEO.VALIDATE_INPUTS("gone.mp4", "")
+    assert "an output below" in VIDEO.VALIDATE_INPUTS(str(clip), "../x.mp4")
+
+
+def test_an_edited_source_is_noticed(clip: Path) -> None:
+    before = VIDEO.IS_CHANGED(video_path=str(clip), seed=1)
+    assert VIDEO.IS_CHANGED(video_path=str(clip), seed=1) == before
+    clip.write_bytes(clip.read_bytes() + b"0")
+    assert VIDEO.IS_CHANGED(video_path=str(clip)) != before
+    assert VIDEO.IS_CHANGED(video_path="") == VIDEO.IS_CHANGED()
+
+
+def test_each_codec_gets_a_container_that_holds_it(pipe, clip: Path) -> None:
+    plans = {}
+    for codec in SETTINGS.INPUT_TYPES()["optional"]["codec"][0]:
+        settings = SETTINGS().execute(codec=codec)[0]
+        job = video.plan((clip, Fraction(0), None), settings)
+        plans[codec] = job.output.name, job.crf
+    assert plans == {
+        "h264": (".mp4", 18),
+        "h265": (".mp4", 18),
+        "av1": (".mp4", 18),
+        "prores": (".mov", None),
+        "ffv1": (".mkv", None),
+        "png": (".mkv", None),
+    }
