@@ -335,7 +335,7 @@ def test_a_text_encoder_of_another_family(folder: Path):
     config = json.loads((folder / "text_encoder" / "config.json").read_text()) | {"hidden_size": 16}
     shutil.rmtree(folder / "text_encoder")
     CLIPTextModel(CLIPTextConfig(**config)).save_pretrained(folder / "text_encoder")
-    assert "width 16, but the U-Net needs 32" in str(problem(folder))
+    assert "width 16, but the U-Net needs prompt embeddings of width 32" in str(problem(folder))
 
 
 def test_the_layout_of_early_documents(folder: Path):

@@ -98,7 +98,10 @@ def check_layout(folder: Path) -> None:
 
 def check_text(folder: Path, needed_shapes: NeededShapes) -> None:
     """The embedding of the empty prompt, or all that makes it."""
-    if PromptEmbeddings(folder, user_cache()).has(""):
+    width = read_json(folder / NETWORKS[0] / CONFIG).get("cross_attention_dim")
+    prompts = PromptEmbeddings(folder, user_cache())
+    if prompts.has(""):
+        check_width(width, prompts.get("").shape[-1], folder / FILE)
         return
     for name in (TEXT_ENCODER, TOKENIZER):
         if not (folder / name).is_dir():
@@ -109,11 +112,15 @@ def check_text(folder: Path, needed_shapes: NeededShapes) -> None:
     encoder = open_part(folder, TEXT_ENCODER)
     check_part(encoder, needed_shapes)
     token_ids(folder / TOKENIZER, "", encoder.config.get("max_position_embeddings", 77))
-    width = read_json(folder / NETWORKS[0] / CONFIG).get("cross_attention_dim")
-    if encoder.config.get("hidden_size") != width:
+    check_width(width, encoder.config.get("hidden_size"), encoder.config_path)
+
+
+def check_width(needed: object, got: object, path: Path) -> None:
+    """Prompt embeddings are as wide as the U-Net's attention to them."""
+    if needed != got:
         raise CheckpointError(
-            f"{encoder.config_path} describes a text encoder of width {encoder.config.get('hidden_size')}, "
-            f"but the U-Net needs {width}: it belongs to another model."
+            f"{path} is of width {got}, but the U-Net needs prompt embeddings of width {needed}: it belongs "
+            "to another model."
         )
 
 

@@ -101,7 +101,7 @@ def open_stream(file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[by
     with ExitStack() as stack:
         # Only the asking is inside: an error of whoever takes the bytes is not one of the connection.
         with asking(file.path):
-            if hasattr(session, "stream"):  # hub 1 and later
+            if callable(session.stream):  # hub 1 and later; of requests it is a flag
                 opened = session.stream("GET", file.url, follow_redirects=True, **asked)
             else:
                 opened = session.get(file.url, stream=True, **asked)

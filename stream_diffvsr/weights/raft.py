@@ -41,8 +41,9 @@ def open_raft(name: str, folders: Iterable[Path] = ()) -> nn.Module:
 def find_raft(name: str, folders: Iterable[Path] = ()) -> Path | None:
     """The file of RAFT's weights that is there, or None."""
     here = [path for folder in folders for path in sorted((folder / FOLDER).glob(f"{name}*"))]
-    files = [path for path in here if path.suffix in (".safetensors", ".pth")]
-    return next((path for path in [*files, hub_file(name)] if path.is_file()), None)
+    files = (path for path in here if path.suffix in (".safetensors", ".pth") and path.is_file())
+    path = next(files, None) or hub_file(name)  # torchvision is imported for the second only
+    return path if path.is_file() else None
 
 
 def hub_file(name: str) -> Path:
