@@ -126,9 +126,9 @@ class _Run:
         """Refuse to replace what an earlier run of this job has not written; raises `VideoError`."""
         output = self.job.output
         taken = any(output.iterdir()) if output.is_dir() else output.exists()
-        if before is not None:
+        if taken and before is not None:
             pictures_begun = "main" not in self.videos
-            taken &= not (pictures_begun or output.stat().st_size in (before.partial, before.finished))
+            taken = not (pictures_begun or output.stat().st_size in (before.partial, before.finished))
         if taken and not self.job.overwrite:
             raise VideoError(f"{output} exists: choose another with -o, or give --overwrite.")
 
@@ -329,6 +329,10 @@ class _Run:
         if self.job.cuts_out is not None:
             scenes.write_list(self.job.cuts_out, self.journal.first_index, last, self.journal.cuts)
         self._give_names()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Remove the work folder, and say what was repaired on the way."""
         self.work.remove()
         for what, count in self.source.notes.items():
             if count:

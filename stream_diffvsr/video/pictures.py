@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
     rows[:, : packed.shape[1]] = packed
     encoder = av.CodecContext.create(codec, "w")
     encoder.width, encoder.height, encoder.pix_fmt = width, height, name
-    encoder.time_base = "1/25"
+    encoder.time_base = Fraction(1, 25)
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
 
 

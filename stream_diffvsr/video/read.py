@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import VideoError
 from . import pictures
-from .colour import BT709, FULL_RANGE, RGB, UNSPECIFIED, Colour, frame_to_rgb
+from .colour import BT709, FULL_RANGE, LIMITED_RANGE, RGB, UNSPECIFIED, Colour, frame_to_rgb
 from .span import Span
 
 log = logging.getLogger(__name__)
@@ -299,7 +299,10 @@ def colour_of(frame: Any, context: Any) -> Colour:
     """The colour tags of a stream, with what is missing filled in."""
     if frame.format.is_rgb or frame.format.has_palette:
         return Colour(RGB, True, BT709, BT709)
-    full = int(frame.color_range) == FULL_RANGE or frame.format.name.startswith("yuvj")
+    said = int(frame.color_range)
+    # Grey without a word about its range is full range in FFmpeg, which wrote most of it.
+    grey = len(frame.format.components) < 3 and said != LIMITED_RANGE
+    full = said == FULL_RANGE or grey or frame.format.name.startswith("yuvj")
     tags = [int(value) or UNSPECIFIED for value in (context.color_primaries, context.color_trc)]
     matrix = int(frame.colorspace) or UNSPECIFIED
     return Colour(matrix, full, *tags).resolved(frame.height)

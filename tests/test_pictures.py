@@ -1,0 +1,195 @@
+"""Pictures of every kind become RGB, and are written with the depth and the alpha that they had."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import clips
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from stream_diffvsr import UpscaleOptions, VideoError
+from stream_diffvsr.video import pictures
+from stream_diffvsr.video.job import VideoJob, run
+from stream_diffvsr.video.pictures import Picture
+
+RGB = clips.picture(3)
+ALPHA = np.tile(np.linspace(0, 255, clips.WIDTH).astype(np.uint8), (clips.HEIGHT, 1))
+DEEP = (RGB.astype(np.uint16) * 257 + np.arange(clips.WIDTH, dtype=np.uint16)[None, :, None]).clip(0, 65535)
+
+
+def values(tensor: torch.Tensor, top: int = 255) -> np.ndarray:
+    return (tensor[0].movedim(0, -1).numpy() * top).round()
+
+
+def save_deep(path: Path, array: np.ndarray) -> Path:
+    """A 16-bit picture, written by PyAV: Pillow cannot."""
+    names = {1: "gray16", 3: "rgb48", 4: "rgba64"}
+    order = "be" if path.suffix == ".png" else "le"
+    name = names[array.shape[-1]] + order
+    frame = av.VideoFrame(array.shape[1], array.shape[0], name)
+    rows = np.frombuffer(frame.planes[0], np.uint8).reshape(array.shape[0], -1)
+    packed = array.astype(">u2" if order == "be" else "<u2").reshape(array.shape[0], -1).view(np.uint8)
+    rows[:, : packed.shape[1]] = packed
+    encoder = av.CodecContext.create("png" if path.suffix == ".png" else "tiff", "w")
+    encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = (
+        *array.shape[1::-1],
+        name,
+        Fraction(1, 25),
+    )
+    path.write_bytes(b"".join(bytes(p) for p in [*encoder.encode(frame), *encoder.encode(None)]))
+    return path
+
+
+def test_plain_rgb(tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    picture = pictures.read(tmp_path / "a.png")
+    assert np.array_equal(values(picture.rgb), RGB)
+    assert picture.alpha is None and picture.bits == 8
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA", "RGBA", "P", "CMYK", "YCbCr", "HSV", "I;16"])
+def test_modes_become_rgb(mode: str, tmp_path: Path) -> None:
+    image = Image.fromarray(RGB)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(Image.fromarray(ALPHA))
+    if mode == "I;16":
+        image = Image.fromarray(DEEP[..., 0])
+        expected = np.repeat(DEEP[..., :1], 3, axis=-1) / 65535
+    else:
+        image = image.convert(mode)
+        expected = np.asarray(image.convert("RGBA").convert("RGB")) / 255
+    picture = pictures.from_pillow(image)
+    assert np.abs(picture.rgb[0].movedim(0, -1).numpy() - expected).max() < 1e-4
+    assert (picture.alpha is not None) == (mode in ("LA", "RGBA"))
+    if picture.alpha is not None:
+        assert np.array_equal(values(picture.alpha)[..., 0], ALPHA)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_sixteen_bits_are_not_cut(suffix: str, channels: int, tmp_path: Path) -> None:
+    array = np.concatenate([DEEP, ALPHA[..., None].astype(np.uint16) * 250], axis=-1)[..., :channels]
+    picture = pictures.read(save_deep(tmp_path / f"a{suffix}", array))
+    assert picture.bits == 16
+    wanted = np.repeat(array, 3, axis=-1) if channels == 1 else array[..., :3]
+    assert np.array_equal(values(picture.rgb, 65535), wanted)
+    if channels == 4:
+        assert picture.alpha is not None
+        assert np.array_equal(values(picture.alpha, 65535)[..., 0], array[..., 3])
+
+
+def test_transparency_of_a_palette(tmp_path: Path) -> None:
+    image = Image.fromarray(RGB).quantize(16)
+    image.save(tmp_path / "a.png", transparency=bytes([0] * 4 + [255] * 12))
+    picture = pictures.read(tmp_path / "a.png")
+    assert picture.alpha is not None
+    assert np.array_equal(values(picture.alpha)[..., 0] == 0, np.asarray(image) < 4)
+
+
+def test_a_cmyk_jpeg_and_a_grey_one(tmp_path: Path) -> None:
+    Image.fromarray(RGB).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
+    assert np.abs(values(pictures.read(tmp_path / "a.jpg").rgb) - RGB).mean() < 6
+    Image.fromarray(RGB).convert("L").save(tmp_path / "b.jpg")
+    assert pictures.read(tmp_path / "b.jpg").rgb.shape == (1, 3, clips.HEIGHT, clips.WIDTH)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(orientation: int, tmp_path: Path) -> None:
+    """Eight and sixteen bits are turned alike, as Pillow turns."""
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(RGB).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        wanted = np.asarray(ImageOps.exif_transpose(image))
+    assert np.array_equal(values(pictures.read(tmp_path / "a.png").rgb), wanted)
+    from stream_diffvsr.video.read import upright
+
+    turned = upright(torch.from_numpy(RGB).movedim(-1, 0)[None], pictures.EXIF_TURNS.get(orientation))
+    assert np.array_equal(turned[0].movedim(0, -1).numpy(), wanted)
+
+
+@pytest.mark.parametrize("suffix", pictures.WRITABLE)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_written_pictures_read_back(suffix: str, bits: int, tmp_path: Path) -> None:
+    rgb = torch.from_numpy(DEEP.astype(np.float32) / 65535).movedim(-1, 0)[None]
+    alpha = torch.from_numpy(ALPHA.astype(np.float32) / 255)[None, None]
+    pictures.write(tmp_path / f"a{suffix}", Picture(rgb, alpha, bits))
+    back = pictures.read(tmp_path / f"a{suffix}")
+    deep = bits == 16 and suffix in pictures.DEEP_SUFFIXES
+    assert back.bits == (16 if deep else 8)
+    tolerance = 0.1 if suffix in (".jpg", ".jpeg") else 0.51 / (65535 if deep else 255)
+    assert float((back.rgb - rgb).abs().max()) <= tolerance
+    assert (back.alpha is not None) == (suffix in pictures.ALPHA_SUFFIXES)
+    assert [file.name for file in tmp_path.iterdir()] == [f"a{suffix}"]
+
+
+def test_natural_order(tmp_path: Path) -> None:
+    for name in ("f10.png", "f2.png", "F1.png", "a.txt", ".hidden.png"):
+        Image.fromarray(RGB).save(tmp_path / name, format="PNG")
+    assert [file.name for file in pictures.list_folder(tmp_path)] == ["F1.png", "f2.png", "f10.png"]
+
+
+def upscale(pipe, source: Path, output: Path) -> Path:
+    options = UpscaleOptions(num_inference_steps=1)
+    for _ in run(pipe, VideoJob(source=source, output=output, options=options)):
+        pass
+    return output
+
+
+def test_alpha_is_upscaled_beside_the_colours(pipe, tmp_path: Path) -> None:
+    image = Image.fromarray(RGB)
+    image.putalpha(Image.fromarray(ALPHA))
+    image.save(tmp_path / "a.png")
+    with Image.open(upscale(pipe, tmp_path / "a.png", tmp_path / "b.png")) as result:
+        assert (result.mode, result.size) == ("RGBA", (128, 96))
+        got = np.asarray(result)[..., 3]
+    alpha = torch.from_numpy(ALPHA.astype(np.float32))[None, None]
+    wanted = F.interpolate(alpha, scale_factor=4, mode="bicubic", align_corners=False).clamp(0, 255)
+    assert np.abs(got - wanted[0, 0].numpy()).max() <= 0.51
+    with Image.open(upscale(pipe, tmp_path / "a.png", tmp_path / "b.jpg")) as result:
+        assert result.mode == "RGB"
+
+
+def test_the_colours_do_not_depend_on_alpha_or_container(pipe, tmp_path: Path) -> None:
+    Image.fromarray(RGB).save(tmp_path / "a.png")
+    save_deep(tmp_path / "deep.png", RGB.astype(np.uint16) * 257)
+    plain = pictures.read(upscale(pipe, tmp_path / "a.png", tmp_path / "a_4x.png"))
+    deep = pictures.read(upscale(pipe, tmp_path / "deep.png", tmp_path / "deep_4x.png"))
+    assert (plain.bits, deep.bits) == (8, 16)
+    assert float((plain.rgb - deep.rgb).abs().max()) <= 0.51 / 255
+
+
+def test_a_folder_of_different_sizes_and_formats(pipe, tmp_path: Path) -> None:
+    """A change of size begins a sequence: each picture is as it is alone at its index."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(RGB).save(folder / "1.png")
+    Image.fromarray(clips.picture(0, 24, 16)).save(folder / "2.webp", lossless=True)
+    Image.fromarray(RGB).convert("P").save(folder / "3.gif")
+    result = upscale(pipe, folder, tmp_path / "out")
+    sizes = {file.name: Image.open(file).size for file in result.iterdir()}
+    assert sizes == {"1.png": (128, 96), "2.webp": (96, 64), "3.png": (128, 96)}
+
+
+def test_profiles_are_kept(pipe, tmp_path: Path) -> None:
+    from PIL import ImageCms
+
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(RGB).save(tmp_path / "a.png", icc_profile=profile, dpi=(300, 300))
+    with Image.open(upscale(pipe, tmp_path / "a.png", tmp_path / "b.png")) as result:
+        assert result.info["icc_profile"] == profile
+        assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+
+def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(RGB[..., 0].astype(np.float32)).save(tmp_path / "a.tif")
+    with pytest.raises(VideoError, match="no known range"):
+        pictures.read(tmp_path / "a.tif")

@@ -1,0 +1,143 @@
+"""Code values to RGB and back: every matrix, range, depth and layout, against plain arithmetic."""
+
+from __future__ import annotations
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream_diffvsr.errors import VideoError
+from stream_diffvsr.video.colour import (
+    LAYOUTS,
+    LUMA_WEIGHTS,
+    Colour,
+    frame_to_rgb,
+    planar,
+    planes_to_frame,
+    rgb_to_planes,
+)
+
+YUV = [name for name, layout in LAYOUTS.items() if not layout.rgb]
+
+
+def smooth(height: int, width: int) -> torch.Tensor:
+    """A gradient inside the gamut of every matrix, (1, 3, h, w)."""
+    y, x = torch.meshgrid(torch.linspace(0.2, 0.8, height), torch.linspace(0.3, 0.7, width), indexing="ij")
+    return torch.stack([y, x, (x + y) / 2])[None]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("matrix", [1, 6, 9])
+def test_there_and_back(name: str, full: bool, matrix: int) -> None:
+    """RGB formats take no notice of matrix and range."""
+    colour = Colour(matrix, full, 1, 1)
+    layout = LAYOUTS[name]
+    rgb = smooth(24, 32)
+    frame = planes_to_frame(rgb_to_planes(rgb, name, colour), name)
+    back, alpha = frame_to_rgb(frame, colour)
+    assert alpha is None
+    # Chroma that was halved is interpolated at the borders; else it is rounding, of three values.
+    allowed = 4 / 2**layout.bits + (0.02 if layout.chroma_width > 1 else 0)
+    assert float((back - rgb).abs().max()) <= allowed
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(sorted(LUMA_WEIGHTS)),
+    st.booleans(),
+    st.tuples(st.integers(40, 200), st.integers(100, 150), st.integers(100, 150)),
+)
+def test_the_matrix_is_the_standards(matrix: int, full: bool, codes: tuple[int, int, int]) -> None:
+    y, cb, cr = codes
+    frame = av.VideoFrame(16, 16, "yuv420p")
+    for plane, value in zip(frame.planes, codes, strict=True):
+        plane.update(bytes([value]) * plane.buffer_size)
+    red, blue = LUMA_WEIGHTS[matrix]
+    luma = y / 255 if full else (y - 16) / 219
+    b, r = ((c - 128) / (255 if full else 224) for c in (cb, cr))
+    wanted = [luma + 2 * (1 - red) * r, 0, luma + 2 * (1 - blue) * b]
+    wanted[1] = (luma - red * wanted[0] - blue * wanted[2]) / (1 - red - blue)
+    rgb, _ = frame_to_rgb(frame, Colour(matrix, full))
+    assert torch.allclose(rgb[0, :, 5, 5], torch.tensor(wanted).clamp(0, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("matrix", [1, 6])
+@pytest.mark.parametrize("full", [False, True])
+def test_as_swscale_has_it(matrix: int, full: bool) -> None:
+    """FFmpeg's own conversion is coarser; it agrees within its rounding."""
+    rgb = smooth(32, 48)
+    frame = planes_to_frame(rgb_to_planes(rgb, "yuv444p", Colour(matrix, full)), "yuv444p")
+    theirs = frame.reformat(
+        format="rgb24",
+        src_colorspace={1: 1, 6: 5}[matrix],
+        src_color_range=2 if full else 1,
+        dst_color_range=2,
+    ).to_ndarray()
+    ours, _ = frame_to_rgb(frame, Colour(matrix, full))
+    assert np.abs(theirs - ours[0].movedim(0, -1).numpy() * 255).max() < 2
+
+
+PACKED = """
+yuv410p yuv411p yuv440p nv12 nv21 p010le yuyv422 uyvy422 yuv444p16be yuva420p yuv420p12be y210le
+gray gray10le gray16be ya8 rgb24 bgr24 bgra argb rgb48be rgba64le gbrp gbrap16le rgb8
+"""
+
+
+@pytest.mark.parametrize("name", PACKED.split())
+def test_every_layout_of_a_decoder_is_read(name: str) -> None:
+    """Also those that must be unpacked first: the same grey everywhere. FFmpeg's own grey is full range."""
+    grey = av.VideoFrame.from_ndarray(np.full((16, 16, 3), 128, np.uint8))
+    full = name.startswith(("gray", "ya8"))
+    frame = grey.reformat(format=name, dst_color_range=2 if full else 1)
+    colour = Colour(0, True) if frame.format.is_rgb else Colour(6, full)
+    rgb, _ = frame_to_rgb(frame, colour)
+    assert rgb.shape == (1, 3, 16, 16)
+    tolerance = 0.2 if name == "rgb8" else 2.1 / 255
+    assert float((rgb - 128 / 255).abs().max()) <= tolerance
+
+
+def test_unpacking_loses_nothing() -> None:
+    generator = np.random.default_rng(0)
+    for name, shape, kind in (
+        ("rgb48be", (8, 8, 3), ">u2"),
+        ("bgra", (8, 8, 4), "u1"),
+        ("rgb24", (8, 8, 3), "u1"),
+    ):
+        frame = av.VideoFrame(8, 8, name)
+        values = generator.integers(0, 65536 if kind == ">u2" else 256, shape)
+        rows = np.frombuffer(frame.planes[0], np.uint8).reshape(8, -1)
+        packed = values.astype(kind).reshape(8, -1).view(np.uint8)
+        rows[:, : packed.shape[1]] = packed
+        rgb, alpha = frame_to_rgb(frame, Colour(0, True))
+        top = 65535 if kind == ">u2" else 255
+        got = (rgb[0].movedim(0, -1).numpy() * top).round().astype(int)
+        wanted = values[..., 2::-1] if name == "bgra" else values
+        assert np.array_equal(got, wanted[..., :3])
+        if name == "bgra":
+            assert alpha is not None
+            assert np.array_equal((alpha[0, 0].numpy() * 255).round(), values[..., 3])
+        assert planar(planar(frame)) is not None
+
+
+def test_ten_bits_are_not_cut() -> None:
+    frame = av.VideoFrame(16, 16, "yuv420p10le")
+    luma = np.frombuffer(frame.planes[0], np.uint16).reshape(16, -1)
+    luma[:, :16] = np.arange(256).reshape(16, 16) + 400
+    for plane in frame.planes[1:]:
+        np.frombuffer(plane, np.uint16)[:] = 512
+    rgb, _ = frame_to_rgb(frame, Colour(1, False))
+    assert len(rgb[0, 0].unique()) == 256
+
+
+def test_untagged_video_is_taken_by_its_lines() -> None:
+    assert Colour().resolved(480) == Colour(6, False, 6, 6)
+    assert Colour().resolved(719).matrix == 6
+    assert Colour().resolved(720) == Colour(1, False, 1, 1)
+    assert Colour(primaries=9).resolved(480) == Colour(6, False, 9, 2)
+    assert Colour(9, True, 9, 16).resolved(100) == Colour(9, True, 9, 16)
+    with pytest.raises(VideoError, match="matrix 8"):
+        Colour(8).resolved(480)

@@ -1,0 +1,313 @@
+"""Jobs that are stopped in every way go on where they were, and the frames are the same to the last bit."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import clips
+import numpy as np
+import pytest
+
+from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VideoError
+from stream_diffvsr.video.job import VideoJob, run
+from stream_diffvsr.video.journal import Workplace
+
+ONE_STEP = UpscaleOptions(num_inference_steps=1)
+
+
+def job(source: Path, output: Path, **settings: Any) -> VideoJob:
+    return VideoJob(source=source, output=output, options=ONE_STEP, **{"segment_frames": 3, **settings})
+
+
+def finish(pipe, task: VideoJob) -> list[int]:
+    """Run a job to its end; the indices of the frames that were computed."""
+    return [step.index for step in run(pipe, task)]
+
+
+def same_frames(one: Path, other: Path) -> None:
+    before, after = clips.frames_of(one), clips.frames_of(other)
+    assert [when for when, _ in before] == [when for when, _ in after]
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(before, after, strict=True))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return clips.write_video(tmp_path_factory.mktemp("source") / "in.mp4", 11, audio=1, audio_packets=20)
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, guided, tmp_path_factory) -> Path:
+    """The uninterrupted result, in a lossy codec with frames that depend on each other."""
+    output = tmp_path_factory.mktemp("whole") / "out.mp4"
+    assert finish(guided, job(source, output)) == list(range(11))
+    return output
+
+
+@pytest.mark.parametrize("after", [1, 3, 4, 8, 11])
+def test_cancelling_leaves_a_playable_file_and_goes_on(after: int, source, whole, guided, tmp_path) -> None:
+    output = tmp_path / "out.mp4"
+    with contextlib.closing(run(guided, job(source, output))) as steps:
+        for _ in range(after):
+            next(steps)
+    assert len(clips.frames_of(output)) == after
+    assert finish(guided, job(source, output)) == list(range((after - 1) // 3 * 3, 11))
+    same_frames(output, whole)
+    assert clips.packets_of(output, "audio") == clips.packets_of(source, "audio")
+    assert not (tmp_path / "out.mp4.parts").exists()
+
+
+def test_an_exception_of_on_step_cancels(source, whole, guided, tmp_path) -> None:
+    calls = []
+
+    def stop(stage: str, index: int, total: int) -> None:
+        calls.append(stage)
+        if len(calls) > 20:
+            raise InterruptedError("enough")
+
+    with pytest.raises(InterruptedError):
+        for _ in run(guided, job(source, tmp_path / "out.mp4"), on_step=stop):
+            pass
+    assert clips.frames_of(tmp_path / "out.mp4")
+    finish(guided, job(source, tmp_path / "out.mp4"))
+    same_frames(tmp_path / "out.mp4", whole)
+
+
+def test_no_thread_outlives_a_cancelled_job(source, guided, tmp_path) -> None:
+    before = set(threading.enumerate())
+    steps = run(guided, job(source, tmp_path / "out.mp4"))
+    next(steps)
+    steps.close()
+    assert set(threading.enumerate()) <= before
+
+
+def test_segments_change_no_computed_frame(source, guided, tmp_path) -> None:
+    """With a lossless codec the length of segments cannot be seen."""
+    outputs = []
+    for length in (1, 4, 100):
+        outputs.append(tmp_path / f"{length}.mkv")
+        finish(guided, job(source, outputs[-1], codec="ffv1", segment_frames=length))
+    same_frames(outputs[0], outputs[2])
+    same_frames(outputs[1], outputs[2])
+
+
+def test_a_state_joins_two_jobs_exactly(source, guided, tmp_path) -> None:
+    state = tmp_path / "state.safetensors"
+    finish(guided, job(source, tmp_path / "all.mkv", codec="ffv1"))
+    finish(guided, job(source, tmp_path / "a.mkv", codec="ffv1", end=4, state_out=state))
+    loaded = StreamDiffVSRState.load(state)
+    assert loaded.frame_index == 5
+    finish(guided, job(source, tmp_path / "b.mkv", codec="ffv1", start=5, state=loaded))
+    parts = clips.frames_of(tmp_path / "a.mkv") + clips.frames_of(tmp_path / "b.mkv")
+    wanted = clips.frames_of(tmp_path / "all.mkv")
+    assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(parts, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"crf": 30}, "crf"),
+        ({"options": UpscaleOptions(num_inference_steps=1, seed=5)}, "seed was 0, is 5"),
+        ({"segment_frames": 4}, "segment was 3, is 4"),
+        ({"scene_cut": "off"}, "scene cuts"),
+    ],
+)
+def test_changed_settings_are_refused_with_what_differs(change, said, source, guided, tmp_path) -> None:
+    output = tmp_path / "out.mp4"
+    with contextlib.closing(run(guided, job(source, output))) as steps:
+        for _ in range(4):
+            next(steps)
+    changed = VideoJob(**{**vars(job(source, output)), **change})
+    with pytest.raises(VideoError, match=said):
+        finish(guided, changed)
+    again = VideoJob(**{**vars(changed), "restart": True, "overwrite": True})
+    assert finish(guided, again) == list(range(11))
+
+
+def test_a_changed_source_is_refused(source, guided, tmp_path) -> None:
+    copy = tmp_path / "copy.mp4"
+    copy.write_bytes(source.read_bytes())
+    with contextlib.closing(run(guided, job(copy, tmp_path / "out.mp4"))) as steps:
+        for _ in range(4):
+            next(steps)
+    clips.write_video(copy, 9)
+    with pytest.raises(VideoError, match=r"source content was .*, is .*--restart"):
+        finish(guided, job(copy, tmp_path / "out.mp4"))
+
+
+def test_two_runs_on_one_output_are_refused(source, guided, tmp_path) -> None:
+    with contextlib.closing(run(guided, job(source, tmp_path / "out.mp4"))) as steps:
+        next(steps)
+        with pytest.raises(VideoError, match=f"process {os.getpid()}"):
+            finish(guided, job(source, tmp_path / "out.mp4"))
+    finish(guided, job(source, tmp_path / "out.mp4"))
+
+
+def test_a_finished_output_is_refused_without_overwrite(source, whole, guided) -> None:
+    before = whole.read_bytes()
+    with pytest.raises(VideoError, match="--overwrite"):
+        finish(guided, job(source, whole))
+    assert whole.read_bytes() == before
+    assert not Path(f"{whole}.parts").exists()
+
+
+def test_foreign_files_in_the_work_folder_survive(source, guided, tmp_path) -> None:
+    folder = tmp_path / "out.mp4.parts"
+    folder.mkdir()
+    (folder / "mine.txt").write_text("mine")
+    finish(guided, job(source, tmp_path / "out.mp4"))
+    assert [file.name for file in folder.iterdir()] == ["mine.txt"]
+
+
+def test_a_damaged_journal_or_segment_is_said(source, guided, tmp_path) -> None:
+    output = tmp_path / "out.mp4"
+    with contextlib.closing(run(guided, job(source, output))) as steps:
+        for _ in range(4):
+            next(steps)
+    segment = next((tmp_path / "out.mp4.parts").glob("main-*"))
+    content = segment.read_bytes()
+    segment.write_bytes(content[:-10])
+    with pytest.raises(VideoError, match="not as the journal says"):
+        finish(guided, job(source, output))
+    segment.write_bytes(content)
+    Workplace(output).journal_file.write_text("{")
+    with pytest.raises(VideoError, match="--restart"):
+        finish(guided, job(source, output, overwrite=True))
+
+
+def test_killed_between_its_last_steps(source, whole, guided, tmp_path, monkeypatch) -> None:
+    """Everything is done but the new name, or but the cleaning up: the next run does only what is left."""
+    for broken in ("_give_names", "_clean_up"):
+        output = tmp_path / f"{broken}.mp4"
+
+        def die(self) -> None:
+            raise SystemExit("killed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(f"stream_diffvsr.video.job._Run.{broken}", die)
+            with pytest.raises(SystemExit):
+                finish(guided, job(source, output))
+        assert finish(guided, job(source, output)) == []
+        same_frames(output, whole)
+        assert not Path(f"{output}.parts").exists()
+
+
+SCRIPT = """
+import sys, time
+import torch
+from samples import shift_flow
+from stream_diffvsr import UpscaleOptions, load_pipeline
+from stream_diffvsr.video.job import VideoJob, run
+
+torch.set_num_threads(1)
+checkpoint, source, output = sys.argv[1:]
+pipe = load_pipeline(checkpoint, device="cpu", flow=shift_flow)
+options = UpscaleOptions(num_inference_steps=1)
+print("ready", flush=True)
+for step in run(pipe, VideoJob(source=source, output=output, options=options, segment_frames=3)):
+    print(step.index, flush=True)
+"""
+
+
+def start(checkpoint: Path, source: Path, output: Path, **settings: Any) -> subprocess.Popen[str]:
+    """A job in a process of its own, which has opened the model."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    arguments = [sys.executable, "-c", SCRIPT, str(checkpoint), str(source), str(output)]
+    process = subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **settings
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n", process.communicate()[1]
+    return process
+
+
+KILLS = int(os.environ.get("STREAM_DIFFVSR_KILLS", "3"))
+
+
+def test_kill_minus_nine(source, whole, guided, checkpoint, tmp_path) -> None:
+    """STREAM_DIFFVSR_KILLS=20 pytest tests/test_video_job.py -k kill_minus: that many moments."""
+    chance = random.Random(7)
+    done = 0
+    for number in range(KILLS):
+        output = tmp_path / f"{number}.mp4"
+        process = start(checkpoint, source, output)
+        computed = chance.randrange(0, 11)
+        assert process.stdout is not None
+        for _ in range(computed):
+            process.stdout.readline()
+        time.sleep(chance.random() * 0.3)
+        process.kill()
+        process.communicate()
+        parts = Path(f"{output}.parts")
+        if not parts.exists():
+            done += 1
+            continue
+        assert not output.exists() or len(clips.frames_of(output)) == 11
+        kept = journal_frames(parts)
+        assert kept >= (computed - 1) // 3 * 3 - 3 * (computed % 3 == 0)
+        assert finish(guided, job(source, output)) == list(range(kept, 11))
+        same_frames(output, whole)
+        assert clips.packets_of(output, "audio") == clips.packets_of(source, "audio")
+    assert done < KILLS, "every process was done before it was killed"
+
+
+def journal_frames(parts: Path) -> int:
+    file = parts / "journal.json"
+    return sum(p["frames"] for p in json.loads(file.read_text())["parts"]) if file.exists() else 0
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent differently there")
+def test_control_c_leaves_a_playable_file(source, whole, guided, checkpoint, tmp_path) -> None:
+    output = tmp_path / "out.mp4"
+    process = start(checkpoint, source, output)
+    assert process.stdout is not None
+    for _ in range(5):
+        process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode != 0
+    assert 5 <= len(clips.frames_of(output)) < 11
+    finish(guided, job(source, output))
+    same_frames(output, whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no such limit there")
+@pytest.mark.parametrize("limit", [2_000, 60_000, 150_000])
+def test_a_disk_that_is_full(limit: int, source, whole, guided, checkpoint, tmp_path) -> None:
+    """No file may grow beyond a limit: writing fails, nothing finished is lost, nothing broken stays."""
+    import resource
+
+    output = tmp_path / "out.mp4"
+    process = start(
+        checkpoint,
+        source,
+        output,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    _, error = process.communicate()
+    if process.returncode == 0:
+        same_frames(output, whole)
+        return
+    assert "OSError" in error or "File too large" in error, error
+    assert not output.exists(), "a broken output was left"
+    finish(guided, job(source, output))
+    same_frames(output, whole)
+
+
+def test_too_little_room_is_said_before_it_is_used_up(source, guided, tmp_path, monkeypatch) -> None:
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match="MB are free"):
+        finish(guided, job(source, tmp_path / "out.mp4"))
+    assert not (tmp_path / "out.mp4").exists()
