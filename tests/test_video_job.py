@@ -7,7 +7,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import clips
 import numpy as np
 import pytest
+from job_process import messages, start
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VideoError
 from stream_diffvsr.video.job import VideoJob, run
@@ -201,35 +201,6 @@ def test_killed_between_its_last_steps(source, whole, guided, tmp_path, monkeypa
         assert not Path(f"{output}.parts").exists()
 
 
-SCRIPT = """
-import sys, time
-import torch
-from samples import shift_flow
-from stream_diffvsr import UpscaleOptions, load_pipeline
-from stream_diffvsr.video.job import VideoJob, run
-
-torch.set_num_threads(1)
-checkpoint, source, output = sys.argv[1:]
-pipe = load_pipeline(checkpoint, device="cpu", flow=shift_flow)
-options = UpscaleOptions(num_inference_steps=1)
-print("ready", flush=True)
-for step in run(pipe, VideoJob(source=source, output=output, options=options, segment_frames=3)):
-    print(step.index, flush=True)
-"""
-
-
-def start(checkpoint: Path, source: Path, output: Path, **settings: Any) -> subprocess.Popen[str]:
-    """A job in a process of its own, which has opened the model."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    arguments = [sys.executable, "-c", SCRIPT, str(checkpoint), str(source), str(output)]
-    process = subprocess.Popen(
-        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **settings
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n", process.communicate()[1]
-    return process
-
-
 KILLS = int(os.environ.get("STREAM_DIFFVSR_KILLS", "3"))
 
 
@@ -239,14 +210,13 @@ def test_kill_minus_nine(source, whole, guided, checkpoint, tmp_path) -> None:
     done = 0
     for number in range(KILLS):
         output = tmp_path / f"{number}.mp4"
-        process = start(checkpoint, source, output)
+        process, progress = start(checkpoint, source, output)
         computed = chance.randrange(0, 11)
-        assert process.stdout is not None
         for _ in range(computed):
-            process.stdout.readline()
+            progress.recv()
         time.sleep(chance.random() * 0.3)
         process.kill()
-        process.communicate()
+        process.join()
         parts = Path(f"{output}.parts")
         if not parts.exists():
             done += 1
@@ -268,13 +238,14 @@ def journal_frames(parts: Path) -> int:
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent differently there")
 def test_control_c_leaves_a_playable_file(source, whole, guided, checkpoint, tmp_path) -> None:
     output = tmp_path / "out.mp4"
-    process = start(checkpoint, source, output)
-    assert process.stdout is not None
+    process, progress = start(checkpoint, source, output)
     for _ in range(5):
-        process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode != 0
+        progress.recv()
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGINT)
+    assert messages(progress)[-1] == "KeyboardInterrupt()"
+    process.join()
+    assert process.exitcode != 0
     assert 5 <= len(clips.frames_of(output)) < 11
     finish(guided, job(source, output))
     same_frames(output, whole)
@@ -284,20 +255,14 @@ def test_control_c_leaves_a_playable_file(source, whole, guided, checkpoint, tmp
 @pytest.mark.parametrize("limit", [2_000, 60_000, 150_000])
 def test_a_disk_that_is_full(limit: int, source, whole, guided, checkpoint, tmp_path) -> None:
     """No file may grow beyond a limit: writing fails, nothing finished is lost, nothing broken stays."""
-    import resource
-
     output = tmp_path / "out.mp4"
-    process = start(
-        checkpoint,
-        source,
-        output,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    _, error = process.communicate()
-    if process.returncode == 0:
+    process, progress = start(checkpoint, source, output, limit)
+    last = messages(progress)[-1]
+    process.join()
+    if process.exitcode == 0:
         same_frames(output, whole)
         return
-    assert "OSError" in error or "File too large" in error, error
+    assert "File too large" in str(last)
     assert not output.exists(), "a broken output was left"
     finish(guided, job(source, output))
     same_frames(output, whole)

@@ -1,0 +1,63 @@
+"""A job in a process of its own, which tests kill; forked from a process that has imported everything."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import torch
+
+# Imported here so that the fork server does it once.
+from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel  # noqa: F401
+from samples import shift_flow
+
+from stream_diffvsr import UpscaleOptions, load_pipeline
+from stream_diffvsr.video.job import VideoJob, run
+
+
+def work(progress: Connection, checkpoint: Path, source: Path, output: Path, limit: int) -> None:
+    """Do the job, sending 'ready', each frame's index, and at the end 'done' or the error."""
+    torch.set_num_threads(1)
+    pipe = load_pipeline(checkpoint, device="cpu", flow=shift_flow)
+    job = VideoJob(
+        source=source, output=output, options=UpscaleOptions(num_inference_steps=1), segment_frames=3
+    )
+    progress.send("ready")
+    if limit:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        for step in run(pipe, job):
+            progress.send(step.index)
+    except BaseException as error:
+        progress.send(repr(error))
+        raise
+    progress.send("done")
+
+
+def start(
+    checkpoint: Path, source: Path, output: Path, limit: int = 0
+) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    """Start a job; with `limit`, no file of it can grow beyond that many bytes. Returns when it is ready."""
+    context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
+    if sys.platform != "win32":
+        context.set_forkserver_preload(["job_process"])
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=work, args=(there, checkpoint, source, output, limit))
+    process.start()
+    there.close()
+    assert here.recv() == "ready"
+    return process, here
+
+
+def messages(connection: Connection) -> list[object]:
+    """Everything that is still sent, until the process ends."""
+    found = []
+    try:
+        while True:
+            found.append(connection.recv())
+    except EOFError:
+        return found

@@ -1,0 +1,85 @@
+"""Damaged files: never a crash, never a hang, never a broken output without a word."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import clips
+import numpy as np
+import pytest
+
+from stream_diffvsr import StreamDiffVSRError, UpscaleOptions
+from stream_diffvsr.video.job import VideoJob, run
+
+DAMAGES = int(os.environ.get("STREAM_DIFFVSR_DAMAGES", "20"))
+"""STREAM_DIFFVSR_DAMAGES=200 pytest tests/test_video_damage.py: that many files."""
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory) -> list[bytes]:
+    """Files of several containers and codecs."""
+    folder = tmp_path_factory.mktemp("originals")
+    made = [
+        clips.write_video(folder / "a.mp4", 12, audio=1),
+        clips.write_video(folder / "b.mkv", 12, audio=1, audio_codec="libopus"),
+        clips.write_video(folder / "c.avi", 12, codec="mpeg4"),
+        clips.write_video(folder / "d.ts", 12),
+        clips.write_video(folder / "e.webm", 12, codec="libvpx-vp9"),
+    ]
+    return [file.read_bytes() for file in made]
+
+
+def damage(data: bytes, chance: random.Random) -> bytes:
+    """Cut off, or with some bits turned over, or with a hole of zeros."""
+    kind = chance.choice(["cut", "flip", "hole"])
+    if kind == "cut":
+        return data[: chance.randrange(1, len(data))]
+    changed = bytearray(data)
+    if kind == "flip":
+        for _ in range(chance.choice([1, 5, 50])):
+            changed[chance.randrange(len(changed))] ^= 1 << chance.randrange(8)
+    else:
+        start = chance.randrange(len(changed))
+        length = min(chance.randrange(1, 2000), len(changed) - start)
+        changed[start : start + length] = bytes(length)
+    return bytes(changed)
+
+
+def test_damaged_files(originals: list[bytes], pipe, tmp_path: Path, caplog) -> None:
+    chance = random.Random(3)
+    outcomes = {"refused": 0, "done": 0}
+    for number in range(DAMAGES):
+        source, output = tmp_path / f"{number}.bin", tmp_path / f"{number}.mp4"
+        source.write_bytes(damage(originals[number % len(originals)], chance))
+        job = VideoJob(
+            source=source, output=output, options=UpscaleOptions(num_inference_steps=1), segment_frames=5
+        )
+        try:
+            computed = sum(1 for _ in run(pipe, job))
+        except StreamDiffVSRError as error:
+            outcomes["refused"] += 1
+            assert len(str(error)) > 20
+            assert not output.exists(), f"{number}: {error}"
+        else:
+            outcomes["done"] += 1
+            assert len(clips.frames_of(output)) == computed > 0
+    assert min(outcomes.values()) > 0, outcomes
+
+
+def test_damaged_packets_are_skipped_and_counted(pipe, tmp_path: Path, caplog) -> None:
+    """A hole in the middle: frames before and after it are there, with their own times."""
+    source = clips.write_video(tmp_path / "a.avi", 20, codec="mjpeg", pix_fmt="yuvj420p")
+    data = bytearray(source.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 700] = bytes(700)
+    source.write_bytes(bytes(data))
+    job = VideoJob(source=source, output=tmp_path / "b.mp4", options=UpscaleOptions(num_inference_steps=1))
+    indices = [step.index for step in run(pipe, job)]
+    times = [float(time) for time, _ in clips.frames_of(tmp_path / "b.mp4")]
+    assert indices == list(range(len(indices)))
+    assert 16 <= len(indices) <= 20
+    assert np.allclose(np.array(times) * 25, np.round(np.array(times) * 25), atol=1e-3)
+    if len(indices) < 20:
+        assert "damaged packets skipped" in caplog.text

@@ -1,0 +1,112 @@
+"""Scene cuts: the measure, the rule, the lists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import clips
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VideoError, from_pixels
+from stream_diffvsr.video import scenes
+from stream_diffvsr.video.job import VideoJob, run
+from stream_diffvsr.video.read import VideoSource
+from stream_diffvsr.video.span import Span
+
+ONE_STEP = UpscaleOptions(num_inference_steps=1)
+
+
+def two_scenes(index: int, width: int, height: int) -> np.ndarray:
+    """Frame 4 begins another scene: inverted, and mirrored."""
+    picture = clips.picture(index, width, height)
+    return picture if index < 4 else 255 - picture[::-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    return clips.write_video(tmp_path_factory.mktemp("scenes") / "in.mp4", 7, draw=two_scenes)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_the_measure_is_opencvs(seed: int) -> None:
+    """Mean difference of OpenCV's 8-bit HSV, as PySceneDetect's content detector takes it."""
+    cv2 = pytest.importorskip("cv2")
+    generator = np.random.default_rng(seed)
+    before, now = generator.integers(0, 256, (2, 12, 16, 3), dtype=np.uint8)
+    one, other = (cv2.cvtColor(frame, cv2.COLOR_RGB2HSV).astype(int) for frame in (before, now))
+    wanted = np.abs(one - other).mean()
+    lq = [from_pixels(torch.from_numpy(f).movedim(-1, 0)[None].float() / 255) for f in (before, now)]
+    assert scenes.difference(lq[0], lq[1]) == pytest.approx(wanted, abs=0.35)
+
+
+def test_equal_frames_differ_by_nothing() -> None:
+    frame = torch.rand(1, 3, 8, 8) * 2 - 1
+    assert scenes.difference(frame, frame) == 0
+
+
+def test_a_frame_after_a_cut_is_as_with_an_empty_state(source, guided) -> None:
+    """And the frame index, and with it the noise, goes on."""
+    steps = list(run_frames(source, guided, "auto"))
+    assert [step.cut for step in steps] == [False] * 4 + [True] + [False] * 2
+    frame = list(VideoSource(source).frames(Span()))[4]
+    alone = guided.process_frame(from_pixels(frame.rgb), StreamDiffVSRState(frame_index=4), ONE_STEP)
+    from stream_diffvsr import to_pixels
+
+    assert torch.equal(steps[4].hq, to_pixels(alone.hq))
+    uncut = list(run_frames(source, guided, "off"))
+    assert torch.equal(steps[3].hq, uncut[3].hq)
+    assert not torch.equal(steps[4].hq, uncut[4].hq)
+
+
+def run_frames(source: Path, pipe, rule: str, **settings):
+    output = source.with_name(f"out-{rule}.mp4")
+    job = VideoJob(source=source, output=output, options=ONE_STEP, scene_cut=rule, overwrite=True, **settings)
+    yield from run(pipe, job)
+
+
+def test_cuts_at_the_joints_of_segments_and_runs(source, guided, tmp_path) -> None:
+    """Segments that end at, before and after the cut change nothing, nor does stopping there."""
+    import contextlib
+
+    results = []
+    for length in (3, 4, 5):
+        job = VideoJob(
+            source=source,
+            output=tmp_path / f"{length}.mkv",
+            options=ONE_STEP,
+            codec="ffv1",
+            segment_frames=length,
+        )
+        with contextlib.closing(run(guided, job)) as steps:
+            for _ in range(length + 1):
+                next(steps)
+        for _ in run(guided, job):
+            pass
+        results.append([picture for _, picture in clips.frames_of(job.output)])
+    for result in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], result, strict=True))
+
+
+def test_lists_are_written_and_read_back(source, guided, tmp_path) -> None:
+    cuts = tmp_path / "cuts.csv"
+    list(run_frames(source, guided, "auto", cuts_out=cuts))
+    assert cuts.read_text().splitlines()[1:] == ["1,1,4,4", "2,5,7,3"]
+    assert scenes.parse(str(cuts)).listed == {0, 4}
+    (tmp_path / "plain.csv").write_text("4\n6\n")
+    assert scenes.parse(str(tmp_path / "plain.csv")).listed == {4, 6}
+
+
+@pytest.mark.parametrize("text", ["nonsense.csv", "-1", "256", "nan"])
+def test_other_rules_are_refused(text: str) -> None:
+    with pytest.raises(VideoError):
+        scenes.parse(text)
+
+
+def test_a_list_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("one,two\n")
+    with pytest.raises(VideoError, match="no list of cuts"):
+        scenes.parse(str(tmp_path / "a.csv"))
