@@ -211,6 +211,12 @@ class StreamDiffVSRPipeline:
             return replace(plan, flow=fitting(plan.flow, methods))
         return choose(lambda plan: self._need(lq, options, plan), options, methods, self.device)
 
+    def _lower(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
+        """What to try when memory ran out; a plan that the options name is not left."""
+        if options.memory_plan != "auto":
+            return None
+        return plan.lower(stage, self.flow.methods, options.tile_size)
+
     def _need(self, lq: Tensor, options: UpscaleOptions, plan: Plan) -> int:
         """Bytes that a frame takes beside the weights."""
         needs = estimate(self._widths, lq.shape[-2:], options, self.dtype, plan)
@@ -248,8 +254,7 @@ class StreamDiffVSRPipeline:
         hq, plan = within_memory(
             lambda plan: self._upscale(replace(frame, plan=plan)),
             frame.plan,
-            methods=self.flow.methods,
-            automatic=frame.options.memory_plan == "auto",
+            lower=lambda plan, stage: self._lower(plan, stage, frame.options),
             device=self.device,
             need=lambda plan: self._need(frame.lq, frame.options, plan),
         )

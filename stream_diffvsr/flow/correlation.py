@@ -95,7 +95,8 @@ class LinearCorrelation:
             squares = corner.view(-1, edge**2, 2)[numbers]
             spread = squares.amax(1) - squares.amin(1)
             together = (spread <= 2 * edge).all(1) | (edge == 1)
-            yield from self._batches(edge, numbers[together], spread[together] + self.side + 1)
+            if together.any():
+                yield from self._batches(edge, numbers[together], spread[together] + self.side + 1)
             cut = numbers[~together]
             numbers = (4 * cut[:, None] + torch.arange(4, device=corner.device)).flatten()
             edge //= 2

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from ..options import UpscaleOptions
 from .available import free_memory
-from .plan import Plan, levels, tiled
+from .plan import Plan
 
 log = logging.getLogger(__name__)
 
@@ -45,11 +46,10 @@ def choose(
 
 def candidates(options: UpscaleOptions, methods: Sequence[str], *, beyond_exact: bool) -> Iterator[Plan]:
     """Plans from the cheapest in time to the cheapest in memory."""
-    exact = [plan for plan in levels(Plan(overlap=options.tile_overlap), "unet", methods) if plan.exact]
-    yield from exact
-    if not beyond_exact:
-        return
-    smaller = list(levels(tiled(exact[-1], options), "unet", methods))
-    yield from smaller
-    if "tiled" in methods:
-        yield from levels(smaller[-1], "flow", methods)
+    plan: Plan | None = Plan(overlap=options.tile_overlap)
+    last = plan
+    while plan is not None and (plan.exact or beyond_exact):
+        yield plan
+        last, plan = plan, plan.lower("unet", methods, options.tile_size)
+    if beyond_exact and "tiled" in methods:
+        yield replace(last, flow="tiled")

@@ -48,15 +48,14 @@ def within_memory(
     compute: Callable[[Plan], Tensor],
     plan: Plan,
     *,
-    methods: Sequence[str],
-    automatic: bool,
+    lower: Callable[[Plan, str], Plan | None],
     device: torch.device,
     need: Callable[[Plan], int],
 ) -> tuple[Tensor, Plan]:
     """The result of `compute`, and the plan with which memory sufficed.
 
-    Only with `automatic` is a lower plan tried. `need` predicts the bytes of a plan for the message of
-    the `VRAMError` that is raised when no plan is left.
+    `lower` gives the plan to try next when one ran out in a stage; `need` predicts the bytes of a plan, for
+    the message of the `VRAMError` that is raised when no plan is left.
     """
     tried = []
     while True:
@@ -67,15 +66,18 @@ def within_memory(
         # Here the error is gone, and with it the tensors that its traceback held.
         release_caches(device)
         tried.append(str(plan))
-        lower = plan.lower(stage, methods) if automatic else None
-        if lower is None:
-            raise _no_plan_left(stage, tried, automatic, need(plan), free_memory(device))
-        log.warning("out of memory (%s: %s); this frame again, and all later ones: %s", stage, message, lower)
-        plan = lower
+        following = lower(plan, stage)
+        if following is None:
+            raise _no_plan_left(stage, tried, need(plan), free_memory(device))
+        log.warning(
+            "out of memory (%s: %s); this frame again, and all later ones: %s", stage, message, following
+        )
+        plan = following
 
 
-def _no_plan_left(stage: str, tried: Sequence[str], automatic: bool, needed: int, free: int) -> VRAMError:
-    remedy = REMEDIES[stage] if automatic else f"set memory_plan to 'auto', or {REMEDIES[stage]}"
+def _no_plan_left(stage: str, tried: Sequence[str], needed: int, free: int) -> VRAMError:
     return VRAMError(
-        needed // MEGABYTE, free // MEGABYTE, f"it ran out in {stage}, tried: {'; '.join(tried)}; {remedy}"
+        needed // MEGABYTE,
+        free // MEGABYTE,
+        f"it ran out in {stage}, tried: {'; '.join(tried)}; {REMEDIES[stage]}, or memory_plan 'auto'",
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from ..errors import IncompatibleInputError
@@ -37,10 +37,11 @@ class Plan:
         """Whether the numbers are those of the whole frame, up to rounding."""
         return self.tile is None and self.flow != "tiled"
 
-    def lower(self, stage: str, methods: Sequence[str]) -> Plan | None:
+    def lower(self, stage: str, methods: Sequence[str], tile: int | None = None) -> Plan | None:
         """The next plan with less memory, exact ones first; None if there is none.
 
-        `stage` is where memory ran out: only for flow does tiled flow help.
+        `stage` is where memory ran out: only for flow does tiled flow help. `tile` is the size that U-Net
+        tiles begin with.
         """
         if self.flow == "whole" and "linear" in methods:
             return replace(self, flow="linear")
@@ -48,12 +49,12 @@ class Plan:
             return replace(self, rows=BAND_ROWS)
         if stage == "flow" and "tiled" in methods and self.flow != "tiled":
             return replace(self, flow="tiled")
-        return None if stage == "flow" else self._smaller_tile()
-
-    def _smaller_tile(self) -> Plan | None:
-        if self.tile is not None and self.tile <= SMALLEST_TILE:
+        if stage == "flow" or (self.tile is not None and self.tile <= SMALLEST_TILE):
             return None
-        tile = TILE_SIZE if self.tile is None else max(self.tile // 2, SMALLEST_TILE)
+        return self.tiled(tile or TILE_SIZE if self.tile is None else max(self.tile // 2, SMALLEST_TILE))
+
+    def tiled(self, tile: int) -> Plan:
+        """The same with U-Net tiles of that size."""
         return replace(self, tile=tile, overlap=min(self.overlap, (tile - 1) // 2))
 
     def __str__(self) -> str:
@@ -97,23 +98,9 @@ def asked_for(options: UpscaleOptions, methods: Sequence[str]) -> Plan:
     plan = Plan(fitting("linear", methods), BAND_ROWS, overlap=options.tile_overlap)
     if options.memory_plan == "banded":
         return plan
-    return tiled(plan, options)
-
-
-def tiled(plan: Plan, options: UpscaleOptions) -> Plan:
-    """The plan with U-Net tiles as the options have them."""
-    tile = options.tile_size or TILE_SIZE
-    return replace(plan, tile=tile, overlap=min(options.tile_overlap, (tile - 1) // 2))
+    return plan.tiled(options.tile_size or TILE_SIZE)
 
 
 def fitting(method: str, methods: Sequence[str]) -> str:
     """The estimator's own method in place of one that it lacks."""
     return method if method in methods else methods[0]
-
-
-def levels(plan: Plan, stage: str, methods: Sequence[str]) -> Iterator[Plan]:
-    """A plan and all that follow it when memory keeps running out in `stage`."""
-    following: Plan | None = plan
-    while following is not None:
-        yield following
-        following = following.lower(stage, methods)
