@@ -76,7 +76,7 @@ class UpscaleVideo:
                         "default": "",
                         "tooltip": "File to write, below the output folder; a number is added where it "
                         "exists. "
-                        "Empty: stream_diffvsr/<name>_4x, numbered.",
+                        "Empty: numbered files in the folder stream_diffvsr, named after the video.",
                     },
                 ),
                 "frames_per_batch": (

@@ -1,0 +1,107 @@
+"""The example workflows against the nodes' schemas, positions of widget values included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from node_pack import ROOT, load_pack
+
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+NODES = load_pack().NODE_CLASS_MAPPINGS
+WIDGET_TYPES = ("INT", "FLOAT", "STRING", "BOOLEAN")
+FREE = {"state_file"}
+"""Lists whose entries depend on the user's files."""
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def our_nodes(path: Path) -> list[dict]:
+    return [node for node in read(path)["nodes"] if node["type"].startswith("StreamDiffVSR")]
+
+
+def inputs_of(name: str) -> dict:
+    groups = NODES[name].INPUT_TYPES()
+    return {**groups.get("required", {}), **groups.get("optional", {})}
+
+
+def widgets_of(name: str) -> list[tuple[str, object, dict]]:
+    """(name, kind, options) of each widget in the order in which the page saves their values."""
+    widgets = []
+    for widget, (kind, options) in inputs_of(name).items():
+        if isinstance(kind, list) or kind in WIDGET_TYPES:
+            widgets.append((widget, kind, options))
+            if "control_after_generate" in options:
+                widgets.append(("control_after_generate", ["fixed"], {}))
+    return widgets
+
+
+def fits(value: object, kind: object, options: dict) -> bool:
+    if isinstance(kind, list):
+        return value in kind
+    types = {"INT": int, "FLOAT": (int, float), "STRING": str, "BOOLEAN": bool}
+    right = isinstance(value, types[kind]) and (kind == "BOOLEAN" or not isinstance(value, bool))  # type: ignore[index]
+    return right and options.get("min", value) <= value <= options.get("max", value)  # type: ignore[operator]
+
+
+def test_there_is_one_for_each_way_of_working() -> None:
+    names = "frame_loop_with_state long_video_file resume_state save_state simple_video single_image"
+    assert [path.stem for path in WORKFLOWS] == [*names.split(), "vhs_meta_batch", "vhs_video_with_audio"]
+
+
+def test_each_node_is_shown_in_one() -> None:
+    assert {node["type"] for path in WORKFLOWS for node in our_nodes(path)} == set(NODES)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_widget_values_stand_where_they_belong(path: Path) -> None:
+    for node in our_nodes(path):
+        widgets = widgets_of(node["type"])
+        values = node.get("widgets_values") or []
+        assert len(values) == len(widgets), node["type"]
+        for value, (name, kind, options) in zip(values, widgets, strict=True):
+            assert name in FREE or fits(value, kind, options), f"{node['type']}.{name} = {value!r}"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_links_end_at_sockets_that_exist(path: Path) -> None:
+    workflow = read(path)
+    nodes = {node["id"]: node for node in workflow["nodes"]}
+    for _, origin, origin_slot, target, target_slot, kind in workflow["links"]:
+        source, sink = nodes[origin], nodes[target]
+        socket = sink["inputs"][target_slot]
+        if source["type"] in NODES:
+            assert kind in (NODES[source["type"]].RETURN_TYPES[origin_slot], "*")
+            name = NODES[source["type"]].RETURN_NAMES[origin_slot]
+            assert source["outputs"][origin_slot]["name"] == name
+        if sink["type"] in NODES:
+            wanted = inputs_of(sink["type"])[socket["name"]][0]
+            assert kind == wanted
+    for node in our_nodes(path):
+        linked = {socket["name"] for socket in node["inputs"] if socket.get("link") is not None}
+        sockets = {
+            name
+            for name, (kind, _) in NODES[node["type"]].INPUT_TYPES().get("required", {}).items()
+            if not isinstance(kind, list) and kind not in WIDGET_TYPES
+        }
+        assert sockets <= linked, node["type"]
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_each_has_a_picture_and_says_nothing_of_the_machine(path: Path) -> None:
+    assert path.with_suffix(".jpg").stat().st_size < 150_000
+    text = path.read_text(encoding="utf-8")
+    assert not [word for word in ("127.0.0.1", "localhost", "/home", "/opt", "/tmp", "C:\\") if word in text]
+
+
+@pytest.mark.parametrize("name", ["vhs_meta_batch", "vhs_video_with_audio"])
+def test_other_workflows_need_only_core_nodes(name: str) -> None:
+    others = [path for path in WORKFLOWS if not path.stem.startswith("vhs")]
+    foreign = {node["type"] for path in others for node in read(path)["nodes"]} - set(NODES)
+    assert not [kind for kind in foreign if kind.startswith("VHS")]
+    assert any(
+        node["type"].startswith("VHS") for node in read(ROOT / "example_workflows" / f"{name}.json")["nodes"]
+    )
