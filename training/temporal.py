@@ -12,7 +12,6 @@ from training.losses import charbonnier, fidelity
 from training.networks import Nano, scheduler
 from training.rollout import decode, denoise, dis_flow, lq_up, true_warp, warp
 
-STEADINESS = 0.3
 COLOUR = 0.2
 ENCODER = 0.1
 VISIBLE = 0.15
@@ -51,11 +50,15 @@ def spoiled_previous(truth: Tensor, lq: Tensor, rng: np.random.Generator) -> Ten
 
 
 def unsteadiness(result: Tensor, previous: Tensor, truth: Tensor, before: Tensor, flow: Tensor) -> Tensor:
-    """How far this frame's error is from the previous one's, moved along: what is seen as flicker."""
+    """What is seen as flicker.
+
+    How far this frame's error is from the previous one's, moved along; and, to half, how far the frame
+    itself is from the previous one, moved along.
+    """
     moved, inside = true_warp(before, flow)
     seen = inside & ((moved - truth).abs().amax(1, keepdim=True) < VISIBLE)
-    error, _ = true_warp(previous - before, flow)
-    return charbonnier((result - truth - error) * seen)
+    shown, _ = true_warp(previous, flow)
+    return charbonnier((result - truth - shown + moved) * seen) + 0.5 * charbonnier((result - shown) * seen)
 
 
 def frame_loss(result: Tensor, truth: Tensor) -> Tensor:
@@ -68,7 +71,9 @@ def encoder_loss(model: Nano, truth: Tensor, latents: Tensor) -> Tensor:
     return ENCODER * charbonnier(model.vae.encode(truth) - latents.detach())
 
 
-def temporal_loss(model: Nano, batch: tuple[Tensor, Tensor], rng: np.random.Generator) -> Tensor:
+def temporal_loss(
+    model: Nano, batch: tuple[Tensor, Tensor], rng: np.random.Generator, steadiness: float
+) -> Tensor:
     """Mean loss over the frames of a batch of sequences; gradients stay within each frame."""
     lqs, truths = batch
     begins_spoiled = rng.random() < 0.5
@@ -84,7 +89,7 @@ def temporal_loss(model: Nano, batch: tuple[Tensor, Tensor], rng: np.random.Gene
         result = decode(model, latents, warped)
         loss = frame_loss(result, truth)
         if previous is not None and losses:
-            loss = loss + STEADINESS * unsteadiness(result, previous, truth, truths[index - 1], flow)
+            loss = loss + steadiness * unsteadiness(result, previous, truth, truths[index - 1], flow)
         if index == 1:
             loss = loss + encoder_loss(model, truth, latents)
         losses.append(loss)

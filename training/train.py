@@ -100,7 +100,7 @@ class Run:
         partial.replace(self.path)
 
     def rate_now(self) -> float:
-        warm = min(1.0, (self.step + 1) / 100)
+        warm = min(1.0, (self.step + 1) / 30)
         return self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
 
     def update(self, loss: Tensor) -> None:
@@ -129,9 +129,9 @@ def fit(run: Run, batches: Iterator[Any], loss: Callable[[Nano, Any], Tensor]) -
     while run.step < run.steps:
         run.update(loss(run.model, next(batches)))
         first = distributed.get_rank() == 0
-        if first and run.step % 50 == 0:
+        if first and run.step % 25 == 0:
             run.report()
-        if first and (run.step % 100 == 0 or run.step == run.steps):
+        if first and (run.step % 50 == 0 or run.step == run.steps):
             run.save()
 
 
@@ -144,6 +144,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--frames", type=int, default=3, help="length of the sequences of the temporal stage")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--scenes", type=int, default=150)
+    parser.add_argument("--name", help="of the run, if not that of the stage")
+    parser.add_argument("--steadiness", type=float, default=0.3, help="weight of the loss against flicker")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="checkpoint of the stage before")
@@ -158,8 +160,13 @@ def start_from(model: Nano, checkpoint: Path) -> None:
     model.load_state_dict(weights)
 
 
-def work(rank: int, args: argparse.Namespace, pool: Pictures) -> None:
+def pictures(args: argparse.Namespace) -> Pictures:
+    return Pictures(args.seed, args.scenes, RUNS / f"scenes-{args.seed}-{args.scenes}.npy")
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
     """One worker: the same weights everywhere, other data in each."""
+    pool = pictures(args)
     meeting = f"file://{args.meeting}"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.workers)
     torch.manual_seed(args.seed)
@@ -168,7 +175,7 @@ def work(rank: int, args: argparse.Namespace, pool: Pictures) -> None:
     model = Nano().to(memory_format=torch.channels_last)
     if args.start:
         start_from(model, args.start)
-    run = Run(args.stage, model, args.steps, args.rate)
+    run = Run(args.name or args.stage, model, args.steps, args.rate)
     run.resume()
     torch.manual_seed(args.seed + 1000 * rank + run.step)
     rng = np.random.default_rng((args.seed, run.step, rank))
@@ -179,16 +186,16 @@ def work(rank: int, args: argparse.Namespace, pool: Pictures) -> None:
         # The same choices in all workers, so that none waits for one that does more steps.
         choices = np.random.default_rng((args.seed, run.step))
         batches = ahead(lambda: sequence_batch(pool, rng, count, args.frames, args.size))
-        fit(run, batches, lambda model, batch: temporal_loss(model, batch, choices))
+        fit(run, batches, lambda model, batch: temporal_loss(model, batch, choices, args.steadiness))
 
 
 def main() -> None:
     args = arguments()
     RUNS.mkdir(exist_ok=True)
-    args.meeting = RUNS / f"{args.stage}.meeting"
+    args.meeting = RUNS / f"{args.name or args.stage}.meeting"
     args.meeting.unlink(missing_ok=True)
-    pool = Pictures(args.seed, args.scenes, RUNS / f"scenes-{args.seed}-{args.scenes}.npy")
-    multiprocessing.spawn(work, (args, pool), args.workers)
+    pictures(args)  # drawn once, read from the file by the workers
+    multiprocessing.spawn(work, (args,), args.workers)
 
 
 if __name__ == "__main__":
