@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
 from ..flow import FlowEstimator, open_flow
 from ..models.build import from_config
 from ..models.control import Control, Residuals
 from ..pipeline import StreamDiffVSRPipeline
+from ..tensors import SCALE
 from ..weights.open import load_pipeline
 
 RANDOM = "random"
@@ -102,12 +104,14 @@ class PlainControl(Control):
         self.embedding, self.body = control.embedding, control.body
 
     def embed(self, warped: Tensor) -> Tensor:
-        return warped
+        # Only brought to the size at which embeddings are handed around; the work is done in each step.
+        return F.pixel_unshuffle(warped, SCALE)
 
     def forward(
         self, x: Tensor, timestep: Tensor, prompt: Tensor, embedding: Tensor, scale: float
     ) -> Residuals:
-        return super().forward(x, timestep, prompt, self.embedding(embedding), scale)
+        warped = F.pixel_shuffle(embedding, SCALE)
+        return super().forward(x, timestep, prompt, self.embedding(warped), scale)
 
 
 def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:

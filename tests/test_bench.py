@@ -1,0 +1,61 @@
+"""The benchmark measures the real thing: both paths give the same picture, and stages add up."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from samples import moving
+
+from stream_diffvsr import IncompatibleInputError, UpscaleOptions
+from stream_diffvsr.bench.measure import measure
+from stream_diffvsr.bench.networks import CONFIGS, plain
+from stream_diffvsr.cli.main import main
+
+
+def test_the_plain_path_gives_the_same_numbers(guided):
+    clip, options = moving(3), UpscaleOptions(num_inference_steps=2)
+    calls = []
+    hook = guided.control.embedding.register_forward_hook(lambda *_: calls.append(1))
+    ours, _ = guided(clip, options)
+    once = len(calls)
+    theirs, _ = plain(guided)(clip, options)
+    hook.remove()
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (once, len(calls) - once) == (2, 4)
+
+
+def test_figures(guided):
+    result = measure(guided, 12, 16, 2, UpscaleOptions(num_inference_steps=1), plain(guided))
+    assert set(result.stages) == {"flow", "control", "denoise", "decode", "rest"}
+    assert all(value > 0 for name, value in result.stages.items() if name != "flow")
+    assert result.plain_ratio > 0
+    assert result.fps == pytest.approx(1000 / result.milliseconds)
+
+
+def test_command(checkpoint, tmp_path, capsys):
+    command = ["bench", "--model", str(checkpoint), "--flow", "dis", "--device", "cpu", "--frames", "1"]
+    assert main([*command, "--size", "16x12", "--plain", "--json", str(tmp_path / "b.json")]) == 0
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["results"][0]["width"] == 16
+    assert "| 16x12 |" in capsys.readouterr().out
+    assert main([*command, "--size", "16"]) == 2
+
+
+def test_released_sizes():
+    """Counts of the real networks, built without weights."""
+    from stream_diffvsr.models.build import empty, from_config
+
+    counts = {"unet": 472_374_020, "controlnet": 207_699_264, "vae": 2_052_501}
+    for name, count in counts.items():
+        network = empty(lambda name=name: from_config(name, CONFIGS[name]))
+        assert sum(weight.numel() for weight in network.parameters()) == count
+
+
+def test_sizes_are_checked():
+    from stream_diffvsr.cli.bench import _size
+
+    assert _size("320x180") == (320, 180)
+    with pytest.raises(IncompatibleInputError):
+        _size("320*180")
