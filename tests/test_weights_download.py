@@ -48,13 +48,14 @@ def published(checkpoint: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     with serving(published, REPOSITORY) as hub:
         # What HF_ENDPOINT sets when huggingface_hub is imported; the processes below use the variable.
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        for module in (constants, file_download):  # older versions have a copy in the second
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield hub
 
@@ -133,7 +134,7 @@ def test_resumes_after_being_cancelled(hub: StandInHub, home: Path, published: P
         pass
 
     def cancel(done: int, total: int) -> None:
-        if total and done > total // 2:
+        if done > total // 2:
             raise CancelledError
 
     with pytest.raises(CancelledError):
@@ -144,7 +145,7 @@ def test_resumes_after_being_cancelled(hub: StandInHub, home: Path, published: P
     assert there > 0
     first: list[int] = []
     hub.requests.clear()
-    folder = download(on_progress=lambda done, total: first.append(done) if total else None)
+    folder = download(on_progress=lambda done, total: first.append(done))
     assert_same(folder, published)
     total = sum((folder / name).stat().st_size for name in names(folder) if "prompt_emb" not in name)
     resumed = [request for request in hub.gets() if request.start]

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from ..errors import ModelNotFoundError
 from ..weights.download import OnProgress, download
@@ -55,15 +56,19 @@ def print_flow(folders: list[Path]) -> None:
 
 @contextmanager
 def bar() -> Iterator[OnProgress]:
-    """A progress bar in bytes, which begins where an earlier download ended."""
+    """A progress bar in bytes; it appears with the first byte, and begins where an earlier download ended."""
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1000, desc=RELEASED) as progress:
+    bars: list[tqdm[NoReturn]] = []
 
-        def show(done: int, total: int) -> None:
-            if progress.total != total and total:
-                progress.reset(total)
-                progress.initial = progress.n = done
-            progress.update(done - progress.n)
+    def show(done: int, total: int) -> None:
+        if total > 1 and not bars:
+            bars.append(tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=RELEASED))
+        if bars:
+            bars[0].update(done - bars[0].n)
 
+    try:
         yield show
+    finally:
+        for each in bars:
+            each.close()

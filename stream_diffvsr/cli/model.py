@@ -8,6 +8,7 @@ from ..devices import DTYPES
 from ..flow import FLOW_MODELS
 from ..pipeline import StreamDiffVSRPipeline
 from ..weights.open import load_pipeline
+from .download import bar
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,4 +23,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace) -> StreamDiffVSRPipeline:
     """The pipeline that these options name."""
-    return load_pipeline(args.model, device=args.device, dtype=args.dtype, flow=args.flow)
+    with bar() as on_progress:
+        return load_pipeline(
+            args.model, device=args.device, dtype=args.dtype, flow=args.flow, on_progress=on_progress
+        )

@@ -24,7 +24,10 @@ from .released import RELEASED, REPOSITORY, REVISION, REVISION_VARIABLE
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
-"""(done_bytes, total_bytes); an exception from it ends the download, which resumes from there next time."""
+"""(done_bytes, total_bytes); (0, 1) while the total is not known yet.
+
+An exception from it ends the download, which resumes from there next time.
+"""
 
 PART = ".part"
 """Ending of a file that is not whole yet."""
@@ -304,7 +307,7 @@ class Progress:
     """Bytes done of all files, told at most every `INTERVAL`; whoever is told may end it by raising."""
 
     def __init__(self, on_progress: OnProgress | None) -> None:
-        self.total, self.done = 0, 0
+        self.total, self.done = 1, 0
         self._on_progress, self._told = on_progress, 0.0
 
     def add(self, count: int) -> None:

@@ -101,6 +101,7 @@ def open_stream(file: RemoteFile, start: int) -> Iterator[tuple[int, Iterator[by
     with ExitStack() as stack:
         # Only the asking is inside: an error of whoever takes the bytes is not one of the connection.
         with asking(file.path):
+            opened: Any
             if callable(session.stream):  # hub 1 and later; of requests it is a flag
                 opened = session.stream("GET", file.url, follow_redirects=True, **asked)
             else:
