@@ -167,3 +167,9 @@ def test_requirements_are_lower_bounds_and_name_no_opencv_or_torch() -> None:
     requirements = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z_]+>=[\d.]+", line) for line in requirements)
     assert not [line for line in requirements if re.match("torch|opencv", line)]
+
+
+def test_requirements_name_what_a_host_holds_first() -> None:
+    """Solvers then look for a diffusers that fits the host's transformers, and not the other way round."""
+    names = re.findall(r"^[A-Za-z_]+(?=>=)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert names[:2] == ["transformers", "huggingface_hub"]

@@ -1,0 +1,277 @@
+"""The pack in a real ComfyUI on a CPU.
+
+Set COMFYUI_PATH to a checkout, COMFYUI_PYTHON to the Python with its requirements and this pack's, and
+COMFYUI_VHS_PATH to a checkout of ComfyUI-VideoHelperSuite where it is not in COMFYUI_PATH's custom_nodes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from comfy_server import Server, messages, to_prompt, video_helper_suite
+from node_clips import frames_of, make_clip, pattern
+from node_pack import ROOT
+
+pytestmark = [
+    pytest.mark.comfyui,
+    pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI"),
+]
+FRAMES, WIDTH, HEIGHT = 20, 48, 32
+WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
+SUITE = "COMFYUI_PATH" in os.environ and video_helper_suite() is not None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    from PIL import Image
+
+    server = Server(tmp_path_factory.mktemp("comfy"))
+    make_clip(server.base / "input" / "video.mp4", FRAMES, WIDTH, HEIGHT)
+    make_clip(server.base / "input" / "short.mp4", 6, WIDTH, HEIGHT)
+    Image.fromarray(pattern(0, 52, 36)).save(server.base / "input" / "example.png")
+    server.start()
+    yield server
+    server.stop()
+
+
+def node(kind: str, **inputs) -> dict:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def ours(kind: str, **inputs) -> dict:
+    return node(f"StreamDiffVSR_{kind}", **inputs)
+
+
+LOADER = ours("Loader", model_version="nano", device="auto", dtype="auto")
+
+
+def pictures(prefix: str, file: str = "short.mp4", first: int = 0, count: int = 6, **upscale) -> dict:
+    """Video in, frames upscaled, PNG files out."""
+    return {
+        "1": node("LoadVideo", file=file),
+        "2": node("GetVideoComponents", video=["1", 0]),
+        "3": node("ImageFromBatch", image=["2", 0], batch_index=first, length=count),
+        "4": LOADER,
+        "5": ours("Upscale", pipe=["4", 0], images=["3", 0], **upscale),
+        "6": node("SaveImage", images=["5", 0], filename_prefix=prefix),
+    }
+
+
+def read_pictures(server: Server, prefix: str) -> np.ndarray:
+    from PIL import Image
+
+    files = sorted((server.base / "output").glob(f"{prefix}_*.png"))
+    return np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files])
+
+
+def file_job(**inputs) -> dict:
+    return {"1": LOADER, "2": ours("UpscaleVideo", pipe=["1", 0], **inputs)}
+
+
+def test_all_nodes_are_there(server: Server) -> None:
+    info = server.get("/object_info")
+    frozen = json.loads((Path(__file__).parent / "node_schemas.json").read_text(encoding="utf-8"))
+    assert set(frozen) <= set(info)
+    assert all(info[name]["output_node"] == frozen[name]["output_node"] for name in frozen)
+    assert "IMPORT FAILED" not in server.log.read_text()
+
+
+def test_help_pages_and_templates_are_served(server: Server) -> None:
+    import urllib.request
+
+    base = f"http://127.0.0.1:{server.port}"
+    for name in ("StreamDiffVSR_Upscale.md", "StreamDiffVSR_Upscale.png"):
+        with urllib.request.urlopen(f"{base}/extensions/ComfyUI-Stream-DiffVSR/docs/{name}") as answer:
+            assert answer.status == 200 and answer.read()
+    offered = server.get("/workflow_templates")["ComfyUI-Stream-DiffVSR"]
+    assert sorted(offered) == [path.stem for path in WORKFLOWS]
+
+
+EXPECTED = {
+    "simple_video": (FRAMES, True),
+    "long_video_file": (FRAMES, True),
+    "vhs_video_with_audio": (FRAMES, True),
+    "vhs_meta_batch": (FRAMES, True),
+    "save_state": (8, False),
+    "resume_state": (8, False),
+    "frame_loop_with_state": (3, None),
+    "single_image": (1, None),
+}
+"""Frames, and whether there is sound; None where pictures come out. In the order in which they run."""
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_every_example_runs_to_its_end(server: Server, name: str) -> None:
+    if name.startswith("vhs") and not SUITE:
+        pytest.skip("no VideoHelperSuite: set COMFYUI_VHS_PATH")
+    frames, sound = EXPECTED[name]
+    workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    before = server.files()
+    server.run(to_prompt(workflow, server))
+    new = sorted(server.files() - before)
+    if sound is None:
+        made = [file for file in new if file.suffix == ".png"]
+        assert len(made) == frames
+        return
+    # VideoHelperSuite writes a silent file first, and then one with sound.
+    video = max(new, key=lambda file: (file.suffix == ".mp4", "-audio" in file.name))
+    assert frames_of(video).shape == (frames, 4 * HEIGHT, 4 * WIDTH, 3)
+    with av.open(str(video)) as container:
+        assert bool(container.streams.audio) == sound
+        if sound:
+            assert sum(frame.samples for frame in container.decode(audio=0)) >= 0.9 * 24000 * FRAMES / 12
+
+
+def suite_job(prefix: str, batch: int | None) -> dict:
+    load = {
+        "video": "video.mp4",
+        "force_rate": 0,
+        "custom_width": 0,
+        "custom_height": 0,
+        "frame_load_cap": 0,
+        "skip_first_frames": 0,
+        "select_every_nth": 1,
+    }
+    save = {
+        "frame_rate": 12,
+        "loop_count": 0,
+        "filename_prefix": prefix,
+        "format": "video/ffv1-mkv",
+        "pingpong": False,
+        "save_output": True,
+    }
+    prompt = {
+        "1": node("VHS_LoadVideo", **load),
+        "2": LOADER,
+        "3": ours("Upscale", pipe=["2", 0], images=["1", 0], num_inference_steps=1),
+        "4": node("VHS_VideoCombine", images=["3", 0], audio=["1", 2], **save),
+    }
+    if batch:
+        prompt["5"] = node("VHS_BatchManager", frames_per_batch=batch)
+        for number in ("1", "3", "4"):
+            prompt[number]["inputs"]["meta_batch"] = ["5", 0]
+    return prompt
+
+
+@pytest.mark.skipif(not SUITE, reason="no VideoHelperSuite: set COMFYUI_VHS_PATH")
+@pytest.mark.parametrize("size", [7, 10])
+def test_a_meta_batch_run_equals_the_single_run(server: Server, size: int) -> None:
+    before = server.files()
+    server.run(suite_job("whole", None))
+    server.run(suite_job("parts", size))
+    new = sorted(file for file in server.files() - before if file.suffix == ".mkv")
+    whole = next(file for file in new if file.name.startswith("whole"))
+    parts = next(file for file in new if file.name.startswith("parts"))
+    assert len(frames_of(whole)) == FRAMES
+    assert np.array_equal(frames_of(whole), frames_of(parts))
+
+
+def test_a_saved_state_survives_a_restart(server: Server) -> None:
+    server.run(pictures("all", num_inference_steps=1))
+    first = pictures("first", count=2, num_inference_steps=1)
+    first["7"] = ours("SaveState", state=["5", 1], filename_prefix="restart")
+    server.run(first)
+    server.stop()
+    server.start()
+    rest = pictures("rest", first=2, count=4, num_inference_steps=1)
+    rest["7"] = ours("LoadState", state_file="restart_00001_.safetensors [output]")
+    rest["5"]["inputs"]["state"] = ["7", 0]
+    server.run(rest)
+    parts = np.concatenate([read_pictures(server, "first"), read_pictures(server, "rest")])
+    assert np.array_equal(parts, read_pictures(server, "all"))
+
+
+def test_interrupted_at_random_then_run_again(server: Server) -> None:
+    server.free()
+    server.run(pictures("calm", num_inference_steps=2))
+    for attempt in range(3):
+        server.free()
+        prompt_id = server.queue(pictures(f"broken{attempt}", num_inference_steps=2))
+        time.sleep(random.uniform(0.5, 4))
+        server.post("/interrupt", {})
+        done = server.wait(prompt_id)
+        if done["status"]["status_str"] != "success":
+            assert messages(done, "execution_interrupted") and not messages(done, "execution_error")
+            assert not list((server.base / "output").glob(f"broken{attempt}_*"))
+    server.run(pictures("again", num_inference_steps=2))
+    assert np.array_equal(read_pictures(server, "calm"), read_pictures(server, "again"))
+
+
+def test_free_between_and_during_runs_changes_nothing(server: Server) -> None:
+    server.run(pictures("plain", num_inference_steps=2, seed=3))
+    server.free()
+    prompt_id = server.queue(pictures("freed", num_inference_steps=2, seed=3))
+    for _ in range(4):
+        server.free(memory=False)
+    assert server.wait(prompt_id)["status"]["status_str"] == "success"
+    server.free(memory=False)
+    server.run(pictures("unloaded", num_inference_steps=2, seed=3))
+    assert np.array_equal(read_pictures(server, "plain"), read_pictures(server, "freed"))
+    assert np.array_equal(read_pictures(server, "plain"), read_pictures(server, "unloaded"))
+
+
+def test_workflows_do_not_influence_each_other(server: Server) -> None:
+    """The same node ids in different graphs, with one shared model."""
+    server.run(pictures("one", num_inference_steps=1, seed=1))
+    server.run(pictures("other", "video.mp4", count=3, num_inference_steps=3, seed=2))
+    server.run(pictures("two", num_inference_steps=1, seed=1, enable_tiling=False))
+    assert np.array_equal(read_pictures(server, "one"), read_pictures(server, "two"))
+
+
+def test_a_cancelled_file_is_playable_and_goes_on(server: Server) -> None:
+    settings = {"video_path": "video.mp4", "output_path": "cut.mp4", "num_inference_steps": 4}
+    server.run(file_job(**{**settings, "output_path": "uncut.mp4"}))
+    server.free()
+    prompt_id = server.queue(file_job(**settings))
+    work = server.base / "output" / "cut.mp4.parts"
+    while not list(work.glob("main*")):
+        time.sleep(0.05)
+    time.sleep(1)
+    server.post("/interrupt", {})
+    assert server.wait(prompt_id)["status"]["status_str"] != "success"
+    cut = server.base / "output" / "cut.mp4"
+    assert 0 < len(frames_of(cut)) < FRAMES
+    done = server.run(file_job(**settings))
+    assert done["outputs"]["2"]["images"] == [{"filename": "cut.mp4", "subfolder": "", "type": "output"}]
+    assert np.array_equal(frames_of(cut), frames_of(server.base / "output" / "uncut.mp4"))
+    assert not work.exists()
+    with av.open(str(cut)) as container:
+        assert json.loads(container.metadata["prompt"]) == file_job(**settings)
+
+
+@pytest.mark.parametrize(
+    "upscale, said",
+    [
+        ({"enable_tiling": True, "tile_size": 256, "tile_overlap": 256}, "below half of tile_size 256"),
+    ],
+)
+def test_an_error_reaches_the_page_with_its_remedy(server: Server, upscale: dict, said: str) -> None:
+    done = server.wait(server.queue(pictures("bad", **upscale)))
+    (error,) = messages(done, "execution_error")
+    assert said in error["exception_message"] and error["node_type"] == "StreamDiffVSR_Upscale"
+
+
+@pytest.mark.parametrize(
+    "prompt, said",
+    [
+        (file_job(video_path="gone.mp4"), "check video_path"),
+        (file_job(video_path="video.mp4", output_path="../x.mp4"), "an output below"),
+        (
+            {
+                "1": ours("LoadState", state_file="gone.safetensors [output]"),
+                "2": ours("SaveState", state=["1", 0], filename_prefix="x"),
+            },
+            "Save State first",
+        ),
+    ],
+)
+def test_bad_paths_are_refused_before_the_run(server: Server, prompt: dict, said: str) -> None:
+    answer = server.post("/prompt", {"prompt": prompt})
+    assert said in json.dumps(answer["node_errors"])
