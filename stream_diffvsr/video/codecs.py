@@ -43,7 +43,7 @@ CODECS = {
     "h264": Codec("libx264", YUV8 + YUV10, 18),
     "h265": Codec("libx265", YUV8 + YUV10 + YUV12, 18, options={"x265-params": "log-level=error"}),
     "av1": Codec("libsvtav1", ("yuv420p", "yuv420p10le"), 24, options={"preset": "6"}),
-    "prores": Codec("prores_ks", ("yuv422p10le", "yuv444p10le"), options={"profile": "hq"}),
+    "prores": Codec("prores_ks", ("yuv422p10le", "yuv444p10le")),
     "ffv1": Codec(
         "ffv1", YUV8 + YUV10 + YUV12 + YUV16 + RGB_DEEP, options={"level": "3", "slicecrc": "1", "g": "1"}
     ),
@@ -76,8 +76,8 @@ class Encoding:
 
     @property
     def segment_format(self) -> str:
-        """The container of segments, which keeps exact timestamps: MP4, but for ProRes, which it lacks."""
-        return "mov" if self.codec == "prores" else "mp4"
+        """The container of segments: MP4, which keeps exact timestamps, or another for what it lacks."""
+        return {"prores": "mov", "ffv1": "nut"}.get(self.codec, "mp4")
 
 
 def choose_encoding(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,10 @@ def join(
     """
     import av
 
-    options = {"movflags": "+use_metadata_tags+faststart"} if container_format in ("mp4", "mov") else {}
+    options = {}
+    if container_format in ("mp4", "mov"):
+        scale = str(encoding.time_base.denominator)
+        options = {"movflags": "+use_metadata_tags+faststart", "video_track_timescale": scale}
     with ExitStack() as stack:
         out = stack.enter_context(
             av.open(str(target), "w", format=container_format, container_options=options)
@@ -60,10 +63,14 @@ def add_video(out: Any, first: Path, encoding: Encoding) -> Any:
     """The video stream of the output, as the first segment has it."""
     with open_container(first) as container:
         stream = out.add_stream_from_template(container.streams.video[0], opaque=True)
-    stream.time_base = encoding.time_base
-    stream.codec_context.framerate = encoding.rate
+    context, colour = stream.codec_context, encoding.colour
+    context.colorspace, context.color_range = colour.matrix, 2 if colour.full_range else 1
+    context.color_primaries, context.color_trc = colour.primaries, colour.transfer
     if encoding.aspect is not None:
         stream.sample_aspect_ratio = encoding.aspect
+    # Players may ask the container for it; older PyAV guards it where a template was copied.
+    with suppress(RuntimeError):
+        context.framerate = encoding.rate
     return stream
 
 

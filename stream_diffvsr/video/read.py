@@ -266,7 +266,8 @@ def choose_stream(container: Any, path: Path, wanted: int | None) -> Any:
 
 def is_cover(stream: Any) -> bool:
     """Whether a video stream is a cover picture of an audio file."""
-    return bool(int(getattr(stream, "disposition", 0)) & 0x400)
+    disposition = stream.disposition
+    return bool(disposition & type(disposition).attached_pic)
 
 
 def describe(stream: Any, frame: Any) -> SourceInfo:

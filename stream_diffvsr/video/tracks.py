@@ -134,7 +134,8 @@ def add_tracks(out: Any, original: Any) -> dict[int, Track]:
         if stream.type in ("audio", "subtitle") and (track := add_track(out, stream)) is not None:
             tracks[stream.index] = track
             track.stream.metadata.update(kept_words(stream.metadata))  # type: ignore[attr-defined]
-            copy_disposition(track.stream, stream)  # type: ignore[attr-defined]
+            # Which track is the default, which is forced.
+            track.stream.disposition = stream.disposition.value  # type: ignore[attr-defined]
         elif stream.type == "data":
             log.warning("data stream %d is left out: its packets cannot be copied safely", stream.index)
     return tracks
@@ -146,15 +147,27 @@ def add_track(out: Any, stream: Any) -> Track | None:
         log.warning("%s stream %d is left out: its codec is not known", stream.type, stream.index)
         return None
     name = stream.codec_context.name
-    try:
+    if holds(out.format.name, stream):
         return CopiedTrack(out.add_stream_from_template(stream, opaque=True))
-    except ValueError:
-        converted = convert_audio(out, stream) if stream.type == "audio" else convert_text(out, stream)
+    converted = convert_audio(out, stream) if stream.type == "audio" else convert_text(out, stream)
     what = "converted" if converted else "left out"
     log.warning(
         "%s stream %d (%s) is %s: %s cannot hold it", stream.type, stream.index, name, what, out.format.name
     )
     return converted
+
+
+def holds(container_format: str, stream: Any) -> bool:
+    """Whether a container takes a stream: some say so only when the header is written."""
+    import av
+
+    try:
+        with av.open(io.BytesIO(), "w", format=container_format) as trial:
+            trial.add_stream_from_template(stream, opaque=True)
+            trial.start_encoding()
+    except (ValueError, av.error.FFmpegError):
+        return False
+    return True
 
 
 def convert_audio(out: Any, stream: Any) -> Track | None:
@@ -177,14 +190,6 @@ def convert_text(out: Any, stream: Any) -> Track | None:
 
     with av.open(io.BytesIO(EMPTY_SRT), format="srt") as text:
         return TextTrack(out.add_stream_from_template(text.streams[0], opaque=True), before, after)
-
-
-def copy_disposition(target: Any, source: Any) -> None:
-    """Which track is the default, which is forced: where this PyAV can write it."""
-    try:
-        target.disposition = source.disposition
-    except AttributeError:
-        log.debug("this PyAV cannot write the disposition of a stream")
 
 
 def copied_packets(original: Any, tracks: Mapping[int, Track], window: Window) -> Iterator[tuple[float, Any]]:
@@ -215,9 +220,9 @@ def kept_words(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def copy_chapters(out: Any, original: Any, window: Window) -> None:
-    """The chapters, cut to the window; PyAV before 16 cannot, which is logged only there."""
+    """The chapters, cut to the window; older PyAV cannot, which is logged."""
     if not hasattr(original, "chapters") or not hasattr(out, "set_chapters"):
-        log.warning("chapters are not copied: this PyAV cannot; update the package av")
+        log.info("chapters, if there are any, are not copied: this PyAV cannot; update the package av")
         return
     if chapters := cut_chapters(original.chapters(), window):
         out.set_chapters(chapters)
