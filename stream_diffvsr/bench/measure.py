@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -116,13 +117,10 @@ def measure(
     on_frame()
     times, ratios, stages = [], [], []
     for index, lq in enumerate(lqs[1:]):
-        pair = [(pipe, False)] if plain is None else [(pipe, False), (plain, True)][:: 1 if index % 2 else -1]
-        spent = {}
-        for contender, is_plain in pair:
-            spent[is_plain], after = _time(clock, contender, lq, state, options)
+        ours, theirs, after = _time_pair(clock, pipe, plain, lq, state, options, ours_first=index % 2 == 0)
         if index:
-            times.append(spent[False])
-            ratios += [spent[True] / spent[False]] if plain else []
+            times.append(ours)
+            ratios += [theirs / ours] if plain else []
             stages.append(_stages(clock, pipe, lq, state, options))
         state = after
         on_frame()
@@ -136,6 +134,25 @@ def measure(
         peak_mb=peak_memory(pipe.device),
         plain_ratio=statistics.median(ratios) if ratios else None,
     )
+
+
+def _time_pair(
+    clock: Clock,
+    pipe: StreamDiffVSRPipeline,
+    plain: StreamDiffVSRPipeline | None,
+    lq: Tensor,
+    state: StreamDiffVSRState,
+    options: UpscaleOptions,
+    ours_first: bool,
+) -> tuple[float, float, StreamDiffVSRState]:
+    """One frame by both, in that order: our time, the plain one's (NaN without it), our state after it."""
+    theirs = math.nan
+    if plain is not None and not ours_first:
+        theirs, _ = _time(clock, plain, lq, state, options)
+    ours, after = _time(clock, pipe, lq, state, options)
+    if plain is not None and ours_first:
+        theirs, _ = _time(clock, plain, lq, state, options)
+    return ours, theirs, after
 
 
 def _time(

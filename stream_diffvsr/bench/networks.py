@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
-from ..flow import FlowEstimator, open_flow
+from ..flow import RaftFlow, open_flow
 from ..models.build import from_config
 from ..models.control import Control, Residuals
 from ..pipeline import StreamDiffVSRPipeline
@@ -75,7 +75,7 @@ def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamD
         unet=nets["unet"],
         control=Control(nets["controlnet"]),
         vae=nets["vae"],
-        flow=_random_flow(flow).to(chosen),
+        flow=open_flow("raft_large" if flow == "auto" else flow, _random_raft).to(chosen),
         prompts=RandomPrompts(),  # type: ignore[arg-type]
         scheduler_config=CONFIGS["scheduler"],
         device=chosen,
@@ -84,15 +84,10 @@ def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamD
     )
 
 
-def _random_flow(flow: str) -> FlowEstimator:
+def _random_raft(name: str) -> RaftFlow:
     """RAFT with random weights costs what the trained one does, and needs no download."""
-    if flow not in ("auto", "raft_large", "raft_small"):
-        return open_flow(flow)
     from torchvision.models import optical_flow
 
-    from ..flow import RaftFlow
-
-    name = "raft_large" if flow == "auto" else flow
     return RaftFlow(getattr(optical_flow, name)(weights=None, progress=False), name)
 
 
