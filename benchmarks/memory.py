@@ -4,8 +4,8 @@
     python benchmarks/memory.py --model nano --plan banded 960x540
 
 Sizes are those of the LQ frame, width x height. `random` is the released architecture with random weights.
-Two frames are made, the second one guided; one denoising step, since more steps need no more memory. Peaks are
-above the state after imports: resident memory on a CPU, the allocator's on CUDA.
+Two frames are made, the second one guided; one denoising step, since more steps need no more memory. Peaks
+are above the state after imports: resident memory on a CPU, the allocator's on CUDA.
 """
 
 from __future__ import annotations

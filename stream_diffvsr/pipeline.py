@@ -20,10 +20,10 @@ from torch.nn import functional as F
 from .denoise import Denoiser, OnStep, Schedule, latent_tiles, noise
 from .errors import CheckpointError, IncompatibleInputError
 from .flow import FlowEstimator
-from .memory.choose import choose
+from .memory.choose import Planner, record
 from .memory.estimate import Widths, estimate
 from .memory.fallback import memory_of, within_memory
-from .memory.plan import Plan, asked_for, fitting
+from .memory.plan import Plan
 from .models import banded
 from .models.control import Control
 from .models.precision import in_float32, upcast_attention
@@ -108,6 +108,11 @@ class StreamDiffVSRPipeline:
     @property
     def control(self) -> Control:
         return self.stages["controlnet"]  # type: ignore[return-value]
+
+    @property
+    def planner(self) -> Planner:
+        """Tells what a frame of some size needs, and how it would be computed."""
+        return Planner(self._widths, self.flow.methods, self.dtype, self.device)
 
     @torch.no_grad()
     def process_frame(
@@ -195,32 +200,10 @@ class StreamDiffVSRPipeline:
             check_shape(flow, (1, 2, SCALE * height, SCALE * width), "flow")
         if differences := state.differences(self._settings(options)):
             log.warning("not an exact continuation of frame %d: %s", state.frame_index, differences)
-        plan = self._plan(lq, state, options)
+        plan = self.planner.plan(lq.shape[-2:], state.metadata, options)
         return Frame(
             lq.to(self.device), state.to(self.device), options, plan, self.dtype, latents, flow, _ignore
         )
-
-    def _plan(self, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions) -> Plan:
-        """What the options name; for 'auto' what the sequence began with, or what fits."""
-        methods = self.flow.methods
-        if options.memory_plan != "auto":
-            return asked_for(options, methods)
-        recorded = state.metadata.get("plan")
-        if recorded is not None and state.metadata.get("size") == _size(lq):
-            plan = Plan.from_json(recorded)
-            return replace(plan, flow=fitting(plan.flow, methods))
-        return choose(lambda plan: self._need(lq, options, plan), options, methods, self.device)
-
-    def _lower(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
-        """What to try when memory ran out; a plan that the options name is not left."""
-        if options.memory_plan != "auto":
-            return None
-        return plan.lower(stage, self.flow.methods, options.tile_size)
-
-    def _need(self, lq: Tensor, options: UpscaleOptions, plan: Plan) -> int:
-        """Bytes that a frame takes beside the weights."""
-        needs = estimate(self._widths, lq.shape[-2:], options, self.dtype, plan)
-        return needs["peak"] - needs["weights"]
 
     def _acquire(self, frame: Frame, *stages: str) -> torch.device:
         """Have the networks of stages that work together brought to their device."""
@@ -251,12 +234,13 @@ class StreamDiffVSRPipeline:
 
     def _within_memory(self, frame: Frame) -> tuple[Tensor, Frame]:
         """The frame, with a lower plan where memory runs out: the same noise, the same flow."""
+        planner = self.planner
         hq, plan = within_memory(
             lambda plan: self._upscale(replace(frame, plan=plan)),
             frame.plan,
-            lower=lambda plan, stage: self._lower(plan, stage, frame.options),
+            lower=lambda plan, stage: planner.lower(plan, stage, frame.options),
+            need=lambda plan: planner.need(frame.lq.shape[-2:], frame.options, plan),
             device=self.device,
-            need=lambda plan: self._need(frame.lq, frame.options, plan),
         )
         return hq, replace(frame, plan=plan)
 
@@ -337,7 +321,7 @@ class StreamDiffVSRPipeline:
 
     def _next_state(self, frame: Frame, hq: Tensor) -> StreamDiffVSRState:
         metadata = {**frame.state.metadata, "model": self.model, **self._settings(frame.options)}
-        metadata |= {"plan": frame.plan.to_json(), "size": _size(frame.lq)}
+        metadata |= record(frame.plan, frame.lq.shape[-2:])
         if frame.dtype != self.dtype:
             metadata.setdefault(OVERFLOWED, str(frame.state.frame_index))
         return replace(
@@ -365,7 +349,3 @@ def _ignore(stage: str, done: int, total: int) -> None:
 def _resize(lq: Tensor, scale: float) -> Tensor:
     """Bicubic as the reference upsamples; at scale 1 the frame itself."""
     return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)
-
-
-def _size(lq: Tensor) -> str:
-    return f"{lq.shape[-1]}x{lq.shape[-2]}"

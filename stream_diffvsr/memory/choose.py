@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..options import UpscaleOptions
 from .available import free_memory
-from .plan import Plan
+from .estimate import Widths, estimate
+from .plan import Plan, asked_for, fitting
 
 log = logging.getLogger(__name__)
 
@@ -19,29 +20,70 @@ SHARE = 0.9
 
 GIGABYTE = 2**30
 
+PLAN, SIZE = "plan", "size"
+"""In a state's metadata: the plan in force, and the LQ size that it was chosen for."""
 
-def choose(
-    need: Callable[[Plan], int], options: UpscaleOptions, methods: Sequence[str], device: torch.device
-) -> Plan:
-    """The cheapest plan that fits what is free, said in one line of the log.
 
-    `need` is the bytes of a plan. Exact plans only: an accelerator refuses what does not fit, and then
-    the next level is taken. A CPU's system ends programs instead, so there U-Net tiles are taken
-    beforehand when nothing exact fits.
-    """
-    free = free_memory(device)
-    plans = list(candidates(options, methods, beyond_exact=device.type == "cpu"))
-    plan = next((plan for plan in plans if need(plan) <= SHARE * free), plans[-1])
-    level = logging.INFO if plan.exact else logging.WARNING
-    log.log(
-        level,
-        "memory plan: %s (about %.1f GB of %.1f GB free)%s",
-        plan,
-        need(plan) / GIGABYTE,
-        free / GIGABYTE,
-        "" if plan.exact else "; nothing exact fits, so results differ slightly from the whole frame's",
-    )
-    return plan
+@dataclass(frozen=True, eq=False)
+class Planner:
+    """Finds plans for one pipe."""
+
+    widths: Widths
+    methods: Sequence[str]
+    """Of its flow estimator."""
+    dtype: torch.dtype
+    device: torch.device
+
+    def plan(self, size: Sequence[int], metadata: Mapping[str, str], options: UpscaleOptions) -> Plan:
+        """For an LQ size (height, width): what the options name; for 'auto' what a state's metadata says.
+
+        Where nothing is recorded for this size, it is the cheapest plan that fits what is free, said in one
+        line of the log. Exact plans only: an accelerator refuses what does not fit, and then the next
+        level is taken. A CPU's system ends programs instead, so there U-Net tiles are taken beforehand
+        when nothing exact fits.
+        """
+        if options.memory_plan != "auto":
+            return asked_for(options, self.methods)
+        if PLAN in metadata and metadata.get(SIZE) == size_text(size):
+            plan = Plan.from_json(metadata[PLAN])
+            return replace(plan, flow=fitting(plan.flow, self.methods))
+        return self.choose(size, options)
+
+    def choose(self, size: Sequence[int], options: UpscaleOptions) -> Plan:
+        """The plan to begin with."""
+        free = free_memory(self.device)
+        plans = list(candidates(options, self.methods, beyond_exact=self.device.type == "cpu"))
+        plan = next((plan for plan in plans if self.need(size, options, plan) <= SHARE * free), plans[-1])
+        log.log(
+            logging.INFO if plan.exact else logging.WARNING,
+            "memory plan: %s (about %.1f GB of %.1f GB free)%s",
+            plan,
+            self.need(size, options, plan) / GIGABYTE,
+            free / GIGABYTE,
+            "" if plan.exact else "; nothing exact fits, so results differ slightly from the whole frame's",
+        )
+        return plan
+
+    def need(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> int:
+        """Bytes that a frame takes beside the weights."""
+        needs = estimate(self.widths, size, options, self.dtype, plan)
+        return needs["peak"] - needs["weights"]
+
+    def lower(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
+        """What to try when memory ran out in a stage; a plan that the options name is not left."""
+        if options.memory_plan != "auto":
+            return None
+        return plan.lower(stage, self.methods, options.tile_size)
+
+
+def record(plan: Plan, size: Sequence[int]) -> dict[str, str]:
+    """A plan for a state's metadata."""
+    return {PLAN: plan.to_json(), SIZE: size_text(size)}
+
+
+def size_text(size: Sequence[int]) -> str:
+    """(height, width) as people write it."""
+    return f"{size[1]}x{size[0]}"
 
 
 def candidates(options: UpscaleOptions, methods: Sequence[str], *, beyond_exact: bool) -> Iterator[Plan]:

@@ -23,6 +23,9 @@ from .plan import BAND_ROWS, Plan, asked_for
 FRAMES = 6
 """Pictures of output size that live beside the networks: the previous and the new hq, the warped one, ..."""
 
+LIBRARIES = 150 * 2**20
+"""What the libraries take when they first compute: code, threads, workspaces."""
+
 FLOW_BYTES = {"raft_large": 350, "raft_small": 145, "dis": 60, "bundled": 150}
 """Bytes per pixel of the estimated frames, without RAFT's volume; 0 for those not named."""
 
@@ -121,7 +124,8 @@ def estimate(
         "frames": FRAMES * 3 * torch.float32.itemsize * SCALE**2 * height * width,
     }
     needs = {name: round(count) for name, count in {**fixed, **stages}.items()}
-    return {**needs, "peak": needs["weights"] + needs["frames"] + max(needs[name] for name in stages)}
+    together = LIBRARIES + needs["weights"] + needs["frames"]
+    return {**needs, "peak": together + max(needs[name] for name in stages)}
 
 
 def _flow(name: str, pixels: float, method: str) -> float:

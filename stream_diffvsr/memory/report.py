@@ -1,0 +1,79 @@
+"""What a run would take, told before it begins."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..devices import synchronize
+from ..options import UpscaleOptions
+from ..tensors import SCALE
+from .available import free_memory
+from .choose import GIGABYTE
+from .estimate import estimate
+
+if TYPE_CHECKING:
+    from ..pipeline import StreamDiffVSRPipeline
+
+BYTES_PER_PIXEL = {"h264": 0.15, "h265": 0.1, "av1": 0.1, "prores": 0.7, "ffv1": 1.5, "png": 2.0}
+"""What output pixels commonly take in a file; noise takes more, flat pictures less."""
+
+
+def report(
+    pipe: StreamDiffVSRPipeline,
+    lq: Tensor,
+    options: UpscaleOptions,
+    *,
+    frames: int,
+    folder: Path,
+    codec: str = "h264",
+    metadata: Mapping[str, str] | None = None,
+) -> Iterator[str]:
+    """Lines about plan, memory and disk space, and last, after two frames made for it, about time.
+
+    `lq` is a frame of the video, `folder` where the output goes, `metadata` that of a state to continue from.
+    """
+    height, width = lq.shape[-2:]
+    plan = pipe.planner.plan((height, width), metadata or {}, options)
+    yield f"size: {width}x{height} to {SCALE * width}x{SCALE * height}, {frames} frames"
+    yield f"plan: {plan}"
+    needs = estimate(pipe.planner.widths, (height, width), options, pipe.dtype, plan)
+    stages = ", ".join(f"{name} {_gigabytes(needs[name])}" for name in needs if name != "peak")
+    yield f"memory: about {_gigabytes(needs['peak'])} ({stages}); {_gigabytes(free_memory(pipe.device))} free"
+    size = frames * height * width * SCALE**2 * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
+    yield f"disk: about {_gigabytes(size)} as {codec}; {_gigabytes(_disk_free(folder))} free"
+    seconds = seconds_per_frame(pipe, lq, options)
+    yield f"time: {seconds:.2f} s per frame, {_duration(seconds * frames)} in all"
+
+
+def seconds_per_frame(pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions) -> float:
+    """Time of one guided frame, after one that warms up."""
+    state = pipe.process_frame(lq, None, options).state
+    synchronize(pipe.device)
+    begin = time.perf_counter()
+    pipe.process_frame(lq, state, options)
+    synchronize(pipe.device)
+    return time.perf_counter() - begin
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / GIGABYTE:.2f} GB"
+
+
+def _disk_free(folder: Path) -> int:
+    """Of the disk on which a folder is, or will be."""
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02} h"

@@ -1,0 +1,206 @@
+"""Plans: their order, their record, what they are predicted to need, and that exact ones are exact."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from samples import moving
+from torch.nn import functional as F
+
+from stream_diffvsr import (
+    IncompatibleInputError,
+    StreamDiffVSRState,
+    UpscaleOptions,
+    estimate_memory,
+    from_pixels,
+    load_pipeline,
+    to_pixels,
+)
+from stream_diffvsr.memory import choose as choosing
+from stream_diffvsr.memory.choose import Planner
+from stream_diffvsr.memory.estimate import RELEASED
+from stream_diffvsr.memory.plan import Plan
+from stream_diffvsr.memory.report import report
+from stream_diffvsr.models import banded
+from stream_diffvsr.models.temporal_vae import TemporalAutoencoderTiny
+
+RAFT_METHODS = ("whole", "linear", "tiled")
+OUTPUTS = [(1080, 1920), (1440, 2560), (2160, 3840), (4320, 7680)]
+AUTO = UpscaleOptions()
+
+VARIANTS = [([1, 3, 3], [3, 3, 1]), ([0, 1, 5], [5, 1, 0]), ([2, 0, 1], [1, 0, 2])]
+"""Blocks per stage of encoder and decoder: the released networks', nano's, and more than one at full size."""
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(VARIANTS), st.integers(2, 9), st.integers(2, 5), st.sampled_from([4, 16, 20, 64, 128]))
+def test_bands_give_the_whole_frames_numbers(depths, height, width, rows):
+    config = {"latent_channels": 4, "block_out_channels": [6, 6, 6]}
+    vae = TemporalAutoencoderTiny(
+        {**config, "num_encoder_blocks": depths[0], "num_decoder_blocks": depths[1]}
+    )
+    warped, latents = torch.randn(1, 3, 16 * height, 16 * width), torch.randn(1, 4, 4 * height, 4 * width)
+    with torch.no_grad():
+        features = vae.features(warped)
+        for got, expected in zip(banded.features(vae, warped, rows), features, strict=True):
+            torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+        for given_features in (features, None):
+            whole = vae.decode(latents, given_features)
+            torch.testing.assert_close(
+                banded.decode(vae, latents, given_features, rows), whole, atol=1e-5, rtol=0
+            )
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_banded_control_embedding(pipe, rows):
+    warped = torch.randn(1, 3, 112, 48)
+    with torch.no_grad():
+        got, expected = banded.embed(pipe.control, warped, rows), pipe.control.embed(warped)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("plan", [Plan(rows=4), Plan(rows=32), Plan("linear", 128)])
+def test_golden_case_in_every_exact_plan(pipe, golden, plan):
+    case = load_file(golden / "case_B.safetensors")
+    lq = case["lq"] if "lq" in case else from_pixels(case["lq_u8"].permute(0, 3, 1, 2).float() / 255)
+    size = f"{lq.shape[-1]}x{lq.shape[-2]}"
+    states = [StreamDiffVSRState(metadata={"plan": p.to_json(), "size": size}) for p in (plan, Plan())]
+    for index in range(3):
+        given_flow = case["flows"][index - 1 : index] if index else None
+        frame, latents = lq[index : index + 1].contiguous(), case["init_latents"][index : index + 1]
+        results = [pipe.process_frame(frame, state, AUTO, latents, given_flow) for state in states]
+        states = [result.state for result in results]
+        # test_golden.py holds the whole frame to 1e-4 of the recording; this adds at most a tenth.
+        assert (results[0].hq - results[1].hq).abs().max() <= 1e-5
+    assert Plan.from_json(states[0].metadata["plan"]) == replace(plan, flow="whole")
+
+
+def test_order_of_plans():
+    plans, plan = [], Plan()
+    while plan is not None:
+        plans.append(plan)
+        plan = plan.lower("unet", RAFT_METHODS, 1024)
+    assert [(p.flow, p.rows, p.tile) for p in plans] == [
+        ("whole", None, None),
+        ("linear", None, None),
+        ("linear", 128, None),
+        ("linear", 128, 1024),
+        ("linear", 128, 512),
+        ("linear", 128, 256),
+    ]
+
+
+@given(st.sampled_from(RAFT_METHODS), st.none() | st.integers(4, 500), st.none() | st.integers(130, 2000))
+def test_plans_survive_their_record(flow, rows, tile):
+    plan = Plan(flow, rows, tile)
+    assert Plan.from_json(plan.to_json()) == plan
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}x", '{"flow": "no"}', '{"rows": "8"}', '{"tile": 64, "overlap": 40}']
+)
+def test_a_damaged_record_is_refused(text):
+    with pytest.raises(IncompatibleInputError):
+        Plan.from_json(text)
+
+
+def planner(device: str = "cpu") -> Planner:
+    return Planner(RELEASED, RAFT_METHODS, torch.float16, torch.device(device))
+
+
+def need(size, plan) -> int:
+    return planner().need(size, AUTO, plan)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_lower_plans_need_less(output):
+    size = output[0] // 4, output[1] // 4
+    plans = [Plan(), Plan("linear"), Plan("linear", 128), Plan("linear", 128, 512), Plan("linear", 128, 256)]
+    needs = [need(size, plan) for plan in [*plans, Plan("tiled", 128, 256)]]
+    assert needs == sorted(needs, reverse=True) and needs[0] > 2 * needs[-1]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_auto_takes_the_first_plan_that_fits(output, monkeypatch, caplog):
+    size = output[0] // 4, output[1] // 4
+    for plan in (
+        Plan(),
+        Plan("linear"),
+        Plan("linear", 128),
+        Plan("linear", 128, 512),
+        Plan("linear", 128, 256),
+    ):
+        free = math.ceil(need(size, plan) / choosing.SHARE)
+        monkeypatch.setattr(choosing, "free_memory", lambda device, free=free: free)
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            chosen = planner().plan(size, {}, AUTO)
+        assert need(size, chosen) <= need(size, plan) and chosen.exact >= plan.exact
+        (line,) = caplog.records
+        assert line.message.startswith(f"memory plan: {chosen}")
+        assert ("nothing exact fits" in line.message) == (not chosen.exact)
+
+
+def test_an_accelerator_never_begins_with_tiles(monkeypatch):
+    monkeypatch.setattr(choosing, "free_memory", lambda device: 1)
+    assert planner("cuda").plan((540, 960), {}, AUTO) == Plan("linear", 128)
+    assert planner("cpu").plan((540, 960), {}, AUTO) == Plan("tiled", 128, 256)
+
+
+def test_a_recorded_plan_holds_for_its_size_only(monkeypatch):
+    monkeypatch.setattr(choosing, "free_memory", lambda device: 2**60)
+    recorded = choosing.record(Plan("linear", 128), (90, 160))
+    assert planner().plan((90, 160), recorded, AUTO) == Plan("linear", 128)
+    assert planner().plan((90, 161), recorded, AUTO) == Plan()
+    assert planner().plan((90, 160), recorded, UpscaleOptions(memory_plan="whole")) == Plan()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_estimates_have_each_stage_and_their_sum(dtype):
+    needs = estimate_memory(270, 480, AUTO, dtype)
+    assert set(needs) == {"weights", "frames", "flow", "controlnet", "unet", "vae", "peak"}
+    assert needs["weights"] < needs["peak"] < sum(needs.values())
+    # RAFT's volume at 1080p is the reference's first limit.
+    assert needs["flow"] > 5 * 2**30
+    assert estimate_memory(270, 480, UpscaleOptions(memory_plan="banded"), dtype)["flow"] < 2**30
+
+
+def test_estimates_read_a_checkpoint(checkpoint):
+    small, large = (estimate_memory(size, size, AUTO, torch.float32, checkpoint) for size in (32, 64))
+    assert small["weights"] == large["weights"] < 2**25
+    assert large["unet"] == 4 * small["unet"]
+
+
+def test_report_has_plan_memory_disk_and_time(pipe, tmp_path):
+    lines = list(report(pipe, moving(1), AUTO, frames=100, folder=tmp_path / "not" / "yet"))
+    assert [line.partition(":")[0] for line in lines] == ["size", "plan", "memory", "disk", "time"]
+    assert lines[0] == "size: 16x12 to 64x48, 100 frames" and "free" in lines[3]
+
+
+def test_tiles_on_nano_leave_no_seams():
+    """Hardly another distance to the truth than the whole frame's, and no more difference at borders."""
+    nano = load_pipeline("nano", device="cpu")
+    truth = to_pixels(moving(2, 288, 384, seed=4) + 0.2 * torch.randn(1, 3, 288, 384))
+    lq = from_pixels(F.avg_pool2d(truth, 4))
+    results = []
+    for options in (UpscaleOptions(memory_plan="banded"), UpscaleOptions(memory_plan="tiled", tile_size=256)):
+        *_, last = nano.stream(lq.split(1), options)
+        results.append(to_pixels(last.hq))
+    whole, tiled = results
+    psnr = [-10 * math.log10(float((result - truth[1:]).square().mean())) for result in results]
+    assert abs(psnr[0] - psnr[1]) < 0.5
+    difference = (whole - tiled).abs().mean((0, 1))
+    border = torch.zeros_like(difference, dtype=torch.bool)
+    # Tiles of 256 begin at 0, 128 across and 0, 32 down, and end 256 later.
+    for edge in (128, 256):
+        border[:, edge - 8 : edge + 8] = True
+    for edge in (32, 256):
+        border[edge - 8 : edge + 8] = True
+    assert 0 < difference[border].mean() <= 2 * difference[~border].mean()
