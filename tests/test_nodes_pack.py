@@ -171,5 +171,6 @@ def test_requirements_are_lower_bounds_and_name_no_opencv_or_torch() -> None:
 
 def test_requirements_name_what_a_host_holds_first() -> None:
     """Solvers then look for a diffusers that fits the host's transformers, and not the other way round."""
-    names = re.findall(r"^[A-Za-z_]+(?=>=)", (ROOT / "requirements.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    names = re.findall(r"^[A-Za-z_]+(?=>=)", text, re.MULTILINE)
     assert names[:2] == ["transformers", "huggingface_hub"]
