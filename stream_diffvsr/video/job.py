@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
-from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +38,7 @@ from .plan import (
     video_outputs,
 )
 from .read import FolderSource, Source, SourceFrame, VideoSource
-from .request import JobProgress, VideoJob
+from .request import FrameTime, JobProgress, Speed, VideoJob
 from .sizes import enlarge, split_screen
 from .tracks import Window
 from .write import container_of
@@ -80,7 +78,7 @@ class _Run:
         self.sinks = open_sinks(job, source, self.videos, self.work.folder)
         self.step = max(1, round(1 / (source.info.rate * source.info.time_base)))
         self.cancelled = False
-        self.segment: list[SourceFrame] = []
+        self.segment: list[FrameTime] = []
         self.cuts: list[int] = []
         self.clock = Speed()
 
@@ -150,10 +148,7 @@ class _Run:
                 if self.segment and state is not None:
                     self._finish_segment(writer, state)
             except BaseException as error:
-                if self.cancelled or isinstance(error, (GeneratorExit, KeyboardInterrupt)):
-                    self._leave_playable(writer)
-                for sink in self.sinks.values():
-                    writer.add(sink.abort)
+                self._stop(writer, self.cancelled or isinstance(error, (GeneratorExit, KeyboardInterrupt)))
                 raise
         if not self.journal.parts:
             raise VideoError(f"{self.job.source} has no frame in the span asked for.")
@@ -175,7 +170,7 @@ class _Run:
         result = self.pipe.process_frame(from_pixels(lq), state, self.job.options, on_step=self._guarded)
         hq = self.sizes.to_output(result.hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
         self._write(frame, lq, hq, writer)
-        self.segment.append(frame)
+        self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))
         self.clock.tick()
         progress = JobProgress(
             done=self.journal.frames + len(self.segment),
@@ -226,9 +221,12 @@ class _Run:
         if frame.alpha is not None:
             alpha = enlarge(frame.alpha.to(hq.device), (hq.shape[-2], hq.shape[-1]))
         picture = Picture(hq, alpha, frame.bits, frame.profile)
+        prepared = {}
         for name, sink in self.sinks.items():
             shown = replace(picture, rgb=split_screen(lq, hq)) if name == "compare" else picture
-            writer.add(sink.add, sink.prepare(shown), frame.index, frame.time)
+            prepared[name] = sink.prepare(shown)
+        for name, sink in self.sinks.items():
+            writer.add(sink.add, prepared[name], frame.index, frame.time)
 
     def _finish_segment(self, writer: Background, state: StreamDiffVSRState) -> None:
         """Close the segment and save the state; only then the journal says that both are there."""
@@ -254,9 +252,18 @@ class _Run:
         finished = {name: sink.finish() for name, sink in self.sinks.items()}
         name, size, depth = finished["main"]
         compare, _, compare_depth = finished.get("compare", ("", 0, 0))
-        first, last = self.segment[0], self.segment[-1]
-        end = last.time + (last.duration or self.step)
-        return Part(name, len(self.segment), size, first.time, end, depth, compare, compare_depth)
+        start, end = self.segment[0].start, self.segment[-1].end
+        return Part(name, len(self.segment), size, start, end, depth, compare, compare_depth)
+
+    def _stop(self, writer: Background, cancelled: bool) -> None:
+        """Leave what is done as a file after a cancel, and nothing half written in any case."""
+        try:
+            if cancelled:
+                self._leave_playable(writer)
+        finally:
+            writer.drop()
+            for sink in self.sinks.values():
+                sink.abort()
 
     def _leave_playable(self, writer: Background) -> None:
         """After a cancel: a file of what is done so far; the open segment is done again next time."""
@@ -337,18 +344,3 @@ class _Run:
         for what, count in self.source.notes.items():
             if count:
                 log.warning("%s: %d %s", self.job.source, count, what)
-
-
-class Speed:
-    """Frames per second over the last few frames."""
-
-    def __init__(self) -> None:
-        self.times = deque([time.monotonic()], maxlen=20)
-
-    def tick(self) -> None:
-        """A frame is done."""
-        self.times.append(time.monotonic())
-
-    @property
-    def fps(self) -> float:
-        return (len(self.times) - 1) / max(1e-9, self.times[-1] - self.times[0])

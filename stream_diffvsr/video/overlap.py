@@ -93,3 +93,12 @@ class Background:
         """Return when everything queued is done."""
         while self._pending:
             self._pending.popleft().result()
+
+    def drop(self) -> None:
+        """Give up what is queued; returns when nothing runs any more. Errors are forgotten."""
+        for future in self._pending:
+            future.cancel()
+        for future in self._pending:
+            if not future.cancelled():
+                future.exception()
+        self._pending.clear()

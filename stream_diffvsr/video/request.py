@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -116,3 +118,27 @@ class JobProgress:
         if self.total is None or self.fps <= 0:
             return None
         return max(0, self.total - self.done) / self.fps
+
+
+class Speed:
+    """Frames per second over the last few frames."""
+
+    def __init__(self) -> None:
+        self.times = deque([time.monotonic()], maxlen=20)
+
+    def tick(self) -> None:
+        """A frame is done."""
+        self.times.append(time.monotonic())
+
+    @property
+    def fps(self) -> float:
+        return (len(self.times) - 1) / max(1e-9, self.times[-1] - self.times[0])
+
+
+@dataclass(frozen=True)
+class FrameTime:
+    """What is remembered of a frame until its segment is finished; times in ticks of the source."""
+
+    index: int
+    start: int
+    end: int
