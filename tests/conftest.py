@@ -24,6 +24,14 @@ GOLDEN = Path(os.environ.get("STREAM_DIFFVSR_GOLDEN", Path(__file__).parent / "g
 """The trimmed copy, or a folder with all that was recorded."""
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Nothing is written to the user's own folders."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _random_state():
     """Each test finds and leaves torch's random numbers as they were."""
