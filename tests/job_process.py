@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -47,7 +49,9 @@ def start(
         context.set_forkserver_preload(["job_process"])
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(there, checkpoint, source, output, limit))
-    process.start()
+    # The fork server, which starts here, finds its modules where this process does.
+    with patch.dict(os.environ, {"PYTHONPATH": os.pathsep.join(sys.path)}):
+        process.start()
     there.close()
     assert here.recv() == "ready"
     return process, here

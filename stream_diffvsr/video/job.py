@@ -92,10 +92,17 @@ class _Run:
         """Upscale what is not yet done, then put the output together."""
         with self.work.locked():
             self.journal = self._begin()
-            if self.journal.finished < 0:
+            if not self._finished():
                 yield from self._upscale()
                 self._join(self.journal.parts, "finished")
             self._complete()
+
+    def _finished(self) -> bool:
+        """Whether an earlier run did everything but the naming and cleaning up."""
+        if self.journal.finished < 0:
+            return False
+        places = [(path, self._joined(name)) for name, (path, _) in self.videos.items()]
+        return all(joined.is_file() or path.is_file() for path, joined in places)
 
     def _begin(self) -> Journal:
         """The journal to go on with, or a new one. Raises `VideoError` where that is refused."""
@@ -195,12 +202,10 @@ class _Run:
     def _state_for(self, frame: SourceFrame, state: StreamDiffVSRState, lq: Tensor) -> StreamDiffVSRState:
         """The state that a frame continues from: an empty one where a scene begins."""
         previous = state.previous_lq
-        resized = (
-            previous is not None and previous.shape != lq.shape and isinstance(self.source, FolderSource)
-        )
-        if not resized and not self.cut_rule.between(frame.index, previous, lq):
-            return state
         if previous is None:
+            return state
+        resized = previous.shape != lq.shape and isinstance(self.source, FolderSource)
+        if not resized and not self.cut_rule.between(frame.index, previous, lq):
             return state
         self.cuts.append(frame.index)
         log.info("a new scene begins at frame %d", frame.index)

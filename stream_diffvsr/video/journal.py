@@ -177,8 +177,9 @@ class Workplace:
         known = {self.journal_file.name, journal.state}
         for part in journal.parts:
             known |= {part.name, part.compare}
+        joined = journal.finished >= 0
         for file in self._files():
-            if file.name not in known:
+            if file.name not in known and not (joined and file.name.startswith("joined-")):
                 file.unlink()
 
     def check(self, journal: Journal) -> None:
