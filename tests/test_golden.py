@@ -109,7 +109,9 @@ def units(golden: Path) -> dict[str, Tensor]:
 
 
 def test_warp_unit(units):
-    torch.testing.assert_close(warp(units["warp.x"], units["warp.flow"]), units["warp.out"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        warp(units["warp.x"], units["warp.flow"]), units["warp.out"], atol=1e-5, rtol=0
+    )
 
 
 def test_bicubic_unit(units):
@@ -137,7 +139,9 @@ def test_temporal_block_unit(pipe, units):
 
 def test_scheduler_unit(pipe, units):
     schedule = Schedule.prepare(pipe.scheduler_config, UpscaleOptions(), torch.device("cpu"))
-    torch.testing.assert_close(schedule.scheduler.alphas_cumprod, units["ddim.alphas_cumprod"], atol=1e-7, rtol=0)
+    torch.testing.assert_close(
+        schedule.scheduler.alphas_cumprod, units["ddim.alphas_cumprod"], atol=1e-7, rtol=0
+    )
     assert [number for number, _ in schedule.timesteps] == units["ddim.timesteps"].tolist()
     for (number, _), expected in zip(schedule.timesteps, units["ddim.prev_sample"], strict=True):
         got = schedule.step(units["ddim.model_output"], number, units["ddim.sample"])

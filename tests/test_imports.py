@@ -28,7 +28,9 @@ assert module.NODE_CLASS_MAPPINGS
 def imported_by(code: str) -> tuple[set[str], str]:
     """Names of all modules after `code` ran alone, and what it printed."""
     ask = code + "\nimport sys; print('MODULES', *sys.modules, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT / "tests")
+    done = subprocess.run(
+        [sys.executable, "-c", ask], capture_output=True, text=True, check=True, cwd=ROOT / "tests"
+    )
     printed, _, modules = done.stderr.rpartition("MODULES")
     return set(modules.split()), done.stdout + printed
 
