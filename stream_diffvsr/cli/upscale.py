@@ -5,15 +5,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+from ..errors import VideoError
+from ..memory.report import report
 from ..options import UpscaleOptions
+from ..pipeline import StreamDiffVSRPipeline
 from ..state import StreamDiffVSRState
+from ..tensors import from_pixels
 from ..video import pictures
 from ..video.codecs import CODECS, CONTAINERS
 from ..video.job import VideoJob
 from ..video.job import run as run_job
+from ..video.plan import open_job_source
 from ..video.read import check_readable
 from .model import add_model_arguments, open_model
 from .progress import follow
@@ -29,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-out", type=Path, help="save the state after the last frame")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
     parser.add_argument("--restart", action="store_true", help="throw away unfinished work of an earlier run")
+    parser.add_argument(
+        "--plan", action="store_true", help="only tell the memory, disk and time it would take"
+    )
     add_input_arguments(parser.add_argument_group("what is read"))
     add_size_arguments(parser.add_argument_group("size of the output (4x the input by default)"))
     add_output_arguments(parser.add_argument_group("how it is written"))
@@ -79,11 +88,32 @@ def run(args: argparse.Namespace) -> int:
     check_readable(args.input)
     output = args.output or default_output(args.input)
     job = make_job(args, output)
+    if args.plan:
+        for line in plan(open_model(args), job):
+            print(line, flush=True)
+        return 0
     preview = output.absolute().with_name(f"{output.stem}_preview.jpg") if args.preview else None
     with contextlib.closing(run_job(open_model(args), job)) as steps:
         follow(steps, preview, args.preview or 0)
     print(output)
     return 0
+
+
+def plan(pipe: StreamDiffVSRPipeline, job: VideoJob) -> Iterator[str]:
+    """What the job would take, in lines; two frames are made to tell the time."""
+    source = open_job_source(job)
+    first = next(source.frames(job.span), None)
+    if first is None:
+        raise VideoError(f"{job.source} has no frame between --start and --end.")
+    return report(
+        pipe,
+        from_pixels(job.sizes.to_model(first.rgb)),
+        job.options,
+        frames=job.span.count(source.info.frames, source.info.rate),
+        folder=job.output.absolute().parent,
+        codec=job.codec or "h264",
+        metadata=None if job.state is None else job.state.metadata,
+    )
 
 
 def make_job(args: argparse.Namespace, output: Path) -> VideoJob:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..devices import synchronize
 from ..options import UpscaleOptions
+from ..state import StreamDiffVSRState
 from ..tensors import SCALE
 from .available import free_memory
-from .choose import GIGABYTE
+from .choose import GIGABYTE, record
 from .estimate import estimate
 
 if TYPE_CHECKING:
@@ -29,31 +30,37 @@ def report(
     lq: Tensor,
     options: UpscaleOptions,
     *,
-    frames: int,
+    frames: int | None,
     folder: Path,
     codec: str = "h264",
     metadata: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
     """Lines about plan, memory and disk space, and last, after two frames made for it, about time.
 
-    `lq` is a frame of the video, `folder` where the output goes, `metadata` that of a state to continue from.
+    `lq` is a frame of the video, `frames` their number if it is known, `folder` where the
+    output goes, `metadata` that of a state to continue from.
     """
     height, width = lq.shape[-2:]
     plan = pipe.planner.plan((height, width), metadata or {}, options)
-    yield f"size: {width}x{height} to {SCALE * width}x{SCALE * height}, {frames} frames"
+    count = f"{frames} frames" if frames else "an unknown number of frames"
+    yield f"size: {width}x{height} to {SCALE * width}x{SCALE * height}, {count}"
     yield f"plan: {plan}"
     needs = estimate(pipe.planner.widths, (height, width), options, pipe.dtype, plan)
     stages = ", ".join(f"{name} {_gigabytes(needs[name])}" for name in needs if name != "peak")
     yield f"memory: about {_gigabytes(needs['peak'])} ({stages}); {_gigabytes(free_memory(pipe.device))} free"
-    size = frames * height * width * SCALE**2 * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
-    yield f"disk: about {_gigabytes(size)} as {codec}; {_gigabytes(_disk_free(folder))} free"
-    seconds = seconds_per_frame(pipe, lq, options)
-    yield f"time: {seconds:.2f} s per frame, {_duration(seconds * frames)} in all"
+    size = (frames or 1) * height * width * SCALE**2 * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
+    share = "" if frames else " per frame"
+    yield f"disk: about {_gigabytes(size)}{share} as {codec}; {_gigabytes(_disk_free(folder))} free"
+    state = StreamDiffVSRState(metadata=record(plan, (height, width)))
+    seconds = seconds_per_frame(pipe, lq, state, options)
+    yield f"time: {seconds:.2f} s per frame" + (f", {_duration(seconds * frames)} in all" if frames else "")
 
 
-def seconds_per_frame(pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions) -> float:
+def seconds_per_frame(
+    pipe: StreamDiffVSRPipeline, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
+) -> float:
     """Time of one guided frame, after one that warms up."""
-    state = pipe.process_frame(lq, None, options).state
+    state = pipe.process_frame(lq, state, options).state
     synchronize(pipe.device)
     begin = time.perf_counter()
     pipe.process_frame(lq, state, options)
