@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRPipeline, devices
+from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRPipeline, UpscaleOptions, devices
+from ..stream_diffvsr.memory.plan import Plan
 
 PREVIEW_SIDE = 512
 PREVIEW_SECONDS = 0.2
@@ -129,6 +130,15 @@ def manage(pipe: StreamDiffVSRPipeline, device: torch.device) -> None:
         patcher = _patcher({name: pipe.stages[name] for name in names}, device)
         patchers |= dict.fromkeys(names, patcher)
     pipe.placement = ManagedPlacement(patchers)
+
+
+def make_room(pipe: StreamDiffVSRPipeline, size: tuple[int, int], options: UpscaleOptions) -> None:
+    """Have other models give way before a run, so that the memory plan is made for the room there can be.
+
+    `size` is the height and width of a frame before upscaling.
+    """
+    if options.memory_plan == "auto":
+        pipe.placement.acquire("unet", pipe.planner.need(size, options, Plan()))
 
 
 def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from ..stream_diffvsr import IncompatibleInputError, from_pixels, to_pixels
@@ -24,7 +25,7 @@ def check_images(images: Tensor) -> None:
 def lq_frames(images: Tensor) -> Iterator[Tensor]:
     """Frame after frame, (1, 3, h, w) float32 in model range; the input stays as it is."""
     for image in images:
-        yield from_pixels(image[..., :COLOURS].float()).movedim(-1, 0)[None]
+        yield from_pixels(rearrange(image[..., :COLOURS].float(), "h w c -> 1 c h w"))
 
 
 def empty_result(images: Tensor, device: torch.device) -> Tensor:
@@ -35,17 +36,17 @@ def empty_result(images: Tensor, device: torch.device) -> Tensor:
 
 def put(result: Tensor, index: int, hq: Tensor, image: Tensor) -> None:
     """Write frame `index` of a result: colours from `hq`, alpha (if there is one) enlarged from `image`."""
-    result[index, ..., :COLOURS] = to_pixels(hq)[0].movedim(0, -1)
+    result[index, ..., :COLOURS] = rearrange(to_pixels(hq), "1 c h w -> h w c")
     if image.shape[-1] > COLOURS:
-        alpha = upsample(image[..., COLOURS:].float().movedim(-1, 0)[None])
-        result[index, ..., COLOURS:] = alpha[0].clamp(0, 1).movedim(0, -1)
+        alpha = upsample(rearrange(image[..., COLOURS:].float(), "h w c -> 1 c h w"))
+        result[index, ..., COLOURS:] = rearrange(alpha.clamp(0, 1), "1 c h w -> h w c")
 
 
 def from_hq(hq: Tensor) -> Tensor:
     """(1, 3, H, W) in model range -> (1, H, W, 3) in [0, 1]."""
-    return to_pixels(hq).movedim(1, -1).contiguous()
+    return rearrange(to_pixels(hq), "1 c h w -> 1 h w c").contiguous()
 
 
 def to_model(image: Tensor) -> Tensor:
     """One picture (1, H, W, C) -> (1, 3, H, W) float32 in model range, in memory of its own."""
-    return from_pixels(image[..., :COLOURS].float()).movedim(-1, 1).contiguous()
+    return from_pixels(rearrange(image[..., :COLOURS].float(), "1 h w c -> 1 c h w")).contiguous()

@@ -172,6 +172,7 @@ def upscale(
     result = layout.empty_result(images, device)
     progress = host.Progress(len(images))
     state = state or StreamDiffVSRState()
+    host.make_room(pipe, (images.shape[1], images.shape[2]), options)
     for index, step in enumerate(pipe.stream(layout.lq_frames(images), options, state, host.check_interrupt)):
         layout.put(result, index, step.hq, images[index])
         progress.show(index + 1, result[index])

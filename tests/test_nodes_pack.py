@@ -174,3 +174,12 @@ def test_requirements_name_what_a_host_holds_first() -> None:
     text = (ROOT / "requirements.txt").read_text(encoding="utf-8")
     names = re.findall(r"^[A-Za-z_]+(?=>=)", text, re.MULTILINE)
     assert names[:2] == ["transformers", "huggingface_hub"]
+
+
+def test_requirements_are_the_distributions_without_what_comfyui_brings() -> None:
+    """torch and torchvision are ComfyUI's; any OpenCV that is installed serves."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    own = set(re.findall(r"^[A-Za-z_]+>=[\d.]+", lines, re.MULTILINE))
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    declared = re.findall(r'"([^"]+)"', text.partition("dependencies = [")[2].partition("]")[0])
+    assert own == {line for line in declared if not re.match("torch|opencv", line)}
