@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +23,8 @@ from stream_diffvsr.video.job import VideoJob, run
 def work(progress: Connection, checkpoint: Path, source: Path, output: Path, limit: int) -> None:
     """Do the job, sending 'ready', each frame's index, and at the end 'done' or the error."""
     torch.set_num_threads(1)
+    # A shell's background job, and what it starts, would ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     pipe = load_pipeline(checkpoint, device="cpu", flow=shift_flow)
     job = VideoJob(
         source=source, output=output, options=UpscaleOptions(num_inference_steps=1), segment_frames=3

@@ -21,7 +21,7 @@ def command(checkpoint: Path, capsys) -> Callable[..., tuple[int, str, str]]:
 
     def run(*arguments: object) -> tuple[int, str, str]:
         model = ["--model", str(checkpoint), "--flow", "none", "--device", "cpu", "--steps", "1"]
-        code = main(["upscale", *map(str, arguments), *model])
+        code = main(["upscale", *model, *map(str, arguments)])
         captured = capsys.readouterr()
         return code, captured.out, captured.err.strip().splitlines()[-1] if captured.err.strip() else ""
 

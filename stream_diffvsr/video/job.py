@@ -204,8 +204,12 @@ class _Run:
         previous = state.previous_lq
         if previous is None:
             return state
-        resized = previous.shape != lq.shape and isinstance(self.source, FolderSource)
-        if not resized and not self.cut_rule.between(frame.index, previous, lq):
+        if previous.shape != lq.shape:
+            # Pictures of a folder may change their size; a state of another size is the pipeline's to refuse.
+            cut = isinstance(self.source, FolderSource)
+        else:
+            cut = self.cut_rule.between(frame.index, previous, lq)
+        if not cut:
             return state
         self.cuts.append(frame.index)
         log.info("a new scene begins at frame %d", frame.index)
