@@ -175,7 +175,7 @@ def test_estimates_have_each_stage_and_their_sum(dtype):
 def test_estimates_read_a_checkpoint(checkpoint):
     small, large = (estimate_memory(size, size, AUTO, torch.float32, checkpoint) for size in (32, 64))
     assert small["weights"] == large["weights"] < 2**25
-    assert large["unet"] == 4 * small["unet"]
+    assert large["unet"] == pytest.approx(4 * small["unet"], rel=1e-3)
 
 
 def test_report_has_plan_memory_disk_and_time(pipe, tmp_path):

@@ -160,7 +160,7 @@ def _at_once(height: int, width: int, plan: Plan) -> int:
 
 def _vae(widths: Widths, height: int, width: int, plan: Plan) -> float:
     """Numbers: the features of the warped frame, or afterwards the decoder's."""
-    encoder, decoder = (64 if widths.encoder_block else 20), (81 if widths.decoder_block else 32)
+    encoder, decoder = (64 if widths.encoder_block else 20), (81 if widths.decoder_block else 42)
     if plan.rows is not None and plan.rows < SCALE * height:
         scale = plan.rows / BAND_ROWS / height
         encoder = min(encoder, (6.5 + 1500 * scale) if widths.encoder_block else (5.3 + 810 * scale))
