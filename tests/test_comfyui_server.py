@@ -227,13 +227,15 @@ def test_workflows_do_not_influence_each_other(server: Server) -> None:
 
 def test_a_cancelled_file_is_playable_and_goes_on(server: Server) -> None:
     settings = {"video_path": "video.mp4", "output_path": "cut.mp4", "num_inference_steps": 16}
+    server.run(file_job(**{**settings, "output_path": "warm.mp4", "seed": 1}))
+    began = time.monotonic()
     server.run(file_job(**{**settings, "output_path": "uncut.mp4"}))
-    server.free()
+    whole_run = time.monotonic() - began
     prompt_id = server.queue(file_job(**settings))
     work = server.base / "output" / "cut.mp4.parts"
-    while not list(work.glob("main*")):
+    while not work.exists():
         time.sleep(0.02)
-    time.sleep(0.2)
+    time.sleep(whole_run / 2)
     server.post("/interrupt", {})
     assert server.wait(prompt_id)["status"]["status_str"] != "success"
     cut = server.base / "output" / "cut.mp4"
@@ -243,7 +245,9 @@ def test_a_cancelled_file_is_playable_and_goes_on(server: Server) -> None:
     assert np.array_equal(frames_of(cut), frames_of(server.base / "output" / "uncut.mp4"))
     assert not work.exists()
     with av.open(str(cut)) as container:
-        assert json.loads(container.metadata["prompt"]) == file_job(**settings)
+        kept = json.loads(container.metadata["prompt"])
+    # ComfyUI adds to each node what its IS_CHANGED said.
+    assert kept["2"]["inputs"] == file_job(**settings)["2"]["inputs"]
 
 
 @pytest.mark.parametrize(
