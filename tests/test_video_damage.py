@@ -83,4 +83,4 @@ def test_damaged_packets_are_skipped_and_counted(pipe, tmp_path: Path, caplog) -
     assert times == sorted(set(times)) and len(times) == len(indices)
     assert times[5] == Fraction(5, 25)
     if len(indices) < 20:
-        assert "damaged packets skipped" in caplog.text
+        assert "damaged packets skipped" in caplog.text or "fewer than its index" in caplog.text

@@ -127,6 +127,7 @@ class VideoSource:
         with open_container(self.path) as container:
             stream = container.streams[self.stream_index]
             clock = Clock(self.info, self.notes)
+            index = -1
             for index, frame in enumerate(self._decode(container, stream)):
                 time = clock.tick(frame.pts)
                 seconds = (time - clock.first) * self.info.time_base
@@ -134,6 +135,8 @@ class VideoSource:
                     return
                 if not span.before(index, seconds):
                     yield self._convert(frame, index, time)
+            # Damage that the demuxer steps over by itself shows only here.
+            self.notes["frames fewer than its index names"] += max(0, stream.frames - index - 1)
 
     def _convert(self, frame: Any, index: int, time: int) -> SourceFrame:
         rgb, alpha = frame_to_rgb(frame, self.info.colour)
