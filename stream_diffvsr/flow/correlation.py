@@ -120,12 +120,13 @@ class LinearCorrelation:
         origin = corner.amin(1)
         x = origin[:, None, None, 0] + torch.arange(width, device=corner.device)
         y = origin[:, None, None, 1] + torch.arange(height, device=corner.device)[:, None]
-        features = level.rows[level.index(y, x).flatten(1)]
+        rows = level.index(y, x).flatten(1)
+        features = level.rows.index_select(0, rows.flatten()).view(*rows.shape, -1)
         products = points @ features.transpose(1, 2)
-        shift = corner - origin[:, None]
-        steps = torch.arange(self.side + 1, device=corner.device)
-        wanted = (shift[..., 1, None, None] + steps[:, None]) * width + shift[..., 0, None, None] + steps
-        square = products.gather(2, wanted.flatten(2)).view(wanted.shape)
+        steps, shift = torch.arange(self.side + 1, device=corner.device), corner - origin[:, None]
+        first = shift[..., 1] * width + shift[..., 0]
+        wanted = first[..., None] + (steps[:, None] * width + steps).flatten()
+        square = products.gather(2, wanted).unflatten(2, (len(steps), len(steps)))
         # RAFT numbers the samples column by column.
         return bilinear(square, fraction).transpose(2, 3).flatten(2)
 
