@@ -56,6 +56,9 @@ CODECS = {
 }
 """`--codec` -> encoder."""
 
+INTRA_CODECS = ("prores", "ffv1", "png")
+"""What codes each frame by itself."""
+
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
 """Suffix of an output -> FFmpeg's format."""
 
@@ -73,6 +76,11 @@ class Encoding:
     time_base: Fraction
     colour: Colour
     aspect: Fraction | None
+
+    @property
+    def reorder(self) -> int:
+        """More frames than the encoder ever keeps back to reorder them."""
+        return 0 if self.codec in INTRA_CODECS else 16
 
     @property
     def segment_format(self) -> str:

@@ -34,8 +34,10 @@ def join(
 
     options = {}
     if container_format in ("mp4", "mov"):
-        scale = str(encoding.time_base.denominator)
-        options = {"movflags": "+use_metadata_tags+faststart", "video_track_timescale": scale}
+        # Both clocks of the file count in the source's ticks, so that a late start is exact too.
+        ticks = str(encoding.time_base.denominator)
+        options = {"movflags": "+use_metadata_tags+faststart"}
+        options |= {"video_track_timescale": ticks, "movie_timescale": ticks}
     with ExitStack() as stack:
         out = stack.enter_context(
             av.open(str(target), "w", format=container_format, container_options=options)

@@ -28,6 +28,7 @@ class Segment:
         self.encoding = encoding
         self.times: list[int] = []
         self.order: list[int] = []
+        self._step = max(1, round(1 / (encoding.rate * encoding.time_base)))
         self._part = path.with_name(f".{path.name}.part")
         self._file: IO[bytes] = self._part.open("wb+")
         self._container = av.open(self._file, "w", format=encoding.segment_format)
@@ -43,8 +44,18 @@ class Segment:
         self._mux(self._stream.encode(frame))
 
     def _mux(self, packets: Sequence[Any]) -> None:
-        self.order += [packet.pts for packet in packets]
-        self._container.mux(packets)
+        for packet in packets:
+            packet.dts = self._decoding_time(len(self.order))
+            self.order.append(packet.pts)
+            self._container.mux(packet)
+
+    def _decoding_time(self, number: int) -> int:
+        """When packet `number` is decoded: as many frames before its turn as any encoder keeps back.
+
+        Not the encoder's own word: x265 gives random numbers for segments of one or two frames.
+        """
+        shown = number - self.encoding.reorder
+        return self.times[shown] - self.times[0] if shown >= 0 else shown * self._step
 
     def finish(self) -> int:
         """Finish the file, bring it to the disk and give it its name; returns its size."""
