@@ -28,7 +28,7 @@ from .model import add_model_arguments, open_model
 from .progress import follow
 
 WIDTH, HEIGHT = 160, 90
-FRAMES = 16
+FRAMES = 12
 RATE = 12
 WORDS = ("Stream-DiffVSR", "Every frame remembers", "the one before it.")
 
