@@ -59,3 +59,12 @@ def test_sizes_are_checked():
     assert _size("320x180") == (320, 180)
     with pytest.raises(IncompatibleInputError):
         _size("320*180")
+
+
+def test_random_flow_networks_run():
+    from stream_diffvsr.bench.networks import _random_raft
+    from stream_diffvsr.flow import open_flow
+
+    clip = moving(2, 128, 128)
+    with torch.no_grad():
+        assert open_flow("raft_small", _random_raft)(clip[:1], clip[1:]).shape == (1, 2, 128, 128)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
-from ..flow import RaftFlow, open_flow
+from ..flow import open_flow
 from ..models.build import from_config
 from ..models.control import Control, Residuals
 from ..pipeline import StreamDiffVSRPipeline
@@ -84,11 +84,11 @@ def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamD
     )
 
 
-def _random_raft(name: str) -> RaftFlow:
+def _random_raft(name: str) -> torch.nn.Module:
     """RAFT with random weights costs what the trained one does, and needs no download."""
     from torchvision.models import optical_flow
 
-    return RaftFlow(getattr(optical_flow, name)(weights=None, progress=False), name)
+    return getattr(optical_flow, name)(weights=None, progress=False)
 
 
 class PlainControl(Control):
