@@ -1,6 +1,6 @@
 """Measures nano on clips that it never saw in training.
 
-    python -m training.evaluate CHECKPOINT.pt CLIP... [--frames 12] [--crf 28] [--sheet OUT.png]
+python -m training.evaluate CHECKPOINT.pt CLIP... [--frames 12] [--crf 28] [--sheet OUT.png]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes a training checkpoint as the folder that the engine opens:
 
-    python -m training.export training/runs/temporal.pt
+python -m training.export training/runs/temporal.pt
 """
 
 from __future__ import annotations

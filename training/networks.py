@@ -129,8 +129,12 @@ def start_unet(unet: UNet2DConditionModel) -> None:
     unet.conv_in.weight[:, :4].zero_()
     for pair in range(6):
         colour, sign = pair // 2, 1.0 - 2.0 * (pair % 2)
-        for line in (unet.conv_in.weight[pair], unet.conv_in.bias[pair], last.conv_shortcut.weight[pair],
-                     last.conv_shortcut.bias[pair]):
+        for line in (
+            unet.conv_in.weight[pair],
+            unet.conv_in.bias[pair],
+            last.conv_shortcut.weight[pair],
+            last.conv_shortcut.bias[pair],
+        ):
             line.zero_()
         unet.conv_in.weight[pair, 4 + colour, 1, 1] = sign
         last.conv_shortcut.weight[pair, WIDTHS[0] + pair] = 1.0
