@@ -42,7 +42,7 @@ class Schedule:
         from diffusers import DDIMScheduler
 
         override = {} if options.timestep_spacing is None else {"timestep_spacing": options.timestep_spacing}
-        scheduler = DDIMScheduler.from_config({**config, **override})
+        scheduler: Any = DDIMScheduler.from_config({**config, **override})
         scheduler.set_timesteps(options.num_inference_steps)
         return cls(scheduler, tuple((int(t), t.to(device)) for t in scheduler.timesteps))
 

@@ -36,7 +36,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if dtype == "auto":
         return torch.float16 if _fast_half(device) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise IncompatibleInputError(f"dtype as one of auto, {', '.join(DTYPES)}", repr(dtype))
     return chosen
 

@@ -193,7 +193,7 @@ def check_encoder(encoding: Encoding, container: str) -> None:
         with av.open(io.BytesIO(), "w", format=container) as out:
             context = open_encoder(out, encoding).codec_context
             context.open()
-    except av.error.FFmpegError as error:
+    except av.FFmpegError as error:
         raise VideoError(
             f"the encoder {spec.encoder} does not open here ({error.strerror}): choose another with --codec."
         ) from error

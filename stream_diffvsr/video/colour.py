@@ -216,7 +216,7 @@ def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:
     import av
 
     height, width = planes[0].shape[:2]
-    frame = av.VideoFrame(width, height, name)
+    frame: Any = av.VideoFrame(width, height, name)
     if LAYOUTS[name].rgb:
         planes = _interleave(planes[0], name)
     for plane, values in zip(frame.planes, planes, strict=True):

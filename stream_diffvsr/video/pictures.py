@@ -201,7 +201,7 @@ def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
     name = "rgb48" if values.shape[-1] == 3 else "rgba64"
     codec, name = ("png", f"{name}be") if suffix == ".png" else ("tiff", f"{name}le")
     height, width = values.shape[:2]
-    frame = av.VideoFrame(width, height, name)
+    frame: Any = av.VideoFrame(width, height, name)
     rows = np.frombuffer(frame.planes[0], np.uint8).reshape(height, -1)
     packed = values.astype(">u2" if suffix == ".png" else "<u2").reshape(height, -1).view(np.uint8)
     rows[:, : packed.shape[1]] = packed

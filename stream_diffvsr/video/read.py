@@ -158,7 +158,7 @@ class VideoSource:
         while True:
             try:
                 packet = next(packets, None)
-            except (av.error.FFmpegError, OSError) as error:
+            except (av.FFmpegError, OSError) as error:
                 self.notes["places where the file cannot be read"] += 1
                 log.warning("%s cannot be read to its end (%s)", self.path, error)
                 return
@@ -166,7 +166,7 @@ class VideoSource:
                 return
             try:
                 frames = packet.decode()
-            except av.error.FFmpegError:
+            except av.FFmpegError:
                 self.notes["damaged packets skipped"] += 1
                 continue
             self.notes["damaged frames used"] += sum(frame.is_corrupt for frame in frames)
@@ -244,7 +244,7 @@ def open_container(path: Path) -> Any:
 
     try:
         return av.open(str(path), metadata_errors="ignore")
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(
             f"{path} cannot be opened as a video or picture ({reason}): it is damaged, incomplete, or "

@@ -117,7 +117,7 @@ class EncodedTrack:
 
         try:
             frames = packet.decode()
-        except av.error.FFmpegError:
+        except av.FFmpegError:
             return
         for frame in frames:
             for even in self.resampler.resample(frame):
@@ -165,7 +165,7 @@ def holds(container_format: str, stream: Any) -> bool:
         with av.open(io.BytesIO(), "w", format=container_format) as trial:
             trial.add_stream_from_template(stream, opaque=True)
             trial.start_encoding()
-    except (ValueError, av.error.FFmpegError):
+    except (ValueError, av.FFmpegError):
         return False
     return True
 
