@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path, PurePath
 
-from ..stream_diffvsr import IncompatibleInputError
+from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.state import FORMAT
 from . import host
 

@@ -8,14 +8,17 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRPipeline, UpscaleOptions, devices
-from ..stream_diffvsr.memory.plan import Plan
+from ..stream_diffvsr import devices
+from ..stream_diffvsr.errors import IncompatibleInputError
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr import StreamDiffVSRPipeline, UpscaleOptions
 
 PREVIEW_SIDE = 512
 PREVIEW_SECONDS = 0.2
@@ -137,6 +140,8 @@ def make_room(pipe: StreamDiffVSRPipeline, size: tuple[int, int], options: Upsca
 
     `size` is the height and width of a frame before upscaling.
     """
+    from ..stream_diffvsr.memory.plan import Plan
+
     if options.memory_plan == "auto":
         pipe.placement.acquire("unet", pipe.planner.need(size, options, Plan()))
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
-from ..stream_diffvsr import IncompatibleInputError, from_pixels, to_pixels
-from ..stream_diffvsr.tensors import SCALE, upsample
+from ..stream_diffvsr.errors import IncompatibleInputError
+from ..stream_diffvsr.tensors import SCALE, from_pixels, to_pixels, upsample
 
 COLOURS = 3
 
@@ -22,10 +21,24 @@ def check_images(images: Tensor) -> None:
         raise IncompatibleInputError("images (frames, height, width, 3 or 4 channels), at least one", got)
 
 
+def to_frame(image: Tensor) -> Tensor:
+    """(H, W, C) -> (1, C, H, W) float32, the values as they are."""
+    from einops import rearrange
+
+    return rearrange(image.float(), "h w c -> 1 c h w")
+
+
+def to_image(frame: Tensor) -> Tensor:
+    """(1, C, H, W) -> (H, W, C), the values as they are."""
+    from einops import rearrange
+
+    return rearrange(frame, "1 c h w -> h w c")
+
+
 def lq_frames(images: Tensor) -> Iterator[Tensor]:
     """Frame after frame, (1, 3, h, w) float32 in model range; the input stays as it is."""
     for image in images:
-        yield from_pixels(rearrange(image[..., :COLOURS].float(), "h w c -> 1 c h w"))
+        yield from_pixels(to_frame(image[..., :COLOURS]))
 
 
 def empty_result(images: Tensor, device: torch.device) -> Tensor:
@@ -36,17 +49,17 @@ def empty_result(images: Tensor, device: torch.device) -> Tensor:
 
 def put(result: Tensor, index: int, hq: Tensor, image: Tensor) -> None:
     """Write frame `index` of a result: colours from `hq`, alpha (if there is one) enlarged from `image`."""
-    result[index, ..., :COLOURS] = rearrange(to_pixels(hq), "1 c h w -> h w c")
+    result[index, ..., :COLOURS] = to_image(to_pixels(hq))
     if image.shape[-1] > COLOURS:
-        alpha = upsample(rearrange(image[..., COLOURS:].float(), "h w c -> 1 c h w"))
-        result[index, ..., COLOURS:] = rearrange(alpha.clamp(0, 1), "1 c h w -> h w c")
+        alpha = upsample(to_frame(image[..., COLOURS:]))
+        result[index, ..., COLOURS:] = to_image(alpha.clamp(0, 1))
 
 
 def from_hq(hq: Tensor) -> Tensor:
     """(1, 3, H, W) in model range -> (1, H, W, 3) in [0, 1]."""
-    return rearrange(to_pixels(hq), "1 c h w -> 1 h w c").contiguous()
+    return to_image(to_pixels(hq))[None].contiguous()
 
 
 def to_model(image: Tensor) -> Tensor:
     """One picture (1, H, W, C) -> (1, 3, H, W) float32 in model range, in memory of its own."""
-    return from_pixels(rearrange(image[..., :COLOURS].float(), "1 h w c -> 1 c h w")).contiguous()
+    return from_pixels(to_frame(image[0, ..., :COLOURS])).contiguous()

@@ -6,17 +6,17 @@ from __future__ import annotations
 import hashlib
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakValueDictionary
 
 import torch
 
-from ..stream_diffvsr import StreamDiffVSRError, StreamDiffVSRPipeline, load_pipeline
-from ..stream_diffvsr.flow.estimators import FLOW_MODELS
-from ..stream_diffvsr.weights.check import problem
-from ..stream_diffvsr.weights.find import candidates, resolve
+from ..stream_diffvsr.errors import StreamDiffVSRError
 from . import files, host
 from .sockets import CATEGORY, PIPE
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr import StreamDiffVSRPipeline
 
 BUILT_IN = ("v1", "nano")
 
@@ -25,9 +25,8 @@ class Loader:
     """Loads a model, and leaves its place in memory to ComfyUI."""
 
     DESCRIPTION = (
-        "Loads Stream-DiffVSR. v1 is the released model (downloaded if it is nowhere found), nano a small "
-        "one "
-        "that comes with this pack and runs on a CPU."
+        "Loads a Stream-DiffVSR model. v1 is the released one, downloaded where it is not found; nano is a "
+        "small one that comes with this pack and runs on a CPU."
     )
     SEARCH_ALIASES: ClassVar = ["load stream diffvsr", "vsr model loader", "video upscale model"]
     CATEGORY = CATEGORY
@@ -38,28 +37,31 @@ class Loader:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
+        from ..stream_diffvsr.flow.estimators import FLOW_MODELS
+
         return {
             "required": {
                 "model_version": (
                     checkpoints(),
                     {
                         "default": "v1",
-                        "tooltip": "v1: the released weights. nano: the small bundled model. Then every "
-                        "complete "
-                        "folder found in the model folders.",
+                        "tooltip": "v1: the released weights, about 4 GB. nano: the small model that comes "
+                        "with this pack. Then every complete checkpoint in the model folders.",
                     },
                 ),
                 "device": (
                     host.device_names(),
-                    {"default": "auto", "tooltip": "auto: the device that ComfyUI uses."},
+                    {
+                        "default": "auto",
+                        "tooltip": "Where the model runs. auto: the device that ComfyUI uses.",
+                    },
                 ),
                 "dtype": (
                     ["auto", "float16", "bfloat16", "float32"],
                     {
                         "default": "auto",
-                        "tooltip": "Number format of the networks. auto: float16 where ComfyUI would use "
-                        "it, else "
-                        "float32. Frames, motion and the state are float32 always.",
+                        "tooltip": "Number format of the networks. auto: float16 where ComfyUI would use it, "
+                        "else float32. Frames, motion and the state are always float32.",
                     },
                 ),
             },
@@ -68,9 +70,10 @@ class Loader:
                     ["auto", *FLOW_MODELS],
                     {
                         "default": "auto",
-                        "tooltip": "How motion between frames is estimated. auto: what the model was "
-                        "trained with. "
-                        "none: no guidance by the frame before, so it flickers.",
+                        "tooltip": "How motion between frames is estimated. auto: what the model was made "
+                        "with. raft_large, raft_small: torchvision's RAFT. bundled: the small network that "
+                        "comes with this pack. dis: OpenCV's, for CPUs. none: no guidance by the frame "
+                        "before, so the result flickers.",
                     },
                 ),
             },
@@ -89,6 +92,8 @@ class Loader:
 
 def checkpoints() -> list[str]:
     """What the node offers: the two known models, then every complete folder by name."""
+    from ..stream_diffvsr.weights.find import candidates
+
     found = [name for name, path in candidates(host.model_folders()) if is_complete(path, identity(path))]
     return list(dict.fromkeys([*BUILT_IN, *found]))
 
@@ -96,6 +101,8 @@ def checkpoints() -> list[str]:
 @lru_cache(maxsize=64)
 def is_complete(folder: Path, files_identity: str) -> bool:
     """Whether a folder is a whole checkpoint, looked into again only when its files change."""
+    from ..stream_diffvsr.weights.check import problem
+
     return problem(folder) is None
 
 
@@ -107,6 +114,8 @@ def identity(folder: Path) -> str:
 
 def source_identity(source: str) -> str:
     """The same for a source by name; a fixed word while it is not on this machine."""
+    from ..stream_diffvsr.weights.find import resolve
+
     try:
         folder = resolve(source, host.model_folders())
     except StreamDiffVSRError:
@@ -120,6 +129,8 @@ _open: WeakValueDictionary[tuple[Any, ...], StreamDiffVSRPipeline] = WeakValueDi
 
 def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str) -> StreamDiffVSRPipeline:
     """A pipe with these settings: the one that is in use, or a new one."""
+    from ..stream_diffvsr import load_pipeline
+
     settings = (source, device, dtype, flow)
     pipe = _open.get((source_identity(source), *settings))
     if pipe is None:

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..stream_diffvsr import IncompatibleInputError, UpscaleOptions
+from ..stream_diffvsr.errors import IncompatibleInputError
 from .sockets import ADVANCED, SETTINGS, Widget
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr import UpscaleOptions
 
 CHECKPOINT_SPACING = "checkpoint"
 EXACT = "exact"
@@ -20,8 +23,8 @@ ENGINE_WIDGETS: dict[str, Widget] = {
             "min": 0.0,
             "max": 20.0,
             "step": 0.1,
-            "tooltip": "Classifier-free guidance. 1 or less: none, as the model was trained. Doubles the "
-            "time.",
+            "tooltip": "Classifier-free guidance. Up to 1: none, as the model was made. Above, it doubles "
+            "the time of the U-Net.",
         },
     ),
     "prompt": (
@@ -29,12 +32,17 @@ ENGINE_WIDGETS: dict[str, Widget] = {
         {
             "default": "",
             "multiline": True,
-            "tooltip": "The model was trained with the empty prompt. Another one needs the text encoder.",
+            "tooltip": "What the picture shows. The model was made with the empty prompt; another one needs "
+            "its text encoder.",
         },
     ),
     "negative_prompt": (
         "STRING",
-        {"default": "", "multiline": True, "tooltip": "Counts only with a guidance_scale above 1."},
+        {
+            "default": "",
+            "multiline": True,
+            "tooltip": "What the picture shall not show. Counts only with a guidance_scale above 1.",
+        },
     ),
     "controlnet_conditioning_scale": (
         "FLOAT",
@@ -53,7 +61,7 @@ ENGINE_WIDGETS: dict[str, Widget] = {
             "min": 0.0,
             "max": 1.0,
             "step": 0.05,
-            "tooltip": "Share of the denoising steps after which that guidance begins.",
+            "tooltip": "Share of the denoising steps after which guidance by the frame before begins.",
         },
     ),
     "control_guidance_end": (
@@ -63,32 +71,32 @@ ENGINE_WIDGETS: dict[str, Widget] = {
             "min": 0.0,
             "max": 1.0,
             "step": 0.05,
-            "tooltip": "Share of the denoising steps after which that guidance ends.",
+            "tooltip": "Share of the denoising steps after which guidance by the frame before ends.",
         },
     ),
     "use_tpm": (
         "BOOLEAN",
         {
             "default": True,
-            "tooltip": "Whether the decoder sees the frame before (Temporal Processor Module). Off: more "
-            "flicker.",
+            "tooltip": "Whether the decoder, too, sees the frame before (Temporal Processor Module). Off: "
+            "more flicker.",
         },
     ),
     "flow_scale": (
         [1.0, 0.5, 0.25],
         {
             "default": 1.0,
-            "tooltip": "Size at which motion is estimated, as a share of the output's. Below 1: faster, less "
-            "exact, and not what the model was trained with.",
+            "tooltip": "Size at which motion is estimated, as a share of the result's. Below 1: faster, less "
+            "exact, and not what the model was made with.",
         },
     ),
     "memory_plan": (
         ["auto", "whole", "banded", "tiled"],
         {
             "default": "auto",
-            "tooltip": "whole: nothing is split. banded: less memory, same picture. tiled: least memory, "
-            "U-Net in "
-            "tiles. auto picks what fits, and falls back when memory runs out.",
+            "tooltip": "How memory is saved. whole: nothing is split. banded: less memory, the same picture. "
+            "tiled: the least memory, the U-Net in tiles. auto: what fits, and the next one when memory "
+            "runs out.",
         },
     ),
     "compile_mode": (
@@ -103,8 +111,7 @@ FILE_WIDGETS: dict[str, Widget] = {
         {
             "default": "auto",
             "tooltip": "auto: a new scene starts without memory of the one before. Acts in Upscale Video "
-            "only: "
-            "a batch of images is taken as one scene.",
+            "only; a batch of images is taken as one scene.",
         },
     ),
     "scene_cut_threshold": (
@@ -119,7 +126,10 @@ FILE_WIDGETS: dict[str, Widget] = {
     ),
     "codec": (
         ["h264", "h265", "av1", "prores", "ffv1", "png"],
-        {"default": "h264", "tooltip": "Of the file that Upscale Video writes. ffv1 and png lose nothing."},
+        {
+            "default": "h264",
+            "tooltip": "Codec of the file that Upscale Video writes. ffv1 and png lose nothing.",
+        },
     ),
     "crf": (
         "INT",
@@ -127,14 +137,16 @@ FILE_WIDGETS: dict[str, Widget] = {
             "default": 18,
             "min": 0,
             "max": 63,
-            "tooltip": "Quality of that file: lower is better and larger. h264 and h265: 0-51, av1: 0-63.",
+            "tooltip": "Quality of the file that Upscale Video writes: a lower number is better and larger. "
+            "h264 and h265: 0-51, av1: 0-63; the other codecs have none.",
         },
     ),
     "pix_fmt": (
         ["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le"],
         {
             "default": "auto",
-            "tooltip": "Pixel format of that file. auto: 4:2:0 at the bit depth of the source.",
+            "tooltip": "Pixel format of the file that Upscale Video writes. auto: the bit depth of the "
+            "source, 4:2:0 where the codec has that.",
         },
     ),
 }
@@ -151,8 +163,7 @@ LAST_WIDGETS: dict[str, Widget] = {
         [CHECKPOINT_SPACING, "trailing", "leading"],
         {
             "default": CHECKPOINT_SPACING,
-            "tooltip": "Which noise levels the steps visit. checkpoint: as its scheduler file says, and "
-            "leading "
+            "tooltip": "Which noise levels the steps visit. checkpoint: as its scheduler file says, leading "
             "where that says nothing. The paper trained with 999, 749, 499, 249, which is trailing.",
         },
     ),
@@ -173,6 +184,8 @@ class SettingsValue:
 
     def options(self, **own: Any) -> UpscaleOptions:
         """The engine's options; what the node itself says wins."""
+        from ..stream_diffvsr import UpscaleOptions
+
         return UpscaleOptions(**{**self.engine, **own})
 
 

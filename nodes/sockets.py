@@ -16,7 +16,7 @@ Widget = tuple[Any, dict[str, Any]]
 PIPE_IN: Widget = (PIPE, {"tooltip": "The model, from Stream-DiffVSR Loader."})
 STATE_IN: Widget = (
     STATE,
-    {"tooltip": "What the frames before left behind: continues their sequence. Unlinked: a new sequence."},
+    {"tooltip": "What the frames before left behind; continues their sequence. Unlinked: a new sequence."},
 )
 SETTINGS_IN: Widget = (
     SETTINGS,
@@ -28,8 +28,7 @@ STEPS: Widget = (
         "default": 4,
         "min": 1,
         "max": 50,
-        "tooltip": "Denoising steps per frame. The model was trained for 4; more is slower and seldom "
-        "better.",
+        "tooltip": "Denoising steps per frame. The model was made for 4; more is slower and seldom better.",
     },
 )
 SEED: Widget = (
@@ -39,8 +38,8 @@ SEED: Widget = (
         "min": 0,
         "max": 2**64 - 1,
         "control_after_generate": "fixed",
-        "tooltip": "Frame n gets its noise from seed + n, n counted in the whole video, so a video that is "
-        "done in parts equals one done at once.",
+        "tooltip": "Frame n gets its noise from seed + n, counted in the whole video, so that a video done "
+        "in parts equals one done at once.",
     },
 )
 STATE_OUT = "What the next frames need: link it to the node that goes on, or save it."

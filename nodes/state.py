@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRState
+from ..stream_diffvsr.errors import IncompatibleInputError
+from ..stream_diffvsr.state import StreamDiffVSRState
 from ..stream_diffvsr.tensors import SCALE
 from . import files, layout
 from .sockets import ADVANCED, STATE, STATE_OUT
@@ -22,23 +23,22 @@ class CreateState:
     """An empty state, or one that continues from a given upscaled frame."""
 
     DESCRIPTION = (
-        "A state to start from: empty, or as if initial_frame had just been upscaled, so that the next frame "
-        "follows it."
+        "Makes a state to start from: empty, or as if initial_frame had just been upscaled, so that the next "
+        "frame follows it."
     )
     SEARCH_ALIASES: ClassVar = ["start sequence", "reset state", "new video upscale state"]
     CATEGORY = ADVANCED
     FUNCTION = "execute"
     RETURN_TYPES = (STATE,)
     RETURN_NAMES = ("state",)
-    OUTPUT_TOOLTIPS = ("frame_index is 1 with initial_frame, else 0.",)
+    OUTPUT_TOOLTIPS = ("The state to start from: frame_index is 1 with initial_frame, else 0.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         frame = "An upscaled frame that the next one shall follow; its sides are multiples of 4."
         lq = (
-            "The same frame before upscaling, a quarter of the size. Unlinked: initial_frame reduced by 4 "
-            "with "
-            "area averaging."
+            "The same frame before upscaling, a quarter as wide and high. Unlinked: initial_frame reduced by "
+            "4 with area averaging."
         )
         return {
             "optional": {
@@ -106,7 +106,8 @@ class SaveState:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         prefix = (
-            "Below the output folder; a number is appended. %year%, %month%, %day% and so on are filled in."
+            "Name of the file below the output folder; a number is appended. %year%, %month%, %day%, "
+            "%hour%, %minute% and %second% are filled in."
         )
         return {
             "required": {

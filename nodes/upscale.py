@@ -6,16 +6,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ..stream_diffvsr import StreamDiffVSRPipeline, StreamDiffVSRState, UpscaleOptions
+from ..stream_diffvsr.state import StreamDiffVSRState
 from . import host, layout
 from .settings import SettingsValue
 from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STATE, STATE_IN, STATE_OUT, STEPS
 from .state import one_picture
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr import StreamDiffVSRPipeline, UpscaleOptions
 
 log = logging.getLogger(__name__)
 
@@ -60,9 +63,9 @@ class Upscale:
                     "BOOLEAN",
                     {
                         "default": False,
-                        "tooltip": "Run the U-Net in tiles, for the least memory. Off: the memory plan of "
-                        "Settings, "
-                        "which by itself tiles only when memory runs out.",
+                        "tooltip": "Run the U-Net in tiles: the least memory, and a slightly different "
+                        "picture. Off: the memory_plan of Settings, whose auto takes tiles only when memory "
+                        "runs out.",
                     },
                 ),
                 "tile_size": (
@@ -82,16 +85,15 @@ class Upscale:
                         "min": 16,
                         "max": 256,
                         "step": 16,
-                        "tooltip": "Overlap of tiles in pixels of the result, below half of tile_size. "
-                        "Counts only "
-                        "with enable_tiling.",
+                        "tooltip": "Overlap of the tiles in pixels of the result, below half of tile_size. "
+                        "Counts only with enable_tiling.",
                     },
                 ),
                 "meta_batch": (
                     "VHS_BatchManager",
                     {
-                        "tooltip": "VideoHelperSuite's Meta Batch Manager: the sequence goes on from batch "
-                        "to batch."
+                        "tooltip": "VideoHelperSuite's Meta Batch Manager: the sequence goes on from one "
+                        "batch to the next."
                     },
                 ),
             },

@@ -8,16 +8,18 @@ import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..stream_diffvsr import IncompatibleInputError, StreamDiffVSRPipeline, VideoError
+from ..stream_diffvsr.errors import IncompatibleInputError, VideoError
 from . import files, host
 from .settings import SettingsValue
 from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STEPS
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
+    from ..stream_diffvsr import StreamDiffVSRPipeline
     from ..stream_diffvsr.video.job import JobProgress, VideoJob
 
 READ_AHEAD = 4
@@ -29,8 +31,8 @@ CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 WITH_QUALITY = ("h264", "h265", "av1")
 """Codecs that take a crf."""
 LAST = -1
-INSTANT = Fraction(1, 1_000_000)
-"""Shorter than any frame, in seconds."""
+INSTANTS = 1_000_000
+"""Parts of a second that are shorter than any frame."""
 
 
 class UpscaleVideo:
@@ -38,9 +40,8 @@ class UpscaleVideo:
 
     DESCRIPTION = (
         "Upscales a whole video by 4, from file to file: any length in constant memory, with sound, timing "
-        "and "
-        "colours kept. A cancelled run leaves what is done as a playable file; queueing it again goes on "
-        "there."
+        "and colours kept. A cancelled run leaves what is done as a playable file, and queueing it again "
+        "goes on from there."
     )
     SEARCH_ALIASES: ClassVar = [
         "upscale long video",
@@ -65,8 +66,7 @@ class UpscaleVideo:
                     {
                         "default": "",
                         "tooltip": "A video file or a folder of pictures, anywhere; a relative path starts "
-                        "in the "
-                        "input folder. Leave empty if video is linked.",
+                        "in the input folder. Leave it empty where video is linked.",
                     },
                 ),
                 "video": ("VIDEO", {"tooltip": "A video from Load Video, instead of video_path."}),
@@ -75,8 +75,7 @@ class UpscaleVideo:
                     {
                         "default": "",
                         "tooltip": "File to write, below the output folder; a number is added where it "
-                        "exists. "
-                        "Empty: numbered files in the folder stream_diffvsr, named after the video.",
+                        "exists. Empty: numbered files in its folder stream_diffvsr, named after the video.",
                     },
                 ),
                 "frames_per_batch": (
@@ -98,7 +97,7 @@ class UpscaleVideo:
                         "default": LAST,
                         "min": LAST,
                         "max": 2**31 - 1,
-                        "tooltip": "Last frame to upscale, included; -1 is the last one of the video.",
+                        "tooltip": "Last frame to upscale, included; -1: the last one of the video.",
                     },
                 ),
                 "num_inference_steps": STEPS,
@@ -137,6 +136,7 @@ class UpscaleVideo:
         with host.install_line():
             job = plan(choose_source(video_path, video), settings or SettingsValue(), **widgets)
             job = replace(job, metadata=host.workflow_metadata(prompt, extra_pnginfo))
+            host.make_room(pipe, frame_size(job), job.options)
             names = outputs(job.source, clean(output_path), job.output.name)
             path = do(pipe, (replace(job, output=name) for name in names), unique_id)
         return {"ui": host.shown_video(path), "result": (str(path), host.video_file(path))}
@@ -154,13 +154,16 @@ def source_path(video_path: str) -> Path:
 
 def choose_source(video_path: str, video: Any) -> tuple[Path, Fraction, Fraction | None]:
     """The file to read, and the seconds from and to which it is trimmed (None: to its end)."""
+    from fractions import Fraction
+
     given = bool(clean(video_path))
     if given == (video is not None):
         raise IncompatibleInputError("either video_path or video", "both" if given else "neither")
     if given:
         return source_path(video_path), Fraction(0), None
     start, length = (Fraction(value) for value in host.trim_window(video))
-    return video_source(video), start, start + length - INSTANT if length else None
+    end = start + length - Fraction(1, INSTANTS) if length else None
+    return video_source(video), start, end
 
 
 def video_source(video: Any) -> Path:
@@ -211,6 +214,14 @@ def plan(
         scene_cut=str(settings.file.get("scene_cut_threshold", 27.0)) if cut == "auto" else cut,
         read_ahead=frames_per_batch or READ_AHEAD,
     )
+
+
+def frame_size(job: VideoJob) -> tuple[int, int]:
+    """Height and width of the frames before upscaling; raises `VideoError` for what cannot be read."""
+    from ..stream_diffvsr.video.plan import open_job_source
+
+    info = open_job_source(job).info
+    return job.sizes.model(info.height, info.width)
 
 
 def outputs(source: Path, output: str, suffix: str) -> Iterator[Path]:

@@ -7,21 +7,25 @@ for result in pipe.stream(frames):        # each (1, 3, h, w) float32 in [-1, 1]
     picture = to_pixels(result.hq)        # (1, 3, 4h, 4w) in [0, 1]
 """
 
-from .errors import (
-    CheckpointError,
-    IncompatibleInputError,
-    ModelNotFoundError,
-    StreamDiffVSRError,
-    VideoError,
-    VRAMError,
-)
-from .memory import estimate_memory
-from .options import UpscaleOptions
-from .pipeline import FrameResult, StreamDiffVSRPipeline
-from .state import StreamDiffVSRState
-from .tensors import from_pixels, to_pixels
-from .weights.find import find_checkpoints
-from .weights.open import load_pipeline
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        CheckpointError,
+        IncompatibleInputError,
+        ModelNotFoundError,
+        StreamDiffVSRError,
+        VideoError,
+        VRAMError,
+    )
+    from .memory import estimate_memory
+    from .options import UpscaleOptions
+    from .pipeline import FrameResult, StreamDiffVSRPipeline
+    from .state import StreamDiffVSRState
+    from .tensors import from_pixels, to_pixels
+    from .weights.find import find_checkpoints
+    from .weights.open import load_pipeline
 
 __version__ = "0.1.0"
 
@@ -42,3 +46,25 @@ __all__ = [
     "load_pipeline",
     "to_pixels",
 ]
+
+_HOMES = {
+    "FrameResult": "pipeline",
+    "StreamDiffVSRPipeline": "pipeline",
+    "StreamDiffVSRState": "state",
+    "UpscaleOptions": "options",
+    "estimate_memory": "memory",
+    "find_checkpoints": "weights.find",
+    "from_pixels": "tensors",
+    "load_pipeline": "weights.open",
+    "to_pixels": "tensors",
+}
+"""The modules of the public names; errors are the rest."""
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, imported when it is asked for: hosts import the package long before they use it."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value

@@ -18,9 +18,9 @@ HEAVY = ("diffusers", "transformers", "torchvision", "cv2", "av", "huggingface_h
 LOAD = """
 import sys; sys.path.insert(0, {tests!r})
 import torch
+from pathlib import Path
 before = set(sys.modules)
 for name in {missing!r}: sys.modules[name] = None
-from pathlib import Path
 from node_pack import load_pack
 pack = load_pack(Path({folder!r}))
 """
@@ -124,6 +124,20 @@ def test_loading_prints_nothing_and_imports_nothing_heavy() -> None:
     code = f"print([name for name in {HEAVY!r} if name in sys.modules and name not in before])"
     done = run_python(code)
     assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "[]", "")
+
+
+def test_loading_imports_next_to_nothing() -> None:
+    """What keeps the import below 50 ms beyond torch; a list of modules, since a time depends on the load."""
+    code = """
+new = [name for name in sys.modules if name not in before and not name.startswith(("nodes", "node_pack"))]
+ours = [name.removeprefix(pack.__name__).lstrip(".") for name in new if name.startswith(pack.__name__)]
+print(sorted(name for name in ours if not name.startswith("nodes")))
+print(sorted(name for name in new if not name.startswith(pack.__name__)))
+"""
+    ours, others = run_python(code).stdout.splitlines()
+    engine = ["", "devices", "errors", "state", "tensors"]
+    assert ours == repr(["", *(f"stream_diffvsr.{name}".rstrip(".") for name in engine)])
+    assert others == "[]"
 
 
 def test_missing_packages_do_not_break_loading() -> None:
