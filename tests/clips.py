@@ -53,15 +53,16 @@ def write_video(
     aspect: Fraction | None = None,
     metadata: dict[str, str] | None = None,
     chapters: Sequence[dict[str, Any]] = (),
+    ticks: Fraction = TICKS,
     draw=picture,
 ) -> Path:
-    """A video file; `times` in 1/12800 s, `colour` as matrix, range, primaries, transfer."""
+    """A video file; `times` in 1/12800 s, `ticks` the encoder's, `colour` matrix, range, primaries, transfer."""
     words = {"movflags": "use_metadata_tags"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", container_options=words) as out:
         out.metadata.update(metadata or {})
         video = out.add_stream(codec, rate=25, options=options or {})
         video.width, video.height, video.pix_fmt = *size, pix_fmt
-        video.codec_context.time_base = TICKS
+        video.codec_context.time_base = ticks
         if aspect:
             video.codec_context.sample_aspect_ratio = aspect
         if colour:

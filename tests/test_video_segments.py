@@ -14,7 +14,7 @@ from stream_diffvsr.video.codecs import choose_encoding
 from stream_diffvsr.video.colour import Colour, rgb_to_planes
 from stream_diffvsr.video.join import join
 from stream_diffvsr.video.journal import Part
-from stream_diffvsr.video.read import SourceInfo
+from stream_diffvsr.video.streams import SourceInfo
 from stream_diffvsr.video.tracks import Window
 from stream_diffvsr.video.write import Segment, container_of
 

@@ -21,8 +21,8 @@ from ..video.colour import BT709, Colour, rgb_to_planes
 from ..video.job import VideoJob
 from ..video.job import run as run_job
 from ..video.pictures import Picture
-from ..video.read import SourceInfo
 from ..video.sizes import enlarge, resize
+from ..video.streams import SourceInfo
 from ..video.write import Segment
 from .model import add_model_arguments, open_model
 from .progress import follow

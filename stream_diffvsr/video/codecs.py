@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import VideoError
 from .colour import BT709, LAYOUTS, RGB, Colour
-from .read import SourceInfo
+from .streams import SourceInfo
 
 log = logging.getLogger(__name__)
 

@@ -79,6 +79,7 @@ class _Run:
         self.step = max(1, round(1 / (source.info.rate * source.info.time_base)))
         self.cancelled = False
         self.segment: list[FrameTime] = []
+        self.last: SourceFrame | None = None
         self.cuts: list[int] = []
         self.clock = Speed()
 
@@ -141,7 +142,7 @@ class _Run:
         """Upscale the frames that are left, segment by segment."""
         done = self.journal.frames
         span = self.job.span if not done else replace(self.job.span, start=self.journal.first_index + done)
-        frames = prefetch(self.source.frames(span), self.job.read_ahead)
+        frames = prefetch(self.source.frames(span, self.journal.place), self.job.read_ahead)
         state = self._first_state()
         with contextlib.closing(frames), Background(WRITE_DEPTH) as writer:
             try:
@@ -178,6 +179,7 @@ class _Run:
         hq = self.sizes.to_output(result.hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
         self._write(frame, lq, hq, writer)
         self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))
+        self.last = frame
         self.clock.tick()
         progress = JobProgress(
             done=self.journal.frames + len(self.segment),
@@ -248,6 +250,7 @@ class _Run:
             parts=(*self.journal.parts, part),
             state=state_file,
             cuts=(*self.journal.cuts, *self.cuts),
+            place=None if self.last is None else self.source.place(self.last),
             first_index=self.journal.first_index if self.journal.parts else self.segment[0].index,
         )
         self.work.save(self.journal)

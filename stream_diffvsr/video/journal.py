@@ -17,6 +17,7 @@ from typing import IO, Any
 
 from ..errors import VideoError
 from ..files import atomic
+from .seek import Place
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +62,8 @@ class Journal:
     """File of the state after the last part."""
     cuts: tuple[int, ...] = ()
     """Indices of frames that begin a scene."""
+    place: Place | None = None
+    """The source's last frame that is done, by which reading goes on; None: read from the start."""
     partial: int = -1
     """Size of an output file that holds a part of the frames, left by an interrupted run; -1: none."""
     finished: int = -1
@@ -142,7 +145,9 @@ class Workplace:
             if content.pop("format") != FORMAT:
                 raise ValueError("of another version")
             parts = tuple(Part(**part) for part in content.pop("parts"))
-            return Journal(**{**content, "parts": parts, "cuts": tuple(content["cuts"])})
+            place = content.pop("place", None)
+            place = None if place is None else Place(**place)
+            return Journal(**{**content, "parts": parts, "cuts": tuple(content["cuts"]), "place": place})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise VideoError(
                 f"{self.journal_file} cannot be read ({error}): start over with --restart."

@@ -119,7 +119,8 @@ def _read_deep(path: Path, image: Any) -> Picture:
     from PIL import ExifTags
 
     from .colour import Colour, frame_to_rgb
-    from .read import open_container, upright
+    from .read import open_container
+    from .streams import upright
 
     with open_container(path) as container:
         frame = next(container.decode(video=0))

@@ -18,8 +18,9 @@ from ..pipeline import StreamDiffVSRPipeline
 from ..state import StreamDiffVSRState
 from . import pictures, scenes
 from .codecs import CONTAINERS, Encoding, check_encoder, choose_encoding
-from .read import FolderSource, Source, SourceInfo, check_readable, open_source
+from .read import FolderSource, Source, check_readable, open_source
 from .request import VideoJob
+from .streams import SourceInfo
 from .write import PictureSink, Sink, VideoSink, check_folder, container_of
 
 SPARE_BYTES = 32 << 20

@@ -18,35 +18,12 @@ from torch import Tensor
 
 from ..errors import VideoError
 from . import pictures
-from .colour import BT709, FULL_RANGE, LIMITED_RANGE, RGB, UNSPECIFIED, Colour, frame_to_rgb
+from .colour import frame_to_rgb
+from .seek import DoubtError, Place, check_counted, count_to, digest, frames_from
 from .span import Span
+from .streams import DEFAULT_RATE, SourceInfo, choose_stream, describe, display_matrix, upright
 
 log = logging.getLogger(__name__)
-
-DEFAULT_RATE = Fraction(25)
-"""Frames per second where nothing says otherwise: folders of pictures."""
-
-
-@dataclass(frozen=True)
-class SourceInfo:
-    """What is known before the first frame is upscaled; sizes are those of the upright picture."""
-
-    width: int
-    height: int
-    bits: int
-    time_base: Fraction
-    """Seconds per tick of the timestamps."""
-    rate: Fraction
-    """Nominal frames per second."""
-    frames: int | None
-    """Number of frames, as far as the file says."""
-    colour: Colour = Colour(RGB, True, BT709, BT709)  # noqa: RUF009
-    aspect: Fraction | None = None
-    """Width of a sample by its height, where it is said and is not 1."""
-    has_alpha: bool = False
-    interlaced: bool = False
-    side_data: dict[str, bytes] = field(default_factory=dict)
-    """HDR10 data of the first frame, by name, as FFmpeg lays it out."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,8 +51,12 @@ class Source(Protocol):
     info: SourceInfo
     notes: Counter[str]
 
-    def frames(self, span: Span) -> Iterator[SourceFrame]:
-        """The frames of a span, in order."""
+    def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
+        """The frames of a span, in order; `place` is a frame read before, which makes it faster."""
+        ...
+
+    def place(self, frame: SourceFrame) -> Place | None:
+        """By what to go on after a frame, where that helps."""
         ...
 
 
@@ -111,32 +92,85 @@ class VideoSource:
     def __init__(self, path: Path, stream: int | None = None) -> None:
         self.path = path
         self.notes: Counter[str] = Counter()
+        self.packets = 0
+        """Packets decoded so far."""
+        self._steady = True
         with open_container(path) as container:
             chosen = choose_stream(container, path, stream)
-            self.stream_index = chosen.index
+            self.stream_index, self._named = chosen.index, chosen.frames
             first = next(self._decode(container, chosen), None)
             if first is None:
                 raise VideoError(f"{path} has a video stream, but no frame of it can be decoded.")
             self.info = describe(chosen, first)
+            self._first = first.pts or 0
         self.notes.clear()
         if self.info.interlaced:
             log.warning("%s is interlaced: deinterlace it first, combed lines are upscaled as they are", path)
 
-    def frames(self, span: Span) -> Iterator[SourceFrame]:
-        """The frames of the span; damaged packets are skipped and counted. Raises `VideoError`."""
+    def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
+        """The frames of the span; damaged packets are skipped and counted. Raises `VideoError`.
+
+        From `place`, a frame of an earlier run, reading goes on without decoding all that lies before.
+        """
+        index = -1
+        for index, time, frame in self._numbered(span, place):
+            seconds = (time - self._first) * self.info.time_base
+            if span.after(index, seconds):
+                return
+            if not span.before(index, seconds):
+                yield self._convert(frame, index, time)
+        # Damage that the demuxer steps over by itself shows only here.
+        self.notes["frames fewer than its index names"] += max(0, self._named - index - 1)
+
+    def place(self, frame: SourceFrame) -> Place | None:
+        """By what to go on after a frame; it is not sought where anything was out of order."""
+        return Place(frame.index, frame.time, digest(frame.rgb) if self._in_order() else None)
+
+    def _in_order(self) -> bool:
+        return self._steady and not self.notes.total()
+
+    def _numbered(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Any]]:
+        """Decoded frames with their index and time: from the middle where that is exact."""
+        index, time = (-1, None) if place is None else (place.index, place.time)
+        if span.start if place is None else place.digest is not None:
+            try:
+                for index, time, frame in self._from_middle(span, place):
+                    yield index, time, frame
+                return
+            except DoubtError as doubt:
+                log.info("%s is read from its start: %s", self.path, doubt)
+                self.notes.clear()
+        with open_container(self.path) as container:
+            clock = Clock(self.info, self.notes)
+            for frame in self._decode(container, container.streams[self.stream_index]):
+                now = clock.tick(frame.pts)
+                if time is None or now > time:
+                    index += 1
+                    yield index, now, frame
+
+    def _from_middle(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Any]]:
+        """Decoded frames from a place on, which is counted out where none is given. Raises `DoubtError`."""
         with open_container(self.path) as container:
             stream = container.streams[self.stream_index]
-            clock = Clock(self.info, self.notes)
-            index = -1
-            for index, frame in enumerate(self._decode(container, stream)):
+            times = None
+            if place is None:
+                place, times = count_to(container, stream, span, self._first, self.info.interlaced)
+            frames = frames_from(container, stream, place, self._decode, self._looks)
+            clock = Clock(self.info, self.notes, place.time - 1)
+            for index, frame in enumerate(frames, place.index):
+                if index == place.index:
+                    # What follows a key frame but is shown before it lacks what it refers to.
+                    self.notes.clear()
                 time = clock.tick(frame.pts)
-                seconds = (time - clock.first) * self.info.time_base
-                if span.after(index, seconds):
-                    return
-                if not span.before(index, seconds):
-                    yield self._convert(frame, index, time)
-            # Damage that the demuxer steps over by itself shows only here.
-            self.notes["frames fewer than its index names"] += max(0, stream.frames - index - 1)
+                check_counted(times, index, frame)
+                if not self._in_order():
+                    raise DoubtError("it is damaged, or its timestamps are")
+                yield index, time, frame
+            if not self._in_order():
+                raise DoubtError("it is damaged at its end")
+
+    def _looks(self, frame: Any) -> int:
+        return digest(self._convert(frame, 0, 0).rgb)
 
     def _convert(self, frame: Any, index: int, time: int) -> SourceFrame:
         rgb, alpha = frame_to_rgb(frame, self.info.colour)
@@ -164,6 +198,9 @@ class VideoSource:
                 return
             if packet is None:
                 return
+            self.packets += 1
+            # Without timestamps of its own, a frame's is guessed from those before it.
+            self._steady &= not packet.size or packet.pts is not None
             try:
                 frames = packet.decode()
             except av.FFmpegError:
@@ -176,16 +213,15 @@ class VideoSource:
 class Clock:
     """Timestamps that rise with every frame, as encoders need them."""
 
-    def __init__(self, info: SourceInfo, notes: Counter[str]) -> None:
+    def __init__(self, info: SourceInfo, notes: Counter[str], last: int | None = None) -> None:
         self.step = max(1, round(1 / (info.rate * info.time_base)))
         self.notes = notes
-        self.first = 0
-        self.last: int | None = None
+        self.last = last
 
     def tick(self, pts: int | None) -> int:
         """The next frame's time: its own where it has one that rises."""
         if self.last is None:
-            self.first = self.last = pts or 0
+            self.last = pts or 0
             return self.last
         if pts is None or pts <= self.last:
             self.notes["timestamps missing or not rising"] += 1
@@ -204,7 +240,11 @@ class AnimationSource:
         rate = Fraction(1000 * count, max(1, milliseconds))
         self.info = SourceInfo(width, height, 8, Fraction(1, 1000), rate, count, has_alpha=has_alpha)
 
-    def frames(self, span: Span) -> Iterator[SourceFrame]:
+    def place(self, frame: SourceFrame) -> Place | None:
+        """None: nothing before it would have to be decoded again, or all of it."""
+        return None
+
+    def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
         """The frames of the span."""
         time = 0
         for index, (picture, milliseconds) in enumerate(pictures.read_animation(self.path)):
@@ -229,7 +269,11 @@ class FolderSource:
             width, height, first.bits, 1 / rate, rate, len(self.files), has_alpha=first.alpha is not None
         )
 
-    def frames(self, span: Span) -> Iterator[SourceFrame]:
+    def place(self, frame: SourceFrame) -> Place | None:
+        """None: nothing before it would have to be decoded again, or all of it."""
+        return None
+
+    def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
         """The frames of the span."""
         for index, file in enumerate(self.files):
             seconds = index * self.info.time_base
@@ -250,98 +294,3 @@ def open_container(path: Path) -> Any:
             f"{path} cannot be opened as a video or picture ({reason}): it is damaged, incomplete, or "
             "something else."
         ) from error
-
-
-def choose_stream(container: Any, path: Path, wanted: int | None) -> Any:
-    """The video stream to upscale: the one asked for by its index in the file, else the best."""
-    videos = [s for s in container.streams.video if s.codec_context is not None and not is_cover(s)]
-    if not videos:
-        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-        raise VideoError(f"{path} has no video stream that can be decoded, it holds {kinds}.")
-    if wanted is None:
-        return max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
-    for stream in videos:
-        if stream.index == wanted:
-            return stream
-    known = ", ".join(f"{s.index} ({s.width}x{s.height})" for s in videos)
-    raise VideoError(f"{path} has no video stream {wanted}; its video streams are {known}.")
-
-
-def is_cover(stream: Any) -> bool:
-    """Whether a video stream is a cover picture of an audio file."""
-    disposition = stream.disposition
-    return bool(disposition & type(disposition).attached_pic)
-
-
-def describe(stream: Any, frame: Any) -> SourceInfo:
-    """What a stream and its first frame say about themselves."""
-    context = stream.codec_context
-    matrix = display_matrix(frame)
-    turned = matrix is not None and matrix[0] == 0
-    width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
-    rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
-    length = stream.duration * stream.time_base if stream.duration else None
-    if length is None and stream.container.duration:
-        length = Fraction(stream.container.duration, 1_000_000)
-    aspect = stream.sample_aspect_ratio or None
-    return SourceInfo(
-        width=width,
-        height=height,
-        bits=max(c.bits for c in frame.format.components),
-        time_base=stream.time_base,
-        rate=rate,
-        frames=stream.frames or (round(length * rate) if length else None),
-        colour=colour_of(frame, context),
-        aspect=None if aspect in (None, 1) else (1 / aspect if turned else aspect),
-        has_alpha=frame.format.components[-1].is_alpha or frame.format.has_palette,
-        interlaced=bool(frame.interlaced_frame),
-        side_data=hdr_data(frame),
-    )
-
-
-def colour_of(frame: Any, context: Any) -> Colour:
-    """The colour tags of a stream, with what is missing filled in."""
-    if frame.format.is_rgb or frame.format.has_palette:
-        return Colour(RGB, True, BT709, BT709)
-    said = int(frame.color_range)
-    # Grey without a word about its range is full range in FFmpeg, which wrote most of it.
-    grey = len(frame.format.components) < 3 and said != LIMITED_RANGE
-    full = said == FULL_RANGE or grey or frame.format.name.startswith("yuvj")
-    tags = [int(value) or UNSPECIFIED for value in (context.color_primaries, context.color_trc)]
-    matrix = int(frame.colorspace) or UNSPECIFIED
-    return Colour(matrix, full, *tags).resolved(frame.height)
-
-
-HDR_DATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
-
-
-def hdr_data(frame: Any) -> dict[str, bytes]:
-    """HDR10 side data of a frame."""
-    return {data.type.name: bytes(data) for data in frame.side_data if data.type.name in HDR_DATA}
-
-
-def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
-    """The signs (a, b, c, d) of the frame's display matrix, None where it is upright.
-
-    A pixel (x, y) is shown at (a x + c y, b x + d y); only quarter turns and mirrors count.
-    """
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            import numpy as np
-
-            values = np.frombuffer(bytes(data), np.int32)
-            a, b, c, d = (int(np.sign(values[i]) if abs(values[i]) > 1 << 15 else 0) for i in (0, 1, 3, 4))
-            upright = (a, b, c, d) == (1, 0, 0, 1)
-            return None if upright or abs(a * d - b * c) != 1 else (a, b, c, d)
-    return None
-
-
-def upright(x: Tensor, matrix: tuple[int, int, int, int] | None) -> Tensor:
-    """Turn and mirror (1, C, h, w) as a display matrix says."""
-    if matrix is None:
-        return x
-    a, b, c, d = matrix
-    if a == 0:
-        x, (a, d) = x.transpose(-1, -2), (c, b)
-    mirrored = [axis for axis, sign in ((-1, a), (-2, d)) if sign < 0]
-    return (x.flip(mirrored) if mirrored else x).contiguous()

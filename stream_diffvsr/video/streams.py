@@ -1,0 +1,133 @@
+"""What a video stream says about itself: size, rate, depth, colour, rotation, HDR data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import VideoError
+from .colour import BT709, FULL_RANGE, LIMITED_RANGE, RGB, UNSPECIFIED, Colour
+
+DEFAULT_RATE = Fraction(25)
+"""Frames per second where nothing says otherwise: folders of pictures."""
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What is known before the first frame is upscaled; sizes are those of the upright picture."""
+
+    width: int
+    height: int
+    bits: int
+    time_base: Fraction
+    """Seconds per tick of the timestamps."""
+    rate: Fraction
+    """Nominal frames per second."""
+    frames: int | None
+    """Number of frames, as far as the file says."""
+    colour: Colour = Colour(RGB, True, BT709, BT709)  # noqa: RUF009
+    aspect: Fraction | None = None
+    """Width of a sample by its height, where it is said and is not 1."""
+    has_alpha: bool = False
+    interlaced: bool = False
+    side_data: dict[str, bytes] = field(default_factory=dict)
+    """HDR10 data of the first frame, by name, as FFmpeg lays it out."""
+
+
+def choose_stream(container: Any, path: Path, wanted: int | None) -> Any:
+    """The video stream to upscale: the one asked for by its index in the file, else the best."""
+    videos = [s for s in container.streams.video if s.codec_context is not None and not is_cover(s)]
+    if not videos:
+        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        raise VideoError(f"{path} has no video stream that can be decoded, it holds {kinds}.")
+    if wanted is None:
+        return max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
+    for stream in videos:
+        if stream.index == wanted:
+            return stream
+    known = ", ".join(f"{s.index} ({s.width}x{s.height})" for s in videos)
+    raise VideoError(f"{path} has no video stream {wanted}; its video streams are {known}.")
+
+
+def is_cover(stream: Any) -> bool:
+    """Whether a video stream is a cover picture of an audio file."""
+    disposition = stream.disposition
+    return bool(disposition & type(disposition).attached_pic)
+
+
+def describe(stream: Any, frame: Any) -> SourceInfo:
+    """What a stream and its first frame say about themselves."""
+    context = stream.codec_context
+    matrix = display_matrix(frame)
+    turned = matrix is not None and matrix[0] == 0
+    width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
+    rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
+    length = stream.duration * stream.time_base if stream.duration else None
+    if length is None and stream.container.duration:
+        length = Fraction(stream.container.duration, 1_000_000)
+    aspect = stream.sample_aspect_ratio or None
+    return SourceInfo(
+        width=width,
+        height=height,
+        bits=max(c.bits for c in frame.format.components),
+        time_base=stream.time_base,
+        rate=rate,
+        frames=stream.frames or (round(length * rate) if length else None),
+        colour=colour_of(frame, context),
+        aspect=None if aspect in (None, 1) else (1 / aspect if turned else aspect),
+        has_alpha=frame.format.components[-1].is_alpha or frame.format.has_palette,
+        interlaced=bool(frame.interlaced_frame),
+        side_data=hdr_data(frame),
+    )
+
+
+def colour_of(frame: Any, context: Any) -> Colour:
+    """The colour tags of a stream, with what is missing filled in."""
+    if frame.format.is_rgb or frame.format.has_palette:
+        return Colour(RGB, True, BT709, BT709)
+    said = int(frame.color_range)
+    # Grey without a word about its range is full range in FFmpeg, which wrote most of it.
+    grey = len(frame.format.components) < 3 and said != LIMITED_RANGE
+    full = said == FULL_RANGE or grey or frame.format.name.startswith("yuvj")
+    tags = [int(value) or UNSPECIFIED for value in (context.color_primaries, context.color_trc)]
+    matrix = int(frame.colorspace) or UNSPECIFIED
+    return Colour(matrix, full, *tags).resolved(frame.height)
+
+
+HDR_DATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
+
+
+def hdr_data(frame: Any) -> dict[str, bytes]:
+    """HDR10 side data of a frame."""
+    return {data.type.name: bytes(data) for data in frame.side_data if data.type.name in HDR_DATA}
+
+
+def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
+    """The signs (a, b, c, d) of the frame's display matrix, None where it is upright.
+
+    A pixel (x, y) is shown at (a x + c y, b x + d y); only quarter turns and mirrors count.
+    """
+    for data in frame.side_data:
+        if data.type.name == "DISPLAYMATRIX":
+            import numpy as np
+
+            values = np.frombuffer(bytes(data), np.int32)
+            a, b, c, d = (int(np.sign(values[i]) if abs(values[i]) > 1 << 15 else 0) for i in (0, 1, 3, 4))
+            upright = (a, b, c, d) == (1, 0, 0, 1)
+            return None if upright or abs(a * d - b * c) != 1 else (a, b, c, d)
+    return None
+
+
+def upright(x: Tensor, matrix: tuple[int, int, int, int] | None) -> Tensor:
+    """Turn and mirror (1, C, h, w) as a display matrix says."""
+    if matrix is None:
+        return x
+    a, b, c, d = matrix
+    if a == 0:
+        x, (a, d) = x.transpose(-1, -2), (c, b)
+    mirrored = [axis for axis, sign in ((-1, a), (-2, d)) if sign < 0]
+    return (x.flip(mirrored) if mirrored else x).contiguous()
