@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -274,12 +274,18 @@ def video_file(path: Path) -> Any:
 def shown_video(path: Path) -> dict[str, Any]:
     """What makes the page show a video on the node; nothing where it lies outside ComfyUI's folders."""
     for kind in ("output", "temp"):
-        if path.is_relative_to(folder(kind).resolve()):
-            inside = path.relative_to(folder(kind).resolve())
-            subfolder = "" if inside.parent == Path() else inside.parent.as_posix()
-            shown = {"filename": inside.name, "subfolder": subfolder, "type": kind}
+        root = folder(kind).resolve()
+        if path.is_relative_to(root):
+            shown = page_file(path, root, kind)
             return {"images": [shown], "animated": (True,), "text": [str(path)]}
     return {"text": [str(path)]}
+
+
+def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
+    """How the page asks for a file of one of ComfyUI's folders: with / on every system."""
+    inside = path.relative_to(root)
+    subfolder = "" if len(inside.parts) == 1 else inside.parent.as_posix()
+    return {"filename": inside.name, "subfolder": subfolder, "type": kind}
 
 
 # Files

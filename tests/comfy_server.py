@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ class Server:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
             return json.loads(answer.read() or b"null")
 
-    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+    def post(self, path: str, body: Any) -> Any:
         request = urllib.request.Request(
             f"http://127.0.0.1:{self.port}{path}",
             json.dumps(body).encode(),
@@ -108,12 +108,17 @@ class Server:
 
     def wait(self, prompt_id: str) -> dict[str, Any]:
         """The history of a prompt once it is over, and the queue with it (meta-batches queue themselves)."""
+        return self.wait_until_idle(lambda history: {prompt_id} & set(history))[0]
+
+    def wait_until_idle(self, wanted: Callable[[Mapping[str, Any]], set[str]]) -> list[dict[str, Any]]:
+        """The entries that are `wanted` of the history, once there are some and nothing waits or runs."""
         end = time.monotonic() + RUN_SECONDS
         while time.monotonic() < end:
             history = self.get("/history")
             queue = self.get("/queue")
-            if prompt_id in history and not queue["queue_running"] and not queue["queue_pending"]:
-                return history[prompt_id]
+            found = wanted(history)
+            if found and not queue["queue_running"] and not queue["queue_pending"]:
+                return [history[prompt_id] for prompt_id in found]
             time.sleep(0.2)
         raise TimeoutError(self.log.read_text()[-3000:])
 
