@@ -26,7 +26,8 @@ from .memory.fallback import memory_of, within_memory
 from .memory.plan import Plan
 from .models import banded
 from .models.control import Control
-from .models.precision import in_float32, upcast_attention
+from .models.precision import in_float32
+from .models.prepare import prepare
 from .models.prompt import PromptEmbeddings
 from .models.temporal_vae import TemporalAutoencoderTiny
 from .options import UpscaleOptions
@@ -95,7 +96,7 @@ class StreamDiffVSRPipeline:
         self.model = model
         self._widths = Widths.of(unet, control, vae, flow.name)
         self._prepared: dict[tuple[UpscaleOptions, torch.device, torch.dtype], tuple[Schedule, Tensor]] = {}
-        upcast_attention(unet, control)
+        prepare(unet, control, vae)
 
     @property
     def flow(self) -> FlowEstimator:

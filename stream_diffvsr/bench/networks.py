@@ -14,8 +14,10 @@ from ..devices import resolve_device, resolve_dtype
 from ..flow import open_flow
 from ..models.build import from_config
 from ..models.control import Control, Residuals
+from ..models.folded import unfold
 from ..pipeline import StreamDiffVSRPipeline
 from ..tensors import SCALE
+from ..weights.flow import open_bundled
 from ..weights.open import load_pipeline
 
 RANDOM = "random"
@@ -86,6 +88,8 @@ def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamD
 
 def _random_raft(name: str) -> torch.nn.Module:
     """RAFT with random weights costs what the trained one does, and needs no download."""
+    if name == "bundled":
+        return open_bundled()
     from torchvision.models import optical_flow
 
     return getattr(optical_flow, name)(weights=None, progress=False)
@@ -110,7 +114,12 @@ class PlainControl(Control):
 
 
 def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """The same networks, run the reference's way: nothing computed once that could be, nothing compiled."""
+    """The same weights run the reference's way: nothing folded, nothing computed once that could be."""
+    stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
+    unfold(stages["unet"], stages["vae"])  # type: ignore[arg-type]
+    for network in stages.values():
+        torch.nn.Module.to(network, memory_format=torch.contiguous_format)
     other = copy.copy(pipe)
-    other.stages = {**pipe.stages, "controlnet": PlainControl(pipe.control)}
+    control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
+    other.stages = {**pipe.stages, **stages, "controlnet": control}
     return other

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from ..tensors import SCALE
 from ..tiling import Band, bands
 from .control import Control
+from .folded import parts_of
 from .temporal_vae import POOL, Decoder, Encoder, TemporalAutoencoderTiny, TemporalBlock
 
 Layers = Sequence[nn.Module]
@@ -70,7 +71,7 @@ class Rows:
 def reach(layers: Iterable[nn.Module]) -> int:
     """How many rows of input beyond its own a band's output depends on, above and below."""
     rows = 0
-    for layer in reversed(list(layers)):
+    for layer in reversed(list(parts_of(layers))):
         if isinstance(layer, nn.Conv2d):
             rows = rows * layer.stride[0] + layer.kernel_size[0] // 2
         elif isinstance(layer, TemporalBlock):
@@ -82,14 +83,14 @@ def reach(layers: Iterable[nn.Module]) -> int:
 
 def growth(layers: Iterable[nn.Module]) -> int:
     """How many rows come out for one that goes in."""
-    return 2 ** sum(isinstance(layer, nn.Upsample) for layer in layers)
+    return 2 ** sum(isinstance(layer, nn.Upsample) for layer in parts_of(layers))
 
 
 def _encoder_segments(encoder: Encoder) -> list[Layers]:
     """Layers up to the last block, cut where the picture has become smaller: little is kept in between."""
     layers = list(encoder.layers)
     last = max(_blocks(layers))
-    halvings = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d) and layer.stride[0] == 2]
+    halvings = [index for index, layer in enumerate(layers) if _halves(layer)]
     return _cut(layers[: last + 1], [i for i in halvings if i < last])
 
 
@@ -97,6 +98,10 @@ def _decoder_segments(decoder: Decoder) -> list[Layers]:
     """Layers, cut behind each block but the last: one mix per segment, and only the picture at full size."""
     layers = list(decoder.layers)
     return _cut(layers, _blocks(layers)[:-1])
+
+
+def _halves(layer: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) and part.stride[0] == 2 for part in parts_of([layer]))
 
 
 def _blocks(layers: Layers) -> list[int]:

@@ -1,0 +1,22 @@
+"""What is done to networks once, before their first frame."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .control import Control
+from .folded import fold
+from .precision import upcast_attention
+from .temporal_vae import TemporalAutoencoderTiny
+
+
+def prepare(unet: nn.Module, control: Control, vae: TemporalAutoencoderTiny) -> None:
+    """Bring the networks, in place, into the form in which they run best with the same numbers."""
+    # Weights outlive the caller's inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        upcast_attention(unet, control)
+        fold(unet, vae)
+        for network in (unet, control, vae):
+            # Convolutions take channels last: else each call brings pictures and weights into that order.
+            nn.Module.to(network, memory_format=torch.channels_last)
