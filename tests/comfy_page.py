@@ -205,7 +205,7 @@ class ComfyPage(Browser):
         return {"x": x, "y": y, "width": far_x + margin - x, "height": far_y + margin - y}
 
     def help_of(self, kind: str) -> dict[str, Any]:
-        """Open the help page of a node of the graph; its text, and its pictures with their widths."""
+        """Open the help page of a node; its text, its pictures with their widths, and whether it fits."""
         node = f"app.graph._nodes.find(n => n.type === {json.dumps(kind)})"
         left, top = self.evaluate(f"(() => {{ const n = {node}; return [n.pos[0] + 60, n.pos[1] - 14] }})()")
         self.click(*self.place_of(left, top))
@@ -216,4 +216,5 @@ class ComfyPage(Browser):
         loaded = f"[...{shown}.querySelectorAll('img')].every(picture => picture.complete)"
         self.wait_for(f"!!{shown}?.innerText && {loaded}", 60)
         pictures = f"[...{shown}.querySelectorAll('img')].map(p => [p.src, p.naturalWidth])"
-        return self.evaluate(f"({{ text: {shown}.innerText, pictures: {pictures} }})")
+        fits = f"{shown}.scrollWidth <= {shown}.clientWidth"
+        return self.evaluate(f"({{ text: {shown}.innerText, pictures: {pictures}, fits: {fits} }})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,28 +12,34 @@ import numpy as np
 SOUND_RATE = 24000
 
 
-def make_clip(path: Path, frames: int, width: int = 48, height: int = 32, rate: int = 12) -> Path:
-    """A moving pattern with a tone, H.264 and AAC."""
+def pattern(index: int, width: int, height: int) -> np.ndarray:
+    """(height, width, 3) uint8, moved on with `index`."""
+    y, x = np.mgrid[:height, :width]
+    waves = [np.sin((x + 2 * index) / 5 + colour) * np.cos((y + index) / 7) for colour in range(3)]
+    return (127 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def make_clip(
+    path: Path,
+    frames: int,
+    width: int = 48,
+    height: int = 32,
+    rate: int = 12,
+    draw: Callable[[int, int, int], np.ndarray] = pattern,
+) -> Path:
+    """A moving picture with a tone, H.264 and AAC."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=Fraction(rate))
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         audio = container.add_stream("aac", rate=SOUND_RATE, layout="mono")
         for index in range(frames):
-            container.mux(
-                video.encode(av.VideoFrame.from_ndarray(pattern(index, width, height), format="rgb24"))
-            )
+            picture = av.VideoFrame.from_ndarray(draw(index, width, height), format="rgb24")
+            container.mux(video.encode(picture))
         container.mux(video.encode())
         container.mux(audio.encode(tone(SOUND_RATE * frames // rate)))
         container.mux(audio.encode())
     return path
-
-
-def pattern(index: int, width: int, height: int) -> np.ndarray:
-    """(height, width, 3) uint8, moved on with `index`."""
-    y, x = np.mgrid[:height, :width]
-    waves = [np.sin((x + 2 * index) / 5 + colour) * np.cos((y + index) / 7) for colour in range(3)]
-    return (127 + 120 * np.stack(waves, axis=-1)).astype(np.uint8)
 
 
 def tone(samples: int) -> av.AudioFrame:

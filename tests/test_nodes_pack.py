@@ -83,7 +83,8 @@ def test_everything_has_words_for_the_user(nodes: dict[str, type]) -> None:
         assert all(node.OUTPUT_TOOLTIPS)
         for group in ("required", "optional"):
             for widget, (_, options) in node.INPUT_TYPES().get(group, {}).items():
-                assert options.get("tooltip"), f"{name}.{widget}"
+                said = options.get("tooltip", "")
+                assert said.endswith(".") and "  " not in said, f"{name}.{widget}: {said!r}"
 
 
 def test_seeds_stay_fixed(nodes: dict[str, type]) -> None:
@@ -106,10 +107,11 @@ def test_every_node_has_a_help_page_with_a_picture(nodes: dict[str, type]) -> No
         assert pictures, name
         assert all((docs / picture).is_file() for picture in pictures), name
         for group in ("required", "optional"):
-            for widget in node.INPUT_TYPES().get(group, {}):
-                assert f"`{widget}`" in text, f"{name}: {widget} is not explained"
-        for output in node.RETURN_NAMES:
-            assert f"`{output}`" in text, f"{name}: {output} is not explained"
+            for widget, (_, options) in node.INPUT_TYPES().get(group, {}).items():
+                line = rf"^- `{widget}`( \([^\n]*\))?: " + re.escape(options["tooltip"]) + "$"
+                assert re.search(line, text, re.MULTILINE), f"{name}: {widget} has another tooltip"
+        for output, tooltip in zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True):
+            assert f"- `{output}`: {tooltip}\n" in text, f"{name}: {output} has another tooltip"
 
 
 def test_help_pages_belong_to_nodes(nodes: dict[str, type]) -> None:

@@ -1,0 +1,90 @@
+"""Makes the pictures of the pack in ComfyUI's real page: run it when a node or an example changed its looks.
+
+    COMFYUI_PATH=... COMFYUI_PYTHON=... COMFYUI_VHS_PATH=... python tests/comfy_pictures.py
+
+It writes the thumbnails of the examples after a run of each, a picture of every node for its help page, and
+the screenshots of the README.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from comfy_page import ComfyPage
+from comfy_server import Server
+from node_clips import make_clip
+from node_pack import ROOT, load_pack
+
+from stream_diffvsr.cli.demo import draw
+from stream_diffvsr.video.sizes import resize
+
+FRAMES, WIDTH, HEIGHT = 16, 128, 72
+EXAMPLES, HELP, SHOTS = ROOT / "example_workflows", ROOT / "web" / "docs", ROOT / "web" / "pictures"
+ORDER = {"save_state": 0, "resume_state": 1}
+
+
+def scene(index: int, width: int, height: int) -> np.ndarray:
+    """The demo's drawing, as a frame of uint8."""
+    small = resize(draw(index / FRAMES), (height, width))
+    return (small[0].movedim(0, -1) * 255).round().byte().numpy()
+
+
+def put_inputs(folder: Path) -> None:
+    from PIL import Image
+
+    make_clip(folder / "video.mp4", FRAMES, WIDTH, HEIGHT, draw=scene)
+    Image.fromarray(scene(0, WIDTH, HEIGHT)).save(folder / "example.png")
+
+
+def example(page: ComfyPage, server: Server, path: Path) -> None:
+    """The thumbnail of an example that has run; two of them make the README's screenshots."""
+    page.load(json.loads(path.read_text(encoding="utf-8")))
+    before = set(server.get("/history"))
+    page.queue()
+    server.wait_until_idle(lambda history: set(history) - before)
+    time.sleep(4)
+    page.picture(path.with_suffix(".jpg"), page.graph_box())
+    if path.stem in ("simple_video", "long_video_file"):
+        page.picture(SHOTS / f"{path.stem}.jpg")
+
+
+def node(page: ComfyPage, kind: str) -> None:
+    """A node by itself."""
+    page.evaluate(f"""(() => {{ app.graph.clear();
+        const node = LiteGraph.createNode({json.dumps(kind)}); app.graph.add(node);
+        node.size = [Math.max(320, node.computeSize()[0]), node.computeSize()[1]];
+        app.canvas.ds.scale = 1; app.canvas.ds.offset = [150, 150];
+        app.canvas.setDirty(true, true); return 0 }})()""")
+    time.sleep(1)
+    page.picture(HELP / f"{kind}.png", page.graph_box(10))
+
+
+def main() -> None:
+    SHOTS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        server = Server(Path(folder, "comfy"))
+        put_inputs(server.base / "input")
+        server.start()
+        server.post("/settings/Comfy.TutorialCompleted", True)
+        try:
+            for path in sorted(EXAMPLES.glob("*.json"), key=lambda path: ORDER.get(path.stem, 2)):
+                # A page of its own, so that its lists of files are new.
+                page = ComfyPage(Path(folder, path.stem))
+                page.open_page(server.port)
+                example(page, server, path)
+                page.close()
+            page = ComfyPage(Path(folder, "nodes"), height=1200)
+            page.open_page(server.port)
+            for kind in load_pack().NODE_CLASS_MAPPINGS:
+                node(page, kind)
+            page.close()
+        finally:
+            server.stop()
+
+
+if __name__ == "__main__":
+    main()
