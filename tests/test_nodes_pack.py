@@ -182,6 +182,7 @@ def test_requirements_are_lower_bounds_and_name_no_opencv_or_torch() -> None:
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
     requirements = [line for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[A-Za-z_]+>=[\d.]+", line) for line in requirements)
+    assert len(set(requirements)) == len(requirements)
     assert not [line for line in requirements if re.match("torch|opencv", line)]
 
 
