@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
 from ..flow import open_flow
-from ..models.build import from_config
+from ..models.build import empty, from_config
 from ..models.control import Control, Residuals
 from ..models.folded import unfold
+from ..models.parts import NETWORKS
 from ..pipeline import StreamDiffVSRPipeline
 from ..tensors import SCALE
 from ..weights.flow import open_bundled
@@ -68,11 +69,7 @@ def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamD
         return load_pipeline(model, device=device, dtype=dtype, flow=flow)
     chosen = resolve_device(device)
     number = resolve_dtype(dtype, chosen)
-    torch.manual_seed(0)
-    nets = {
-        name: from_config(name, CONFIGS[name]).to(chosen, number).eval().requires_grad_(False)
-        for name in ("unet", "controlnet", "vae")
-    }
+    nets = {name: random_network(name, CONFIGS[name], chosen, number) for name in NETWORKS}
     return StreamDiffVSRPipeline(
         unet=nets["unet"],
         control=Control(nets["controlnet"]),
@@ -84,6 +81,24 @@ def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamD
         dtype=number,
         model=RANDOM,
     )
+
+
+def random_network(name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
+    """A network of a checkpoint with random weights of the usual sizes, in seconds also when it is large."""
+    network = empty(lambda: from_config(name, config))
+    # Drawn once and repeated: what the weights are changes nothing about their speed.
+    drawn = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    weights = {key: _random(drawn, value) for key, value in network.state_dict().items()}
+    network.load_state_dict(weights, assign=True)
+    return network.eval().requires_grad_(False)
+
+
+def _random(drawn: Tensor, like: Tensor) -> Tensor:
+    """Such a weight: ones for the scale of a norm or a mixture, else numbers that keep sums near 1."""
+    if like.ndim < 2:
+        return drawn.new_ones(like.shape)
+    repeated = drawn.repeat(-(-like.numel() // drawn.numel()))[: like.numel()].reshape(like.shape)
+    return repeated.mul_(like[0].numel() ** -0.5)
 
 
 def _random_raft(name: str) -> torch.nn.Module:

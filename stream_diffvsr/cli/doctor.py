@@ -11,9 +11,11 @@ from pathlib import Path
 
 from .. import __version__
 from ..devices import available, resolve_device, resolve_dtype
+from ..errors import StreamDiffVSRError
 from ..weights.check import problem
 from ..weights.download import targets
 from ..weights.find import NANO, Found, find_checkpoints, models_folders
+from ..weights.flow import BUNDLED, open_bundled
 from ..weights.folders import user_cache
 from ..weights.hub import endpoint, offline
 from ..weights.raft import RAFT, find_raft, hub_file
@@ -97,6 +99,11 @@ def flow(folders: list[Path]) -> Iterator[str]:
     for name in RAFT:
         path = find_raft(name, models_folders(folders))
         yield f"{name}: {path or f'not here; would be downloaded to {hub_file(name)}'}"
+    try:
+        open_bundled()
+        yield f"bundled: {BUNDLED}"
+    except StreamDiffVSRError as error:
+        yield f"bundled: {error}"
     try:
         import cv2
 

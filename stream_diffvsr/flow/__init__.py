@@ -1,5 +1,23 @@
 """Where each pixel of the current frame was in the previous one."""
 
-from .estimators import FLOW_MODELS, CallableFlow, DisFlow, FlowEstimator, NoFlow, RaftFlow, open_flow
+from .estimators import (
+    FLOW_MODELS,
+    BundledFlow,
+    CallableFlow,
+    DisFlow,
+    FlowEstimator,
+    NoFlow,
+    RaftFlow,
+    open_flow,
+)
 
-__all__ = ["FLOW_MODELS", "CallableFlow", "DisFlow", "FlowEstimator", "NoFlow", "RaftFlow", "open_flow"]
+__all__ = [
+    "FLOW_MODELS",
+    "BundledFlow",
+    "CallableFlow",
+    "DisFlow",
+    "FlowEstimator",
+    "NoFlow",
+    "RaftFlow",
+    "open_flow",
+]

@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..errors import IncompatibleInputError
 from ..tensors import check_shape, pad_to, padded_size, to_pixels
 from ..tiling import tiles
 from . import raft
+from .bundled import REDUCTION, FlowNetwork
 
 RAFT_MULTIPLE, RAFT_MINIMUM = 8, 128
 """RAFT takes sides that are multiples of 8, and at least 128 for its four levels of correlation."""
@@ -115,6 +117,24 @@ class DisFlow(TileableFlow):
         return torch.from_numpy(flow).permute(2, 0, 1)[None, :, :height, :width].to(current)
 
 
+class BundledFlow(TileableFlow):
+    """nano's own small network, always float32: needs neither OpenCV nor a download."""
+
+    name = "bundled"
+
+    def __init__(self, network: FlowNetwork) -> None:
+        super().__init__()
+        self.network = network.eval().float()
+
+    def forward(self, current: Tensor, previous: Tensor) -> Tensor:
+        height, width = current.shape[-2:]
+        size = padded_size(height, width, REDUCTION)
+        small = (F.avg_pool2d(pad_to(frame, *size), REDUCTION) for frame in (current, previous))
+        flow = REDUCTION * self.network(*small)
+        flow = F.interpolate(flow, scale_factor=REDUCTION, mode="bilinear", align_corners=False)
+        return flow[..., :height, :width]
+
+
 class CallableFlow(FlowEstimator):
     """Any function of (current, previous) at the output's size; what it returns is checked."""
 
@@ -152,15 +172,17 @@ FLOW_MODELS = ("raft_large", "raft_small", "bundled", "dis", "none")
 
 
 def open_flow(
-    flow: str | Callable[[Tensor, Tensor], Tensor], open_raft: Callable[[str], nn.Module]
+    flow: str | Callable[[Tensor, Tensor], Tensor], open_network: Callable[[str], Any]
 ) -> FlowEstimator:
-    """The estimator of that name, or around that callable; `open_raft` gives RAFT with its weights."""
+    """The estimator of that name, or around that callable; `open_network` gives networks with weights."""
     if isinstance(flow, FlowEstimator):
         return flow
     if callable(flow):
         return CallableFlow(flow)
     if flow in ("raft_large", "raft_small"):
-        return RaftFlow(open_raft(flow), flow)
+        return RaftFlow(open_network(flow), flow)
+    if flow == "bundled":
+        return BundledFlow(open_network(flow))
     if flow == "dis":
         _import_cv2()
         return DisFlow()

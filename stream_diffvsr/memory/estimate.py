@@ -26,12 +26,16 @@ FRAMES = 6
 LIBRARIES = 150 * 2**20
 """What the libraries take when they first compute: code, threads, workspaces."""
 
-FLOW_BYTES = {"raft_large": 350, "raft_small": 145, "dis": 60, "bundled": 150}
+FLOW_BYTES = {"raft_large": 350, "raft_small": 145, "dis": 60, "bundled": 85}
 """Bytes per pixel of the estimated frames, without RAFT's volume; 0 for those not named."""
 
-FLOW_PARAMETERS = {"raft_large": 5_257_536, "raft_small": 990_162}
+FLOW_PARAMETERS = {"raft_large": 5_257_536, "raft_small": 990_162, "bundled": 97_656}
 
-FLOW_METHODS = {"raft_large": ("whole", "linear", "tiled"), "raft_small": ("whole", "linear", "tiled")}
+FLOW_METHODS = {
+    "raft_large": ("whole", "linear", "tiled"),
+    "raft_small": ("whole", "linear", "tiled"),
+    "bundled": ("whole", "tiled"),
+}
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from ..pipeline import StreamDiffVSRPipeline
 from .check import check_networks, check_text, default_flow, remembered_shapes
 from .download import OnProgress, download
 from .find import models_folders, resolve
+from .flow import open_flow_network
 from .folders import user_cache
-from .raft import open_raft
 
 
 def load_pipeline(
@@ -55,7 +55,7 @@ def load_pipeline(
         filled = {part.name: fill(networks[part.name], part, chosen_device, chosen_dtype) for part in parts}
         chosen_flow = default_flow(folder) if flow == "auto" else flow
         raft_folders = [folder, folder.parent, *models_folders(folders)]
-        estimator = open_flow(chosen_flow, partial(open_raft, folders=raft_folders)).to(chosen_device)
+        estimator = open_flow(chosen_flow, partial(open_flow_network, folders=raft_folders)).to(chosen_device)
     return StreamDiffVSRPipeline(
         unet=filled["unet"],
         control=Control(filled["controlnet"]),
