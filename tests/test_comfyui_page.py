@@ -112,6 +112,27 @@ def test_a_failed_run_says_its_remedy_on_the_page(server: Server, page: ComfyPag
     assert "below half of tile_size 256" in page.dialogs()[0]
 
 
+def test_new_nodes_keep_their_seed(page: ComfyPage) -> None:
+    """Older pages would draw another one after every run, and a cancelled job could not be gone on with."""
+    seeded = [kind for kind, node in NODES.items() if "seed" in node.INPUT_TYPES().get("optional", {})]
+    assert len(seeded) == 3
+    for kind in seeded:
+        control = page.evaluate(f"""(() => {{
+            const node = LiteGraph.createNode({json.dumps(kind)}); app.graph.add(node);
+            const at = node.widgets.findIndex(widget => widget.name === "seed");
+            return node.widgets[at + 1].value }})()""")
+        assert control == "fixed", kind
+
+
+def test_a_saved_workflow_may_still_change_its_seed(page: ComfyPage) -> None:
+    workflow = json.loads((ROOT / "example_workflows" / "single_image.json").read_text(encoding="utf-8"))
+    upscale = next(node for node in workflow["nodes"] if node["type"] == "StreamDiffVSR_Upscale")
+    upscale["widgets_values"][2] = "increment"
+    page.load(workflow)
+    loaded = "app.graph._nodes.find(node => node.type === 'StreamDiffVSR_Upscale').widgets[2].value"
+    assert page.evaluate(loaded) == "increment"
+
+
 @pytest.mark.parametrize("kind", sorted(NODES))
 def test_a_help_page_is_rendered(page: ComfyPage, screenshots: Path, kind: str) -> None:
     page.resize(1600, 2000)
