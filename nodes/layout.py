@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..stream_diffvsr.errors import IncompatibleInputError
+from ..stream_diffvsr.errors import IncompatibleInputError, VRAMError
 from ..stream_diffvsr.tensors import SCALE, from_pixels, to_pixels, upsample
+from .host import install_line
 
 COLOURS = 3
+MEGABYTE = 2**20
 
 
 def check_images(images: Tensor) -> None:
@@ -23,14 +26,16 @@ def check_images(images: Tensor) -> None:
 
 def to_frame(image: Tensor) -> Tensor:
     """(H, W, C) -> (1, C, H, W) float32, the values as they are."""
-    from einops import rearrange
+    with install_line():
+        from einops import rearrange
 
     return rearrange(image.float(), "h w c -> 1 c h w")
 
 
 def to_image(frame: Tensor) -> Tensor:
     """(1, C, H, W) -> (H, W, C), the values as they are."""
-    from einops import rearrange
+    with install_line():
+        from einops import rearrange
 
     return rearrange(frame, "1 c h w -> h w c")
 
@@ -42,9 +47,22 @@ def lq_frames(images: Tensor) -> Iterator[Tensor]:
 
 
 def empty_result(images: Tensor, device: torch.device) -> Tensor:
-    """Room for the upscaled batch, (N, 4H, 4W, C) float32."""
+    """Room for the upscaled batch, (N, 4H, 4W, C) float32.
+
+    Raises `VRAMError` where there is none: a system gives memory that it has not, and ends ComfyUI later.
+    """
+    from ..stream_diffvsr.memory.available import free_memory
+
     count, height, width, channels = images.shape
-    return torch.empty((count, SCALE * height, SCALE * width, channels), device=device)
+    size = (count, SCALE * height, SCALE * width, channels)
+    needed, free = math.prod(size) * torch.float32.itemsize, free_memory(device)
+    if needed > free:
+        remedy = (
+            "take fewer frames at once, link VideoHelperSuite's Meta Batch Manager to meta_batch, or use "
+            "Stream-DiffVSR Upscale Video"
+        )
+        raise VRAMError(needed // MEGABYTE, free // MEGABYTE, remedy)
+    return torch.empty(size, device=device)
 
 
 def put(result: Tensor, index: int, hq: Tensor, image: Tensor) -> None:

@@ -52,11 +52,10 @@ def test_on_a_cpu_models_come_and_go(apart: str, monkeypatch: pytest.MonkeyPatch
 def test_on_a_gpu_memory_is_given_back(options: tuple[str, ...]) -> None:
     seen = report(*options)
     print(seen)
-    weights = seen["after_run"] - seen["start"]
     assert set(seen["places_before"].values()) <= {"cpu", "none"}
     assert "cuda" in seen["places_after_run"].values()
     assert set(seen["places_evicted"].values()) <= {"cpu", "none"} and seen["patchers_evicted"] == 0
-    assert seen["evicted"] < seen["after_run"] or weights == 0
+    assert seen["evicted"] < seen["after_run"] and seen["returned"] > seen["evicted"]
     assert seen["equal_after_return"] and seen["continued"]
-    assert seen["end"] <= seen["start"] + 16 * 2**20
+    assert seen["end"] <= seen["start"] + 2**20
     assert seen["shared_left"] == 0 and seen["models_left"] == 0

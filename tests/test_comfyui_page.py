@@ -25,11 +25,9 @@ pytestmark = [
     pytest.mark.skipif(chromium() is None, reason="no Chromium: set CHROMIUM"),
 ]
 SUITE = "COMFYUI_PATH" in os.environ and video_helper_suite() is not None
-ORDER = ("save_state", "resume_state")
-"""One needs the file that the other saves; a list of files is read when the page opens."""
-WORKFLOWS = sorted(
-    (path.stem for path in (ROOT / "example_workflows").glob("*.json")), key=ORDER.__contains__
-)
+NAMES = sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))
+WORKFLOWS = sorted(NAMES, key="resume_state".__eq__)
+"""One needs the file that another saves, so it comes last."""
 OUTPUT_NODES = (
     "SaveVideo",
     "SaveImage",
@@ -99,6 +97,22 @@ def test_an_example_opens_and_runs_in_the_page(
     page.evaluate("new Promise(done => setTimeout(done, 2000)).then(() => 0)")
     page.picture(screenshots / f"{name}_run.png")
     assert (page.marked(), page.dialogs()) == ([], [])
+
+
+def test_the_finished_video_is_shown_on_its_node(server: Server, page: ComfyPage, screenshots: Path) -> None:
+    """And not the last picture of the run."""
+    server.free()
+    workflow = json.loads((ROOT / "example_workflows" / "long_video_file.json").read_text(encoding="utf-8"))
+    page.load(workflow)
+    page.watch_previews()
+    page.queue()
+    video = """app.graph._nodes.find(node => node.type === 'StreamDiffVSR_UpscaleVideo')
+        .videoContainer?.querySelector('video')"""
+    source = page.wait_for(f"{video}?.videoWidth > 0 && {video}.src", 600)
+    assert page.previews() >= 1
+    page.picture(screenshots / "finished_video.png")
+    assert "type=output" in source and "_4x_0000" in source
+    assert page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [192, 128]
 
 
 def test_a_failed_run_says_its_remedy_on_the_page(server: Server, page: ComfyPage, screenshots: Path) -> None:

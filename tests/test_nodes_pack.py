@@ -120,7 +120,7 @@ def test_help_pages_belong_to_nodes(nodes: dict[str, type]) -> None:
 
 def test_the_page_loads_one_script_of_ours() -> None:
     """ComfyUI's page runs every script below web/."""
-    assert [path.name for path in (ROOT / "web").rglob("*.*js")] == ["seed.js"]
+    assert [path.name for path in (ROOT / "web").rglob("*.*js")] == ["nodes.js"]
 
 
 def test_loading_prints_nothing_and_imports_nothing_heavy() -> None:
@@ -151,15 +151,18 @@ def test_missing_packages_do_not_break_loading() -> None:
 def test_the_node_that_needs_a_missing_package_says_how_to_install_it() -> None:
     code = """
 nodes = pack.NODE_CLASS_MAPPINGS
-for name, inputs in [("Loader", ("nano", "cpu", "auto")), ("UpscaleVideo", (None, sys.executable))]:
+picture = torch.zeros(1, 8, 8, 3)
+calls = {"Loader": ("nano", "cpu", "auto"), "UpscaleVideo": (None, sys.executable), "CreateState": (picture,)}
+for name, inputs in calls.items():
     try:
         nodes["StreamDiffVSR_" + name]().execute(*inputs)
     except ModuleNotFoundError as error:
         print(error)
 """
-    loader, video = run_python(code, missing=("diffusers", "av")).stdout.splitlines()
-    assert "'diffusers'" in loader and "'av'" in video
-    assert all("pip install -r" in said and "requirements.txt" in said for said in (loader, video))
+    missing = ("diffusers", "av", "einops")
+    said = run_python(code, missing=missing).stdout.splitlines()
+    for name, line in zip(missing, said, strict=True):
+        assert f"'{name}'" in line and "pip install -r" in line and "requirements.txt" in line
 
 
 @pytest.mark.parametrize("name", ["ComfyUI-Stream-DiffVSR", "my pack", "Überpack-上", "1"])

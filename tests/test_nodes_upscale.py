@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,11 +91,12 @@ def test_a_pipe_goes_with_its_last_user() -> None:
 def test_the_loader_notices_changed_files(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("STREAM_DIFFVSR_MODELS", str(checkpoint.parent))
-    before = LOADER.IS_CHANGED(model_version=checkpoint.name)
-    assert LOADER.IS_CHANGED(model_version=checkpoint.name, device="cpu") == before
-    (checkpoint / "unet" / "note.txt").write_text("new")
-    assert LOADER.IS_CHANGED(model_version=checkpoint.name) != before
+    mine = shutil.copytree(checkpoint, tmp_path / "mine")
+    monkeypatch.setenv("STREAM_DIFFVSR_MODELS", str(tmp_path))
+    before = LOADER.IS_CHANGED(model_version="mine")
+    assert LOADER.IS_CHANGED(model_version="mine", device="cpu") == before
+    (mine / "unet" / "note.txt").write_text("new")
+    assert LOADER.IS_CHANGED(model_version="mine") != before
 
 
 def test_upscale_equals_the_engine(pipe, engine: StreamDiffVSRPipeline) -> None:
@@ -173,6 +175,31 @@ def test_what_is_no_batch_of_pictures_is_refused(pipe, images: torch.Tensor, sai
     with pytest.raises(ValueError) as refusal:
         UPSCALE().execute(pipe, images)
     assert said in str(refusal.value)
+
+
+def test_a_result_that_memory_cannot_hold_is_refused_with_the_way_out(pipe) -> None:
+    """Before anything is computed; ten million frames that take no memory themselves."""
+    images = torch.zeros(1, 1, 1, 1).expand(10**7, 1080, 1920, 3)
+    with pytest.raises(Exception, match=r"MB are needed, .*Meta Batch Manager.*Upscale Video"):
+        UPSCALE().execute(pipe, images)
+
+
+def test_the_result_lies_where_comfyui_keeps_results(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = part(PACK, "nodes.host")
+    state_class, moved = part(PACK, "stream_diffvsr.state").StreamDiffVSRState, []
+    monkeypatch.setattr(host, "intermediate_device", lambda: torch.device("meta"))
+    monkeypatch.setattr(state_class, "to", lambda state, device: moved.append(torch.device(device)) or state)
+    result, _ = UPSCALE().execute(pipe, pictures(1), num_inference_steps=1)
+    assert result.device.type == moved[-1].type == "meta"
+
+
+@pytest.mark.parametrize("flow", part(PACK, "nodes.load").Loader.INPUT_TYPES()["optional"]["flow_model"][0])
+def test_every_flow_that_needs_no_download_works(flow: str) -> None:
+    if flow.startswith("raft"):
+        pytest.skip("its weights are downloaded")
+    (pipe,) = LOADER().execute(model_version="nano", device="cpu", dtype="float32", flow_model=flow)
+    result, _ = UPSCALE().execute(pipe, pictures(2), num_inference_steps=1)
+    assert result.shape == (2, 48, 64, 3)
 
 
 def test_process_frame_refuses_batches(pipe) -> None:
