@@ -34,7 +34,7 @@ from .options import UpscaleOptions
 from .placement import FixedPlacement, Placement
 from .state import StreamDiffVSRState
 from .tensors import SCALE, check_frame, check_shape, pad_to, padded_size
-from .warp import warp
+from .warp import centred, warp
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,9 @@ class StreamDiffVSRPipeline:
         device: torch.device,
         dtype: torch.dtype,
         model: str,
+        centred_flow: bool = False,
     ) -> None:
+        """`centred_flow`: estimates undo the shift of `warp`; flow that callers hand in is taken as it is."""
         self.stages: dict[str, nn.Module] = {"flow": flow, "unet": unet, "controlnet": control, "vae": vae}
         self.placement: Placement = FixedPlacement(device)
         self.prompts = prompts
@@ -94,6 +96,7 @@ class StreamDiffVSRPipeline:
         self.device = device
         self.dtype = dtype
         self.model = model
+        self.centred_flow = centred_flow
         self._widths = Widths.of(unet, control, vae, flow.name)
         self._prepared: dict[tuple[UpscaleOptions, torch.device, torch.dtype], tuple[Schedule, Tensor]] = {}
         prepare(unet, control, vae)
@@ -252,6 +255,8 @@ class StreamDiffVSRPipeline:
             return None
         if flow is None:
             flow = self._estimate_flow(frame)
+            if self.centred_flow and self.flow.any_size:
+                flow = centred(flow)
             frame.on_step("flow", 1, 1)
         warped = warp(previous_hq, flow.to(self.device))
         return pad_to(warped, *(SCALE * side for side in padded_size(*frame.lq.shape[-2:])))

@@ -22,3 +22,14 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
     y = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None] + flow[:, 1].float()
     grid = torch.stack([2 * x / max(width - 1, 1) - 1, 2 * y / max(height - 1, 1) - 1], dim=-1)
     return F.grid_sample(frame.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def centred(flow: Tensor) -> Tensor:
+    """The flow with which `warp` finds exactly what `flow` points at, its shift undone beforehand.
+
+    (1, 2, H, W) -> the same. For checkpoints that were trained so and say it in their index.
+    """
+    height, width = flow.shape[-2:]
+    x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0] + 0.5
+    y = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None] + flow[:, 1] + 0.5
+    return flow + 0.5 - torch.stack([x / width, y / height], dim=1)

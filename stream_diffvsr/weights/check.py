@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from ..errors import CheckpointError, ModelNotFoundError, StreamDiffVSRError
 from ..files import atomic, read_json
@@ -126,8 +127,18 @@ def check_width(needed: object, got: object, path: Path) -> None:
 
 def default_flow(folder: Path) -> str:
     """The estimator that a checkpoint names for itself, else RAFT large, as the reference has."""
+    return read_index(folder).get("flow", "raft_large")
+
+
+def has_centred_flow(folder: Path) -> bool:
+    """Whether a checkpoint was trained with flow that undoes the shift of `warp`; the reference's was not."""
+    return read_index(folder).get("centred_flow", False) is True
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a folder's index says; nothing where there is none."""
     index = folder / INDEX
-    return read_json(index).get("flow", "raft_large") if index.is_file() else "raft_large"
+    return read_json(index) if index.is_file() else {}
 
 
 def remembered_shapes(part: Part) -> Shapes:
