@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -56,11 +57,19 @@ def golden() -> Path:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A writable copy of the tiny random checkpoint; read it, do not change it."""
     folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
     shutil.copytree(GOLDEN / "checkpoint", folder, copy_function=shutil.copyfile)
-    return folder
+    before = _files(folder)
+    yield folder
+    assert _files(folder) == before, "a test changed the checkpoint that all share"
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    """What is in a checkpoint, but for the cache of prompts that using it writes."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.stem != "prompt_embeddings"]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture(scope="session")
