@@ -26,6 +26,7 @@ WRITTEN_FOR = {"_diffusers_version": "0.30.0"}
 INDEX = {
     "_class_name": "StreamDiffVSRPipeline",
     **WRITTEN_FOR,
+    "centred_flow": True,
     "controlnet": ["diffusers", "ControlNetModel"],
     "feature_extractor": [None, None],
     "flow": "dis",

@@ -93,7 +93,7 @@ class Nano(nn.Module):
         self.vae = TemporalAutoencoderTiny(VAE)
         self.register_buffer("prompt", torch.randn(1, 77, PROMPT_WIDTH))
         start_unet(self.unet)
-        start_norms(self.controlnet)
+        start_control(self.controlnet)
         start_vae(self.vae)
 
 
@@ -139,6 +139,48 @@ def start_unet(unet: UNet2DConditionModel) -> None:
         unet.conv_in.weight[pair, 4 + colour, 1, 1] = sign
         last.conv_shortcut.weight[pair, WIDTHS[0] + pair] = 1.0
         unet.conv_out.weight[colour, pair, 1, 1] = sign
+
+
+CORRECTION = 0.2
+"""How far an untrained ControlNet moves the LQ frame towards what the previous result says of it."""
+
+
+@torch.no_grad()
+def start_control(controlnet: ControlNetModel) -> None:
+    """First residual = a share of (warped frame, reduced to a quarter) - LQ frame; none to the others.
+
+    It arrives in the channels by which the LQ frame travels through the U-Net, and therefore moves the
+    latents towards what was shown a frame ago: guidance begins as a filter along the motion.
+    """
+    start_norms(controlnet)
+    embedding = controlnet.controlnet_cond_embedding
+    forward, level = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.0, 1.0, 0.0])
+    smooth = torch.tensor([0.25, 0.5, 0.25])
+    # Three half steps bring the reduced picture's pixels to the middles of the LQ frame's.
+    lines = [forward, forward, forward, level, smooth]
+    for conv, line in zip([embedding.conv_in, *embedding.blocks], lines, strict=True):
+        pass_pairs(conv, torch.outer(line, line), first=conv is embedding.conv_in)
+    pass_pairs(embedding.conv_out, torch.outer(level, level))
+    controlnet.conv_in.weight[:6] = 0
+    controlnet.conv_in.bias[:6] = 0
+    first = controlnet.controlnet_down_blocks[0]
+    for pair in range(6):
+        controlnet.conv_in.weight[pair, 4 + pair // 2, 1, 1] = 2.0 * (pair % 2) - 1.0
+        first.weight[pair, pair] = CORRECTION
+
+
+def pass_pairs(conv: nn.Conv2d, kernel: Tensor, first: bool = False) -> None:
+    """Three colours through a convolution, each as a pair of channels of opposite sign."""
+    conv.weight[:6] = 0
+    assert conv.bias is not None
+    conv.bias[:6] = 0
+    for pair in range(6):
+        colour, sign = pair // 2, 1.0 - 2.0 * (pair % 2)
+        if first:
+            conv.weight[pair, colour] = sign * kernel
+        else:
+            conv.weight[pair, 2 * colour] = sign * kernel
+            conv.weight[pair, 2 * colour + 1] = -sign * kernel
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
 import torch
@@ -9,6 +11,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
+from stream_diffvsr.warp import centred, warp
 from training.networks import Nano
 
 
@@ -30,17 +33,8 @@ def dis_flow(current: Tensor, previous: Tensor) -> Tensor:
     return torch.from_numpy(np.stack(flows)).permute(0, 3, 1, 2)
 
 
-def warp(previous: Tensor, flow: Tensor) -> Tensor:
-    """The reference's warp: normalised as with aligned corners, sampled as without; outside is 0."""
-    height, width = previous.shape[-2:]
-    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    grid_x = 2 * (x + flow[:, 0]) / (width - 1) - 1
-    grid_y = 2 * (y + flow[:, 1]) / (height - 1) - 1
-    return F.grid_sample(previous, torch.stack([grid_x, grid_y], -1), align_corners=False)
-
-
 def true_warp(previous: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """A warp without that shift, and where it found something; for measuring, not for the networks."""
+    """Any number of frames moved along true flow, and where that found something; for measuring."""
     height, width = previous.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid_x = (2 * (x + flow[:, 0]) + 1) / width - 1
@@ -73,27 +67,46 @@ def denoise(
     lq: Tensor,
     latents: Tensor,
     warped: Tensor | None,
-    steps: int | None = None,
-    learning: int = 2,
+    step: int | None = None,
 ) -> Tensor:
-    """`warped` None means a first frame, without ControlNet.
+    """What the network takes for the clean latents in one step of the schedule; None: in the last of all.
 
-    After `steps` steps it stops and returns what the network then takes for the clean latents; after all
-    of them the scheduler's result is just that. Only the last `learning` steps have gradients: the
-    weights are the same in all, and which step is last varies.
+    `warped` None means a first frame, without ControlNet. With a `step`, that step alone has gradients, and
+    the first step leads to it directly: what comes out hardly changes in between.
     """
-    timesteps, wanted = schedule.timesteps[:steps], torch.is_grad_enabled()
-    output = latents
-    for index, timestep in enumerate(timesteps):
-        with torch.set_grad_enabled(wanted and index >= len(timesteps) - learning):
-            output = predict(model, timestep, lq, latents, warped)
-            latents = schedule.step(output, timestep, latents, return_dict=False)[0]
-    return output
+    if step is None:
+        return list(predictions(model, schedule, lq, latents, warped))[-1]
+    if step:
+        first = schedule.timesteps[0]
+        with torch.no_grad():
+            latents = jump(schedule, predict(model, first, lq, latents, warped), latents, step)
+    return predict(model, schedule.timesteps[step], lq, latents, warped)
+
+
+def predictions(
+    model: Nano, schedule: DDIMScheduler, lq: Tensor, latents: Tensor, warped: Tensor | None
+) -> Iterator[Tensor]:
+    """The clean latents as each step sees them; the scheduler's result is the last of them."""
+    for timestep in schedule.timesteps:
+        output = predict(model, timestep, lq, latents, warped)
+        latents = schedule.step(output, timestep, latents, return_dict=False)[0]
+        yield output
+
+
+def jump(schedule: DDIMScheduler, clean: Tensor, latents: Tensor, step: int) -> Tensor:
+    """DDIM's update (eta 0) from the first step of the schedule to a later one."""
+    here, there = (schedule.alphas_cumprod[schedule.timesteps[index]] for index in (0, step))
+    noise = (latents - here.sqrt() * clean) / (1 - here).sqrt()
+    return there.sqrt() * clean + (1 - there).sqrt() * noise
 
 
 def decode(model: Nano, latents: Tensor, warped: Tensor | None) -> Tensor:
-    """(N, 4, h, w) -> (N, 3, 4h, 4w), unclamped."""
-    features = None if warped is None else model.vae.features(warped)
+    """(N, 4, h, w) -> (N, 3, 4h, 4w), unclamped; the encoder that finds the features learns nothing here.
+
+    `warped` None means without TPM.
+    """
+    with torch.no_grad():
+        features = None if warped is None else model.vae.features(warped)
     return model.vae.decode(latents, features)
 
 
@@ -117,7 +130,7 @@ def upscale(
         warped = None
         if guided and results:
             flow = dis_flow(lq_up(lq), lq_up(frames[index - 1 : index]))
-            warped = pad(warp(results[-1], flow), 16)
+            warped = pad(warp(results[-1], centred(flow)), 16)
         hq = decode(model, denoise(model, schedule, padded, latents, warped), warped)
         results.append(hq[..., : 4 * height, : 4 * width])
     return torch.cat(results)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 
 import av
 import cv2
@@ -35,8 +36,10 @@ def placed(size: int, scale: float, start: np.ndarray, move: np.ndarray) -> np.n
     return np.concatenate([linear, offset[:, None]], 1)
 
 
-def layer(rng: np.random.Generator, picture: np.ndarray, frames: int, size: int) -> list[np.ndarray]:
-    """One picture under a moving camera, at OVERSAMPLE times `size`."""
+def layer(
+    rng: np.random.Generator, picture: np.ndarray, frames: int, size: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """One picture under a moving camera, at OVERSAMPLE times `size`; its backward flow (T-1, 2, size, size)."""
     height, width = picture.shape[:2]
     scale = rng.uniform(1.0, max(1.05, min(2.2, min(height, width) / size)))
     margin = min(size * scale * 0.75, min(height, width) / 2 - 1)
@@ -44,8 +47,22 @@ def layer(rng: np.random.Generator, picture: np.ndarray, frames: int, size: int)
                       rng.choice(4) * np.pi / 2 + rng.normal(0, 0.2)])  # fmt: skip
     side = (size * OVERSAMPLE, size * OVERSAMPLE)
     flags = cv2.INTER_CUBIC | cv2.WARP_INVERSE_MAP
-    return [cv2.warpAffine(picture, placed(size, scale, start, move), side, flags=flags,
-                           borderMode=cv2.BORDER_REFLECT) for move in path(rng, frames)]  # fmt: skip
+    maps = [placed(size, scale, start, move) for move in path(rng, frames)]
+    shown = [cv2.warpAffine(picture, each, side, flags=flags, borderMode=cv2.BORDER_REFLECT) for each in maps]
+    flows = [motion(now, before, size) for before, now in pairwise(maps)]
+    return shown, np.stack(flows) if flows else np.zeros((0, 2, size, size), np.float32)
+
+
+def motion(now: np.ndarray, before: np.ndarray, size: int) -> np.ndarray:
+    """Where each pixel of the result was a frame ago, from the two affine maps of its layer."""
+    inverse = cv2.invertAffineTransform(before)
+    y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
+    # A pixel of the result is the mean of a square of OVERSAMPLE pixels.
+    here = np.stack([x, y, np.ones_like(x)]).astype(np.float64)
+    here[:2] = (here[:2] + 0.5) * OVERSAMPLE - 0.5
+    picture = np.einsum("ij,jhw->ihw", now, here)
+    there = np.einsum("ij,jhw->ihw", inverse[:, :2], picture) + inverse[:, 2, None, None]
+    return ((there - here[:2]) / OVERSAMPLE).astype(np.float32)
 
 
 def stencil(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -60,9 +77,16 @@ def stencil(rng: np.random.Generator, size: int) -> np.ndarray:
 
 def clip(pool: Pictures, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
     """(T, size, size, 3) in 0..1."""
-    shown = layer(rng, pool.pick(rng), frames, size)
+    return moving_clip(pool, rng, frames, size)[0]
+
+
+def moving_clip(
+    pool: Pictures, rng: np.random.Generator, frames: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(T, size, size, 3) in 0..1, and its backward flow (T-1, 2, size, size); a cut has no true flow."""
+    shown, flows = layer(rng, pool.pick(rng), frames, size)
     if rng.random() < 0.45:
-        front = layer(rng, pool.pick(rng), frames, size)
+        front, front_flows = layer(rng, pool.pick(rng), frames, size)
         outline = stencil(rng, size)
         start = np.array([rng.uniform(0.6, 1.4) * size, rng.uniform(0.6, 1.4) * size, 0.0])
         side = (size * OVERSAMPLE, size * OVERSAMPLE)
@@ -71,10 +95,13 @@ def clip(pool: Pictures, rng: np.random.Generator, frames: int, size: int) -> np
                                   flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)  # fmt: skip
             mixed = shown[index] + (front[index].astype(np.float32) - shown[index]) * (mask / np.float32(255))
             shown[index] = mixed.astype(np.uint8)
+            if index:
+                covered = mask[::OVERSAMPLE, ::OVERSAMPLE, 0] > 127
+                flows[index - 1] = np.where(covered, front_flows[index - 1], flows[index - 1])
     if rng.random() < 0.06:
-        shown[frames // 2 :] = layer(rng, pool.pick(rng), frames, size)[frames // 2 :]
+        shown[frames // 2 :] = layer(rng, pool.pick(rng), frames, size)[0][frames // 2 :]
     small = [cv2.resize(picture, (size, size), interpolation=cv2.INTER_AREA) for picture in shown]
-    return recolour(rng, np.stack(small))
+    return recolour(rng, np.stack(small)), flows
 
 
 def h264(lq: Tensor, crf: int, preset: str = "veryfast") -> Tensor:
@@ -94,14 +121,19 @@ def h264(lq: Tensor, crf: int, preset: str = "veryfast") -> Tensor:
 
 
 def sequence_batch(
-    pool: Pictures, rng: np.random.Generator, count: int, frames: int, size: int
-) -> tuple[Tensor, Tensor]:
-    """-> (lq (T,N,3,s/4,s/4), truth (T,N,3,s,s)) in model range."""
-    lqs, truths = [], []
+    pool: Pictures, rng: np.random.Generator, count: int, frames: int, size: int, compressed: float = 0.4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> (lq (T,N,3,s/4,s/4), truth (T,N,3,s,s)) in model range, and the true flow (T-1,N,2,s,s).
+
+    A share `compressed` went through H.264; of the rest some are noisy or JPEG.
+    """
+    lqs, truths, flows = [], [], []
     for _ in range(count):
-        truth = torch.from_numpy(clip(pool, rng, frames, size)).permute(0, 3, 1, 2).contiguous()
-        lq = reduce(truth, rng)
-        lq = h264(lq, int(rng.integers(20, 33))) if rng.random() < 0.2 else spoil(lq, rng, 0.15)
+        pictures, flow = moving_clip(pool, rng, frames, size)
+        truth = torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous()
+        lq, kind = reduce(truth, rng), rng.random()
+        lq = h264(lq, int(rng.integers(18, 33))) if kind < compressed else spoil(lq, rng, 0.15)
         lqs.append(lq)
         truths.append(truth)
-    return to_model(torch.stack(lqs, 1)), to_model(torch.stack(truths, 1))
+        flows.append(torch.from_numpy(flow))
+    return to_model(torch.stack(lqs, 1)), to_model(torch.stack(truths, 1)), torch.stack(flows, 1)

@@ -1,4 +1,4 @@
-"""Loss of the temporal stage: all steps and several frames, on the model's own results."""
+"""Loss of the temporal stage: several frames in a row on the model's own results."""
 
 from __future__ import annotations
 
@@ -8,27 +8,33 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
+from stream_diffvsr.warp import centred, warp
 from training.losses import charbonnier, fidelity
 from training.networks import Nano, scheduler
-from training.rollout import decode, denoise, dis_flow, lq_up, true_warp, warp
+from training.rollout import decode, denoise, dis_flow, lq_up, true_warp
 
 COLOUR = 0.2
-ENCODER = 0.1
 VISIBLE = 0.15
 """Where the truth itself, moved along the flow, is farther off than this, something was covered."""
+GUIDED = 0.75
+"""Share of later frames that are guided; the others keep the model good without guidance."""
+TPM = 0.5
+"""Share of guided frames that the decoder's TPM has a part in; a user may turn it off."""
+LEARNING = 0.6
+"""Share of frames with gradients; the others only lead to what later frames are guided by."""
 
 
 def sampling(rng: np.random.Generator) -> tuple[DDIMScheduler, int]:
     """Mostly the checkpoint's own four steps; else other counts and spacings that a user may choose.
 
-    The second value says after which step the result is looked at, so that early steps learn directly.
+    The second value is the step that learns: mostly the last, whose result is used.
     """
     schedule, count = scheduler(), 4
-    if rng.random() < 0.3:
+    if rng.random() < 0.2:
         schedule = scheduler(timestep_spacing=str(rng.choice(["leading", "trailing"])))
-        count = int(rng.integers(1, 4))
+        count = int(rng.integers(1, 6))
     schedule.set_timesteps(count)
-    return schedule, count if rng.random() < 0.6 else int(rng.integers(1, count + 1))
+    return schedule, count - 1 if rng.random() < 0.6 else int(rng.integers(count))
 
 
 def spoiled_previous(truth: Tensor, lq: Tensor, rng: np.random.Generator) -> Tensor:
@@ -49,16 +55,44 @@ def spoiled_previous(truth: Tensor, lq: Tensor, rng: np.random.Generator) -> Ten
     return frame
 
 
-def unsteadiness(result: Tensor, previous: Tensor, truth: Tensor, before: Tensor, flow: Tensor) -> Tensor:
-    """What is seen as flicker.
+def guiding_flow(lq: Tensor, before: Tensor, true: Tensor, rng: np.random.Generator) -> Tensor:
+    """What an estimator might find: mostly DIS as in use, else the true motion, as it is or disturbed."""
+    kind = rng.random()
+    if kind < 0.7:
+        return dis_flow(lq_up(lq), lq_up(before))
+    if kind < 0.85:
+        return true
+    coarse = torch.randn(*true.shape[:2], 5, 5) * rng.uniform(0, 1)
+    return true + F.interpolate(coarse, size=true.shape[-2:], mode="bicubic", align_corners=False)
 
-    How far this frame's error is from the previous one's, moved along; and, to half, how far the frame
-    itself is from the previous one, moved along.
+
+def unsteadiness(result: Tensor, previous: Tensor, truth: Tensor, before: Tensor, flow: Tensor) -> Tensor:
+    """What is seen as flicker: how far the frame is from the previous one, moved along the true motion.
+
+    Only where the truth itself does not change.
     """
     moved, inside = true_warp(before, flow)
     seen = inside & ((moved - truth).abs().amax(1, keepdim=True) < VISIBLE)
     shown, _ = true_warp(previous, flow)
-    return charbonnier((result - truth - shown + moved) * seen) + 0.5 * charbonnier((result - shown) * seen)
+    return charbonnier((result - shown) * seen)
+
+
+def control_loss(model: Nano, batch: tuple[Tensor, Tensor, Tensor], rng: np.random.Generator) -> Tensor:
+    """How far the ControlNet's picture of the previous result, moved along, is from the LQ frame.
+
+    Before guidance is learned as a whole: otherwise it begins with what the picture's reduction gets wrong,
+    and is unlearned for that. Only the embedding learns.
+    """
+    lqs, truths, flows = batch
+    schedule, _ = sampling(rng)
+    with torch.no_grad():
+        latents = denoise(model, schedule, lqs[0], torch.randn(len(lqs[0]), 4, *lqs.shape[-2:]), None, 0)
+        warped, inside = true_warp(decode(model, latents, None), flows[0])
+        moved, _ = true_warp(truths[0], flows[0])
+        seen = inside & ((moved - truths[1]).abs().amax(1, keepdim=True) < VISIBLE)
+    shown = model.controlnet.controlnet_cond_embedding(warped)[:, :6].unflatten(1, (3, 2))
+    wanted = torch.stack([lqs[1], -lqs[1]], 2)
+    return charbonnier((shown - wanted) * F.avg_pool2d(seen.float(), 4)[:, :, None])
 
 
 def frame_loss(result: Tensor, truth: Tensor) -> Tensor:
@@ -66,32 +100,30 @@ def frame_loss(result: Tensor, truth: Tensor) -> Tensor:
     return fidelity(result, truth) + COLOUR * shift
 
 
-def encoder_loss(model: Nano, truth: Tensor, latents: Tensor) -> Tensor:
-    """The encoder is to find, from the truth, the latents that the U-Net finds from the LQ picture."""
-    return ENCODER * charbonnier(model.vae.encode(truth) - latents.detach())
-
-
 def temporal_loss(
-    model: Nano, batch: tuple[Tensor, Tensor], rng: np.random.Generator, steadiness: float
+    model: Nano, batch: tuple[Tensor, Tensor, Tensor], rng: np.random.Generator, steadiness: float
 ) -> Tensor:
     """Mean loss over the frames of a batch of sequences; gradients stay within each frame."""
-    lqs, truths = batch
-    begins_spoiled = rng.random() < 0.5
-    previous = spoiled_previous(truths[0], lqs[0], rng) if begins_spoiled else None
+    lqs, truths, flows = batch
+    spoiled = rng.random() < 0.3
+    previous = spoiled_previous(truths[0], lqs[0], rng) if spoiled else None
     losses: list[Tensor] = []
-    for index in range(int(begins_spoiled), len(lqs)):
-        lq, truth, warped, flow = lqs[index], truths[index], None, None
-        if previous is not None:
-            flow = dis_flow(lq_up(lq), lq_up(lqs[index - 1]))
-            warped = warp(previous, flow)
-        schedule, steps = sampling(rng)
-        latents = denoise(model, schedule, lq, torch.randn(len(lq), 4, *lq.shape[-2:]), warped, steps)
-        result = decode(model, latents, warped)
-        loss = frame_loss(result, truth)
-        if previous is not None and losses:
-            loss = loss + steadiness * unsteadiness(result, previous, truth, truths[index - 1], flow)
-        if index == 1:
-            loss = loss + encoder_loss(model, truth, latents)
-        losses.append(loss)
-        previous = result.detach()
+    made = not spoiled
+    for index in range(int(spoiled), len(lqs)):
+        lq, truth, warped = lqs[index], truths[index], None
+        if previous is not None and rng.random() < GUIDED:
+            flow = guiding_flow(lq, lqs[index - 1], flows[index - 1], rng)
+            warped = warp(previous, centred(flow) if rng.random() < 0.95 else flow)
+        last = index == len(lqs) - 1
+        with torch.set_grad_enabled(last or rng.random() < LEARNING):
+            schedule, step = sampling(rng)
+            latents = denoise(model, schedule, lq, torch.randn(len(lq), 4, *lq.shape[-2:]), warped, step)
+            result = decode(model, latents, warped if rng.random() < TPM else None)
+            loss = frame_loss(result, truth)
+            if warped is not None and previous is not None and made:
+                flow = flows[index - 1]
+                loss = loss + steadiness * unsteadiness(result, previous, truth, truths[index - 1], flow)
+        if loss.requires_grad:
+            losses.append(loss)
+        previous, made = result.detach(), True
     return torch.stack(losses).mean()

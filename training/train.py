@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,10 +28,11 @@ from training.data import Pictures, still_batch
 from training.losses import fidelity
 from training.networks import Nano
 from training.sequences import sequence_batch
-from training.temporal import temporal_loss
+from training.temporal import control_loss, temporal_loss
 
 RUNS = Path(__file__).parent / "runs"
 LOG = Path(__file__).parent / "log.csv"
+HASTE = 2.0
 
 
 def ahead(make: Callable[[], Any], depth: int = 3) -> Iterator[Any]:
@@ -74,13 +74,22 @@ def share_gradients(model: nn.Module) -> None:
         gradient.copy_(piece.view_as(gradient))
 
 
+def groups(model: nn.Module) -> list[dict[str, Any]]:
+    """What brings the previous frame in learns faster: it starts late, behind weights that are small."""
+    late, rest = [], []
+    for name, weight in model.named_parameters():
+        hasty = name.startswith("controlnet.") or "temporal_processor" in name or name.endswith("alpha")
+        (late if hasty else rest).append(weight)
+    return [{"params": rest, "haste": 1.0}, {"params": late, "haste": HASTE}]
+
+
 class Run:
     """One stage: optimiser, moving average, learning rate, checkpoints, log."""
 
-    def __init__(self, name: str, model: Nano, steps: int, rate: float) -> None:
-        self.name, self.model, self.steps, self.rate = name, model, steps, rate
+    def __init__(self, name: str, model: Nano, steps: int, fade: int, rate: float) -> None:
+        self.name, self.model, self.steps, self.fade, self.rate = name, model, steps, fade, rate
         self.average = copy.deepcopy(model)
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.98), weight_decay=1e-4)
+        self.optimiser = torch.optim.AdamW(groups(model), lr=rate, betas=(0.9, 0.98), weight_decay=1e-4)
         self.step, self.losses, self.started = 0, [], time.time()
         self.path = RUNS / f"{name}.pt"
 
@@ -101,11 +110,11 @@ class Run:
 
     def rate_now(self) -> float:
         warm = min(1.0, (self.step + 1) / 30)
-        return self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.step / self.steps)))
+        return self.rate * warm * min(1.0, (self.steps - self.step) / max(self.fade, 1))
 
     def update(self, loss: Tensor) -> None:
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate_now()
+            group["lr"] = self.rate_now() * group["haste"]
         self.optimiser.zero_grad()
         loss.backward()
         share_gradients(self.model)
@@ -137,27 +146,31 @@ def fit(run: Run, batches: Iterator[Any], loss: Callable[[Nano, Any], Tensor]) -
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=("autoencoder", "temporal"))
+    parser.add_argument("stage", choices=("autoencoder", "control", "temporal"))
     parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--fade", type=int, help="so many steps at the end with falling rate; default: all")
+    parser.add_argument("--fresh-control", action="store_true", help="begin with a new ControlNet")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--frames", type=int, default=3, help="length of the sequences of the temporal stage")
+    parser.add_argument("--frames", type=int, default=5, help="length of the sequences of the temporal stage")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--scenes", type=int, default=150)
     parser.add_argument("--name", help="of the run, if not that of the stage")
-    parser.add_argument("--steadiness", type=float, default=0.3, help="weight of the loss against flicker")
+    parser.add_argument("--steadiness", type=float, default=0.6, help="weight of the loss against flicker")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="checkpoint of the stage before")
     return parser.parse_args()
 
 
-def start_from(model: Nano, checkpoint: Path) -> None:
+def start_from(model: Nano, checkpoint: Path, fresh_control: bool) -> None:
     """Take over what an earlier run has trained; the autoencoder's stage left the rest as it began."""
     weights = torch.load(checkpoint, weights_only=True)["average"]
     if checkpoint.stem == "autoencoder":
-        weights = {**model.state_dict(), **{k: v for k, v in weights.items() if k.startswith("vae.")}}
-    model.load_state_dict(weights)
+        weights = {k: v for k, v in weights.items() if k.startswith("vae.")}
+    if fresh_control:
+        weights = {k: v for k, v in weights.items() if not k.startswith("controlnet.")}
+    model.load_state_dict({**model.state_dict(), **weights})
 
 
 def pictures(args: argparse.Namespace) -> Pictures:
@@ -174,18 +187,23 @@ def work(rank: int, args: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
     model = Nano().to(memory_format=torch.channels_last)
     if args.start:
-        start_from(model, args.start)
-    run = Run(args.name or args.stage, model, args.steps, args.rate)
+        start_from(model, args.start, args.fresh_control)
+    fade = args.steps if args.fade is None else args.fade
+    run = Run(args.name or args.stage, model, args.steps, fade, args.rate)
     run.resume()
     torch.manual_seed(args.seed + 1000 * rank + run.step)
     rng = np.random.default_rng((args.seed, run.step, rank))
     count = args.batch // args.workers
     if args.stage == "autoencoder":
         fit(run, ahead(lambda: still_batch(pool, rng, count, args.size)), autoencoder_loss)
+        return
+    # The same choices in all workers, so that none waits for one that does more steps.
+    choices = np.random.default_rng((args.seed, run.step))
+    frames = 2 if args.stage == "control" else args.frames
+    batches = iter(lambda: sequence_batch(pool, rng, count, frames, args.size), None)
+    if args.stage == "control":
+        fit(run, batches, lambda model, batch: control_loss(model, batch, choices))
     else:
-        # The same choices in all workers, so that none waits for one that does more steps.
-        choices = np.random.default_rng((args.seed, run.step))
-        batches = ahead(lambda: sequence_batch(pool, rng, count, args.frames, args.size))
         fit(run, batches, lambda model, batch: temporal_loss(model, batch, choices, args.steadiness))
 
 

@@ -17,7 +17,7 @@ from ..models.control import Control
 from ..models.parts import SCHEDULER_CONFIG, Part
 from ..models.prompt import PromptEmbeddings
 from ..pipeline import StreamDiffVSRPipeline
-from .check import check_networks, check_text, default_flow, remembered_shapes
+from .check import check_networks, check_text, default_flow, has_centred_flow, remembered_shapes
 from .download import OnProgress, download
 from .find import models_folders, resolve
 from .flow import open_flow_network
@@ -66,6 +66,7 @@ def load_pipeline(
         device=chosen_device,
         dtype=chosen_dtype,
         model=fingerprint(file for part in parts for file in part.files),
+        centred_flow=has_centred_flow(folder),
     )
 
 
