@@ -179,7 +179,9 @@ def video_source(video: Any) -> Path:
     content = source.getvalue()
     path = host.folder("temp") / f"stream_diffvsr_{hashlib.sha256(content).hexdigest()[:16]}"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
+    # Its name says its content: what is there is it, unless writing was cut short.
+    if not path.exists() or path.stat().st_size != len(content):
+        path.write_bytes(content)
     return path
 
 

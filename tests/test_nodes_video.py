@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -39,6 +40,10 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clip(tmp_path: Path) -> Path:
     return make_clip(tmp_path / "input" / "ein Film – 上.mp4", FRAMES)
+
+
+class CancelError(Exception):
+    """As ComfyUI's interrupt, a plain exception."""
 
 
 def upscale(pipe, **inputs) -> Path:
@@ -116,15 +121,27 @@ def test_a_video_in_memory(pipe, clip: Path) -> None:
     assert len(frames_of(path)) == FRAMES
 
 
+def test_a_cancelled_video_in_memory_goes_on(pipe, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content, steps = clip.read_bytes(), itertools.count()
+
+    def cancel(*_) -> None:
+        if next(steps) > 8:
+            raise CancelError
+
+    with monkeypatch.context() as patch, pytest.raises(CancelError):
+        patch.setattr(part(PACK, "nodes.host"), "check_interrupt", cancel)
+        upscale(pipe, video=FromFile(io.BytesIO(content)))
+    (cut,) = Path("output/stream_diffvsr").resolve().glob("*.mp4")
+    assert len(frames_of(cut)) < FRAMES
+    assert upscale(pipe, video=FromFile(io.BytesIO(content))) == cut
+    assert len(frames_of(cut)) == FRAMES
+
+
 def test_frames_per_batch_never_changes_the_file(pipe, clip: Path) -> None:
     settings = SETTINGS().execute(codec="ffv1")[0]
     paths = [upscale(pipe, video_path=str(clip), frames_per_batch=n, settings=settings) for n in (0, 1, 256)]
     first, *others = [frames_of(path) for path in paths]
     assert all(np.array_equal(first, other) for other in others)
-
-
-class CancelError(Exception):
-    """As ComfyUI's interrupt, a plain exception."""
 
 
 def test_a_cancelled_run_is_playable_and_goes_on(pipe, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
