@@ -110,6 +110,7 @@ def test_the_finished_video_is_shown_on_its_node(server: Server, page: ComfyPage
         .videoContainer?.querySelector('video')"""
     source = page.wait_for(f"{video}?.videoWidth > 0 && {video}.src", 600)
     assert page.previews() >= 1
+    page.evaluate("new Promise(done => setTimeout(done, 2000)).then(() => 0)")
     page.picture(screenshots / "finished_video.png")
     assert "type=output" in source and "_4x_0000" in source
     assert page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [192, 128]

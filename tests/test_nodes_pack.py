@@ -108,10 +108,10 @@ def test_every_node_has_a_help_page_with_a_picture(nodes: dict[str, type]) -> No
         assert all((docs / picture).is_file() for picture in pictures), name
         for group in ("required", "optional"):
             for widget, (_, options) in node.INPUT_TYPES().get(group, {}).items():
-                line = rf"^- `{widget}`( \([^\n]*\))?: " + re.escape(options["tooltip"]) + "$"
+                line = rf"^\*\*{widget}\*\*( \([^\n]*\))?: " + re.escape(options["tooltip"]) + "$"
                 assert re.search(line, text, re.MULTILINE), f"{name}: {widget} has another tooltip"
         for output, tooltip in zip(node.RETURN_NAMES, node.OUTPUT_TOOLTIPS, strict=True):
-            assert f"- `{output}`: {tooltip}\n" in text, f"{name}: {output} has another tooltip"
+            assert f"**{output}**: {tooltip}\n" in text, f"{name}: {output} has another tooltip"
 
 
 def test_help_pages_belong_to_nodes(nodes: dict[str, type]) -> None:
