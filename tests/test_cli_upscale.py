@@ -143,6 +143,7 @@ def test_unreadable_by_a_failing_system(command, tmp_path: Path, monkeypatch) ->
         (["--scene-cut", "300"], "from 0 to 255"),
         (["--state-in", "{folder}/missing.safetensors"], "saved state not found"),
         (["--segment", "0"], "at least 1 frame"),
+        (["--tile-size", "100", "--tile-overlap", "50"], "tile_overlap below half"),
     ],
 )
 def test_bad_arguments(arguments: list[str], said: str, command, tmp_path: Path) -> None:
@@ -229,6 +230,34 @@ def test_preview_and_cut_list(command, tmp_path: Path) -> None:
     with Image.open(tmp_path / "in_4x_preview.jpg") as preview:
         assert preview.size == (256, 96)
     assert (tmp_path / "cuts.csv").read_text().splitlines()[1] == "1,1,4,4"
+
+
+def test_plan_is_told_and_nothing_written(command, tmp_path: Path) -> None:
+    source = clips.write_video(tmp_path / "in.mp4", 3)
+    code, out, _ = command(
+        source, "--plan", "--memory-plan", "tiled", "--tile-size", 128, "--tile-overlap", 32
+    )
+    assert code == 0
+    size, plan, memory, disk, time = out.strip().splitlines()
+    assert size == "size: 32x24 to 128x96, 3 frames"
+    assert plan == "plan: convolutions in bands of 128 rows, U-Net in tiles of 128 (overlap 32)"
+    assert memory.startswith("memory: about ") and disk.startswith("disk: about ")
+    assert time.startswith("time: ") and time.endswith(" in all")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.mp4"]
+
+
+def test_plan_of_released_weights_that_are_absent(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Told from their known widths; nothing is downloaded for it."""
+    from stream_diffvsr.cli import upscale
+
+    monkeypatch.setattr(upscale, "resolve", lambda model: None)
+    monkeypatch.setattr(upscale, "open_model", None)
+    source = clips.write_video(tmp_path / "in.mp4", 2)
+    memory = ["--memory-plan", "banded", "--flow-scale", "0.5"]
+    assert main(["upscale", str(source), "--plan", "--model", "v1", "--device", "cpu", *memory]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "plan: flow in linear memory, convolutions in bands of 128 rows"
+    assert "weights 2.5" in lines[2] and "download" in lines[4]
 
 
 def test_demo(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:

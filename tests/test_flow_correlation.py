@@ -98,32 +98,60 @@ PEAK = """
 import json, resource, sys, torch
 from torchvision.models import optical_flow
 from stream_diffvsr.flow import RaftFlow, raft
+from stream_diffvsr.flow.correlation import LinearCorrelation
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+{body}
+print(json.dumps([list(result.shape), peak() - before]))
+"""
+
+FLOW = """
 raft.UPDATES = {updates}
 frame = torch.rand(1, 3, {height} // 40, {width} // 40)
 frame = torch.nn.functional.interpolate(frame, size=({height}, {width}))
 flow = RaftFlow(getattr(optical_flow, "{name}")(weights=None), "raft")
-unit = 1 if sys.platform == "darwin" else 1024
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+before = peak()
 with torch.no_grad():
     result = flow.estimate(frame, frame.roll(8, 3), "linear")
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-print(json.dumps([list(result.shape), after - before]))
+"""
+
+LOOKUP = """
+features = torch.randn(2, 1, 256, {height}, {width})
+y, x = torch.meshgrid(torch.arange({height}), torch.arange({width}), indexing="ij")
+places = torch.stack([x, y])[None].float()
+before = peak()
+block = LinearCorrelation(4, 4)
+block.build_pyramid(*features)
+block.index_pyramid(centroids_coords=places + torch.randn_like(places) / 4)
+result = block.index_pyramid(centroids_coords=places + 40 * torch.randn_like(places))
 """
 
 
-def flow_peak(name: str, height: int, width: int, updates: int) -> int:
+def peak_of(body: str, shape: list[int]) -> int:
     """Bytes above the state before, in a process of its own."""
     pytest.importorskip("resource")
-    program = PEAK.format(name=name, height=height, width=width, updates=updates)
+    program = PEAK.format(body=body)
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    shape, peak = json.loads(result.stdout)
-    assert shape == [1, 2, height, width]
+    got, peak = json.loads(result.stdout)
+    assert got == shape
     return peak
+
+
+def flow_peak(name: str, height: int, width: int, updates: int) -> int:
+    body = FLOW.format(name=name, height=height, width=width, updates=updates)
+    return peak_of(body, [1, 2, height, width])
 
 
 def test_1440p_flow_stays_small():
     """The volume alone would be 16.4 GiB; every update needs the same memory, so one is enough here."""
     assert flow_peak("raft_small", 1440, 2560, updates=1) < 3 * 10**9
+
+
+def test_1440p_lookup_at_the_width_of_large_raft_stays_small():
+    """Smooth places share windows, scattered ones have one each: neither holds more than a batch at once."""
+    height, width = 1440 // 8, 2560 // 8
+    assert peak_of(LOOKUP.format(height=height, width=width), [1, 4 * 81, height, width]) < 10**9
 
 
 @pytest.mark.long

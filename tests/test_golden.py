@@ -11,9 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from stream_diffvsr import UpscaleOptions, from_pixels, load_pipeline
+from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, from_pixels, load_pipeline
 from stream_diffvsr.denoise import Schedule, noise
 from stream_diffvsr.flow import RaftFlow
+from stream_diffvsr.memory.choose import record
+from stream_diffvsr.memory.plan import BAND_ROWS, Plan
 from stream_diffvsr.models.prompt import encode, token_ids
 from stream_diffvsr.models.temporal_vae import POOL
 from stream_diffvsr.tensors import upsample
@@ -38,15 +40,21 @@ def lq_of(case: dict[str, Tensor]) -> Tensor:
     return from_pixels(case["lq_u8"].permute(0, 3, 1, 2).float() / 255).contiguous()
 
 
-def upscale(pipe, case: dict[str, Tensor], options: UpscaleOptions, frames: int, flows=None) -> Tensor:
+def upscale(
+    pipe, case: dict[str, Tensor], options: UpscaleOptions, frames: int, flows=None, plan: Plan | None = None
+) -> Tensor:
     """All frames of a recorded case with its noise and, unless the pipe estimates it, its flow."""
     lq, state, results = lq_of(case), None, []
+    if plan is not None:
+        state = StreamDiffVSRState(metadata=record(plan, lq.shape[-2:]))
     for index in range(frames):
         flow = flows[index - 1 : index] if flows is not None and index else None
         latents = case["init_latents"][index : index + 1]
         result = pipe.process_frame(lq[index : index + 1], state, options, latents=latents, flow=flow)
         state = result.state
         results.append(result.hq)
+    if plan is not None:
+        assert Plan.from_json(state.metadata["plan"]).rows == plan.rows
     return torch.cat(results)
 
 
@@ -62,6 +70,15 @@ def test_case(pipe, golden: Path, name: str):
     case = load_file(golden / f"case_{name}.safetensors")
     got = upscale(pipe, case, UpscaleOptions(), len(case["init_latents"]), case["flows"])
     assert_near(got, case["hq"])
+
+
+@pytest.mark.parametrize("plan", [Plan(rows=4), Plan(rows=28), Plan(rows=BAND_ROWS)], ids=str)
+@pytest.mark.parametrize("name", ["A", "B", "C_resize"])
+def test_case_in_bands(pipe, golden: Path, name: str, plan: Plan):
+    """Exact plans keep the recorded numbers, within the same tolerance."""
+    case = load_file(golden / f"case_{name}.safetensors")
+    got = upscale(pipe, case, UpscaleOptions(), 2, case["flows"], plan)
+    assert_near(got, case["hq"][: len(got)])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -92,15 +109,16 @@ def raft(golden: Path) -> RaftFlow:
     return RaftFlow(network, "raft_large")
 
 
-def test_raft_case(checkpoint: Path, golden: Path, raft: RaftFlow):
+@pytest.mark.parametrize("plan", [Plan(), Plan("linear"), Plan("linear", 32)], ids=str)
+def test_raft_case(checkpoint: Path, golden: Path, raft: RaftFlow, plan: Plan):
     case = load_file(golden / "case_R_raft.safetensors")
     lq_up = upsample(lq_of(case))
     with torch.no_grad():
         for index in range(len(case["hq"]) - 1):
-            flow = raft(lq_up[index + 1 : index + 2], lq_up[index : index + 1])
+            flow = raft.estimate(lq_up[index + 1 : index + 2], lq_up[index : index + 1], plan.flow)
             assert (flow - case["flows"][index : index + 1]).abs().max() <= 1e-3
     pipe = load_pipeline(checkpoint, device="cpu", flow=raft)
-    assert_near(upscale(pipe, case, UpscaleOptions(), len(case["hq"])), case["hq"])
+    assert_near(upscale(pipe, case, UpscaleOptions(), len(case["hq"]), plan=plan), case["hq"])
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import moving, shift_flow
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VRAMError, load_pipeline
 from stream_diffvsr.flow.estimators import TileableFlow
@@ -110,9 +112,9 @@ def test_tiled_flow_is_the_last_resort_of_flow_alone(pipe, clip, second):
     assert torch.equal(result.hq, results[LEVELS[2]])
 
 
-@settings(max_examples=12)
-@given(failures=st.sets(st.integers(0, 30), max_size=4))
-def test_memory_that_runs_out_anywhere(engine, clip, second, failures):
+@settings(max_examples=8)
+@given(failures=st.sets(st.integers(0, 30), min_size=1, max_size=4))
+def test_memory_that_runs_out_between_steps(engine, clip, second, failures):
     """Between any two parts of the frame, any number of times."""
     state, results = second
     calls = iter(range(10**6))
@@ -121,9 +123,55 @@ def test_memory_that_runs_out_anywhere(engine, clip, second, failures):
         if next(calls) in failures:
             raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to ...")
 
-    result = engine.process_frame(clip[1:2], state, AUTO, on_step=on_step)
+    assert_that_of_its_level(engine.process_frame(clip[1:2], state, AUTO, on_step=on_step), results)
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations, of all attempts together, and lets memory run out in some of them."""
+
+    def __init__(self, failures=()):
+        super().__init__()
+        self.failures, self.count = failures, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count in self.failures:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.99 GiB")
+        return func(*args, **(kwargs or {}))
+
+
+def inside(engine, mode: Operations):
+    """The stages of a frame run within `mode`; what is before and after them does not."""
+
+    def upscale(frame):
+        with mode:
+            return type(engine)._upscale(engine, frame)
+
+    return patch.object(engine, "_upscale", upscale)
+
+
+@settings(max_examples=10)
+@given(places=st.sets(st.floats(0, 1), min_size=1, max_size=3))
+def test_memory_that_runs_out_in_any_operation(engine, clip, second, places):
+    """In the midst of a network, a band, a warp or an update: up to three times."""
+    state, results = second
+    with inside(engine, counted := Operations()):
+        engine.process_frame(clip[1:2], state, AUTO)
+    assert counted.count > 500
+    failures = {1 + int(place * (counted.count - 1)) for place in places}
+    with inside(engine, mode := Operations(failures)):
+        result = engine.process_frame(clip[1:2], state, AUTO)
+    assert mode.count > max(failures)
+    assert Plan.from_json(result.state.metadata["plan"]) != LEVELS[0]
+    assert_that_of_its_level(result, results)
+
+
+def assert_that_of_its_level(result, results):
+    """Bit for bit what its plan gives when it is run directly."""
     plan = Plan.from_json(result.state.metadata["plan"])
-    assert torch.equal(result.hq, results[plan if plan in results else LEVELS[2]])
+    # The frame is smaller than a tile of flow, and this estimator's methods agree.
+    direct = plan if plan in results else replace(plan, flow="linear")
+    assert torch.equal(result.hq, results[direct])
 
 
 def test_the_level_is_kept_and_said_once(pipe, clip, second, caplog):

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from samples import moving
 from torch.nn import functional as F
 
 from stream_diffvsr import (
     IncompatibleInputError,
-    StreamDiffVSRState,
     UpscaleOptions,
     estimate_memory,
     from_pixels,
@@ -24,10 +21,11 @@ from stream_diffvsr import (
     to_pixels,
 )
 from stream_diffvsr.memory import choose as choosing
+from stream_diffvsr.memory import report as reporting
 from stream_diffvsr.memory.choose import Planner
 from stream_diffvsr.memory.estimate import RELEASED
 from stream_diffvsr.memory.plan import Plan
-from stream_diffvsr.memory.report import report
+from stream_diffvsr.memory.report import report, report_time
 from stream_diffvsr.models import banded
 from stream_diffvsr.models.temporal_vae import TemporalAutoencoderTiny
 
@@ -64,22 +62,6 @@ def test_banded_control_embedding(pipe, rows):
     with torch.no_grad():
         got, expected = banded.embed(pipe.control, warped, rows), pipe.control.embed(warped)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("plan", [Plan(rows=4), Plan(rows=32), Plan("linear", 128)])
-def test_golden_case_in_every_exact_plan(pipe, golden, plan):
-    case = load_file(golden / "case_B.safetensors")
-    lq = case["lq"] if "lq" in case else from_pixels(case["lq_u8"].permute(0, 3, 1, 2).float() / 255)
-    size = f"{lq.shape[-1]}x{lq.shape[-2]}"
-    states = [StreamDiffVSRState(metadata={"plan": p.to_json(), "size": size}) for p in (plan, Plan())]
-    for index in range(3):
-        given_flow = case["flows"][index - 1 : index] if index else None
-        frame, latents = lq[index : index + 1].contiguous(), case["init_latents"][index : index + 1]
-        results = [pipe.process_frame(frame, state, AUTO, latents, given_flow) for state in states]
-        states = [result.state for result in results]
-        # test_golden.py holds the whole frame to 1e-4 of the recording; this adds at most a tenth.
-        assert (results[0].hq - results[1].hq).abs().max() <= 1e-5
-    assert Plan.from_json(states[0].metadata["plan"]) == replace(plan, flow="whole")
 
 
 def test_order_of_plans():
@@ -179,9 +161,28 @@ def test_estimates_read_a_checkpoint(checkpoint):
 
 
 def test_report_has_plan_memory_disk_and_time(pipe, tmp_path):
-    lines = list(report(pipe, moving(1), AUTO, frames=100, folder=tmp_path / "not" / "yet"))
-    assert [line.partition(":")[0] for line in lines] == ["size", "plan", "memory", "disk", "time"]
+    frame, plan = moving(1), Plan(rows=128)
+    folder = tmp_path / "not" / "yet"
+    lines = list(report(pipe.planner, plan, frame.shape[-2:], AUTO, frames=100, folder=folder))
+    assert [line.partition(":")[0] for line in lines] == ["size", "plan", "memory", "disk"]
     assert lines[0] == "size: 16x12 to 64x48, 100 frames" and "free" in lines[3]
+    assert lines[1] == "plan: convolutions in bands of 128 rows"
+    assert report_time(pipe, plan, frame, AUTO, 100).startswith("time: ")
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_plans_of_the_released_networks_are_told_without_them(output, tmp_path, monkeypatch):
+    """With 24 GB: each size has a plan that fits, and the line about memory says what it takes."""
+    for module in (choosing, reporting):
+        monkeypatch.setattr(module, "free_memory", lambda device: 24 * 2**30)
+    size = output[0] // 4, output[1] // 4
+    for dtype in (torch.float16, torch.float32):
+        planner = choosing.released_planner("auto", dtype, torch.device("cpu"))
+        plan = planner.plan(size, {}, AUTO)
+        lines = list(report(planner, plan, size, AUTO, frames=None, folder=tmp_path))
+        said = float(lines[2].removeprefix("memory: about ").partition(" ")[0])
+        assert 2 < said < 24 and lines[1] == f"plan: {plan}"
+        assert plan.exact or size == (1080, 1920)
 
 
 def test_tiles_on_nano_leave_no_seams():

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+from ..devices import resolve_device, resolve_dtype
 from ..errors import VideoError
-from ..memory.report import report
-from ..options import UpscaleOptions
-from ..pipeline import StreamDiffVSRPipeline
+from ..memory.choose import Planner, released_planner
+from ..memory.report import report, report_time
+from ..options import FLOW_SCALES, MEMORY_PLANS, UpscaleOptions
 from ..state import StreamDiffVSRState
 from ..tensors import from_pixels
 from ..video import pictures
@@ -21,6 +22,7 @@ from ..video.job import VideoJob
 from ..video.job import run as run_job
 from ..video.plan import open_job_source
 from ..video.read import check_readable
+from ..weights.find import resolve
 from .model import add_model_arguments, open_model
 from .progress import follow
 
@@ -35,12 +37,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-out", type=Path, help="save the state after the last frame")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
     parser.add_argument("--restart", action="store_true", help="throw away unfinished work of an earlier run")
-    parser.add_argument(
-        "--plan", action="store_true", help="only tell the memory, disk and time it would take"
-    )
+    add_memory_arguments(parser.add_argument_group("what it takes"))
     add_input_arguments(parser.add_argument_group("what is read"))
     add_size_arguments(parser.add_argument_group("size of the output (4x the input by default)"))
     add_output_arguments(parser.add_argument_group("how it is written"))
+
+
+def add_memory_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--plan", action="store_true", help="only tell the memory, disk and time it would take"
+    )
+    group.add_argument(
+        "--memory-plan",
+        choices=MEMORY_PLANS,
+        default="auto",
+        help="whole frames, convolutions in bands (the same numbers), or U-Net in tiles; auto: what fits",
+    )
+    group.add_argument("--tile-size", type=int, help="side of the U-Net's tiles in output pixels (512)")
+    group.add_argument("--tile-overlap", type=int, default=64, help="of the tiles, in output pixels (64)")
+    group.add_argument(
+        "--flow-scale", type=float, choices=FLOW_SCALES, default=1.0, help="flow at a share of the size (1)"
+    )
 
 
 def add_input_arguments(group: argparse._ArgumentGroup) -> None:
@@ -89,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or default_output(args.input)
     job = make_job(args, output)
     if args.plan:
-        for line in plan(open_model(args), job):
+        for line in plan(args, job):
             print(line, flush=True)
         return 0
     preview = output.absolute().with_name(f"{output.stem}_preview.jpg") if args.preview else None
@@ -99,21 +116,32 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def plan(pipe: StreamDiffVSRPipeline, job: VideoJob) -> Iterator[str]:
-    """What the job would take, in lines; two frames are made to tell the time."""
+def plan(args: argparse.Namespace, job: VideoJob) -> Iterator[str]:
+    """What the job would take, in lines; two frames are made to tell the time.
+
+    Released weights are not downloaded for it: without them the time stays untold.
+    """
     source = open_job_source(job)
     first = next(source.frames(job.span), None)
     if first is None:
         raise VideoError(f"{job.source} has no frame between --start and --end.")
-    return report(
-        pipe,
-        from_pixels(job.sizes.to_model(first.rgb)),
-        job.options,
-        frames=job.span.count(source.info.frames, source.info.rate),
-        folder=job.output.absolute().parent,
-        codec=job.codec or "h264",
-        metadata=None if job.state is None else job.state.metadata,
-    )
+    lq = from_pixels(job.sizes.to_model(first.rgb))
+    frames, size = job.span.count(source.info.frames, source.info.rate), lq.shape[-2:]
+    pipe = None if resolve(args.model) is None else open_model(args)
+    planner = planner_without_weights(args) if pipe is None else pipe.planner
+    chosen = planner.plan(size, {} if job.state is None else job.state.metadata, job.options)
+    folder, codec = job.output.absolute().parent, job.codec or "h264"
+    yield from report(planner, chosen, size, job.options, frames=frames, folder=folder, codec=codec)
+    if pipe is None:
+        yield "time: told when the released weights are here ('stream-diffvsr download')"
+    else:
+        yield report_time(pipe, chosen, lq, job.options, frames)
+
+
+def planner_without_weights(args: argparse.Namespace) -> Planner:
+    """For the released networks."""
+    device = resolve_device(args.device)
+    return released_planner(args.flow, resolve_dtype(args.dtype, device), device)
 
 
 def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
@@ -121,7 +149,14 @@ def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
     return VideoJob(
         source=args.input,
         output=output,
-        options=UpscaleOptions(num_inference_steps=args.steps, seed=args.seed),
+        options=UpscaleOptions(
+            num_inference_steps=args.steps,
+            seed=args.seed,
+            memory_plan=args.memory_plan,
+            tile_size=args.tile_size,
+            tile_overlap=args.tile_overlap,
+            flow_scale=args.flow_scale,
+        ),
         state=None if args.state_in is None else StreamDiffVSRState.load(args.state_in),
         state_out=args.state_out,
         start=args.start,

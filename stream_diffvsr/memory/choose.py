@@ -10,7 +10,7 @@ import torch
 
 from ..options import UpscaleOptions
 from .available import free_memory
-from .estimate import Widths, estimate
+from .estimate import FLOW_METHODS, RELEASED, Widths, estimate
 from .plan import Plan, asked_for, fitting
 
 log = logging.getLogger(__name__)
@@ -74,6 +74,12 @@ class Planner:
         if options.memory_plan != "auto":
             return None
         return plan.lower(stage, self.methods, options.tile_size)
+
+
+def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Planner:
+    """For the released networks before they are there; `flow` 'auto' is theirs."""
+    widths = RELEASED if flow == "auto" else replace(RELEASED, flow=flow)
+    return Planner(widths, FLOW_METHODS.get(widths.flow, ("whole",)), dtype, device)
 
 
 def record(plan: Plan, size: Sequence[int]) -> dict[str, str]:

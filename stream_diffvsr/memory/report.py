@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +15,9 @@ from ..options import UpscaleOptions
 from ..state import StreamDiffVSRState
 from ..tensors import SCALE
 from .available import free_memory
-from .choose import GIGABYTE, record
+from .choose import GIGABYTE, Planner, record
 from .estimate import estimate
+from .plan import Plan
 
 if TYPE_CHECKING:
     from ..pipeline import StreamDiffVSRPipeline
@@ -26,34 +27,40 @@ BYTES_PER_PIXEL = {"h264": 0.15, "h265": 0.1, "av1": 0.1, "prores": 0.7, "ffv1":
 
 
 def report(
-    pipe: StreamDiffVSRPipeline,
-    lq: Tensor,
+    planner: Planner,
+    plan: Plan,
+    size: Sequence[int],
     options: UpscaleOptions,
     *,
     frames: int | None,
     folder: Path,
     codec: str = "h264",
-    metadata: Mapping[str, str] | None = None,
 ) -> Iterator[str]:
-    """Lines about plan, memory and disk space, and last, after two frames made for it, about time.
+    """Lines about plan, memory and disk space.
 
-    `lq` is a frame of the video, `frames` their number if it is known, `folder` where the
-    output goes, `metadata` that of a state to continue from.
+    `size` is the LQ frames' (height, width), `frames` their number if it is known, `folder` where the
+    output goes.
     """
-    height, width = lq.shape[-2:]
-    plan = pipe.planner.plan((height, width), metadata or {}, options)
+    height, width = size
     count = f"{frames} frames" if frames else "an unknown number of frames"
     yield f"size: {width}x{height} to {SCALE * width}x{SCALE * height}, {count}"
     yield f"plan: {plan}"
-    needs = estimate(pipe.planner.widths, (height, width), options, pipe.dtype, plan)
+    needs = estimate(planner.widths, size, options, planner.dtype, plan)
     stages = ", ".join(f"{name} {_gigabytes(needs[name])}" for name in needs if name != "peak")
-    yield f"memory: about {_gigabytes(needs['peak'])} ({stages}); {_gigabytes(free_memory(pipe.device))} free"
-    size = (frames or 1) * height * width * SCALE**2 * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
+    free = free_memory(planner.device)
+    yield f"memory: about {_gigabytes(needs['peak'])} ({stages}); {_gigabytes(free)} free"
+    room = (frames or 1) * height * width * SCALE**2 * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
     share = "" if frames else " per frame"
-    yield f"disk: about {_gigabytes(size)}{share} as {codec}; {_gigabytes(_disk_free(folder))} free"
-    state = StreamDiffVSRState(metadata=record(plan, (height, width)))
+    yield f"disk: about {_gigabytes(room)}{share} as {codec}; {_gigabytes(_disk_free(folder))} free"
+
+
+def report_time(
+    pipe: StreamDiffVSRPipeline, plan: Plan, lq: Tensor, options: UpscaleOptions, frames: int | None
+) -> str:
+    """The line about time, after two frames made for it; `lq` is a frame of the video."""
+    state = StreamDiffVSRState(metadata=record(plan, lq.shape[-2:]))
     seconds = seconds_per_frame(pipe, lq, state, options)
-    yield f"time: {seconds:.2f} s per frame" + (f", {_duration(seconds * frames)} in all" if frames else "")
+    return f"time: {seconds:.2f} s per frame" + (f", {_duration(seconds * frames)} in all" if frames else "")
 
 
 def seconds_per_frame(
