@@ -6,7 +6,6 @@ The browser reaches nothing but this machine. It is the one that CHROMIUM names,
 from __future__ import annotations
 
 import base64
-import fcntl
 import json
 import os
 import select
@@ -36,7 +35,9 @@ OPTIONS = (
 
 
 def chromium() -> str | None:
-    """The browser to use, if there is one."""
+    """The browser to use, if there is one and this system can start it with two pipes."""
+    if not hasattr(os, "posix_spawn"):
+        return None
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
@@ -58,6 +59,8 @@ class Browser:
 
     def _start(self, program: str, options: list[str]) -> None:
         """The browser reads what it shall do from its file 3, and answers into its file 4."""
+        import fcntl
+
         ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (*os.pipe(), *os.pipe())]
         read_theirs, self._write, self._read, write_theirs = ends
         nowhere = os.open(os.devnull, os.O_RDWR)
