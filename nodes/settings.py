@@ -6,14 +6,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..stream_diffvsr.errors import IncompatibleInputError
+from ..stream_diffvsr.options import with_preset
 from .sockets import ADVANCED, SETTINGS, Widget
 
 if TYPE_CHECKING:
     from ..stream_diffvsr import UpscaleOptions
 
 CHECKPOINT_SPACING = "checkpoint"
-EXACT = "exact"
 
 ENGINE_WIDGETS: dict[str, Widget] = {
     "guidance_scale": (
@@ -153,7 +152,7 @@ FILE_WIDGETS: dict[str, Widget] = {
 
 LAST_WIDGETS: dict[str, Widget] = {
     "preset": (
-        [EXACT, "balanced", "fast"],
+        ["exact", "balanced", "fast"],
         {
             "default": "exact",
             "tooltip": "exact: the reference's numbers. balanced and fast trade a little of them for speed.",
@@ -208,12 +207,11 @@ class Settings:
 
     def execute(self, **values: Any) -> tuple[SettingsValue]:
         values = {name: values.get(name, spec["default"]) for name, (_, spec) in WIDGETS.items()}
-        if values["preset"] != EXACT:
-            raise IncompatibleInputError("preset exact (the only one so far)", repr(values["preset"]))
         spacing = values["timestep_spacing"]
         engine = {name: values[name] for name in ENGINE_WIDGETS}
         engine |= {
             "flow_scale": float(values["flow_scale"]),
             "timestep_spacing": None if spacing == CHECKPOINT_SPACING else spacing,
         }
+        engine = with_preset(values["preset"], engine)
         return (SettingsValue(engine, {name: values[name] for name in FILE_WIDGETS}),)

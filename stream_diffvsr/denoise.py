@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models.control import Control
+from .models.control import Control, Residuals
 from .options import UpscaleOptions
 from .tensors import SCALE
 from .tiling import Tile, tiles
@@ -91,44 +91,72 @@ class Denoiser:
         """
         scales = self.schedule.control_scales(self.options)
         done, total = 0, len(scales) * len(self.tiles)
-        for (number, timestep), scale in zip(self.schedule.timesteps, scales, strict=True):
+        kept: dict[int, Residuals] = {}
+        for step, ((number, timestep), scale) in enumerate(zip(self.schedule.timesteps, scales, strict=True)):
             x = torch.cat([latents, lq], dim=1)
             prediction = torch.zeros_like(latents)
             for tile in self.tiles:
                 part = None if embedding is None else tile.cut(embedding)
-                tile.add(self.predict(tile.cut(x), timestep, part, scale), prediction)
+                # Tiles are there to save memory: they keep nothing for later steps.
+                if step % self.options.control_every == 0 or len(self.tiles) > 1:
+                    kept.clear()
+                tile.add(self.predict(tile.cut(x), timestep, part, scale, kept), prediction)
                 done += 1
                 on_step("denoise", done, total)
             latents = self.schedule.step(prediction, number, latents)
         return latents
 
-    def predict(self, x: Tensor, timestep: Tensor, embedding: Tensor | None, scale: float) -> Tensor:
+    def predict(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        embedding: Tensor | None,
+        scale: float,
+        kept: dict[int, Residuals],
+    ) -> Tensor:
         """The U-Net's prediction for (1, 7, h, w), guidance included, float32.
 
         With guidance, u + g (c - u) of two separate runs, so that it is exactly that of the parts, and
-        needs no more memory than one.
+        needs no more memory than one. `kept` are residuals of an earlier step, by prompt.
         """
         x = x.to(self.prompt.dtype)
         unconditional, *conditional = (
-            self.predict_one(x, timestep, prompt, embedding, scale) for prompt in self.prompt.split(1)
+            self.predict_one(x, timestep, prompt, self._residuals(x, timestep, index, embedding, scale, kept))
+            for index, prompt in enumerate(self.prompt.split(1))
         )
         if not conditional:
             return unconditional
         return unconditional + self.options.guidance_scale * (conditional[0] - unconditional)
 
+    def _residuals(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        index: int,
+        embedding: Tensor | None,
+        scale: float,
+        kept: dict[int, Residuals],
+    ) -> Residuals | tuple[None, None]:
+        """The ControlNet's for one prompt: kept ones, or new ones, kept if later steps want them."""
+        if embedding is None or not scale:
+            return None, None
+        if index in kept:
+            return kept[index]
+        residuals = self.control(x, timestep, self.prompt[index : index + 1], embedding, scale)
+        if self.options.control_every > 1:
+            kept[index] = residuals
+        return residuals
+
     def predict_one(
-        self, x: Tensor, timestep: Tensor, prompt: Tensor, embedding: Tensor | None, scale: float
+        self, x: Tensor, timestep: Tensor, prompt: Tensor, residuals: Residuals | tuple[None, None]
     ) -> Tensor:
         """The prediction for one prompt, (1, 77, D)."""
-        down, middle = None, None
-        if embedding is not None and scale:
-            down, middle = self.control(x, timestep, prompt, embedding, scale)
         prediction = self.unet(
             x,
             timestep,
             encoder_hidden_states=prompt,
-            down_block_additional_residuals=down,
-            mid_block_additional_residual=middle,
+            down_block_additional_residuals=residuals[0],
+            mid_block_additional_residual=residuals[1],
             return_dict=False,
         )
         return prediction[0].float()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import IncompatibleInputError
@@ -13,6 +14,14 @@ TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
 MEMORY_PLANS = ("auto", "whole", "banded", "tiled")
 COMPILE_MODES = ("off", "auto", "max")
 FLOW_SCALES = (1.0, 0.5, 0.25)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "balanced": {"control_every": 2},
+    "fast": {"control_every": 4, "flow_scale": 0.5},
+}
+"""Names for sets of approximations; README.md tells the error and the time of each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +54,9 @@ class UpscaleOptions:
     tile_overlap: int = 64
     """Overlap of the tiles in HQ pixels, below half of `tile_size`."""
     compile_mode: str = "off"
+    """torch.compile: 'off', 'auto', or 'max', which tries more ways and starts more slowly."""
+    control_every: int = 1
+    """Of how many steps one computes the ControlNet, for the others too; an approximation above 1."""
 
     def __post_init__(self) -> None:
         self._check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
@@ -58,6 +70,7 @@ class UpscaleOptions:
         self._check_choice("memory_plan", self.memory_plan, MEMORY_PLANS)
         self._check_choice("compile_mode", self.compile_mode, COMPILE_MODES)
         self._check_choice("use_tpm", self.use_tpm, (True, False))
+        self._check_whole("control_every", self.control_every, 1, 1000)
         self._check_tiles()
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):
@@ -97,3 +110,16 @@ class UpscaleOptions:
     def to_json(self) -> str:
         """One line of JSON, keys sorted, for a state's metadata and a video's journal."""
         return json.dumps(asdict(self), sort_keys=True)
+
+
+def with_preset(preset: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `UpscaleOptions`: one of PRESETS, and `own`, which wins where it is not the default."""
+    if preset not in PRESETS:
+        raise IncompatibleInputError(f"preset as one of {', '.join(PRESETS)}", repr(preset))
+    defaults = {each.name: each.default for each in fields(UpscaleOptions)}
+    left = {
+        name: value
+        for name, value in PRESETS[preset].items()
+        if own.get(name, defaults[name]) == defaults[name]
+    }
+    return {**own, **left}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import compilation
 from .denoise import Denoiser, OnStep, Schedule, latent_tiles, noise
 from .errors import CheckpointError, IncompatibleInputError
 from .flow import FlowEstimator
@@ -66,6 +67,8 @@ class Frame:
     flow: Tensor | None
     """Given instead of an estimate."""
     on_step: OnStep
+    compile_mode: str
+    """The one that is in force, which is 'off' where nothing can be compiled."""
 
 
 class StreamDiffVSRPipeline:
@@ -144,12 +147,13 @@ class StreamDiffVSRPipeline:
 
     def _upscale(self, frame: Frame) -> Tensor:
         """The figure above."""
-        with memory_of("flow"):
-            warped = self._warp_previous(frame)
-        with memory_of("unet"):
-            latents = self._denoise(frame, warped)
-        with memory_of("vae"):
-            hq = self._decode(frame, latents, warped)
+        with compilation.compiled(self.stages.values(), frame.compile_mode):
+            with memory_of("flow"):
+                warped = self._warp_previous(frame)
+            with memory_of("unet"):
+                latents = self._denoise(frame, warped)
+            with memory_of("vae"):
+                hq = self._decode(frame, latents, warped)
         return hq[..., : SCALE * frame.lq.shape[-2], : SCALE * frame.lq.shape[-1]]
 
     def stream(
@@ -202,11 +206,20 @@ class StreamDiffVSRPipeline:
             check_shape(latents, (1, 4, *padded_size(height, width)), "latents")
         if flow is not None:
             check_shape(flow, (1, 2, SCALE * height, SCALE * width), "flow")
-        if differences := state.differences(self._settings(options)):
+        settings = self._settings(options)
+        if differences := state.differences(settings):
             log.warning("not an exact continuation of frame %d: %s", state.frame_index, differences)
         plan = self.planner.plan(lq.shape[-2:], state.metadata, options)
         return Frame(
-            lq.to(self.device), state.to(self.device), options, plan, self.dtype, latents, flow, _ignore
+            lq=lq.to(self.device),
+            state=state.to(self.device),
+            options=options,
+            plan=plan,
+            dtype=self.dtype,
+            latents=latents,
+            flow=flow,
+            on_step=_ignore,
+            compile_mode=settings["compilation"],
         )
 
     def _acquire(self, frame: Frame, *stages: str) -> torch.device:
@@ -234,7 +247,7 @@ class StreamDiffVSRPipeline:
                 name,
             )
         with in_float32([self.stages[name] for name in ("unet", "controlnet", "vae")], frame.dtype):
-            return self._finite(replace(frame, dtype=torch.float32))
+            return self._finite(replace(frame, dtype=torch.float32, compile_mode=compilation.OFF))
 
     def _within_memory(self, frame: Frame) -> tuple[Tensor, Frame]:
         """The frame, with a lower plan where memory runs out: the same noise, the same flow."""
@@ -345,6 +358,7 @@ class StreamDiffVSRPipeline:
             "options": options.to_json(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "flow": self.flow.name,
+            "compilation": compilation.in_force(options.compile_mode, self.device),
         }
 
 

@@ -13,7 +13,7 @@ from ..devices import resolve_device, resolve_dtype
 from ..errors import VideoError
 from ..memory.choose import Planner, released_planner
 from ..memory.report import report, report_time
-from ..options import FLOW_SCALES, MEMORY_PLANS, UpscaleOptions
+from ..options import COMPILE_MODES, FLOW_SCALES, MEMORY_PLANS, PRESETS, UpscaleOptions, with_preset
 from ..state import StreamDiffVSRState
 from ..tensors import from_pixels
 from ..video import pictures
@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-out", type=Path, help="save the state after the last frame")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished output")
     parser.add_argument("--restart", action="store_true", help="throw away unfinished work of an earlier run")
+    add_speed_arguments(parser.add_argument_group("how fast"))
     add_memory_arguments(parser.add_argument_group("what it takes"))
     add_input_arguments(parser.add_argument_group("what is read"))
     add_size_arguments(parser.add_argument_group("size of the output (4x the input by default)"))
@@ -57,6 +58,21 @@ def add_memory_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--tile-overlap", type=int, default=64, help="of the tiles, in output pixels (64)")
     group.add_argument(
         "--flow-scale", type=float, choices=FLOW_SCALES, default=1.0, help="flow at a share of the size (1)"
+    )
+
+
+def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--preset",
+        choices=PRESETS,
+        default="exact",
+        help="exact (default): the reference's numbers; balanced, fast: approximations, see the README",
+    )
+    group.add_argument(
+        "--compile-mode",
+        choices=COMPILE_MODES,
+        default="off",
+        help="torch.compile: the first frames take a minute or more, the others less (off)",
     )
 
 
@@ -149,14 +165,7 @@ def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
     return VideoJob(
         source=args.input,
         output=output,
-        options=UpscaleOptions(
-            num_inference_steps=args.steps,
-            seed=args.seed,
-            memory_plan=args.memory_plan,
-            tile_size=args.tile_size,
-            tile_overlap=args.tile_overlap,
-            flow_scale=args.flow_scale,
-        ),
+        options=make_options(args),
         state=None if args.state_in is None else StreamDiffVSRState.load(args.state_in),
         state_out=args.state_out,
         start=args.start,
@@ -178,6 +187,19 @@ def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
         restart=args.restart,
         compare=args.compare,
     )
+
+
+def make_options(args: argparse.Namespace) -> UpscaleOptions:
+    own = {
+        "num_inference_steps": args.steps,
+        "seed": args.seed,
+        "memory_plan": args.memory_plan,
+        "tile_size": args.tile_size,
+        "tile_overlap": args.tile_overlap,
+        "flow_scale": args.flow_scale,
+        "compile_mode": args.compile_mode,
+    }
+    return UpscaleOptions(**with_preset(args.preset, own))
 
 
 def default_output(source: Path) -> Path:
