@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..stream_diffvsr.options import with_preset
 from .sockets import ADVANCED, SETTINGS, Widget
 
 if TYPE_CHECKING:
@@ -206,6 +205,8 @@ class Settings:
         return {"optional": WIDGETS}
 
     def execute(self, **values: Any) -> tuple[SettingsValue]:
+        from ..stream_diffvsr.options import with_preset
+
         values = {name: values.get(name, spec["default"]) for name, (_, spec) in WIDGETS.items()}
         spacing = values["timestep_spacing"]
         engine = {name: values[name] for name in ENGINE_WIDGETS}
