@@ -99,7 +99,11 @@ ENGINE_WIDGETS: dict[str, Widget] = {
     ),
     "compile_mode": (
         ["off", "auto", "max"],
-        {"default": "off", "tooltip": "torch.compile: the first frames take minutes, the others less time."},
+        {
+            "default": "off",
+            "tooltip": "torch.compile. auto: the first frame takes a minute or more, the others less time. "
+            "max: tries more ways, and starts more slowly still. The log says where it cannot work.",
+        },
     ),
 }
 
@@ -154,7 +158,9 @@ LAST_WIDGETS: dict[str, Widget] = {
         ["exact", "balanced", "fast"],
         {
             "default": "exact",
-            "tooltip": "exact: the reference's numbers. balanced and fast trade a little of them for speed.",
+            "tooltip": "How exact the result is. exact: the reference's numbers. balanced: guidance by the "
+            "frame before is computed in every second step only. fast: only once for a frame, with motion at "
+            "half the size.",
         },
     ),
     "timestep_spacing": (

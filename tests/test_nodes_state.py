@@ -183,6 +183,28 @@ def test_settings_reach_the_options() -> None:
     assert (options.timestep_spacing, options.control_guidance_end, options.seed) == ("trailing", 0.5, 4)
 
 
+@pytest.mark.parametrize(
+    "preset, own, control_every, flow_scale",
+    [
+        ("exact", {}, 1, 1.0),
+        ("balanced", {}, 2, 1.0),
+        ("fast", {}, 4, 0.5),
+        ("fast", {"flow_scale": 0.25}, 4, 0.25),
+        ("exact", {"flow_scale": 0.5}, 1, 0.5),
+    ],
+)
+def test_presets_reach_the_options(preset: str, own: dict, control_every: int, flow_scale: float) -> None:
+    options = SETTINGS().execute(preset=preset, **own)[0].options()
+    assert (options.control_every, options.flow_scale) == (control_every, flow_scale)
+
+
+def test_presets_and_compile_modes_are_the_engines() -> None:
+    module, widgets = part(PACK, "stream_diffvsr.options"), SETTINGS.INPUT_TYPES()["optional"]
+    assert widgets["preset"][0] == list(module.PRESETS)
+    for name, engine in [("compile_mode", module.COMPILE_MODES), ("memory_plan", module.MEMORY_PLANS)]:
+        assert widgets[name][0] == list(engine)
+
+
 def test_settings_of_files_stay_apart() -> None:
     (settings,) = SETTINGS().execute(codec="ffv1", crf=3, scene_cut="off")
     assert settings.file == {
