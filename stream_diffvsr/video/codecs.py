@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -28,8 +29,12 @@ class Codec:
     """Pixel formats of `LAYOUTS`, the default of each depth first."""
     crf: int | None = None
     """Default quality; None: there is no such setting."""
-    crf_name: str = "crf"
+    crf_names: tuple[str, ...] = ("crf",)
+    crf_unit: int = 1
+    """What one step of quality is in the encoder's own numbers."""
     options: Mapping[str, str] = field(default_factory=dict)
+    native: Mapping[str, str] = field(default_factory=dict)
+    """Pixel format -> the same values in the order that the encoder takes."""
 
 
 YUV8 = ("yuv420p", "yuv422p", "yuv444p")
@@ -38,6 +43,11 @@ YUV12 = ("yuv420p12le", "yuv422p12le", "yuv444p12le")
 YUV16 = ("yuv420p16le", "yuv422p16le", "yuv444p16le")
 RGB_DEEP = ("gbrp10le", "gbrp12le", "gbrp16le")
 NVENC = {"rc": "constqp", "preset": "p5"}
+AMF = {"rc": "cqp"}
+APPLE = {"flags": "+qscale"}
+SHUFFLED = {"yuv420p": "nv12", "yuv420p10le": "p010le"}
+LAMBDA = 118
+"""FFmpeg's unit of quality in `global_quality`."""
 
 CODECS = {
     "h264": Codec("libx264", YUV8 + YUV10, 18),
@@ -48,11 +58,24 @@ CODECS = {
         "ffv1", YUV8 + YUV10 + YUV12 + YUV16 + RGB_DEEP, options={"level": "3", "slicecrc": "1", "g": "1"}
     ),
     "png": Codec("png", ("rgb24", "rgb48be")),
-    "h264_nvenc": Codec("h264_nvenc", ("yuv420p", "yuv444p"), 18, "qp", NVENC),
-    "hevc_nvenc": Codec("hevc_nvenc", ("yuv420p", "yuv444p"), 18, "qp", NVENC),
-    "av1_nvenc": Codec("av1_nvenc", ("yuv420p",), 90, "qp", NVENC),
-    "h264_videotoolbox": Codec("h264_videotoolbox", ("yuv420p",), 65, "global_quality"),
-    "hevc_videotoolbox": Codec("hevc_videotoolbox", ("yuv420p",), 65, "global_quality"),
+    "h264_nvenc": Codec("h264_nvenc", ("yuv420p", "yuv444p"), 18, ("qp",), options=NVENC),
+    "hevc_nvenc": Codec(
+        "hevc_nvenc", ("yuv420p", "yuv444p", "yuv420p10le"), 18, ("qp",), options=NVENC, native=SHUFFLED
+    ),
+    "av1_nvenc": Codec("av1_nvenc", ("yuv420p", "yuv420p10le"), 90, ("qp",), options=NVENC, native=SHUFFLED),
+    "h264_qsv": Codec("h264_qsv", ("yuv420p",), 18, ("global_quality",), native=SHUFFLED),
+    "hevc_qsv": Codec("hevc_qsv", ("yuv420p", "yuv420p10le"), 18, ("global_quality",), native=SHUFFLED),
+    "av1_qsv": Codec("av1_qsv", ("yuv420p", "yuv420p10le"), 24, ("global_quality",), native=SHUFFLED),
+    "h264_amf": Codec("h264_amf", ("yuv420p",), 18, ("qp_i", "qp_p", "qp_b"), options=AMF, native=SHUFFLED),
+    "hevc_amf": Codec(
+        "hevc_amf", ("yuv420p", "yuv420p10le"), 18, ("qp_i", "qp_p"), options=AMF, native=SHUFFLED
+    ),
+    "h264_videotoolbox": Codec(
+        "h264_videotoolbox", ("yuv420p",), 65, ("global_quality",), LAMBDA, APPLE, SHUFFLED
+    ),
+    "hevc_videotoolbox": Codec(
+        "hevc_videotoolbox", ("yuv420p", "yuv420p10le"), 65, ("global_quality",), LAMBDA, APPLE, SHUFFLED
+    ),
 }
 """`--codec` -> encoder."""
 
@@ -76,6 +99,11 @@ class Encoding:
     time_base: Fraction
     colour: Colour
     aspect: Fraction | None
+
+    @property
+    def native_format(self) -> str:
+        """The pixel format that the encoder is opened with."""
+        return CODECS[self.codec].native.get(self.pix_fmt, self.pix_fmt)
 
     @property
     def reorder(self) -> int:
@@ -106,6 +134,10 @@ def choose_encoding(
         )
     height, width = size
     layout = LAYOUTS[pix_fmt]
+    if layout.bits < info.bits:
+        log.warning(
+            "%d bits of the source become %d: %s is written as %s", info.bits, layout.bits, codec, pix_fmt
+        )
     if width % layout.chroma_width or height % layout.chroma_height:
         raise VideoError(
             f"{pix_fmt} needs even sides, the output is {width}x{height}: change the target size."
@@ -137,22 +169,34 @@ def encoder_options(codec: str, crf: int | None, info: SourceInfo) -> dict[str, 
     if crf is not None and spec.crf is None:
         raise VideoError(f"{codec} has no quality setting: leave --crf away.")
     if spec.crf is not None:
-        options[spec.crf_name] = str(spec.crf if crf is None else crf)
+        quality = str(spec.crf_unit * (spec.crf if crf is None else crf))
+        options |= dict.fromkeys(spec.crf_names, quality)
     for key, value in hdr_options(codec, info).items():
         options[key] = f"{options[key]}:{value}" if key in options else value
     return options
 
 
+HDR_OPTIONS = {
+    "h264": ("x264-params", 50_000, 10_000, "mastering-display", "cll"),
+    "h265": ("x265-params", 50_000, 10_000, "master-display", "max-cll"),
+    "av1": ("svtav1-params", 1, 1, "mastering-display", "content-light"),
+}
+"""Codec -> option, units of chromaticity and of a candela, and the keys in it."""
+
+
 def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
     """HDR10 data as the encoders take it: they write it into the stream itself."""
-    units = {"h265": ("x265-params", 50_000, 10_000, "master-display", "max-cll")}
-    units["av1"] = ("svtav1-params", 1, 1, "mastering-display", "content-light")
     if not info.side_data:
         return {}
-    if codec not in units:
-        log.warning("%s is written without the HDR10 data of the source: h265 and av1 hold it", codec)
+    if codec not in HDR_OPTIONS:
+        log.warning(
+            "%s is written without the HDR10 data of the source (mastering display, light level): "
+            "%s can carry it",
+            codec,
+            ", ".join(HDR_OPTIONS),
+        )
         return {}
-    key, chroma, light, display_name, level_name = units[codec]
+    key, chroma, light, display_name, level_name = HDR_OPTIONS[codec]
     found = []
     if data := info.side_data.get("MASTERING_DISPLAY_METADATA"):
         found.append(f"{display_name}={mastering_display(data, chroma, light)}")
@@ -188,14 +232,18 @@ def check_encoder(encoding: Encoding, container: str) -> None:
     """Raise `VideoError` where the container does not hold the codec, or the encoder does not open here."""
     import av
 
-    spec = CODECS[encoding.codec]
+    if (reason := why_not(encoding.codec)) is not None:
+        raise VideoError(
+            f"the encoder {encoding.codec} does not open on this machine ({reason}); with --codec choose "
+            f"one that does: {', '.join(name for name in CODECS if why_not(name) is None)}."
+        )
     try:
         with av.open(io.BytesIO(), "w", format=container) as out:
-            context = open_encoder(out, encoding).codec_context
-            context.open()
+            open_encoder(out, encoding).codec_context.open()
     except av.FFmpegError as error:
         raise VideoError(
-            f"the encoder {spec.encoder} does not open here ({error.strerror}): choose another with --codec."
+            f"{encoding.codec} does not encode {encoding.width}x{encoding.height} as {encoding.pix_fmt} with "
+            f"these settings ({error.strerror}): choose another --codec, --target, --pix-fmt or --crf."
         ) from error
     except ValueError as error:
         raise VideoError(
@@ -203,13 +251,40 @@ def check_encoder(encoding: Encoding, container: str) -> None:
         ) from error
 
 
+@functools.cache
+def why_not(codec: str) -> str | None:
+    """Why an encoder does not open here, tried with a small picture; None: it does."""
+    import av
+
+    spec = CODECS[codec]
+    hush()
+    try:
+        context: Any = av.CodecContext.create(spec.encoder, "w")
+        context.width, context.height, context.pix_fmt = (
+            256,
+            256,
+            spec.native.get(spec.formats[0], spec.formats[0]),
+        )
+        context.time_base, context.options = Fraction(1, 25), dict(spec.options)
+        context.open()
+    except ValueError:
+        return "FFmpeg was built without it"
+    except av.FFmpegError as error:
+        return f"its hardware or driver is missing: {error.strerror}" if "_" in codec else error.strerror
+    return None
+
+
+def hush() -> None:
+    """SVT-AV1 writes pages to stderr unless told by this variable of its own that errors are enough."""
+    os.environ.setdefault("SVT_LOG", "1")
+
+
 def open_encoder(container: Any, encoding: Encoding) -> Any:
     """Add the encoder's stream to an open output container."""
     spec = CODECS[encoding.codec]
-    # SVT-AV1 writes pages to stderr unless told by this variable of its own that errors are enough.
-    os.environ.setdefault("SVT_LOG", "1")
+    hush()
     stream = container.add_stream(spec.encoder, rate=encoding.rate, options=dict(encoding.options))
-    stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, encoding.pix_fmt
+    stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, encoding.native_format
     context = stream.codec_context
     context.time_base = encoding.time_base
     stream.time_base = encoding.time_base

@@ -92,6 +92,9 @@ LAYOUTS = {
     "rgb48be": Layout(16, 1, 1, rgb=True),
 }
 
+PAIRED = {"nv12": 0, "p010le": 6}
+"""4:2:0 with both chroma samples side by side, as hardware takes it -> bits that the values are shifted."""
+
 
 def frame_to_rgb(frame: Any, colour: Colour) -> tuple[Tensor, Tensor | None]:
     """A decoded `av.VideoFrame` -> RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1]."""
@@ -212,12 +215,16 @@ def _integers(values: Tensor, bits: int) -> np.ndarray:
 
 
 def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:
-    """An `av.VideoFrame` of a format of `LAYOUTS` that holds these planes."""
+    """An `av.VideoFrame` of a format of `LAYOUTS` or of `PAIRED` that holds these planes."""
     import av
 
     height, width = planes[0].shape[:2]
     frame: Any = av.VideoFrame(width, height, name)
-    if LAYOUTS[name].rgb:
+    if name in PAIRED:
+        # FFmpeg's own conversion to these is not exact each time.
+        pairs = np.stack(planes[1:], axis=-1).reshape(planes[1].shape[0], -1)
+        planes = [plane << PAIRED[name] for plane in (planes[0], pairs)]
+    elif LAYOUTS[name].rgb:
         planes = _interleave(planes[0], name)
     for plane, values in zip(frame.planes, planes, strict=True):
         rows = np.frombuffer(plane, values.dtype).reshape(-1, plane.line_size // values.itemsize)

@@ -66,6 +66,9 @@ def add_video(out: Any, first: Path, encoding: Encoding) -> Any:
     with open_container(first) as container:
         stream = out.add_stream_from_template(container.streams.video[0], opaque=True)
     context, colour = stream.codec_context, encoding.colour
+    if context.name == "hevc" and out.format.name in ("mp4", "mov"):
+        # FFmpeg's own choice, hev1, is not played by Apple's players.
+        context.codec_tag = "hvc1"
     context.colorspace, context.color_range = colour.matrix, 2 if colour.full_range else 1
     context.color_primaries, context.color_trc = colour.primaries, colour.transfer
     if encoding.aspect is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +13,8 @@ from torch import Tensor
 
 from ..errors import VideoError
 from .colour import BT709, FULL_RANGE, LIMITED_RANGE, RGB, UNSPECIFIED, Colour
+
+log = logging.getLogger(__name__)
 
 DEFAULT_RATE = Fraction(25)
 """Frames per second where nothing says otherwise: folders of pictures."""
@@ -99,11 +103,21 @@ def colour_of(frame: Any, context: Any) -> Colour:
 
 
 HDR_DATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
+LOST_DATA = ("DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID", "DOVI_METADATA", "AMBIENT_VIEWING_ENVIRONMENT")
+"""What changes with the scene, or no encoder here takes."""
 
 
 def hdr_data(frame: Any) -> dict[str, bytes]:
-    """HDR10 side data of a frame."""
-    return {data.type.name: bytes(data) for data in frame.side_data if data.type.name in HDR_DATA}
+    """HDR10 side data of a frame, where it is complete; what cannot be carried on is logged."""
+    found = {data.type.name: bytes(data) for data in frame.side_data}
+    if lost := [name for name in LOST_DATA if name in found]:
+        log.warning("the source's %s cannot be carried on and is left out", " and ".join(lost))
+    display = found.get(HDR_DATA[0])
+    # Its last two numbers say whether the chromaticities and the luminances are known.
+    if display is not None and 0 in struct.unpack_from("=2i", display, 80):
+        log.warning("the source's mastering display is described in part only, and is left out")
+        del found[HDR_DATA[0]]
+    return {name: data for name, data in found.items() if name in HDR_DATA}
 
 
 def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:

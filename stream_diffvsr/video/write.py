@@ -36,7 +36,7 @@ class Segment:
 
     def add(self, planes: list[np.ndarray], time: int) -> None:
         """Encode a frame, given as planes of the encoding's pixel format, at a tick of the source."""
-        frame = planes_to_frame(planes, self.encoding.pix_fmt)
+        frame = planes_to_frame(planes, self.encoding.native_format)
         self.times.append(time)
         frame.pts, frame.time_base = time - self.times[0], self.encoding.time_base
         colour = self.encoding.colour

@@ -1,0 +1,187 @@
+"""What a file says about its picture: HDR10 data, interlacing, and which encoder wrote it."""
+
+from __future__ import annotations
+
+import logging
+import struct
+import types
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import clips
+import numpy as np
+import pytest
+import torch
+
+from stream_diffvsr import UpscaleOptions, VideoError
+from stream_diffvsr.cli.main import main
+from stream_diffvsr.video import codecs
+from stream_diffvsr.video.colour import Colour, planes_to_frame, rgb_to_planes
+from stream_diffvsr.video.job import VideoJob, run
+from stream_diffvsr.video.streams import SourceInfo
+
+DISPLAY = (0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.329, 0.005, 1000)
+"""Red, green, blue and white as x and y, then the darkest and the brightest candela."""
+HDR10 = (
+    "log-level=error:max-cll=1000,400:"
+    "master-display=G(13250,34500)B(7500,3000)R(34000,16000)WP(15635,16450)L(10000000,50)"
+)
+
+
+def upscale(pipe, source: Path, output: Path, **settings: Any) -> Path:
+    task = VideoJob(source=source, output=output, options=UpscaleOptions(num_inference_steps=1), **settings)
+    for _ in run(pipe, task):
+        pass
+    return output
+
+
+@pytest.fixture(scope="module")
+def hdr(tmp_path_factory) -> Path:
+    return clips.write_video(
+        tmp_path_factory.mktemp("hdr") / "in.mp4",
+        4,
+        codec="libx265",
+        pix_fmt="yuv420p10le",
+        colour=(9, 1, 9, 16),
+        options={"x265-params": HDR10},
+    )
+
+
+def light_of(path: Path) -> list[tuple[tuple[float, ...], tuple[int, ...]]]:
+    """Mastering display and light level of each frame that has them."""
+    found = []
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            data = {side.type.name: bytes(side) for side in frame.side_data}
+            if "MASTERING_DISPLAY_METADATA" in data:
+                numbers = struct.unpack_from("=20i", data["MASTERING_DISPLAY_METADATA"])
+                pairs = zip(numbers[::2], numbers[1::2], strict=True)
+                display = tuple(top / bottom for top, bottom in pairs)
+                found.append((display, struct.unpack_from("=2I", data["CONTENT_LIGHT_LEVEL"])))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("h265", "mp4"), ("h265", "mkv"), ("h264", "mkv"), ("h264", "mp4"), ("av1", "webm")]
+)
+def test_hdr10_data_is_carried(codec: str, suffix: str, hdr: Path, pipe, tmp_path: Path, caplog) -> None:
+    """In each of the two segments at least, whose first frames a player may begin with."""
+    output = upscale(pipe, hdr, tmp_path / f"out.{suffix}", codec=codec, segment_frames=2)
+    found = light_of(output)
+    assert len(found) == {"h264": 2}.get(codec, 4)
+    for display, levels in found:
+        # AV1 counts in 1/65536, and light in 1/256 and 1/16384.
+        assert display == pytest.approx(DISPLAY, rel=1e-2 if codec == "av1" else 1e-9, abs=2e-5)
+        assert levels == (1000, 400)
+    with av.open(str(output)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_primaries, context.color_trc) == (9, 9, 16)
+        assert context.pix_fmt == "yuv420p10le"
+        # Apple's players know H.265 by this name only.
+        assert suffix != "mp4" or codec != "h265" or context.codec_tag == "hvc1"
+    assert "HDR10" not in caplog.text
+
+
+def test_where_hdr10_data_cannot_be_carried_it_is_said_once(hdr: Path, pipe, tmp_path: Path, caplog) -> None:
+    output = upscale(pipe, hdr, tmp_path / "out.mov", codec="prores")
+    assert light_of(output) == []
+    said = [message for message in caplog.messages if "HDR10" in message]
+    assert said == [
+        "prores is written without the HDR10 data of the source (mastering display, light level): h264, "
+        "h265, av1 can carry it"
+    ]
+
+
+@pytest.mark.parametrize("source", [{"x264-params": "tff=1"}, {"x264-params": "bff=1"}, {}])
+def test_interlaced_sources_are_said(source: dict[str, str], pipe, tmp_path: Path, caplog) -> None:
+    path = clips.write_video(tmp_path / "in.mp4", 2, size=(32, 32), options=source)
+    upscale(pipe, path, tmp_path / "out.mp4")
+    said = [message for message in caplog.messages if "is interlaced: deinterlace it first" in message]
+    assert len(said) == bool(source)
+
+
+HARDWARE = [name for name in codecs.CODECS if "_" in name]
+
+
+@pytest.mark.parametrize("codec", HARDWARE)
+def test_a_hardware_encoder_works_or_one_sentence_says_why(
+    codec: str, checkpoint: Path, tmp_path: Path, capsys
+) -> None:
+    source = clips.write_video(tmp_path / "in.mp4", 2, size=(64, 48))
+    model = ["--model", str(checkpoint), "--flow", "none", "--device", "cpu", "--steps", "1"]
+    code = main(["upscale", str(source), "--codec", codec, *model])
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    if codecs.why_not(codec) is None:
+        assert code == 0
+        assert len(clips.frames_of(tmp_path / "in_4x.mp4")) == 2
+        return
+    assert code == 2
+    assert said.startswith(f"stream-diffvsr: the encoder {codec} does not open on this machine (")
+    assert said.endswith("with --codec choose one that does: h264, h265, av1, prores, ffv1, png.")
+    assert [file.name for file in tmp_path.iterdir()] == ["in.mp4"]
+
+
+@pytest.mark.parametrize(("name", "native", "shift"), [("yuv420p", "nv12", 0), ("yuv420p10le", "p010le", 6)])
+def test_the_order_that_hardware_takes_changes_no_value(name: str, native: str, shift: int) -> None:
+    planes = rgb_to_planes(torch.rand(1, 3, 32, 48), name, Colour(1, False, 1, 1))
+    frame = planes_to_frame(planes, native)
+    luma, chroma = (
+        np.frombuffer(plane, planes[0].dtype).reshape(rows, -1)[:, :48]
+        for plane, rows in zip(frame.planes, (32, 16), strict=True)
+    )
+    for ours, theirs in zip(planes, (luma, chroma[:, ::2], chroma[:, 1::2]), strict=True):
+        assert np.array_equal(ours << shift, theirs)
+
+
+def test_every_format_of_an_encoder_can_be_made() -> None:
+    for codec in codecs.CODECS.values():
+        for name in codec.formats:
+            planes = rgb_to_planes(torch.rand(1, 3, 32, 48), name, Colour(1, False, 1, 1))
+            native = codec.native.get(name, name)
+            assert planes_to_frame(planes, native).format.name == native
+
+
+def test_bits_that_are_lost_are_said(caplog) -> None:
+    info = SourceInfo(32, 32, 10, Fraction(1, 25), Fraction(25), 1, Colour(9, False, 9, 16))
+    for codec, pix_fmt, lost in (
+        ("h264_nvenc", None, True),
+        ("h264", "yuv420p", True),
+        ("hevc_nvenc", None, False),
+    ):
+        caplog.clear()
+        codecs.choose_encoding(codec, pix_fmt, None, info, (128, 128))
+        assert ("10 bits of the source become 8" in caplog.text) == lost
+
+
+def test_an_encoder_that_opens_but_not_for_this(monkeypatch) -> None:
+    info = SourceInfo(32, 32, 8, Fraction(1, 25), Fraction(25), 1, Colour(1, False, 1, 1))
+    encoding = codecs.choose_encoding("h264", None, None, info, (20_000, 20_000))
+    with pytest.raises(VideoError, match=r"h264 does not encode 20000x20000 as yuv420p"):
+        codecs.check_encoder(encoding, "mp4")
+
+
+def test_dynamic_hdr_is_said_to_be_lost(caplog) -> None:
+    from stream_diffvsr.video.streams import hdr_data
+
+    class Side:
+        """As PyAV shows side data."""
+
+        def __init__(self, name: str, data: bytes) -> None:
+            self.type = type("Kind", (), {"name": name})
+            self.data = data
+
+        def __bytes__(self) -> bytes:
+            return self.data
+
+    numbers = np.arange(1, 21, dtype=np.int32).tobytes()
+    side_data = [
+        Side("DYNAMIC_HDR_PLUS", b"x"),
+        Side("MASTERING_DISPLAY_METADATA", numbers + struct.pack("=2i", 1, 0)),
+        Side("CONTENT_LIGHT_LEVEL", struct.pack("=2I", 5, 6)),
+    ]
+    with caplog.at_level(logging.WARNING):
+        assert set(hdr_data(types.SimpleNamespace(side_data=side_data))) == {"CONTENT_LIGHT_LEVEL"}
+    assert "DYNAMIC_HDR_PLUS cannot be carried on" in caplog.text
+    assert "described in part only" in caplog.text
