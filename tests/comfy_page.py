@@ -81,9 +81,16 @@ class Browser:
             if answer.get("id") == self._number:
                 assert "error" not in answer, (method, answer["error"])
                 return answer["result"]
-            if answer.get("method") == "Runtime.exceptionThrown":
-                self.errors.append(json.dumps(answer["params"]["exceptionDetails"])[:500])
+            self._note_error(answer)
         raise TimeoutError(method)
+
+    def _note_error(self, event: Mapping[str, Any]) -> None:
+        """Keep what the page says that went wrong."""
+        wrong = event.get("method") == "Runtime.exceptionThrown" or (
+            event.get("method") == "Runtime.consoleAPICalled" and event["params"]["type"] == "error"
+        )
+        if wrong:
+            self.errors.append(json.dumps(event["params"])[:1000])
 
     def _next_message(self, end: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:

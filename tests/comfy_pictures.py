@@ -1,14 +1,15 @@
 """Makes the pictures of the pack in ComfyUI's real page: run it when a node or an example changed its looks.
 
-    COMFYUI_PATH=... COMFYUI_PYTHON=... COMFYUI_VHS_PATH=... python tests/comfy_pictures.py
+    COMFYUI_PATH=... COMFYUI_PYTHON=... COMFYUI_VHS_PATH=... python tests/comfy_pictures.py [NAME ...]
 
 It writes the thumbnails of the examples after a run of each, a picture of every node for its help page, and
-the screenshots of the README.
+the screenshots of the README; or only those of the examples and nodes that are named.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -63,6 +64,15 @@ def node(page: ComfyPage, kind: str) -> None:
     page.picture(HELP / f"{kind}.png", page.graph_box(10))
 
 
+def wanted(path: Path) -> bool:
+    return len(sys.argv) == 1 or path.stem in sys.argv
+
+
+def in_order(path: Path) -> int:
+    """One example needs the file that another saves."""
+    return ORDER.get(path.stem, 2)
+
+
 def main() -> None:
     SHOTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,7 +81,7 @@ def main() -> None:
         server.start()
         server.post("/settings/Comfy.TutorialCompleted", True)
         try:
-            for path in sorted(EXAMPLES.glob("*.json"), key=lambda path: ORDER.get(path.stem, 2)):
+            for path in filter(wanted, sorted(EXAMPLES.glob("*.json"), key=in_order)):
                 # A page of its own, so that its lists of files are new.
                 page = ComfyPage(Path(folder, path.stem))
                 page.open_page(server.port)
@@ -80,7 +90,8 @@ def main() -> None:
             page = ComfyPage(Path(folder, "nodes"), height=1200)
             page.open_page(server.port)
             for kind in load_pack().NODE_CLASS_MAPPINGS:
-                node(page, kind)
+                if wanted(Path(kind)):
+                    node(page, kind)
             page.close()
         finally:
             server.stop()

@@ -96,24 +96,39 @@ def test_an_example_opens_and_runs_in_the_page(
     assert page.previews() >= 1
     page.evaluate("new Promise(done => setTimeout(done, 2000)).then(() => 0)")
     page.picture(screenshots / f"{name}_run.png")
-    assert (page.marked(), page.dialogs()) == ([], [])
+    assert (page.marked(), page.dialogs(), drawing_errors(page)) == ([], [], [])
 
 
-def test_the_finished_video_is_shown_on_its_node(server: Server, page: ComfyPage, screenshots: Path) -> None:
-    """And not the last picture of the run."""
+def test_pictures_of_the_run_and_then_the_finished_video(
+    server: Server, page: ComfyPage, screenshots: Path
+) -> None:
+    """On the node, in a first run and in a second one on the same page."""
     server.free()
     workflow = json.loads((ROOT / "example_workflows" / "long_video_file.json").read_text(encoding="utf-8"))
     page.load(workflow)
-    page.watch_previews()
-    page.queue()
-    video = """app.graph._nodes.find(node => node.type === 'StreamDiffVSR_UpscaleVideo')
-        .videoContainer?.querySelector('video')"""
-    source = page.wait_for(f"{video}?.videoWidth > 0 && {video}.src", 600)
-    assert page.previews() >= 1
-    page.evaluate("new Promise(done => setTimeout(done, 2000)).then(() => 0)")
-    page.picture(screenshots / "finished_video.png")
-    assert "type=output" in source and "_4x_0000" in source
-    assert page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [192, 128]
+    node = "app.graph._nodes.find(node => node.type === 'StreamDiffVSR_UpscaleVideo')"
+    video = f"{node}.videoContainer?.querySelector('video')"
+    shown = []
+    for seed in (101, 102):
+        page.evaluate(f"{node}.widgets.find(widget => widget.name === 'seed').value = {seed}")
+        page.queue()
+        page.wait_for(f"{node}.imgs?.length > 0 && !{video}", 600)
+        shown.append(page.wait_for(f"{video}?.videoWidth > 0 && {video}.src", 600))
+        assert page.evaluate(f"[{video}.videoWidth, {video}.videoHeight]") == [192, 128]
+        # In the page, at a place, and not only made.
+        page.wait_for(f"{video}.isConnected && {video}.getBoundingClientRect().width > 50", 30)
+        page.picture(screenshots / f"finished_video_{seed}.png")
+    assert all("type=output" in source and "_4x_0000" in source for source in shown)
+    assert shown[0] != shown[1]
+    assert not drawing_errors(page)
+
+
+def drawing_errors(page: ComfyPage) -> list[str]:
+    """What went wrong in the page; a picture that is missing ends the drawing of all nodes behind it."""
+    page.evaluate("0")
+    known = "reading 'id'"  # of the page itself, in its store of settings
+    wrong = ("Error drawing", "TypeError")
+    return [error for error in page.errors if any(w in error for w in wrong) and known not in error]
 
 
 def test_a_failed_run_says_its_remedy_on_the_page(server: Server, page: ComfyPage, screenshots: Path) -> None:

@@ -2,6 +2,8 @@
 import { app } from "../../scripts/app.js";
 
 const CONTROL = ["fixed", "increment", "decrement", "randomize"];
+const PICTURES = ["$$canvas-image-preview", "$$comfy_animation_preview"];
+const VIDEO = ["video-preview"];
 
 // Queueing again shall mean the same job. The nodes declare that (control_after_generate: "fixed"), but
 // older pages start every seed with "randomize" all the same.
@@ -11,16 +13,36 @@ function keepSeed(node) {
   }
 }
 
-// The last picture of the run would be shown for ever, instead of the finished video.
-function showVideoWhenDone(node) {
-  const executed = node.onExecuted;
+function forget(store, node) {
+  for (const place of Object.keys(store ?? {})) {
+    if (place.split(":").pop() === String(node.id)) delete store[place];
+  }
+}
+
+function removeWidgets(node, names) {
+  for (const widget of (node.widgets ?? []).filter((widget) => names.includes(widget.name))) {
+    widget.onRemove?.();
+    node.widgets.splice(node.widgets.indexOf(widget), 1);
+  }
+}
+
+// The page shows either pictures or a video, whichever a node had first: the last picture of a run would
+// stay in the place of the finished video, and that one in the place of the next run's pictures.
+function showPicturesThenVideo(node) {
+  const { onExecutionStart, onExecuted } = node;
+  node.onExecutionStart = function () {
+    onExecutionStart?.call(this);
+    removeWidgets(this, VIDEO);
+    forget(app.nodeOutputs, this);
+    Object.assign(this, { videoContainer: undefined, animatedImages: undefined, images: undefined });
+    this.previewMediaType = "image";
+  };
   node.onExecuted = function (output) {
-    executed?.call(this, output);
+    onExecuted?.call(this, output);
     if (!output?.animated) return;
-    for (const place of Object.keys(app.nodePreviewImages ?? {})) {
-      if (place.split(":").pop() === String(this.id)) delete app.nodePreviewImages[place];
-    }
-    this.imgs = this.preview = this.images = undefined;
+    removeWidgets(this, PICTURES);
+    forget(app.nodePreviewImages, this);
+    Object.assign(this, { imgs: undefined, preview: undefined, images: undefined });
     this.setDirtyCanvas?.(true, true);
   };
 }
@@ -31,6 +53,6 @@ app.registerExtension({
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("StreamDiffVSR_")) return;
     keepSeed(node);
-    if (node.comfyClass === "StreamDiffVSR_UpscaleVideo") showVideoWhenDone(node);
+    if (node.comfyClass === "StreamDiffVSR_UpscaleVideo") showPicturesThenVideo(node);
   },
 });
