@@ -141,7 +141,7 @@ def start_unet(unet: UNet2DConditionModel) -> None:
         unet.conv_out.weight[colour, pair, 1, 1] = sign
 
 
-CORRECTION = 0.2
+CORRECTION = 0.4
 """How far an untrained ControlNet moves the LQ frame towards what the previous result says of it."""
 
 

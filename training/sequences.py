@@ -18,7 +18,7 @@ OVERSAMPLE = 2
 
 def path(rng: np.random.Generator, frames: int) -> np.ndarray:
     """Shift x, y (pixels of the result), turn (radians) and log zoom for each frame."""
-    speed = 0.0 if rng.random() < 0.2 else np.exp(rng.uniform(np.log(0.1), np.log(8)))
+    speed = 0.0 if rng.random() < 0.3 else np.exp(rng.uniform(np.log(0.1), np.log(8)))
     heading = rng.uniform(0, 2 * np.pi)
     step = np.array([speed * np.cos(heading), speed * np.sin(heading), 0.0, 0.0])
     if speed and rng.random() < 0.4:
@@ -39,7 +39,7 @@ def placed(size: int, scale: float, start: np.ndarray, move: np.ndarray) -> np.n
 def layer(
     rng: np.random.Generator, picture: np.ndarray, frames: int, size: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """One picture under a moving camera, at OVERSAMPLE times `size`; its backward flow (T-1, 2, size, size)."""
+    """One picture under a moving camera, at OVERSAMPLE times `size`; backward flow (T-1, 2, size, size)."""
     height, width = picture.shape[:2]
     scale = rng.uniform(1.0, max(1.05, min(2.2, min(height, width) / size)))
     margin = min(size * scale * 0.75, min(height, width) / 2 - 1)

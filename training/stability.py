@@ -1,68 +1,97 @@
-"""What recursion and noise do to nano:
+"""What recursion does to nano over a long time:
 
-    python -m training.stability CHECKPOINT.pt CLIP... [--repeats 100]
+    python -m training.stability [--source nano] [--frames 510] [--repeats 100]
 
-For each clip: warping error with and without guidance; how far results of two seeds are apart; and, on one
-frame repeated, how far colours drift and results keep changing.
+A camera goes round and round over a picture, so that frames 450 to 500 show what frames 10 to 60 showed: the
+error, as a multiple of bicubic's on the same frames, must be the same within 3 %. And one frame is repeated:
+the mean colour must stay within 0.5/255, and the picture must come to rest. Exits with 1 if any of it fails.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import math
+import sys
+from collections.abc import Iterator
+from itertools import islice
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from training.data import to_model
-from training.evaluate import eight_bit, four_steps, load, psnr, read, reduced, warping_error
-from training.networks import Nano
-from training.rollout import upscale
+from stream_diffvsr import StreamDiffVSRPipeline, from_pixels, load_pipeline, to_pixels
+from stream_diffvsr.cli.demo import draw
+from stream_diffvsr.video.sizes import enlarge, resize
 
-SIDE = 192
-
-
-def centre(video: Tensor) -> Tensor:
-    """The middle of each frame, small enough for long sequences."""
-    height, width = video.shape[-2:]
-    side = min(SIDE, height // 4 * 4, width // 4 * 4)
-    top, left = (height - side) // 2, (width - side) // 2
-    return video[..., top : top + side, left : left + side]
+WIDTH, HEIGHT = 256, 192
+ROUND = 440
+"""Frames until the camera is back."""
+EARLY, LATE = slice(10, 60), slice(10 + ROUND, 60 + ROUND)
+GROWTH, DRIFT, RESTLESS = 0.03, 0.5, 0.1
 
 
-def guidance(model: Nano, truth: Tensor) -> str:
-    lq = to_model(reduced(truth))
-    guided, plain = (eight_bit(upscale(model, four_steps(), lq, guided=on)) for on in (True, False))
-    other = eight_bit(upscale(model, four_steps(), lq, seed=1000))
-    apart = (guided - other).abs().mean() * 255
-    errors = [f"{warping_error(p, truth):.3f}" for p in (guided, plain)]
-    values = [f"{psnr(p, truth):.2f}" for p in (guided, plain)]
-    return f"warping error guided/plain {'/'.join(errors)} PSNR {'/'.join(values)} seeds apart {apart:.4f}"
+def camera(picture: Tensor, index: int) -> Tensor:
+    """What the camera sees of a picture (1, 3, H, W) in frame `index`, at subpixel positions."""
+    height, width = picture.shape[-2:]
+    angle = math.tau * index / ROUND
+    left = (width - WIDTH) * (0.5 + 0.45 * math.sin(angle))
+    top = (height - HEIGHT) * (0.5 + 0.45 * math.sin(2 * angle))
+    x = 2 * (torch.arange(WIDTH) + left + 0.5) / width - 1
+    y = 2 * (torch.arange(HEIGHT) + top + 0.5) / height - 1
+    grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1)[None]
+    return F.grid_sample(picture, grid, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
-def standstill(model: Nano, truth: Tensor, repeats: int) -> str:
-    lq = to_model(reduced(centre(truth[:1])))
-    hq = upscale(model, four_steps(), lq.expand(repeats, -1, -1, -1)) * 127.5
-    colour = (hq.mean((2, 3)) - hq[0].mean((1, 2))).abs().amax(1)
-    change = (hq[1:] - hq[:-1]).abs().mean((1, 2, 3))
-    quality = [psnr(eight_bit(hq[i : i + 1] / 127.5), centre(truth[:1])) for i in (0, 1, repeats - 1)]
-    return (
-        f"standstill of {repeats} frames: mean colour off by {colour[-1]:.3f} (most {colour.max():.3f}), "
-        f"last change {change[-1]:.4f}, PSNR of frames 0, 1, last {' '.join(f'{q:.2f}' for q in quality)}"
-    )
+def reduced(truth: Tensor) -> Tensor:
+    """A quarter of the size, in 8 bit."""
+    return (resize(truth, (truth.shape[-2] // 4, truth.shape[-1] // 4)).clamp(0, 1) * 255).round() / 255
+
+
+def relative_errors(pipe: StreamDiffVSRPipeline, frames: int) -> Iterator[float]:
+    """Mean squared error of each frame as a multiple of bicubic's."""
+    picture = draw(0.0)
+    truths = (camera(picture, index) for index in range(frames))
+    state = None
+    for truth in truths:
+        lq = reduced(truth)
+        result = pipe.process_frame(from_pixels(lq), state)
+        state = result.state
+        classic = enlarge(lq, truth.shape[-2:]).clamp(0, 1)
+        yield float(F.mse_loss(to_pixels(result.hq), truth) / F.mse_loss(classic, truth))
+
+
+def growth(errors: list[float]) -> float:
+    """By which share the late frames' error exceeds the early ones' of the same content."""
+    early, late = (sum(errors[part]) / len(errors[part]) for part in (EARLY, LATE))
+    return late / early - 1
+
+
+def standstill(pipe: StreamDiffVSRPipeline, repeats: int) -> tuple[float, float]:
+    """The same frame again and again: most that the mean colour is off by, and the last change, of 255."""
+    lq = from_pixels(reduced(camera(draw(0.0), 0)))
+    hqs = [result.hq * 127.5 for result in pipe.stream(lq for _ in range(repeats))]
+    colours = torch.cat([hq.mean((2, 3)) for hq in hqs])
+    return float((colours - colours[0]).abs().max()), float((hqs[-1] - hqs[-2]).abs().mean())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("clips", type=Path, nargs="+")
-    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--source", default="nano", help="checkpoint folder")
+    parser.add_argument("--frames", type=int, default=LATE.stop)
     parser.add_argument("--repeats", type=int, default=100)
     args = parser.parse_args()
-    model = load(args.checkpoint)
-    for clip in args.clips:
-        truth = read(clip, args.frames)
-        print(clip.stem, guidance(model, centre(truth)), flush=True)
-        print(clip.stem, standstill(model, truth, args.repeats), flush=True)
+    pipe = load_pipeline(args.source, device="cpu")
+    drift, change = standstill(pipe, args.repeats)
+    print(f"one frame {args.repeats} times: mean colour off by {drift:.3f}/255, last change {change:.4f}/255")
+    errors = list(islice(relative_errors(pipe, args.frames), args.frames))
+    for start in range(0, len(errors), 50):
+        part = errors[start : start + 50]
+        print(f"frames {start}-{start + len(part) - 1}: error {sum(part) / len(part):.4f} of bicubic's")
+    if len(errors) < LATE.stop:
+        sys.exit(f"growth is told by {LATE.stop} frames")
+    more = growth(errors)
+    print(f"late frames against early ones of the same content: {more:+.2%}")
+    sys.exit(int(more > GROWTH or drift > DRIFT or change > RESTLESS))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ GUIDED = 0.75
 """Share of later frames that are guided; the others keep the model good without guidance."""
 TPM = 0.5
 """Share of guided frames that the decoder's TPM has a part in; a user may turn it off."""
+BEGINNING = 3.0
+"""Weight of steadiness from an unguided frame to a guided one: a step that every sequence has."""
 LEARNING = 0.6
 """Share of frames with gradients; the others only lead to what later frames are guided by."""
 
@@ -108,7 +110,7 @@ def temporal_loss(
     spoiled = rng.random() < 0.3
     previous = spoiled_previous(truths[0], lqs[0], rng) if spoiled else None
     losses: list[Tensor] = []
-    made = not spoiled
+    made, guided_before = not spoiled, False
     for index in range(int(spoiled), len(lqs)):
         lq, truth, warped = lqs[index], truths[index], None
         if previous is not None and rng.random() < GUIDED:
@@ -121,9 +123,10 @@ def temporal_loss(
             result = decode(model, latents, warped if rng.random() < TPM else None)
             loss = frame_loss(result, truth)
             if warped is not None and previous is not None and made:
+                weight = steadiness * (1 if guided_before else BEGINNING)
                 flow = flows[index - 1]
-                loss = loss + steadiness * unsteadiness(result, previous, truth, truths[index - 1], flow)
+                loss = loss + weight * unsteadiness(result, previous, truth, truths[index - 1], flow)
         if loss.requires_grad:
             losses.append(loss)
-        previous, made = result.detach(), True
+        previous, made, guided_before = result.detach(), True, warped is not None
     return torch.stack(losses).mean()
