@@ -2,8 +2,8 @@
 
     COMFYUI_PATH=... COMFYUI_PYTHON=... COMFYUI_VHS_PATH=... python tests/comfy_pictures.py [NAME ...]
 
-It writes the thumbnails of the examples after a run of each, a picture of every node for its help page, and
-the screenshots of the README; or only those of the examples and nodes that are named.
+It writes the thumbnails of the examples after a run of each (the README shows some of them), and a picture of
+every node for its help page; or only those of the examples and nodes that are named.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from stream_diffvsr.cli.demo import draw
 from stream_diffvsr.video.sizes import resize
 
 FRAMES, WIDTH, HEIGHT = 16, 128, 72
-EXAMPLES, HELP, SHOTS = ROOT / "example_workflows", ROOT / "web" / "docs", ROOT / "web" / "pictures"
+EXAMPLES, HELP = ROOT / "example_workflows", ROOT / "web" / "docs"
 ORDER = {"save_state": 0, "resume_state": 1}
 
 
@@ -42,15 +42,13 @@ def put_inputs(folder: Path) -> None:
 
 
 def example(page: ComfyPage, server: Server, path: Path) -> None:
-    """The thumbnail of an example that has run; two of them make the README's screenshots."""
+    """The thumbnail of an example that has run."""
     page.load(json.loads(path.read_text(encoding="utf-8")))
     before = set(server.get("/history"))
     page.queue()
     server.wait_until_idle(lambda history: set(history) - before)
     time.sleep(4)
     page.picture(path.with_suffix(".jpg"), page.graph_box())
-    if path.stem in ("simple_video", "long_video_file"):
-        page.picture(SHOTS / f"{path.stem}.jpg")
 
 
 def node(page: ComfyPage, kind: str) -> None:
@@ -74,7 +72,6 @@ def in_order(path: Path) -> int:
 
 
 def main() -> None:
-    SHOTS.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder, "comfy"))
         put_inputs(server.base / "input")

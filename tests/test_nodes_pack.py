@@ -204,3 +204,28 @@ def test_requirements_are_the_distributions_without_what_comfyui_brings() -> Non
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
     declared = re.findall(r'"([^"]+)"', text.partition("dependencies = [")[2].partition("]")[0])
     assert own == {line for line in declared if not re.match("torch|opencv", line)}
+
+
+def test_what_the_registry_reads() -> None:
+    """[tool.comfy], an icon of at most 400 pixels in this repository, and an archive that holds the pack."""
+    from PIL import Image
+
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.partition("[tool.comfy]")[2].partition("\n[")[0]
+    said = dict(re.findall(r'^([\w-]+) = "([^"]+)"$', section, re.MULTILINE))
+    assert (said["PublisherId"], said["DisplayName"]) == ("cedarconnor", "Stream-DiffVSR")
+    assert said["requires-comfyui"] == ">=0.3.64"
+    repository = re.search(r'^Repository = "https://github.com/([^"]+)"$', text, re.MULTILINE)
+    assert repository
+    start = f"https://raw.githubusercontent.com/{repository[1]}/main/"
+    with Image.open(ROOT / said["Icon"].removeprefix(start)) as icon:
+        assert max(icon.size) <= 400
+    left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
+    needed = ("nodes", "stream_diffvsr", "web", "example_workflows", "__init__", "requirements", "pyproject")
+    assert not [line for line in left_out if line.lstrip("/*").startswith(needed)]
+
+
+def test_pictures_of_the_readme_are_there() -> None:
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert pictures
+    assert all((ROOT / picture).stat().st_size < 300_000 for picture in pictures)
