@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from node_pack import ROOT
 from samples import moving
 
 from stream_diffvsr import IncompatibleInputError, UpscaleOptions
-from stream_diffvsr.bench.measure import measure
+from stream_diffvsr.bench.measure import Clock, count_operations, measure
 from stream_diffvsr.bench.networks import CONFIGS, plain
 from stream_diffvsr.cli.main import main
 
@@ -32,13 +35,36 @@ def test_figures(guided):
     assert all(value > 0 for name, value in result.stages.items() if name != "flow")
     assert result.plain_ratio > 0
     assert result.fps == pytest.approx(1000 / result.milliseconds)
+    assert result.operations["control"] > 0 and result.operations["flow"] == 0
+    assert result.rates["denoise"] == pytest.approx(
+        1000 * result.operations["denoise"] / result.stages["denoise"]
+    )
+
+
+def test_operations_are_those_of_the_network(guided):
+    """One convolution of the decoder, counted by hand."""
+    result, lq = guided.process_frame(moving(1)), moving(2)[1:]
+    block = guided.vae.decoder.layers[0]
+    with Clock(guided.device).watching(guided):
+        pass  # takes its hooks away again
+    counts = count_operations(guided, lq, result.state, UpscaleOptions(num_inference_steps=1))
+    twice = count_operations(guided, lq, result.state, UpscaleOptions(num_inference_steps=2))
+    assert twice["denoise"] == pytest.approx(2 * counts["denoise"])
+    assert counts["decode"] == twice["decode"] > 2 * block.weight.numel() * 12 * 16 / 1e9
 
 
 def test_command(checkpoint, tmp_path, capsys):
     command = ["bench", "--model", str(checkpoint), "--flow", "dis", "--device", "cpu", "--frames", "1"]
     assert main([*command, "--size", "16x12", "--plain", "--json", str(tmp_path / "b.json")]) == 0
     report = json.loads((tmp_path / "b.json").read_text())
-    assert report["results"][0]["width"] == 16
+    assert report["results"][0]["width"] == 16 and report["matrix_rate"] > 0
+    table = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "table.py"), str(tmp_path / "b.json")],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "| 16x12 | float32 | off |" in table
     assert "| 16x12 |" in capsys.readouterr().out
     assert main([*command, "--size", "16"]) == 2
 

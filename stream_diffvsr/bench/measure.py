@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,8 @@ class Result:
     stages: dict[str, float] = field(default_factory=dict)
     peak_mb: float = 0.0
     """Resident memory of the process on a CPU, the allocator's on CUDA; its highest so far."""
+    operations: dict[str, float] = field(default_factory=dict)
+    """Of matrix products and convolutions in one guided frame, by stage, in 1e9."""
     plain_ratio: float | None = None
     """Median over interleaved pairs of plain time / time; None where the plain path was not run."""
 
@@ -43,20 +45,28 @@ class Result:
     def fps(self) -> float:
         return 1000 / self.milliseconds
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Operations per second in 1e9, by stage and for the frame."""
+        times = {**self.stages, "frame": self.milliseconds}
+        counts = {**self.operations, "frame": sum(self.operations.values())}
+        return {name: 1000 * count / times[name] for name, count in counts.items() if times[name]}
+
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "fps": self.fps}
+        return {**asdict(self), "fps": self.fps, "rates": self.rates}
 
 
 class Clock:
-    """Adds up the time that is spent inside the networks of a pipeline."""
+    """Adds up what is spent inside the networks of a pipeline: milliseconds, or whatever `read` counts."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, read: Callable[[], float] | None = None) -> None:
         self.device = device
+        self.now = read or self._time
         self.spent: dict[str, float] = dict.fromkeys(STAGES.values(), 0.0)
         self._depth = 0
         self._since = 0.0
 
-    def now(self) -> float:
+    def _time(self) -> float:
         """Milliseconds, after the device has caught up."""
         synchronize(self.device)
         return time.perf_counter() * 1000
@@ -72,8 +82,10 @@ class Clock:
                 handle.remove()
 
     def _watch(self, stage: str, network: nn.Module) -> Iterator[Any]:
-        # The autoencoder is not called as a whole, so that its parts are watched; the outermost call counts.
-        for part in network.modules() if stage == "vae" else (network, *network.children()):
+        # The autoencoder is not called as a whole, so that its layers are watched; the outermost call counts.
+        # Nothing inside a compiled block is: a hook there would have it compiled anew.
+        vae = (*network.encoder.layers, *network.decoder.layers) if stage == "vae" else ()  # type: ignore[union-attr]
+        for part in vae or (network, *network.children()):
             yield part.register_forward_pre_hook(lambda *_: self._enter())
             yield part.register_forward_hook(
                 lambda *_, name=STAGES[stage]: self._leave(name), always_call=True
@@ -132,6 +144,7 @@ def measure(
         first_frame=first,
         stages={name: statistics.median(each[name] for each in stages) for name in stages[0]},
         peak_mb=peak_memory(pipe.device),
+        operations=count_operations(pipe, lqs[-1], state, options),
         plain_ratio=statistics.median(ratios) if ratios else None,
     )
 
@@ -171,6 +184,31 @@ def _stages(
     with clock.watching(pipe):
         total, _ = _time(clock, pipe, lq, state, options)
     return {**clock.spent, "rest": total - sum(clock.spent.values())}
+
+
+def count_operations(
+    pipe: StreamDiffVSRPipeline, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
+) -> dict[str, float]:
+    """1e9 operations of one frame by stage; two for each multiplication that is added to a sum."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        clock = Clock(pipe.device, lambda: counter.get_total_flops() / 1e9)
+        with clock.watching(pipe):
+            pipe.process_frame(lq, state, replace(options, compile_mode="off"))
+    return clock.spent
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """1e9 operations per second of a large matrix product: what the device can give at most."""
+    side = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn((side, side), device=device, dtype=dtype) for _ in range(2))
+    clock, times = Clock(device), []
+    for _ in range(6):
+        start = clock.now()
+        torch.mm(a, b)
+        times.append(clock.now() - start)
+    return 2 * side**3 / 1e6 / min(times)
 
 
 def peak_memory(device: torch.device) -> float:

@@ -97,8 +97,12 @@ def _random(drawn: Tensor, like: Tensor) -> Tensor:
     """Such a weight: ones for the scale of a norm or a mixture, else numbers that keep sums near 1."""
     if like.ndim < 2:
         return drawn.new_ones(like.shape)
-    repeated = drawn.repeat(-(-like.numel() // drawn.numel()))[: like.numel()].reshape(like.shape)
-    return repeated.mul_(like[0].numel() ** -0.5)
+    values = drawn.repeat(-(-like.numel() // drawn.numel()))[: like.numel()].mul_(like[0].numel() ** -0.5)
+    if like.ndim != 4:
+        return values.reshape(like.shape)
+    # In the order that the pipeline wants, so that gigabytes are not copied once more.
+    outside, inside, height, width = like.shape
+    return values.reshape(outside, height, width, inside).permute(0, 3, 1, 2)
 
 
 def _random_raft(name: str) -> torch.nn.Module:

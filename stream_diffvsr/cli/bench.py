@@ -12,38 +12,53 @@ from pathlib import Path
 import torch
 
 from ..errors import IncompatibleInputError
-from ..options import UpscaleOptions
+from ..options import COMPILE_MODES, PRESETS, UpscaleOptions, with_preset
 from ..pipeline import StreamDiffVSRPipeline
+from .allocator import keep_freed_memory
 from .model import add_model_arguments
 
 SIZE = "160x90"
+SIZES = ("320x180", "480x270", "640x360", "960x540")
+"""LQ sizes of 720p, 1080p, 1440p and 2160p."""
+
+TOLD = ("model", "preset", "compile_mode", "device", "dtype", "flow", "threads", "torch")
+"""What is said above the table."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    parser.add_argument("--size", action="append", help=f"LQ WIDTHxHEIGHT, may be repeated (default {SIZE})")
+    parser.add_argument(
+        "--size", action="append", help=f"LQ WIDTHxHEIGHT, may be repeated; all: {', '.join(SIZES)} ({SIZE})"
+    )
     parser.add_argument("--frames", type=int, default=8, help="frames that count (default 8)")
     parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--compile-mode", choices=COMPILE_MODES, default="off", help="torch.compile (off)")
+    parser.add_argument("--preset", choices=PRESETS, default="exact", help="approximations (exact: none)")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--plain", action="store_true", help="compare with the reference's way of computing")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench.measure import measure
+    from ..bench.measure import matrix_rate, measure
     from ..bench.networks import open_model, plain
 
+    keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
-    sizes = [_size(text) for text in args.size or [SIZE]]
+    asked = args.size or [SIZE]
+    sizes = [_size(text) for text in (SIZES if "all" in asked else asked)]
     pipe = open_model(args.model, args.device, args.dtype, args.flow)
-    options = UpscaleOptions(num_inference_steps=args.steps)
+    own = {"num_inference_steps": args.steps, "compile_mode": args.compile_mode}
+    options = UpscaleOptions(**with_preset(args.preset, own))
     results = []
     for width, height in sizes:
         print(f"measuring {width}x{height} ...", file=sys.stderr)
         other = plain(pipe) if args.plain else None
         results.append(measure(pipe, height, width, args.frames, options, other).to_json())
-    report = {**environment(pipe), "model": args.model, "results": results}
+    settings = {name: getattr(args, name) for name in ("model", "preset", "compile_mode", "steps")}
+    rate = matrix_rate(pipe.device, pipe.dtype)
+    report = {**environment(pipe), **settings, "matrix_rate": rate, "results": results}
     print(table(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -75,21 +90,21 @@ def environment(pipe: StreamDiffVSRPipeline) -> dict[str, str | int]:
 def table(report: dict) -> str:
     """Rows of milliseconds per frame, as Markdown."""
     stages = list(report["results"][0]["stages"])
-    head = ["LQ size", "ms per frame", "fps", "first frame", *stages, "peak MB", "plain / ours"]
-    rows = [_row(result, stages) for result in report["results"]]
-    told = ", ".join(
-        f"{key} {report[key]}" for key in ("model", "device", "dtype", "flow", "threads", "torch")
-    )
+    head = ["LQ size", "ms per frame", "fps", "first frame", *stages, "peak MB", "U-Net", "plain / ours"]
+    rows = [_row(result, stages, report["matrix_rate"]) for result in report["results"]]
+    told = ", ".join(f"{key} {report[key]}" for key in TOLD)
+    told += f"; a matrix product runs at {report['matrix_rate'] / 1000:.2f} TFLOP/s"
     return "\n".join([told, "", _line(head), _line(["---"] * len(head)), *map(_line, rows)])
 
 
-def _row(result: dict, stages: Sequence[str]) -> list[str]:
+def _row(result: dict, stages: Sequence[str], matrix_rate: float) -> list[str]:
     times = [result["milliseconds"], result["fps"], result["first_frame"], *map(result["stages"].get, stages)]
-    ratio = result["plain_ratio"]
+    ratio, rate = result["plain_ratio"], result["rates"]["denoise"]
     return [
         f"{result['width']}x{result['height']}",
         *(f"{value:.1f}" for value in times),
         f"{result['peak_mb']:.0f}",
+        f"{rate / 1000:.2f} TFLOP/s, {rate / matrix_rate:.0%}",
         f"{ratio:.3f}" if ratio else "",
     ]
 

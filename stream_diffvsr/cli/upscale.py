@@ -17,12 +17,13 @@ from ..options import COMPILE_MODES, FLOW_SCALES, MEMORY_PLANS, PRESETS, Upscale
 from ..state import StreamDiffVSRState
 from ..tensors import from_pixels
 from ..video import pictures
-from ..video.codecs import CODECS, CONTAINERS
+from ..video.codecs import CODECS, CONTAINERS, check_opens
 from ..video.job import VideoJob
 from ..video.job import run as run_job
-from ..video.plan import open_job_source
+from ..video.plan import check_paths, open_job_source
 from ..video.read import check_readable
 from ..weights.find import resolve
+from .allocator import keep_freed_memory
 from .model import add_model_arguments, open_model
 from .progress import follow
 
@@ -118,9 +119,14 @@ def size(text: str) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
+    keep_freed_memory()
     check_readable(args.input)
     output = args.output or default_output(args.input)
     job = make_job(args, output)
+    check_paths(job)
+    if job.codec:
+        # Before the model is opened, which may take minutes.
+        check_opens(job.codec)
     if args.plan:
         for line in plan(args, job):
             print(line, flush=True)

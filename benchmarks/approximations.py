@@ -1,0 +1,103 @@
+"""What each approximation costs in accuracy and saves in time, on a real clip.
+
+    python benchmarks/approximations.py VIDEO [--model nano] [--frames 8] [--shrink 2] [--flow auto] [--json FILE]
+
+Every row is compared with `exact` on the same frames, each sequence going on from its own results, so
+that errors add up as they would in a video. Time is the processor's, in turns frame by frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from stream_diffvsr import UpscaleOptions, from_pixels, load_pipeline, to_pixels
+from stream_diffvsr.devices import synchronize
+from stream_diffvsr.options import PRESETS
+
+ROWS = {
+    **{f"preset {name}": fields for name, fields in PRESETS.items()},
+    "control_every 2": {"control_every": 2},
+    "control_every 4": {"control_every": 4},
+    "flow_scale 0.5": {"flow_scale": 0.5},
+    "flow_scale 0.25": {"flow_scale": 0.25},
+    "3 steps": {"num_inference_steps": 3},
+    "2 steps": {"num_inference_steps": 2},
+    "1 step": {"num_inference_steps": 1},
+}
+
+
+def frames_of(video: Path, count: int, shrink: float) -> list[torch.Tensor]:
+    """The first LQ frames of a file, made smaller by averaging."""
+    import av
+
+    with av.open(str(video)) as container:
+        decoded = itertools.islice(container.decode(video=0), count)
+        pixels = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in decoded]
+    frames = [from_pixels(each.permute(2, 0, 1)[None].float() / 255) for each in pixels]
+    size = [round(side / shrink) for side in frames[0].shape[-2:]]
+    return [F.interpolate(frame, size=size, mode="area") for frame in frames]
+
+
+def compare(pipe, frames: list[torch.Tensor]) -> list[dict[str, float | str]]:
+    """Error and time of each row."""
+    options = {name: UpscaleOptions(**fields) for name, fields in ROWS.items()}
+    states, errors, largest, times = dict.fromkeys(ROWS), {n: [] for n in ROWS}, {n: [] for n in ROWS}, []
+    for lq in frames:
+        took, results = {}, {}
+        for name in ROWS:
+            synchronize(pipe.device)
+            start = time.process_time() if pipe.device.type == "cpu" else time.perf_counter()
+            result = pipe.process_frame(lq, states[name], options[name])
+            synchronize(pipe.device)
+            end = time.process_time() if pipe.device.type == "cpu" else time.perf_counter()
+            took[name], states[name], results[name] = end - start, result.state, to_pixels(result.hq)
+        times.append(took)
+        for name in ROWS:
+            difference = results[name] - results["preset exact"]
+            errors[name].append(float(difference.square().mean()))
+            largest[name].append(float(difference.abs().max()))
+    return [
+        {
+            "setting": name,
+            "psnr": -10 * torch.log10(torch.tensor(statistics.mean(errors[name]))).item(),
+            "largest": max(largest[name]),
+            "time": statistics.median(took[name] / took["preset exact"] for took in times[1:]),
+        }
+        for name in ROWS
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("video", type=Path)
+    parser.add_argument("--model", default="nano")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--flow", default="auto")
+    parser.add_argument("--frames", type=int, default=8)
+    parser.add_argument("--shrink", type=float, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    frames = frames_of(args.video, args.frames, args.shrink)
+    rows = compare(load_pipeline(args.model, device=args.device, flow=args.flow), frames)
+    print(
+        "| setting | PSNR against exact | largest difference of [0, 1] | time, exact = 1 |\n| --- | --- | --- | --- |"
+    )
+    for row in rows:
+        psnr = "same" if row["largest"] == 0 else f"{row['psnr']:.1f} dB"
+        print(f"| {row['setting']} | {psnr} | {row['largest']:.3f} | {row['time']:.2f} |")
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
