@@ -24,7 +24,7 @@ def half(request, checkpoint):
     return load_pipeline(checkpoint, device="cpu", dtype=request.param, flow="none")
 
 
-@pytest.mark.parametrize("name", ["A", "B"])
+@pytest.mark.parametrize("name", ["A", "B", "C_resize"])
 def test_golden_cases_within_three_times_the_rounding_of_weights(half, pipe, golden, name):
     case = load_file(golden / f"case_{name}.safetensors")
     lq = case["lq"] if "lq" in case else from_pixels(case["lq_u8"].permute(0, 3, 1, 2).float() / 255)

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from stream_diffvsr.denoise import UNET_MULTIPLE, latent_tiles
+from stream_diffvsr import UpscaleOptions
+from stream_diffvsr.denoise import UNET_MULTIPLE, Denoiser, Schedule, latent_tiles
 from stream_diffvsr.flow import CallableFlow
 from stream_diffvsr.flow.estimators import TileableFlow
 from stream_diffvsr.tiling import bands, feather, spans, tiles
@@ -60,6 +61,30 @@ def test_latent_tiles_lie_on_the_grid_of_the_unet(height, width, size, overlap):
     parts = latent_tiles(4 * height, 4 * width, size, overlap)
     assert all(tile.rows.start % UNET_MULTIPLE == tile.columns.start % UNET_MULTIPLE == 0 for tile in parts)
     assert sum(float(tile.weight.sum()) for tile in parts) == pytest.approx(16 * height * width, rel=1e-5)
+
+
+class Pointwise(torch.nn.Module):
+    """In place of the U-Net: it looks at no neighbours, so tiles must make no difference."""
+
+    def forward(self, x, timestep, **unused):
+        return (torch.tanh(x[:, :4] + x[:, 4:].sum(1, keepdim=True) + timestep / 1000),)
+
+
+@given(st.integers(2, 40), st.integers(2, 40), st.integers(64, 512), st.integers(0, 255), st.integers(1, 3))
+def test_denoising_in_tiles_cuts_and_blends_whole_tensors(pipe, height, width, size, overlap, steps):
+    options = UpscaleOptions(num_inference_steps=steps)
+    schedule = Schedule.prepare(pipe.scheduler_config, options, torch.device("cpu"))
+    noise, lq = torch.randn(1, 4, 4 * height, 4 * width), torch.randn(1, 3, 4 * height, 4 * width)
+    results = [
+        Denoiser(Pointwise(), pipe.control, torch.zeros(1, 77, 1), schedule, options, parts)(
+            noise, lq, None, lambda *_: None
+        )
+        for parts in (
+            latent_tiles(4 * height, 4 * width, None, 0),
+            latent_tiles(4 * height, 4 * width, size, min(overlap, (size - 1) // 2)),
+        )
+    ]
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
 
 
 def test_no_tile_size_is_one_tile_that_changes_nothing():

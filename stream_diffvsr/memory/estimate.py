@@ -18,18 +18,18 @@ from ..flow.estimators import TILE as FLOW_TILE
 from ..models.temporal_vae import TemporalBlock
 from ..options import UpscaleOptions
 from ..tensors import SCALE, padded_size
-from .plan import BAND_ROWS, Plan, asked_for
+from .plan import Plan, asked_for
 
 FRAMES = 6
 """Pictures of output size that live beside the networks: the previous and the new hq, the warped one, ..."""
 
-LIBRARIES = 150 * 2**20
+LIBRARIES = 95 * 2**20
 """What the libraries take when they first compute: code, threads, workspaces."""
 
 FLOW_BYTES = {"raft_large": 350, "raft_small": 145, "dis": 60, "bundled": 85}
 """Bytes per pixel of the estimated frames, without RAFT's volume; 0 for those not named."""
 
-FLOW_PARAMETERS = {"raft_large": 5_257_536, "raft_small": 990_162, "bundled": 97_656}
+FLOW_PARAMETERS = {"raft_large": 5_257_536, "raft_small": 990_162, "bundled": 100_951}
 
 FLOW_METHODS = {
     "raft_large": ("whole", "linear", "tiled"),
@@ -142,15 +142,24 @@ def _flow(name: str, pixels: float, method: str) -> float:
 
 
 def _controlnet(widths: Widths, height: int, width: int, plan: Plan) -> float:
-    """Numbers: the embedding at output size, or afterwards the network on it."""
+    """Numbers: the embedding at output size, or afterwards the network on it.
+
+    At output size, two pictures of the embedding's width live at once: what goes into an activation and
+    what comes out. Bands see 3 LQ rows more on either side, and keep the embedding's finished rows.
+    """
     seen = min(height, (plan.rows or height * SCALE) / SCALE + 6)
-    embedding = 32 * widths.embedding * seen * width + widths.unet * height * width * (plan.rows is not None)
+    finished = widths.unet * height * width * (plan.rows is not None)
+    embedding = 2 * SCALE**2 * widths.embedding * seen * width + finished
     network = (8.15 * widths.unet_layers - 2) * widths.unet * _at_once(height, width, plan)
     return max(embedding, network + widths.unet * height * width)
 
 
 def _unet(widths: Widths, height: int, width: int, plan: Plan) -> float:
-    """Numbers, with the ControlNet's residuals and embedding, which are there meanwhile."""
+    """Numbers, with the ControlNet's residuals and embedding, which are there meanwhile.
+
+    At the worst moment, in the last upward block, there are the skip connections of the first level, the
+    joined input, and the activation that the first norm makes of it.
+    """
     residuals = 1.94 * widths.unet_layers + 0.96
     network = (6.4 + 4.7 * widths.unet_layers + residuals) * widths.unet
     return network * _at_once(height, width, plan) + widths.unet * height * width
@@ -164,12 +173,41 @@ def _at_once(height: int, width: int, plan: Plan) -> int:
 
 def _vae(widths: Widths, height: int, width: int, plan: Plan) -> float:
     """Numbers: the features of the warped frame, or afterwards the decoder's."""
-    encoder, decoder = (64 if widths.encoder_block else 20), (81 if widths.decoder_block else 42)
-    if plan.rows is not None and plan.rows < SCALE * height:
-        scale = plan.rows / BAND_ROWS / height
-        encoder = min(encoder, (6.5 + 1500 * scale) if widths.encoder_block else (5.3 + 810 * scale))
-        decoder = min(decoder, (13 + 530 * scale) if widths.decoder_block else (4 + 540 * scale))
-    return max(encoder * widths.encoder, decoder * widths.decoder) * height * width
+    encoder = _encoder(widths.encoder_block, height, plan.rows) * widths.encoder
+    decoder = _decoder(widths.decoder_block, height, plan.rows) * widths.decoder
+    return max(encoder, decoder) * height * width
+
+
+def _encoder(block: bool, height: int, rows: int | None) -> float:
+    """Numbers per LQ pixel and channel.
+
+    A block holds 4 pictures: its input, an activation, the convolution of it, and the next activation. At
+    output size each has 16 pixels per LQ pixel, at half of it 4: there the widest part is where nothing
+    but folded convolutions stands at output size. In bands, the pictures are a band and its neighbourhood
+    high; beside them stand the finished ones of half and of a quarter of the size, 4 + 1.
+    """
+    size, seen = (SCALE**2, (rows or 0) + 16) if block else (SCALE, 2 * (rows or 0) + 16)
+    whole = 4 * size
+    return whole if rows is None else min(whole, 5.3 + (4 if block else 3) * size * seen / (SCALE * height))
+
+
+def _decoder(block: bool, height: int, rows: int | None) -> float:
+    """Numbers per LQ pixel and channel.
+
+    A block with TPM holds 5 pictures: input, update, enlarged mixture, its share, and a sum; and pooled maps.
+    In bands, beside them stand the input of the last part, at half of the size where its block is at full
+    size (4), else at a quarter (1), and the result; parts before it hold input and output, 4 + 4, and bands
+    of as many rows at half of the size.
+    """
+    # Folded doubling without a block at full size: 36 taps of 3 colours per pixel of half the size, which
+    # the library keeps in columns (measured); a convolution at full size needs no such columns.
+    whole = 81 if block else 20.4 + 13.5
+    if rows is None:
+        return whole
+    share = (rows + (12 if block else 24)) / (SCALE * height)
+    last = (5.5 + 80 * share) if block else (3 + 33.5 * share)
+    before = (8.3 + 32 * share) if block else 0
+    return min(whole, max(last, before))
 
 
 def _read(model: str | Path) -> Widths:
