@@ -232,11 +232,7 @@ def check_encoder(encoding: Encoding, container: str) -> None:
     """Raise `VideoError` where the container does not hold the codec, or the encoder does not open here."""
     import av
 
-    if (reason := why_not(encoding.codec)) is not None:
-        raise VideoError(
-            f"the encoder {encoding.codec} does not open on this machine ({reason}); with --codec choose "
-            f"one that does: {', '.join(name for name in CODECS if why_not(name) is None)}."
-        )
+    check_opens(encoding.codec)
     try:
         with av.open(io.BytesIO(), "w", format=container) as out:
             open_encoder(out, encoding).codec_context.open()
@@ -249,6 +245,15 @@ def check_encoder(encoding: Encoding, container: str) -> None:
         raise VideoError(
             f"{encoding.codec} cannot be written to {container} ({error}): choose another --codec or suffix."
         ) from error
+
+
+def check_opens(codec: str) -> None:
+    """Raise `VideoError` where an encoder does not open on this machine."""
+    if (reason := why_not(codec)) is not None:
+        raise VideoError(
+            f"the encoder {codec} does not open on this machine ({reason}); with --codec choose "
+            f"one that does: {', '.join(name for name in CODECS if why_not(name) is None)}."
+        )
 
 
 @functools.cache

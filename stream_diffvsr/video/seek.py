@@ -110,7 +110,7 @@ def count_to(
     for index, time in enumerate(times):
         if not span.before(index, (time - first) * stream.time_base):
             return Place(index, time), times
-    raise DoubtError("the start lies behind its end")
+    raise DoubtError("its packets end before the frame to start from")
 
 
 def timestamps(container: Any, stream: Any, span: Span, first: int) -> array[int]:
