@@ -1,6 +1,6 @@
 """What each approximation costs in accuracy and saves in time, on a real clip.
 
-    python benchmarks/approximations.py VIDEO [--model nano] [--frames 8] [--shrink 2] [--flow auto] [--json FILE]
+    python benchmarks/approximations.py VIDEO [--model nano] [--frames 8] [--shrink 2] [--json FILE]
 
 Every row is compared with `exact` on the same frames, each sequence going on from its own results, so
 that errors add up as they would in a video. Time is the processor's, in turns frame by frame.
@@ -46,19 +46,24 @@ def frames_of(video: Path, count: int, shrink: float) -> list[torch.Tensor]:
     return [F.interpolate(frame, size=size, mode="area") for frame in frames]
 
 
+def now(device: torch.device) -> float:
+    """Seconds; of the processor on a CPU, which other programs do not lengthen."""
+    synchronize(device)
+    return time.process_time() if device.type == "cpu" else time.perf_counter()
+
+
 def compare(pipe, frames: list[torch.Tensor]) -> list[dict[str, float | str]]:
     """Error and time of each row."""
     options = {name: UpscaleOptions(**fields) for name, fields in ROWS.items()}
-    states, errors, largest, times = dict.fromkeys(ROWS), {n: [] for n in ROWS}, {n: [] for n in ROWS}, []
+    states, times = dict.fromkeys(ROWS), []
+    errors, largest = {name: [] for name in ROWS}, {name: [] for name in ROWS}
     for lq in frames:
         took, results = {}, {}
         for name in ROWS:
-            synchronize(pipe.device)
-            start = time.process_time() if pipe.device.type == "cpu" else time.perf_counter()
+            start = now(pipe.device)
             result = pipe.process_frame(lq, states[name], options[name])
-            synchronize(pipe.device)
-            end = time.process_time() if pipe.device.type == "cpu" else time.perf_counter()
-            took[name], states[name], results[name] = end - start, result.state, to_pixels(result.hq)
+            took[name] = now(pipe.device) - start
+            states[name], results[name] = result.state, to_pixels(result.hq)
         times.append(took)
         for name in ROWS:
             difference = results[name] - results["preset exact"]
@@ -89,9 +94,8 @@ def main() -> None:
     args = parser.parse_args()
     frames = frames_of(args.video, args.frames, args.shrink)
     rows = compare(load_pipeline(args.model, device=args.device, flow=args.flow), frames)
-    print(
-        "| setting | PSNR against exact | largest difference of [0, 1] | time, exact = 1 |\n| --- | --- | --- | --- |"
-    )
+    print("| setting | PSNR against exact | largest difference of [0, 1] | time, exact = 1 |")
+    print("| --- | --- | --- | --- |")
     for row in rows:
         psnr = "same" if row["largest"] == 0 else f"{row['psnr']:.1f} dB"
         print(f"| {row['setting']} | {psnr} | {row['largest']:.3f} | {row['time']:.2f} |")
