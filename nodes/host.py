@@ -194,11 +194,11 @@ class Progress:
         self._total = total
         self.show(done)
 
-    def say(self, text: str) -> None:
-        """A line on the node, at most once a second."""
+    def say(self, text: str, last: bool = False) -> None:
+        """A line on the node, at most once a second; the `last` one in any case, since it stays."""
         server, now = comfy("server"), time.monotonic()
         instance = getattr(getattr(server, "PromptServer", None), "instance", None)
-        if instance and self._node_id and now >= self._next_text:
+        if instance and self._node_id and (last or now >= self._next_text):
             instance.send_progress_text(text, self._node_id)
             self._next_text = now + TEXT_SECONDS
 

@@ -260,7 +260,7 @@ def finish(pipe: StreamDiffVSRPipeline, job: VideoJob, begun: bool, node_id: str
         progress = host.Progress(first.total or 0 if first else 0, node_id)
         for step in itertools.chain([first] if first else [], steps):
             progress.show(step.done, step.hq[0].movedim(0, -1))
-            progress.say(describe(step))
+            progress.say(describe(step), last=step.done == step.total)
     return True
 
 

@@ -79,6 +79,9 @@ def test_a_line_on_the_node_once_a_second(monkeypatch: pytest.MonkeyPatch) -> No
         progress.say(f"frame {index}")
         now[0] += 0.25
     assert said == [("frame 0", "7"), ("frame 4", "7")]
+    now[0] -= 0.9
+    progress.say("frame 8", last=True)
+    assert said[2:] == [("frame 8", "7")]
 
 
 class Recorder:
