@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, estimate_memory, load_pipeline
 from stream_diffvsr.errors import CheckpointError, ModelNotFoundError
 from stream_diffvsr.flow import BundledFlow, open_flow
-from stream_diffvsr.flow.bundled import FlowNetwork, levels_for, matches, near_change, pull
+from stream_diffvsr.flow.bundled import FlowNetwork, differences, least_squares, levels_for, near_change, pull
 from stream_diffvsr.memory.estimate import FLOW_PARAMETERS
 from stream_diffvsr.tensors import upsample
 from stream_diffvsr.weights.find import NANO
@@ -139,13 +139,38 @@ def test_levels(height: int, width: int):
     assert levels == 1 or min(height, width) / 2**levels >= 5
 
 
-def test_matches_are_scalar_products():
-    current, moved = torch.rand(2, 1, 5, 6, 7)
-    cost = matches(current, moved, 2)
-    assert cost.shape == (1, 25, 6, 7)
-    torch.testing.assert_close(cost[:, 12], (current * moved).sum(1))
-    # Row by row: the first shift is two up and two to the left.
-    torch.testing.assert_close(cost[:, 0, 2:, 2:], (current[..., 2:, 2:] * moved[..., :-2, :-2]).sum(1))
+def test_the_difference_is_least_at_the_true_shift():
+    previous = textured(30, 40)
+    current = previous.roll((2, -1), (2, 3))  # what is at (y, x) was at (y - 2, x + 1)
+    least = differences(current, previous, 3)[..., 6:-6, 6:-6].argmin(1)
+    assert least.unique().tolist() == [(3 - 2) * 7 + 3 + 1]
+
+
+def test_the_likely_shift_is_the_true_one(bundled: BundledFlow):
+    previous = textured(30, 40)
+    current = previous.roll((2, -1), (2, 3))
+    shift = bundled.network.matcher(current, previous)[1][..., 6:-6, 6:-6]
+    assert (shift - torch.tensor([1.0, -2.0]).view(1, 2, 1, 1)).abs().mean() < 0.1
+
+
+@pytest.mark.parametrize("shift", [(0.25, 0.0), (0.0, -0.4), (-0.3, 0.3)])
+def test_least_squares_finds_small_shifts(shift: tuple[float, float]):
+    """In pictures without the finest detail, whose gradients differences over two pixels underrate."""
+    current, previous = (F.avg_pool2d(frame, 5, 1) for frame in shifted(shift))
+    steps, firm = least_squares(current, previous, torch.ones(1, 1, *current.shape[-2:]))
+    for window in steps.split(2, 1):
+        assert (window.mean((2, 3)) - torch.tensor([shift])).abs().max() < 0.1
+    assert firm.mean() > 0.5
+
+
+def test_nothing_holds_what_is_flat_or_one_edge():
+    flat = torch.zeros(1, 3, 20, 20)
+    edge = flat.clone()
+    edge[..., 10:] = 1
+    for picture in (flat, edge):
+        steps, firm = least_squares(picture, picture, torch.ones(1, 1, 20, 20))
+        assert not steps.any()
+        assert firm.max() < 0.05
 
 
 def test_pull_is_exact():

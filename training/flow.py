@@ -33,7 +33,7 @@ CONFIG = {"features": 24, "radius": 3, "widths": [48, 40, 32], "refinement": [24
 HIDDEN_WEIGHT = 0.4
 """Of what only the current frame shows; what both show counts 1."""
 
-LEVEL_WEIGHTS = (1.0, 0.5, 0.3, 0.2, 0.15, 0.1, 0.1)
+LEVEL_WEIGHTS = (1.0, 0.5, 0.2, 0.12, 0.08, 0.06, 0.05)
 """From the LQ size downwards."""
 
 LARGE_SHARE = 0.25
@@ -49,18 +49,17 @@ def level_loss(flow: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
     size = flow.shape[-2:]
     truth, weight = F.adaptive_avg_pool2d(truth, size), F.adaptive_avg_pool2d(weight, size)
     error = ((flow * scale - truth).square().sum(1, True) + 1e-8).sqrt()
-    return ((error + OFFSET) ** POWER * weight).sum() / weight.sum()
+    mean = ((error + OFFSET) ** POWER * weight).sum() / weight.sum()
+    return LEVEL_WEIGHTS[round(math.log2(scale))] * mean
 
 
 def flow_loss(network: FlowNetwork, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, float]:
     """-> the loss over all levels, and the finest flow's end-point error in LQ pixels."""
     current, previous, truth, seen = batch
     weight = HIDDEN_WEIGHT + (1 - HIDDEN_WEIGHT) * seen
-    flows = network.flows(current, previous)[::-1]
-    losses = [
-        factor * level_loss(flow, truth, weight) for factor, flow in zip(LEVEL_WEIGHTS, flows, strict=False)
-    ]
-    error = (flows[0].detach() - truth).square().sum(1).sqrt().mean()
+    flows = network.flows(current, previous)
+    losses = [level_loss(flow, truth, weight) for flow in flows]
+    error = (flows[-1].detach() - truth).square().sum(1).sqrt().mean()
     return torch.stack(losses).sum(), float(error)
 
 
@@ -99,7 +98,7 @@ class Run:
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimiser.step()
         self.step += 1
-        decay = min(0.998, (1 + self.step) / (10 + self.step))
+        decay = min(0.996, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
             for slow, fast in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 slow.lerp_(fast, 1 - decay)

@@ -65,7 +65,7 @@ def grid(height: int, width: int) -> np.ndarray:
     return np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
 
 
-def pan(rng: np.random.Generator, slowest: float = 0.05) -> np.ndarray:
+def pan(rng: np.random.Generator, slowest: float = 0.03) -> np.ndarray:
     """Oversampled pixels; as many slow ones as fast ones."""
     speed = np.exp(rng.uniform(np.log(slowest), np.log(FASTEST))) * OVERSAMPLE
     heading = rng.choice(4) * np.pi / 2 if rng.random() < 0.3 else rng.uniform(0, 2 * np.pi)
@@ -82,14 +82,14 @@ def motion(rng: np.random.Generator, places: np.ndarray) -> np.ndarray:
         turn, zoom = rng.normal(0, 0.025, 2) * rng.random()
         offset = places - rng.uniform(0.2, 0.8, 2) * (width, height)
         flow += offset @ np.array([[zoom, turn], [-turn, zoom]])
-    if rng.random() < 0.3:
-        flow += bend(rng, height, width) * np.exp(rng.uniform(np.log(0.1), np.log(4)))
+    if rng.random() < 0.5:
+        flow += bend(rng, height, width) * np.exp(rng.uniform(np.log(0.05), np.log(3)))
     return flow.astype(np.float32)
 
 
 def bend(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """A smooth field of unit spread."""
-    coarse = rng.standard_normal((rng.integers(3, 7), rng.integers(3, 7), 2)).astype(np.float32)
+    coarse = rng.standard_normal((*rng.integers(3, 13, 2), 2)).astype(np.float32)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 

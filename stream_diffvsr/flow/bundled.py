@@ -4,8 +4,8 @@ Everything that a frame shows lies at a quarter of its size, since it was enlarg
 are averaged down by 4 first, and the flow found there is enlarged at the end.
 
 On every level of a pyramid the same weights look at the frame, at the previous one moved along the flow
-so far, at how well they match at each shift of a few pixels, and at the step that least squares over
-small windows (Lucas and Kanade) proposes; they decide how far to follow those steps and what to add.
+so far, and at two things that need no learning: how well windows match at each shift of a few pixels,
+and the step that least squares proposes (Lucas and Kanade). They decide how far to follow, and what to add.
 """
 
 from __future__ import annotations
@@ -32,11 +32,18 @@ WINDOW = 5
 """Side, in pixels of a level, of the windows of least squares; a second one is as wide again."""
 
 WINDOWS = 2
-STEPS = 2 * WINDOWS
-"""Channels of their proposals."""
+
+NOISE = 3e-4
+"""Squared differences (model range) that tell nothing."""
 
 DAMPING = 2e-4
 """Added to squared gradients (model range, per channel): flat windows propose no step."""
+
+SMOOTHED = 7
+"""Side, in pixels of a level, of the window in which firm flow spreads to where nothing holds it."""
+
+ROUNDS = 2
+"""How often each level is gone through, but for the one at half size, which costs most."""
 
 LONGEST_STEP = 1.5
 """Pixels of a level; where least squares proposes more, its linear picture of the frame does not hold."""
@@ -72,49 +79,93 @@ def near_change(current: Tensor, previous: Tensor) -> Tensor:
     return near[..., : current.shape[-2], : current.shape[-1]]
 
 
-def matches(current: Tensor, moved: Tensor, radius: int) -> Tensor:
-    """Scalar products of unit features at every shift within `radius`, (N, (2 radius + 1)^2, h, w)."""
+def differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
+    """Mean squared differences of windows at every shift within `radius`, (N, (2 radius + 1)^2, h, w)."""
     height, width = current.shape[-2:]
-    around = F.pad(moved, (radius,) * 4)
+    around = F.pad(moved, (radius,) * 4, mode="replicate")
     shifts = product(range(2 * radius + 1), repeat=2)
-    return torch.stack([(current * around[..., y : y + height, x : x + width]).sum(1) for y, x in shifts], 1)
+    squares = [(current - around[..., y : y + height, x : x + width]).square().mean(1) for y, x in shifts]
+    return F.avg_pool2d(torch.stack(squares, 1), WINDOW, 1, WINDOW // 2, count_include_pad=False)
 
 
-def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> Tensor:
-    """Steps (N, 4, h, w) in pixels that would bring `moved` onto `current`, one per window size."""
+def with_detail(picture: Tensor) -> Tensor:
+    """The picture and what is left of it without its local mean, which a change of light does not touch."""
+    mean = F.avg_pool2d(picture, WINDOW, 1, WINDOW // 2, count_include_pad=False)
+    return torch.cat([picture / 2, picture - mean], 1)
+
+
+class Matcher(nn.Module):
+    """How likely each shift is, from how windows differ there."""
+
+    def __init__(self, radius: int) -> None:
+        super().__init__()
+        self.radius = radius
+        sides = torch.arange(-radius, radius + 1.0)
+        y, x = torch.meshgrid(sides, sides, indexing="ij")
+        self.register_buffer("shifts", torch.stack([x, y]).flatten(1), persistent=False)
+        self.sharpness = nn.Parameter(torch.tensor(3.0))
+        self.liking = nn.Parameter(-0.05 * (x * x + y * y).flatten())
+
+    def forward(self, current: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+        """-> what the decoder sees of it, (2 radius + 1)^2 + 1 channels, and the mean shift (N, 2, h, w)."""
+        cost = differences(with_detail(current), with_detail(moved), self.radius)
+        scale = cost.mean(1, True) + NOISE
+        likely = torch.softmax(self.liking[:, None, None] - self.sharpness.exp() * cost / scale, 1)
+        shift = torch.einsum("nshw,cs->nchw", likely, self.shifts)
+        return torch.cat([likely, cost.amin(1, True) / scale], 1), shift
+
+
+def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps (N, 4, h, w) in pixels that would bring `moved` onto `current`, one per window size.
+
+    And how well the wider window holds every direction, (N, 1, h, w) from 0, flat or one edge, to 1.
+    """
     mean = F.pad((current + moved) / 2, (1, 1, 1, 1), mode="replicate")
     dx = (mean[:, :, 1:-1, 2:] - mean[:, :, 1:-1, :-2]) * (inside / 2)
     dy = (mean[:, :, 2:, 1:-1] - mean[:, :, :-2, 1:-1]) * (inside / 2)
     change = moved - current
     products = torch.cat([(a * b).mean(1, True) for a, b in
                           ((dx, dx), (dx, dy), (dy, dy), (dx, change), (dy, change))], 1)  # fmt: skip
-    steps = []
-    for _ in range(WINDOWS):
-        products = F.avg_pool2d(products, WINDOW, 1, WINDOW // 2)
-        xx, xy, yy, xt, yt = products.split(1, 1)
-        xx, yy = xx + DAMPING, yy + DAMPING
-        determinant = xx * yy - xy * xy
-        steps += [(xy * yt - yy * xt) / determinant, (xy * xt - xx * yt) / determinant]
-    return torch.cat(steps, 1).clamp(-LONGEST_STEP, LONGEST_STEP)
+    narrow = F.avg_pool2d(products, WINDOW, 1, WINDOW // 2)
+    (small, _), (wide, firm) = solved(narrow), solved(F.avg_pool2d(narrow, WINDOW, 1, WINDOW // 2))
+    return torch.cat([small, wide], 1).clamp(-LONGEST_STEP, LONGEST_STEP), firm
+
+
+def solved(products: Tensor) -> tuple[Tensor, Tensor]:
+    """The step of each window, from its mean products of gradients and change, and how well it is held."""
+    xx, xy, yy, xt, yt = products.split(1, 1)
+    xx, yy = xx + DAMPING, yy + DAMPING
+    determinant = xx * yy - xy * xy
+    least = (determinant / (xx + yy) - DAMPING / 2).clamp(min=0)
+    step = torch.cat([xy * yt - yy * xt, xy * xt - xx * yt], 1) / determinant
+    return step, least / (least + 10 * DAMPING)
 
 
 class Decoder(nn.Module):
     """From what is seen on a level to a better flow, and to what the next level should know."""
 
-    def __init__(self, inputs: int, widths: Sequence[int], hidden: int) -> None:
+    def __init__(self, inputs: int, widths: Sequence[int], proposals: int, hidden: int) -> None:
         super().__init__()
+        self.split = [2, proposals, 1, 1, hidden]
         sides = (inputs, *widths)
         self.layers = nn.ModuleList(
             nn.Conv2d(a, b, 3, padding=1) for a, b in zip(sides, widths, strict=False)
         )
-        self.head = nn.Conv2d(sides[-1], 2 + WINDOWS + hidden, 3, padding=1)
+        self.head = nn.Conv2d(sides[-1], sum(self.split), 3, padding=1)
 
-    def forward(self, seen: Tensor, flow: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, seen: Tensor, flow: Tensor, steps: Tensor, firm: Tensor) -> tuple[Tensor, Tensor]:
         for layer in self.layers:
             seen = F.leaky_relu(layer(seen), 0.1)
-        step, trust, hidden = self.head(seen).split([2, WINDOWS, self.head.out_channels - 4], 1)
+        step, trust, weight, smooth, hidden = self.head(seen).split(self.split, 1)
         followed = torch.sigmoid(trust).unsqueeze(2) * steps.unflatten(1, (-1, 2))
-        return flow + step + followed.sum(1), torch.tanh(hidden)
+        flow = flow + step + followed.sum(1)
+        weight = (firm + 0.01) * weight.clamp(-6, 6).exp()
+        around = blurred(weight * flow) / blurred(weight)
+        return flow + torch.sigmoid(smooth) * (around - flow), torch.tanh(hidden)
+
+
+def blurred(picture: Tensor) -> Tensor:
+    return F.avg_pool2d(picture, SMOOTHED, 1, SMOOTHED // 2, count_include_pad=False)
 
 
 class FlowNetwork(nn.Module):
@@ -124,14 +175,19 @@ class FlowNetwork(nn.Module):
         self, features: int, radius: int, widths: Sequence[int], refinement: Sequence[int], hidden: int
     ) -> None:
         super().__init__()
-        self.radius, self.hidden = radius, hidden
+        self.hidden = hidden
         self.unshuffle = nn.PixelUnshuffle(2)
         self.encoder = nn.ModuleList(
             [nn.Conv2d(12, features, 3, padding=1), nn.Conv2d(features, features, 3, padding=1)]
         )
-        common = STEPS + 2 + 3 + 1 + hidden  # steps, flow, change, inside
-        self.decoder = Decoder((2 * radius + 1) ** 2 + features + common, widths, hidden)
-        self.refine = Decoder(3 + common, refinement, 0)
+        self.matcher = Matcher(radius)
+        common = 2 * WINDOWS + 1 + 2 + 3 + 1 + hidden  # steps, firmness, flow, change, inside
+        matches = (2 * radius + 1) ** 2 + 1 + 2
+        self.decoder = Decoder(matches + features + common, widths, WINDOWS + 1, hidden)
+        self.refine = Decoder(3 + common, refinement, WINDOWS, 0)
+        for decoder in (self.decoder, self.refine):
+            nn.init.normal_(decoder.head.weight, std=0.01)
+            nn.init.zeros_(decoder.head.bias)
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
         """(N, 3, h, w) in model range, any size from 1x1 -> (N, 2, h, w) in their pixels.
@@ -153,35 +209,38 @@ class FlowNetwork(nn.Module):
         flow, hidden = smallest[:, :2] * 0, smallest[:, :1].expand(-1, self.hidden, -1, -1) * 0
         flows = []
         for level in range(levels, 0, -1):
-            now, before = self._features(pyramid[level - 1]).chunk(2)
-            flow, hidden = self._level(pyramid[level], now, before, flow, hidden)
-            flows.append(flow)
+            context = self._context(pyramid[level - 1].chunk(2)[0])
+            for _ in range(ROUNDS if level > 1 else 1):
+                flow, hidden = self._level(pyramid[level], context, flow.detach(), hidden)
+                flows.append(flow)
             flow, hidden = 2 * _twice(flow.detach()), _twice(hidden)
-        return [*flows, self._finest(pyramid[0], flow, hidden)]
+        for _ in range(ROUNDS):
+            flow = self._finest(pyramid[0], flow.detach(), hidden)
+            flows.append(flow)
+        return flows
 
-    def _features(self, picture: Tensor) -> Tensor:
-        """At half of the picture's size, of unit length."""
+    def _context(self, picture: Tensor) -> Tensor:
+        """What is where, at half of the picture's size."""
         features = self.unshuffle(picture)
-        for index, layer in enumerate(self.encoder):
-            features = layer(F.leaky_relu(features, 0.1) if index else features)
-        return features / (features.square().sum(1, True) + 1e-2).sqrt()
+        for layer in self.encoder:
+            features = F.leaky_relu(layer(features), 0.1)
+        return features
 
-    def _level(
-        self, pair: Tensor, now: Tensor, before: Tensor, flow: Tensor, hidden: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _level(self, pair: Tensor, context: Tensor, flow: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         current, previous = pair.chunk(2)
-        moved, inside = pull(torch.cat([previous, before], 1), flow)
-        steps = least_squares(current, moved[:, :3], inside)
-        cost = matches(now, moved[:, 3:], self.radius)
-        seen = torch.cat([cost, now, steps, flow / 8, moved[:, :3] - current, inside, hidden], 1)
-        return self.decoder(seen, flow, steps)
+        moved, inside = pull(previous, flow)
+        likely, shift = self.matcher(current, moved)
+        steps, firm = least_squares(current, moved, inside)
+        steps = torch.cat([steps, shift], 1)
+        seen = torch.cat([likely, context, steps, firm, flow / 8, moved - current, inside, hidden], 1)
+        return self.decoder(seen, flow, steps, firm)
 
     def _finest(self, pair: Tensor, flow: Tensor, hidden: Tensor) -> Tensor:
         current, previous = pair.chunk(2)
         moved, inside = pull(previous, flow)
-        steps = least_squares(current, moved, inside)
-        seen = torch.cat([current, steps, flow / 8, moved - current, inside, hidden], 1)
-        return self.refine(seen, flow, steps)[0]
+        steps, firm = least_squares(current, moved, inside)
+        seen = torch.cat([current, steps, firm, flow / 8, moved - current, inside, hidden], 1)
+        return self.refine(seen, flow, steps, firm)[0]
 
     @staticmethod
     def _padded(picture: Tensor, levels: int) -> Tensor:
