@@ -56,7 +56,7 @@ def write_video(
     ticks: Fraction = TICKS,
     draw=picture,
 ) -> Path:
-    """A video file; `times` in 1/12800 s, `ticks` the encoder's, `colour` matrix, range, primaries, transfer."""
+    """A file; `times` in 1/12800 s, `ticks` the encoder's, `colour` matrix, range, primaries, transfer."""
     words = {"movflags": "use_metadata_tags"} if path.suffix == ".mp4" else {}
     with av.open(str(path), "w", container_options=words) as out:
         out.metadata.update(metadata or {})
