@@ -252,10 +252,10 @@ def test_a_cancelled_file_is_playable_and_goes_on(server: Server) -> None:
 
 def test_the_finished_file_goes_on_as_path_and_as_video(server: Server) -> None:
     job = file_job(video_path="short.mp4", output_path="on.mp4", num_inference_steps=1)
-    job["3"] = node("SaveVideo", video=["2", 1], filename_prefix="again", format="auto", codec="auto")
+    job["3"] = node("SaveVideo", video=["2", 1], filename_prefix="remuxed", format="auto", codec="auto")
     job["4"] = node("PreviewAny", source=["2", 0])
     done = server.run(job)
-    written, again = server.base / "output" / "on.mp4", server.base / "output" / "again_00001_.mp4"
+    written, again = server.base / "output" / "on.mp4", server.base / "output" / "remuxed_00001_.mp4"
     assert done["outputs"]["4"]["text"] == [str(written.resolve())]
     assert np.array_equal(frames_of(written), frames_of(again))
     with av.open(str(again)) as container:
