@@ -124,7 +124,8 @@ before = peak()
 block = LinearCorrelation(4, 4)
 block.build_pyramid(*features)
 block.index_pyramid(centroids_coords=places + torch.randn_like(places) / 4)
-result = block.index_pyramid(centroids_coords=places + 40 * torch.randn_like(places))
+scattered = 40 * torch.randn_like(places) * (y < {height} // 8)
+result = block.index_pyramid(centroids_coords=places + scattered)
 """
 
 
