@@ -24,6 +24,9 @@ OFF = "off"
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "TemporalBlock", "ControlNetConditioningEmbedding")
 """Names of the classes whose `forward` is compiled: where sums, norms and activations can be fused."""
 
+CPU_BLOCKS = ("BasicTransformerBlock",)
+"""Those of them that gain on a CPU, where the convolutions of the others hide what fusing saves."""
+
 MODES = {"auto": None, "max": "max-autotune-no-cudagraphs"}
 """What torch calls each. With graphs per block, the next step would overwrite what a block gave."""
 
@@ -60,7 +63,7 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
     if mode == OFF:
         yield
         return
-    blocks = [block for network in networks for block in network.modules() if type(block).__name__ in BLOCKS]
+    blocks = [block for network in networks for block in network.modules() if _is_worth_it(block)]
     limit = next(name for name in LIMIT_NAMES if hasattr(torch._dynamo.config, name))
     try:
         for block in blocks:
@@ -70,6 +73,13 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
+
+
+def _is_worth_it(block: nn.Module) -> bool:
+    if type(block).__name__ not in BLOCKS:
+        return False
+    on_cpu = all(weight.device.type == "cpu" for weight in block.parameters())
+    return not on_cpu or type(block).__name__ in CPU_BLOCKS
 
 
 def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:

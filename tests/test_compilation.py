@@ -13,7 +13,6 @@ from samples import moving
 from test_golden import TOLERANCE, assert_near, upscale
 
 from stream_diffvsr import UpscaleOptions, compilation
-from stream_diffvsr.models.temporal_vae import TemporalBlock
 
 WITHOUT_COMPILER = """
 import logging, sys, torch
@@ -43,38 +42,34 @@ def test_without_a_compiler_frames_are_the_same(checkpoint, tmp_path):
 
 @needs_compiler
 def test_blocks_are_compiled_only_inside(pipe):
-    block = next(module for module in pipe.vae.modules() if isinstance(module, TemporalBlock))
-    channels = block.conv[0].in_channels
+    unet = pipe.stages["unet"]
+    block = next(module for module in unet.modules() if type(module).__name__ == "BasicTransformerBlock")
+    prompt = pipe.prompts.get("")
     with torch.no_grad():
-        for size in ((8, 12), (16, 8), (12, 20)):
-            x, previous = (
-                torch.randn(1, channels, *size),
-                torch.randn(1, channels, *(side // 4 for side in size)),
-            )
-            expected = block(x, previous)
-            with compilation.compiled([pipe.vae], "auto"):
+        for positions in (48, 300):
+            x = torch.randn(1, positions, block.norm1.normalized_shape[0])
+            expected = block(x, encoder_hidden_states=prompt)
+            with compilation.compiled([unet], "auto"):
                 assert "forward" in vars(block)
-                got = block(x, previous)
+                got = block(x, encoder_hidden_states=prompt)
             assert "forward" not in vars(block)
             torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
     assert not compilation._failed
 
 
 def test_one_that_cannot_be_compiled_runs_by_itself(caplog, monkeypatch):
-    class TemporalBlock(torch.nn.Module):  # the name counts
+    class BasicTransformerBlock(torch.nn.Module):  # the name counts
         def forward(self, x):
-            torch._dynamo.graph_break()
             return x + 1
 
-    monkeypatch.setattr(
-        compilation, "_compile", lambda *_: lambda *_: (_ for _ in ()).throw(RuntimeError("no"))
-    )
-    block = TemporalBlock()
+    def refuse(*_):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(compilation, "_compile", lambda *_: refuse)
+    block = BasicTransformerBlock()
     with compilation.compiled([block], "auto"):
         assert [float(block(torch.ones(()))) for _ in range(3)] == [2, 2, 2]
-    assert caplog.messages == ["TemporalBlock is not compiled: RuntimeError: no"]
-    with pytest.raises(TypeError), compilation.compiled([block], "auto"):
-        block("nonsense")
+    assert caplog.messages == ["BasicTransformerBlock is not compiled: RuntimeError: no"]
 
 
 @pytest.mark.long
