@@ -97,7 +97,8 @@ def _random(drawn: Tensor, like: Tensor) -> Tensor:
     """Such a weight: ones for the scale of a norm or a mixture, else numbers that keep sums near 1."""
     if like.ndim < 2:
         return drawn.new_ones(like.shape)
-    values = drawn.repeat(-(-like.numel() // drawn.numel()))[: like.numel()].mul_(like[0].numel() ** -0.5)
+    # The product is a tensor of its own: a part of what was repeated would keep all of it.
+    values = drawn.repeat(-(-like.numel() // drawn.numel()))[: like.numel()] * like[0].numel() ** -0.5
     if like.ndim != 4:
         return values.reshape(like.shape)
     # In the order that the pipeline wants, so that gigabytes are not copied once more.
