@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 README, PICTURES = ROOT / "README.md", ROOT / "docs"
 BEGIN, END = "<!-- nano's figures: python -m training.figures --write -->", "<!-- end of nano's figures -->"
 
-SEED, SCENES, GENERATED, SIDE = 2026, 8, 4, 256
+SEED, SCENES, GENERATED, SIDE = 2026, 8, 3, 256
 """Of the generated clips; training draws other scenes."""
 SLOWEST = 0.25
 """Mean flow in pixels: where nothing moves, bicubic's warping error is nothing to compare with."""
