@@ -79,8 +79,15 @@ def fill(network: Network, part: Part, device: torch.device, dtype: torch.dtype)
 
 
 def place(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move a weight; whole numbers keep their type."""
-    return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+    """Move a weight; whole numbers keep their type.
+
+    What is copied anyway comes into the order that convolutions take, channels last.
+    """
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    if (tensor.device, tensor.dtype) == (device, dtype):
+        return tensor
+    order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(device, dtype, memory_format=order)
 
 
 Value = TypeVar("Value")

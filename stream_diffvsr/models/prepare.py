@@ -17,6 +17,6 @@ def prepare(unet: nn.Module, control: Control, vae: TemporalAutoencoderTiny) -> 
     with torch.inference_mode(False), torch.no_grad():
         upcast_attention(unet, control)
         fold(unet, vae)
-        for network in (unet, control, vae):
-            # Convolutions take channels last: else each call brings pictures and weights into that order.
-            nn.Module.to(network, memory_format=torch.channels_last)
+        # Convolutions take channels last: else each call brings pictures and weights into that order. The
+        # larger networks come so where they were copied (build.py), and else stay in their mapped files.
+        nn.Module.to(vae, memory_format=torch.channels_last)
