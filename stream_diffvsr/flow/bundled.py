@@ -187,7 +187,8 @@ class FlowNetwork(nn.Module):
         self.refine = Decoder(3 + common, refinement, WINDOWS, 0)
         for decoder in (self.decoder, self.refine):
             nn.init.normal_(decoder.head.weight, std=0.01)
-            nn.init.zeros_(decoder.head.bias)
+            if decoder.head.bias is not None:
+                nn.init.zeros_(decoder.head.bias)
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
         """(N, 3, h, w) in model range, any size from 1x1 -> (N, 2, h, w) in their pixels.

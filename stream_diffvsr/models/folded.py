@@ -122,7 +122,7 @@ def _fold_runs(layers: list[nn.Module]) -> Iterator[nn.Module]:
 def _is_foldable(run: Sequence[nn.Module]) -> bool:
     """Whether these layers are one convolution, and that one costs less."""
     doubled = isinstance(run[0], nn.Upsample)
-    convolutions = [layer for layer in run[doubled:] if _is_3x3(layer)]
+    convolutions = [layer for layer in run[doubled:] if isinstance(layer, nn.Conv2d) and _is_3x3(layer)]
     if len(convolutions) != len(run) - doubled or any(
         c.stride != (1, 1) for c in convolutions[: 1 + doubled]
     ):
