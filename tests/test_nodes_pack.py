@@ -228,4 +228,4 @@ def test_what_the_registry_reads() -> None:
 def test_pictures_of_the_readme_are_there() -> None:
     pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
     assert pictures
-    assert all((ROOT / picture).stat().st_size < 400_000 for picture in pictures)
+    assert all((ROOT / picture).stat().st_size < 300_000 for picture in pictures)

@@ -208,7 +208,7 @@ def loop(pipe: StreamDiffVSRPipeline, path: Path) -> None:
     shown = {name: methods(pipe)[name](lq)[..., 60:360, 20:420] for name in ("bicubic", "nano")}
     frames = [beside([labelled(pictures[index], name) for name, pictures in shown.items()])
               for index in [*range(FRAMES), *range(FRAMES - 2, 0, -1)]]  # fmt: skip
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=90, loop=0, quality=70, method=6)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=90, loop=0, quality=55, method=6)
 
 
 def insert(text: str, path: Path) -> None:
