@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,9 +67,11 @@ def flow_loss(network: FlowNetwork, batch: tuple[Tensor, Tensor, Tensor, Tensor]
 class Run:
     """Network, moving average, optimiser and learning rate, kept in a file."""
 
-    def __init__(self, path: Path, steps: int, rate: float) -> None:
+    def __init__(self, path: Path, steps: int, rate: float, start: Path | None) -> None:
         self.path, self.steps, self.rate, self.step = path, steps, rate, 0
         self.network = FlowNetwork(**CONFIG)
+        if start:
+            self.network.load_state_dict({k: v.float() for k, v in load_file(start).items()})
         self.average = copy.deepcopy(self.network)
         self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=rate, weight_decay=1e-4)
         if path.exists():
@@ -134,13 +137,14 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="flow", help="of the run")
+    parser.add_argument("--start", type=Path, help="weights that flow_export wrote, to begin with")
     args = parser.parse_args()
     RUNS.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
     pool = Pool(Pictures(args.seed, args.scenes, RUNS / f"scenes-{args.seed}-{args.scenes}.npy"))
-    fit(Run(RUNS / f"{args.name}.pt", args.steps, args.rate), pool, args)
+    fit(Run(RUNS / f"{args.name}.pt", args.steps, args.rate, args.start), pool, args)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, distributed, multiprocessing, nn
 
 from training.data import Pictures, still_batch
+from training.export import WEIGHTS
 from training.losses import fidelity
 from training.networks import Nano
 from training.sequences import sequence_batch
@@ -159,13 +161,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steadiness", type=float, default=0.6, help="weight of the loss against flicker")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="checkpoint of the stage before")
+    parser.add_argument("--start", type=Path, help="what the stage before saved, or a checkpoint folder")
     return parser.parse_args()
+
+
+def exported(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint folder, named as in `Nano`."""
+    weights = {f"{part}.{name}": value.float() for part in ("unet", "controlnet", "vae")
+               for name, value in load_file(folder / part / WEIGHTS).items()}  # fmt: skip
+    prompt = load_file(folder / "prompt_embeddings.safetensors")
+    return {**weights, "prompt": next(iter(prompt.values()))}
 
 
 def start_from(model: Nano, checkpoint: Path, fresh_control: bool) -> None:
     """Take over what an earlier run has trained; the autoencoder's stage left the rest as it began."""
-    weights = torch.load(checkpoint, weights_only=True)["average"]
+    if checkpoint.is_dir():
+        weights = exported(checkpoint)
+    else:
+        weights = torch.load(checkpoint, weights_only=True)["average"]
     if checkpoint.stem == "autoencoder":
         weights = {k: v for k, v in weights.items() if k.startswith("vae.")}
     if fresh_control:
