@@ -63,6 +63,14 @@ class Schedule:
         return self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
 
 
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """What each network takes of one prompt: keys and values, (1, 77, .), or the prompt itself."""
+
+    unet: Tensor
+    control: Tensor
+
+
 def latent_tiles(height: int, width: int, size: int | None, overlap: int) -> list[Tile]:
     """Tiles of latents (., ., height, width), `size` and `overlap` in HQ pixels; no size: one tile of all."""
     if size is None:
@@ -77,8 +85,8 @@ class Denoiser:
 
     unet: nn.Module
     control: Control
-    prompt: Tensor
-    """(1, 77, D), or (2, 77, D) with guidance: the negative prompt first."""
+    prompts: Sequence[Prompt]
+    """One, or with guidance two: the negative prompt first."""
     schedule: Schedule
     options: UpscaleOptions
     tiles: Sequence[Tile]
@@ -119,10 +127,12 @@ class Denoiser:
         With guidance, u + g (c - u) of two separate runs, so that it is exactly that of the parts, and
         needs no more memory than one. `kept` are residuals of an earlier step, by prompt.
         """
-        x = x.to(self.prompt.dtype)
+        x = x.to(self.prompts[0].unet.dtype)
         unconditional, *conditional = (
-            self.predict_one(x, timestep, prompt, self._residuals(x, timestep, index, embedding, scale, kept))
-            for index, prompt in enumerate(self.prompt.split(1))
+            self.predict_one(
+                x, timestep, prompt.unet, self._residuals(x, timestep, index, embedding, scale, kept)
+            )
+            for index, prompt in enumerate(self.prompts)
         )
         if not conditional:
             return unconditional
@@ -142,7 +152,7 @@ class Denoiser:
             return None, None
         if index in kept:
             return kept[index]
-        residuals = self.control(x, timestep, self.prompt[index : index + 1], embedding, scale)
+        residuals = self.control(x, timestep, self.prompts[index].control, embedding, scale)
         if self.options.control_every > 1:
             kept[index] = residuals
         return residuals
@@ -150,7 +160,7 @@ class Denoiser:
     def predict_one(
         self, x: Tensor, timestep: Tensor, prompt: Tensor, residuals: Residuals | tuple[None, None]
     ) -> Tensor:
-        """The prediction for one prompt, (1, 77, D)."""
+        """The prediction for one prompt, as the U-Net takes it."""
         prediction = self.unet(
             x,
             timestep,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import compilation
-from .denoise import Denoiser, OnStep, Schedule, latent_tiles, noise
+from .denoise import Denoiser, OnStep, Prompt, Schedule, latent_tiles, noise
 from .errors import CheckpointError, IncompatibleInputError
 from .flow import FlowEstimator
 from .memory.choose import Planner, record
@@ -30,6 +30,7 @@ from .models.control import Control
 from .models.precision import in_float32
 from .models.prepare import prepare
 from .models.prompt import PromptEmbeddings
+from .models.prompted import keys_and_values
 from .models.temporal_vae import TemporalAutoencoderTiny
 from .options import UpscaleOptions
 from .placement import FixedPlacement, Placement
@@ -101,7 +102,7 @@ class StreamDiffVSRPipeline:
         self.model = model
         self.centred_flow = centred_flow
         self._widths = Widths.of(unet, control, vae, flow.name)
-        self._prepared: dict[tuple[UpscaleOptions, torch.device, torch.dtype], tuple[Schedule, Tensor]] = {}
+        self._prepared: dict[Any, tuple[Schedule, list[Prompt]]] = {}
         prepare(unet, control, vae)
 
     @property
@@ -297,13 +298,13 @@ class StreamDiffVSRPipeline:
         latents = frame.latents
         if latents is None:
             latents = noise(options.seed, frame.state.frame_index, height, width)
-        schedule, prompt = self._prepare(options, frame.dtype)
+        schedule, prompts = self._prepare(options, device, frame.dtype)
         embedding = None
         if warped is not None and any(schedule.control_scales(options)):
             embedding = self._embed(warped.to(device, frame.dtype), plan)
             frame.on_step("control", 1, 1)
         tiles = latent_tiles(height, width, plan.tile, plan.overlap)
-        denoiser = Denoiser(self.stages["unet"], self.control, prompt.to(device), schedule, options, tiles)
+        denoiser = Denoiser(self.stages["unet"], self.control, prompts, schedule, options, tiles)
         start = latents.to(device) * schedule.scheduler.init_noise_sigma
         return denoiser(start, lq, embedding, frame.on_step)
 
@@ -328,14 +329,17 @@ class StreamDiffVSRPipeline:
         frame.on_step("decode", 1, 1)
         return hq.to(self.device, torch.float32)
 
-    def _prepare(self, options: UpscaleOptions, dtype: torch.dtype | None = None) -> tuple[Schedule, Tensor]:
-        """What depends on the options alone, kept for the run: timesteps and prompt embeddings."""
-        key = (options, self.device, dtype or self.dtype)
+    def _prepare(
+        self, options: UpscaleOptions, device: torch.device, dtype: torch.dtype
+    ) -> tuple[Schedule, list[Prompt]]:
+        """What depends on the options alone, kept for the run; the networks must be on their device."""
+        key = (options, device, dtype)
         if key not in self._prepared:
             texts = [options.negative_prompt, options.prompt] if options.guided else [options.prompt]
-            prompt = torch.cat([self.prompts.get(text) for text in texts])
-            schedule = Schedule.prepare(self.scheduler_config, options, self.device)
-            self._prepared = {key: (schedule, prompt.to(self.device, dtype or self.dtype))}
+            embeddings = [self.prompts.get(text).to(device, dtype) for text in texts]
+            networks = self.stages["unet"], self.control
+            prompts = [Prompt(*(keys_and_values(each, x) for each in networks)) for x in embeddings]
+            self._prepared = {key: (Schedule.prepare(self.scheduler_config, options, device), prompts)}
         return self._prepared[key]
 
     def _next_state(self, frame: Frame, hq: Tensor) -> StreamDiffVSRState:

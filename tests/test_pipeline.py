@@ -239,7 +239,7 @@ def test_guidance_equals_two_separate_predictions(checkpoint, index):
     def prediction(options: UpscaleOptions) -> torch.Tensor:
         """What the scheduler got, recovered from its one step."""
         seen = []
-        schedule, _ = pipe._prepare(options)
+        schedule, _ = pipe._prepare(options, pipe.device, pipe.dtype)
         original = schedule.scheduler.step
         schedule.scheduler.step = lambda p, *a, **k: seen.append(p) or original(p, *a, **k)
         pipe.process_frame(clip[index : index + 1], state, options, latents=latents)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from stream_diffvsr import UpscaleOptions
-from stream_diffvsr.denoise import UNET_MULTIPLE, Denoiser, Schedule, latent_tiles
+from stream_diffvsr.denoise import UNET_MULTIPLE, Denoiser, Prompt, Schedule, latent_tiles
 from stream_diffvsr.flow import CallableFlow
 from stream_diffvsr.flow.estimators import TileableFlow
 from stream_diffvsr.tiling import bands, feather, spans, tiles
@@ -75,8 +75,9 @@ def test_denoising_in_tiles_cuts_and_blends_whole_tensors(pipe, height, width, s
     options = UpscaleOptions(num_inference_steps=steps)
     schedule = Schedule.prepare(pipe.scheduler_config, options, torch.device("cpu"))
     noise, lq = torch.randn(1, 4, 4 * height, 4 * width), torch.randn(1, 3, 4 * height, 4 * width)
+    empty = torch.zeros(1, 77, 1)
     results = [
-        Denoiser(Pointwise(), pipe.control, torch.zeros(1, 77, 1), schedule, options, parts)(
+        Denoiser(Pointwise(), pipe.control, [Prompt(empty, empty)], schedule, options, parts)(
             noise, lq, None, lambda *_: None
         )
         for parts in (

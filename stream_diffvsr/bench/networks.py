@@ -16,6 +16,7 @@ from ..models.build import empty, from_config
 from ..models.control import Control, Residuals
 from ..models.folded import unfold
 from ..models.parts import NETWORKS
+from ..models.prompted import put_back
 from ..pipeline import StreamDiffVSRPipeline
 from ..tensors import SCALE
 from ..weights.flow import open_bundled
@@ -138,8 +139,10 @@ def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     unfold(stages["unet"], stages["vae"])  # type: ignore[arg-type]
     for network in stages.values():
+        put_back(network)
         torch.nn.Module.to(network, memory_format=torch.contiguous_format)
     other = copy.copy(pipe)
     control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
     other.stages = {**pipe.stages, **stages, "controlnet": control}
+    other._prepared = {}
     return other

@@ -8,6 +8,7 @@ from torch import nn
 from .control import Control
 from .folded import fold
 from .precision import upcast_attention
+from .prompted import take_out
 from .temporal_vae import TemporalAutoencoderTiny
 
 
@@ -17,6 +18,8 @@ def prepare(unet: nn.Module, control: Control, vae: TemporalAutoencoderTiny) -> 
     with torch.inference_mode(False), torch.no_grad():
         upcast_attention(unet, control)
         fold(unet, vae)
+        take_out(unet)
+        take_out(control.body)
         # Convolutions take channels last: else each call brings pictures and weights into that order. The
         # larger networks come so where they were copied (build.py), and else stay in their mapped files.
         nn.Module.to(vae, memory_format=torch.channels_last)
