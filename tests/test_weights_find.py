@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,6 +164,39 @@ def test_other_things_in_a_models_folder_are_not_listed(machine: Path):
     for name in ("flow", "notes", ".hidden/unet", "v1.partial/unet"):
         (machine / "m" / name).mkdir(parents=True)
     assert find_checkpoints([machine / "m"]) == []
+
+
+AS_NOBODY = """
+import os, sys
+from huggingface_hub import constants
+from stream_diffvsr import find_checkpoints
+if not os.geteuid():
+    os.setgid(65534), os.setuid(65534)
+print([(found.name, found.problem) for found in find_checkpoints(sys.argv[1:])])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="permissions as POSIX has them")
+def test_what_may_not_be_read_stops_nobody(machine: Path):
+    """A disk's lost+found, another user's folder, another user's hub cache."""
+    repository = machine / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+    (machine / "m" / "v1" / "unet").mkdir(parents=True)
+    closed = [machine / "m" / "lost+found", machine / "m" / "v1", repository]
+    for folder in closed:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0)
+    # Nobody has to get here, and pytest's own folders are closed to them.
+    for parent in [machine, *machine.parents]:
+        if Path(tempfile.gettempdir()) in parent.parents:
+            parent.chmod(0o755)
+    variables = {**os.environ, "HF_HUB_CACHE": str(machine / "hub")}
+    command = [sys.executable, "-c", AS_NOBODY, str(machine / "m")]
+    process = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
+    for folder in closed:
+        folder.chmod(0o755)
+    assert process.returncode == 0, process.stderr
+    assert "lost+found" not in process.stdout
+    assert "'v1'" in process.stdout and "check its permissions" in process.stdout
 
 
 def test_an_unknown_name_says_which_there_are(checkpoint: Path, machine: Path):
@@ -336,6 +373,27 @@ def test_a_text_encoder_of_another_family(folder: Path):
     shutil.rmtree(folder / "text_encoder")
     CLIPTextModel(CLIPTextConfig(**config)).save_pretrained(folder / "text_encoder")
     assert "width 16, but the U-Net needs prompt embeddings of width 32" in str(problem(folder))
+
+
+SENSELESS = {
+    "unet": {"act_fn": None, "attention_head_dim": 0, "in_channels": -1, "down_block_types": []},
+    "controlnet": {"conditioning_embedding_out_channels": [], "block_out_channels": "wide"},
+    "vae": {"num_decoder_blocks": [1], "latent_channels": None},
+    "text_encoder": {"num_attention_heads": 0, "max_position_embeddings": "x", "hidden_act": 3},
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name in SENSELESS for key in SENSELESS[name]])
+def test_a_configuration_that_makes_no_sense(folder: Path, name: str, key: str):
+    configure(folder, name, **{key: SENSELESS[name][key]})
+    assert isinstance(problem(folder), CheckpointError)
+
+
+@pytest.mark.parametrize("decoder", [None, [], "x", {"0": 5}, {"x": {"content": "<|startoftext|>"}}])
+def test_a_tokenizer_that_makes_no_sense(folder: Path, decoder: object):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
+    assert "fetch the folder again" in str(problem(folder))
 
 
 def test_the_layout_of_early_documents(folder: Path):

@@ -122,6 +122,47 @@ def test_another_encoder_s_embedding_does_not_count(folder: Path, runs: list[str
     assert runs == ["", ""]
 
 
+def test_a_damaged_embedding_is_made_again(folder: Path, runs: list[str]):
+    first = load_pipeline(folder, device="cpu", flow="none").prompts.get("")
+    content = (folder / FILE).read_bytes()
+    (folder / FILE).write_bytes(content[:-100])
+    assert problem(folder) is None
+    assert torch.equal(load_pipeline(folder, device="cpu", flow="none").prompts.get(""), first)
+    assert runs == ["", ""] and (folder / FILE).read_bytes() == content
+
+
+def test_a_damaged_embedding_that_cannot_be_made_again(folder: Path, caplog: pytest.LogCaptureFixture):
+    load_pipeline(folder, device="cpu", flow="none")
+    (folder / FILE).write_bytes(b"<html>")
+    for name in ("text_encoder", "tokenizer"):
+        shutil.rmtree(folder / name)
+    assert FILE in str(problem(folder)) and "text_encoder" in str(problem(folder))
+    assert str(folder / FILE) in caplog.text and "web page" in caplog.text
+
+
+def test_a_cache_of_somebody_else(folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """As root's is for those whom sudo made somebody else."""
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.is_relative_to(cache):
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert problem(folder) is None
+    assert load_pipeline(folder, device="cpu", flow="none").prompts.has("")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads Linux's list of mapped files")
+def test_stored_embeddings_can_be_replaced_on_windows(folder: Path):
+    """There a file that is mapped can be neither renamed nor written."""
+    load_pipeline(folder, device="cpu", flow="none")
+    again = load_pipeline(folder, device="cpu", flow="none")
+    assert again.prompts.get("").shape == (1, 77, 32)
+    assert str(folder / FILE) not in Path("/proc/self/maps").read_text()
+
+
 def test_an_embedding_of_another_width(folder: Path):
     load_pipeline(folder, device="cpu", flow="none")
     for name in ("text_encoder", "tokenizer"):

@@ -27,7 +27,9 @@ def build(part: Part) -> nn.Module:
     """The network that a part's configuration describes, without weights; raises `CheckpointError`."""
     try:
         return empty(lambda: from_config(part.name, part.config))
-    except (KeyError, TypeError, ValueError) as error:
+    except ImportError:
+        raise  # a missing package is not the checkpoint's fault
+    except Exception as error:  # whatever the libraries make of a configuration that makes no sense
         raise CheckpointError(
             f"{part.config_path} describes no {part.name} that can be built ({error!r})."
         ) from error

@@ -56,16 +56,23 @@ class PromptEmbeddings:
 
     def _stored(self, prompt: str) -> Tensor | None:
         for path in self._files():
-            embedding = self._read(path)[0].get(prompt_key(prompt))
+            embedding = self._read(path).get(prompt_key(prompt))
             if embedding is not None:
                 return embedding.float()
         return None
 
-    def _read(self, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-        if not path.is_file():
-            return {}, {}
-        tensors, metadata = read_tensors(path)
-        return (tensors, metadata) if self.encoder in ("", metadata.get(ENCODER_KEY)) else ({}, {})
+    def _read(self, path: Path) -> dict[str, Tensor]:
+        """What a file holds of this encoder; nothing where it is damaged, since it can be made again.
+
+        Copied out of the mapped file, which Windows would not let anyone replace.
+        """
+        try:
+            tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})
+        except (CheckpointError, OSError) as error:
+            log.warning("stored prompt embeddings are not used: %s", error)
+            return {}
+        ours = self.encoder in ("", metadata.get(ENCODER_KEY))
+        return {key: value.clone() for key, value in tensors.items()} if ours else {}
 
     def _encode_and_keep(self, prompt: str) -> Tensor:
         embedding = encode(self.folder, prompt)
@@ -78,8 +85,9 @@ class PromptEmbeddings:
     def _keep(self, path: Path, prompt: str, embedding: Tensor) -> bool:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            tensors, _ = self._read(path)
-            save_tensors(path, {**tensors, prompt_key(prompt): embedding}, {ENCODER_KEY: self.encoder})
+            save_tensors(
+                path, {**self._read(path), prompt_key(prompt): embedding}, {ENCODER_KEY: self.encoder}
+            )
         except OSError as error:
             log.info("prompt embedding not kept in %s: %s", path, error)
             return False
@@ -133,16 +141,22 @@ def _tokenize(tokenizer: Path, prompt: str, length: int) -> list[int]:
 
 def special_id(tokenizer: Path, name: str) -> int:
     """Id of a special token, from `tokenizer_config.json`, `special_tokens_map.json` and `vocab.json`."""
+    try:
+        return _special_id(tokenizer, name)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{tokenizer} does not say which id its {name} has; fetch the folder again."
+        ) from error
+
+
+def _special_id(tokenizer: Path, name: str) -> int:
     config = _optional_json(tokenizer / "tokenizer_config.json")
     token = config.get(name) or _optional_json(tokenizer / "special_tokens_map.json").get(name)
     text = token.get("content") if isinstance(token, dict) else token
     for number, entry in config.get("added_tokens_decoder", {}).items():
         if entry.get("content") == text:
             return int(number)
-    vocabulary = _optional_json(tokenizer / "vocab.json")
-    if text not in vocabulary:
-        raise CheckpointError(f"{tokenizer} does not say which id its {name} has; fetch the folder again.")
-    return int(vocabulary[text])
+    return int(_optional_json(tokenizer / "vocab.json")[text])  # type: ignore[index]
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -83,8 +83,10 @@ def hub_snapshots() -> list[Path]:
     from huggingface_hub import constants
 
     repository = Path(constants.HF_HUB_CACHE, f"models--{REPOSITORY.replace('/', '--')}")
-    main = repository / "refs" / "main"
-    commit = main.read_text().strip() if main.is_file() else ""
+    try:
+        commit = (repository / "refs" / "main").read_text().strip()
+    except OSError:
+        commit = ""
     snapshots = _folders(repository / "snapshots")
     return sorted(snapshots, key=lambda path: (path.name != commit, -path.stat().st_mtime))
 
@@ -142,9 +144,11 @@ def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _looks_like_one(folder: Path) -> bool:
-    if (folder / INDEX).is_file():
-        return True
-    return any((folder / name).is_dir() for name in (*NETWORKS, *EARLY))
+    """By what is in it; a folder that may not be looked into, as lost+found, does not."""
+    try:
+        return (folder / INDEX).is_file() or any((folder / name).is_dir() for name in (*NETWORKS, *EARLY))
+    except OSError:
+        return False
 
 
 def _folders(parent: Path) -> list[Path]:
