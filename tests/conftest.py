@@ -11,8 +11,10 @@ import hypothesis
 import pytest
 import torch
 from samples import shift_flow
+from stand_in_hub import StandInHub, serving
 
 from stream_diffvsr import StreamDiffVSRPipeline, load_pipeline
+from stream_diffvsr.weights.released import REPOSITORY
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("project")
@@ -82,3 +84,45 @@ def pipe(checkpoint: Path) -> StreamDiffVSRPipeline:
 def guided(checkpoint: Path) -> StreamDiffVSRPipeline:
     """The tiny checkpoint with a cheap flow, so that every frame after the first is guided."""
     return load_pipeline(checkpoint, device="cpu", flow=shift_flow)
+
+
+@pytest.fixture
+def published(checkpoint: Path, tmp_path: Path) -> Path:
+    """The released layout, with what a repository holds besides."""
+    folder = tmp_path / "published"
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("prompt_embeddings*"))
+    (folder / "README.md").write_text("# weights")
+    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"the same again")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"and again")
+    (folder / "assets").mkdir()
+    (folder / "assets" / "teaser.png").write_bytes(b"picture")
+    return folder
+
+
+@pytest.fixture
+def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
+    from huggingface_hub import constants, file_download
+
+    with serving(published, REPOSITORY) as hub:
+        # What HF_ENDPOINT sets when huggingface_hub is imported; the processes below use the variable.
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for module in (constants, file_download):  # older versions have a copy in the second
+            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's models folder, not there yet; downloads do not wait long."""
+    from huggingface_hub import constants
+
+    from stream_diffvsr.weights import download as downloading
+
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.delenv("STREAM_DIFFVSR_MODELS", raising=False)
+    monkeypatch.setattr(downloading, "PAUSE", 0.01)
+    monkeypatch.setattr(downloading, "INTERVAL", 0.01)
+    return tmp_path / "data" / "stream-diffvsr" / "models"

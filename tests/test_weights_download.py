@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
+import tempfile
 from pathlib import Path
 
 import pytest
-from stand_in_hub import StandInHub, cut_after, ignoring_range, one_bit, serving, status
+from stand_in_hub import StandInHub, cut_after, ignoring_range, one_bit, status
 
 from stream_diffvsr import CheckpointError, ModelNotFoundError, find_checkpoints, load_pipeline
 from stream_diffvsr.weights import download as downloading
@@ -24,53 +21,7 @@ UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 SIGNPOSTS = ("unet", "controlnet", "vae", "scheduler", "text_encoder", "tokenizer", REPOSITORY)
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's cache, one for all tests, since working out the networks' shapes takes seconds."""
-    folder = tmp_path_factory.getbasetemp() / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
-
-
-@pytest.fixture
-def published(checkpoint: Path, tmp_path: Path) -> Path:
-    """The released layout, with what a repository holds besides."""
-    folder = tmp_path / "published"
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("prompt_embeddings*"))
-    (folder / "README.md").write_text("# weights")
-    (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"the same again")
-    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"and again")
-    (folder / "assets").mkdir()
-    (folder / "assets" / "teaser.png").write_bytes(b"picture")
-    return folder
-
-
-@pytest.fixture
-def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
-    from huggingface_hub import constants, file_download
-
-    with serving(published, REPOSITORY) as hub:
-        # What HF_ENDPOINT sets when huggingface_hub is imported; the processes below use the variable.
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-        for module in (constants, file_download):  # older versions have a copy in the second
-            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield hub
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's models folder, not there yet."""
-    from huggingface_hub import constants
-
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.delenv("STREAM_DIFFVSR_MODELS", raising=False)
-    monkeypatch.setattr(downloading, "PAUSE", 0.01)
-    monkeypatch.setattr(downloading, "INTERVAL", 0.01)
-    return tmp_path / "data" / "stream-diffvsr" / "models"
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def names(folder: Path) -> list[str]:
@@ -199,6 +150,17 @@ def test_an_error_that_stays(hub: StandInHub, home: Path, code: int, words: str)
     assert len(hub.requests) == 1, "asking again would not help"
 
 
+@pytest.mark.parametrize("answer", [b"<html>Please log in</html>", b"", b"[]", b"{}", b'"files"'])
+def test_somebody_else_answers(hub: StandInHub, home: Path, answer: bytes):
+    """The login page of a hotel's network says 200 to everything."""
+    hub.fail("revision/main", lambda handler, content: handler.answer(200, answer, {}))
+    with pytest.raises(
+        ModelNotFoundError, match=r"something else than a list of files.*login page"
+    ) as caught:
+        download()
+    assert_manual(caught.value, home / "v1", hub.url)
+
+
 def test_an_error_that_comes_again_and_again(hub: StandInHub, home: Path):
     hub.fail(UNET, *[status(500)] * 20)
     with pytest.raises(ModelNotFoundError, match="status 500") as caught:
@@ -316,6 +278,34 @@ def test_a_folder_copied_in_half_is_completed(hub: StandInHub, published: Path, 
     assert not (folder.parent / "v1.partial").exists()
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_a_folder_on_another_disk(hub: StandInHub, home: Path, published: Path, there: bool):
+    """What comes grows there, where there is room, and can be renamed."""
+    disk = Path("/dev/shm")
+    if not disk.is_dir() or disk.stat().st_dev == home.parent.parent.parent.stat().st_dev:
+        pytest.skip("needs a second disk")
+    with tempfile.TemporaryDirectory(dir=disk) as folder:
+        real = Path(folder, "weights")
+        if there:
+            real.mkdir()
+        home.mkdir(parents=True)
+        (home / "v1").symlink_to(real)
+        assert download() == real
+        assert_same(real, published)
+        assert [found.path for found in find_checkpoints()] == [home / "v1"]
+        assert names(home) in ([], [".v1.lock"])
+
+
+def test_the_hub_s_cache_is_left_to_the_hub(hub: StandInHub, home: Path, published: Path, tmp_path: Path):
+    """It takes strange files in it for damage."""
+    snapshots = tmp_path / "hub" / f"models--{REPOSITORY.replace('/', '--')}" / "snapshots"
+    ignored = shutil.ignore_patterns("text_encoder", "tokenizer")
+    shutil.copytree(published, snapshots / ("a" * 40), ignore=ignored)
+    assert download() == home / "v1"
+    assert [path.name for path in snapshots.iterdir()] == ["a" * 40]
+    assert not (snapshots / ("a" * 40) / "text_encoder").exists()
+
+
 def test_a_mirror_that_lists_names_alone(hub: StandInHub, published: Path):
     hub.sparse = True
     hub.fail(UNET, one_bit)
@@ -359,47 +349,3 @@ def test_a_repository_with_another_model(hub: StandInHub, published: Path, home:
     with pytest.raises(CheckpointError, match="unet"):
         download()
     assert not (home / "v1").exists()
-
-
-COMMAND = "import sys; from stream_diffvsr.cli.main import main; sys.exit(main(['download']))"
-CALL = "from stream_diffvsr.weights.download import download; print(download())"
-
-
-def start(hub: StandInHub, home: Path, program: str, **variables: str) -> subprocess.Popen[str]:
-    data = home.parent.parent
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "XDG_DATA_HOME": str(data), **variables}
-    environment |= {"HF_HUB_CACHE": str(data / "hub"), "TORCH_HOME": str(data / "torch")}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, **pipes)
-
-
-def test_two_processes_at_once(hub: StandInHub, home: Path, published: Path):
-    download([home.parent / "first"])  # the shapes are then known, so that the processes need no diffusers
-    hub.requests.clear()
-    processes = [start(hub, home, CALL) for _ in range(2)]
-    ends = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], ends
-    assert all(str(home / "v1") in out for out, _ in ends)
-    assert_same(home / "v1", published)
-    assert len(hub.gets(UNET)) == 1, "the second waited for the first"
-
-
-def test_command(hub: StandInHub, home: Path, published: Path):
-    # Something under the name of flow weights, so that nobody asks for them outside.
-    (home / "flow").mkdir(parents=True)
-    (home / "flow" / "raft_large.safetensors").write_bytes(b"")
-    hub.fail(UNET, cut_after(1000))
-    process = start(hub, home, COMMAND)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    assert str(home / "v1") in out
-    assert "100%" in error and "B/s" in error
-    assert_same(home / "v1", published)
-
-
-def test_command_without_connection(hub: StandInHub, home: Path):
-    process = start(hub, home, COMMAND, HF_HUB_OFFLINE="1")
-    _, error = process.communicate(timeout=300)
-    assert process.returncode == 1
-    assert "HF_HUB_OFFLINE" in error and str(home / "v1") in error and "Traceback" not in error
-    assert hub.requests == []

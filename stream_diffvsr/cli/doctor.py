@@ -18,7 +18,7 @@ from ..weights.find import NANO, Found, find_checkpoints, models_folders
 from ..weights.flow import BUNDLED, open_bundled
 from ..weights.folders import user_cache
 from ..weights.hub import endpoint, offline
-from ..weights.raft import RAFT, find_raft, hub_file
+from ..weights.raft import RAFT, find_raft, hub_file, load_raft
 from ..weights.released import RELEASED, REPOSITORY
 
 PACKAGES = (
@@ -70,7 +70,7 @@ def weights(folders: list[Path]) -> Iterator[str]:
     """Every checkpoint that was found, and what its name then means."""
     damage = problem(NANO)
     yield f"nano: {NANO}, {f'is damaged: {damage}' if damage else 'bundled'}"
-    used: set[str] = set()
+    used = {"nano"}
     for found in find_checkpoints(folders):
         yield f"{found.name}: {found.path}, {verdict(found, used)}"
         used |= {found.name} if found.problem is None else set()
@@ -97,8 +97,7 @@ def missing(folders: list[Path]) -> str:
 def flow(folders: list[Path]) -> Iterator[str]:
     """Where each flow estimator's weights are."""
     for name in RAFT:
-        path = find_raft(name, models_folders(folders))
-        yield f"{name}: {path or f'not here; would be downloaded to {hub_file(name)}'}"
+        yield f"{name}: {raft(name, models_folders(folders))}"
     try:
         open_bundled()
         yield f"bundled: {BUNDLED}"
@@ -110,6 +109,18 @@ def flow(folders: list[Path]) -> Iterator[str]:
         yield f"dis: OpenCV {cv2.__version__}"
     except ImportError:
         yield "dis: needs OpenCV (pip install opencv-python-headless)"
+
+
+def raft(name: str, folders: list[Path]) -> str:
+    """Where a RAFT's weights are, or what would become of it."""
+    path = find_raft(name, folders)
+    if path is None:
+        return f"not here; would be downloaded to {hub_file(name)}"
+    try:
+        load_raft(name, path)
+    except StreamDiffVSRError as error:
+        return f"does not count: {error}"
+    return str(path)
 
 
 def searched(folders: list[Path]) -> Iterator[str]:

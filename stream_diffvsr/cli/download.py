@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
-from ..errors import ModelNotFoundError
+from ..errors import IncompatibleInputError, ModelNotFoundError
 from ..weights.download import OnProgress, download
 from ..weights.find import models_folders, resolve
-from ..weights.raft import download_raft, find_raft
+from ..weights.raft import download_raft, find_raft, load_raft
 from ..weights.released import RELEASED
 
 
@@ -23,14 +22,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folders = [args.folder] if args.folder else []
+    there = present(args.folder)
+    if there and args.revision:
+        raise IncompatibleInputError(
+            f"no whole {RELEASED} where revision {args.revision!r} is to go (rename that folder, or name "
+            "another with --folder)",
+            str(there),
+        )
     try:
-        path = present(args.folder) or fetch(folders, args.revision)
+        path = there or fetch(folders, args.revision)
+        print(f"{RELEASED}: {path}")
+        # RAFT's weights too, so that the model runs without a connection from now on.
+        print(f"raft_large: {bring_raft([path, path.parent, *models_folders(folders)])}")
     except ModelNotFoundError as error:
         from .main import fail
 
         return fail(args, str(error), 1)
-    print(f"{RELEASED}: {path}")
-    print_flow([path, path.parent, *models_folders(folders)])
     return 0
 
 
@@ -46,18 +53,18 @@ def fetch(folders: list[Path], revision: str | None) -> Path:
         return download(folders, revision=revision, on_progress=on_progress)
 
 
-def print_flow(folders: list[Path]) -> None:
-    """Bring RAFT's weights too, so that the model runs without a connection from now on."""
-    try:
-        print(f"raft_large: {find_raft('raft_large', folders) or download_raft('raft_large')}")
-    except ModelNotFoundError as error:
-        print(f"stream-diffvsr: {error}", file=sys.stderr)
+def bring_raft(folders: list[Path]) -> Path:
+    """The file of RAFT's weights, found or downloaded, and looked into."""
+    path = find_raft("raft_large", folders) or download_raft("raft_large")
+    load_raft("raft_large", path)
+    return path
 
 
 @contextmanager
 def bar() -> Iterator[OnProgress]:
     """A progress bar in bytes; it appears with the first byte, and begins where an earlier download ended."""
     from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
 
     bars: list[tqdm[NoReturn]] = []
 
@@ -68,7 +75,8 @@ def bar() -> Iterator[OnProgress]:
             bars[0].update(done - bars[0].n)
 
     try:
-        yield show
+        with logging_redirect_tqdm():
+            yield show
     finally:
         for each in bars:
             each.close()

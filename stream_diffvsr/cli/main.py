@@ -29,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for library in ("httpx", "httpx2"):  # huggingface_hub's, which tell every request
+        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from ..errors import ModelNotFoundError
 from ..models.parts import CONFIG, INDEX, NETWORKS, SCHEDULER_CONFIG, TEXT_ENCODER, TOKENIZER, choose, shards
 from ..models.prompt import PromptEmbeddings
 from .check import check, problem
-from .find import PARTIAL, VARIABLE, registered, released
+from .find import PARTIAL, VARIABLE, hub_snapshots, registered, released
 from .folders import user_cache, user_models
 from .hub import HubError, RemoteFile, endpoint, list_files, offline, open_stream, with_size
 from .released import RELEASED, REPOSITORY, REVISION, REVISION_VARIABLE
@@ -60,8 +60,8 @@ def download(
 ) -> Path:
     """Bring the released weights to the first registered folder, else the user's data folder; return theirs.
 
-    Whatever is already there and right is kept. Raises `ModelNotFoundError` with what to do by hand, and
-    leaves what has come so far in a folder that the next call goes on with.
+    Whatever is already there and right is kept, of whichever `revision` it is. Raises `ModelNotFoundError`
+    with what to do by hand, and leaves what has come so far in a folder that the next call goes on with.
     """
     target, progress = target_folder(extra_folders), Progress(on_progress)
     log.info("downloading %s to %s", REPOSITORY, target)
@@ -102,11 +102,13 @@ def target_folder(extra_folders: Iterable[str | Path] = ()) -> Path:
 def targets(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
     """Where the released weights are to go, best first.
 
-    A folder that lacks only the text encoder or tokenizer is completed where it is.
+    A folder that lacks only the text encoder or tokenizer is completed where it is, but for the hub's
+    cache, in which nobody else may put files. Links are followed: what comes must lie on the same disk.
     """
-    folders = list(extra_folders)
-    nearly = [folder for folder in released(folders) if _lacks_text_only(folder)]
-    return [*nearly, *(root / RELEASED for root in [*registered(folders), user_models()])]
+    folders, cached = list(extra_folders), hub_snapshots()
+    nearly = [path for path in released(folders) if path not in cached and _lacks_text_only(path)]
+    usual = (root / RELEASED for root in [*registered(folders), user_models()])
+    return [target.resolve() for target in [*nearly, *usual]]
 
 
 def _lacks_text_only(folder: Path) -> bool:

@@ -7,6 +7,7 @@ of them, with or without hf_xet.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -64,8 +65,14 @@ def list_files(repository: str, revision: str) -> list[RemoteFile]:
     """All files of a repository at a branch, tag or commit; raises `HubError`."""
     from huggingface_hub import HfApi, hf_hub_url
 
-    with asking(f"{repository} at revision {revision!r}"):
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    try:
+        with asking(f"{repository} at revision {revision!r}"):
+            info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise HubError(
+            f"{endpoint()} answered with something else than a list of files: another server answers in its "
+            "place (a login page of the network, or a wrong HF_ENDPOINT)"
+        ) from error
     files = []
     for entry in info.siblings or ():
         url = hf_hub_url(repository, entry.rfilename, revision=info.sha or revision)
@@ -125,6 +132,8 @@ def asking(what: str) -> Iterator[None]:
 
     try:
         yield
+    except json.JSONDecodeError:  # in some versions one of the network's errors too
+        raise
     except HfHubHTTPError as error:
         _refuse(getattr(error.response, "status_code", 0), what)
         raise HubError(f"{endpoint()} did not give {what} ({_line(error)})") from error

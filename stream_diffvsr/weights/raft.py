@@ -28,9 +28,13 @@ def open_raft(name: str, folders: Iterable[Path] = ()) -> nn.Module:
     Looks in `flow/` of each folder, then in torch's hub cache, then downloads. Raises
     `ModelNotFoundError` or `CheckpointError`.
     """
+    return load_raft(name, find_raft(name, folders) or download_raft(name))
+
+
+def load_raft(name: str, path: Path) -> nn.Module:
+    """The network with the weights of a file; raises `CheckpointError` where these are no whole ones."""
     from torchvision.models import optical_flow
 
-    path = find_raft(name, folders) or download_raft(name)
     network = empty(lambda: getattr(optical_flow, name)(weights=None, progress=False))
     weights = read_raft(path)
     check_keys(path, {key: tuple(value.shape) for key, value in weights.items()}, shapes_of(network))

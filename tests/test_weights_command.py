@@ -1,0 +1,211 @@
+"""`stream-diffvsr download` and `doctor`: as processes where that matters, over real HTTP."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+from stand_in_hub import Fault, Handler, StandInHub, cut_after, status
+
+from stream_diffvsr import find_checkpoints
+from stream_diffvsr.cli.main import main
+from stream_diffvsr.weights.check import problem
+from stream_diffvsr.weights.download import download
+from stream_diffvsr.weights.find import VARIABLE
+
+UNET = "unet/diffusion_pytorch_model.safetensors"
+COMMAND = "import sys; from stream_diffvsr.cli.main import main; sys.exit(main(sys.argv[1:]))"
+CALL = "from stream_diffvsr.weights.download import download; print(download())"
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture(autouse=True)
+def _no_torch_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.fixture(scope="session")
+def raft_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RAFT large with random weights."""
+    from torchvision.models.optical_flow import raft_large
+
+    path = tmp_path_factory.mktemp("raft") / "raft_large.safetensors"
+    save_file(raft_large(weights=None).state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def raft(raft_file: Path, home: Path) -> Path:
+    """It, in the user's models folder."""
+    (home / "flow").mkdir(parents=True)
+    return Path(shutil.copyfile(raft_file, home / "flow" / raft_file.name))
+
+
+def start(
+    hub: StandInHub, home: Path, *arguments: str, program: str = COMMAND, **variables: str
+) -> subprocess.Popen[str]:
+    data = home.parent.parent
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(data / "hub"), **variables}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, text=True, **pipes)
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, output and errors."""
+    out, error = process.communicate(timeout=300)
+    return process.returncode, out, error
+
+
+def hang_after(count: int) -> Fault:
+    """Send so many bytes, and no more for a while."""
+
+    def fault(handler: Handler, content: bytes) -> None:
+        cut_after(count)(handler, content)
+        time.sleep(20)
+
+    return fault
+
+
+def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+    while not (path.is_file() and path.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
+def test_two_processes_at_once(hub: StandInHub, home: Path):
+    download([home.parent / "first"])  # the shapes are then known, so that the processes need no diffusers
+    hub.requests.clear()
+    ends = [end(process) for process in [start(hub, home, program=CALL) for _ in range(2)]]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert all(str(home / "v1") in out for _, out, _ in ends)
+    assert problem(home / "v1") is None
+    assert len(hub.gets(UNET)) == 1, "the second waited for the first"
+
+
+def test_command(hub: StandInHub, home: Path, raft: Path):
+    hub.fail(UNET, cut_after(1000))
+    code, out, error = end(start(hub, home, "download"))
+    assert code == 0, error
+    assert f"v1: {home / 'v1'}\n" in out and f"raft_large: {raft}\n" in out
+    assert "100%" in error and "B/s" in error
+    assert "HTTP" not in error, "the hub's client tells every request to those who listen"
+    assert problem(home / "v1") is None
+
+
+def test_command_without_connection(hub: StandInHub, home: Path):
+    code, _, error = end(start(hub, home, "download", HF_HUB_OFFLINE="1"))
+    assert code == 1
+    assert "HF_HUB_OFFLINE" in error and str(home / "v1") in error and "Traceback" not in error
+    assert hub.requests == []
+
+
+def test_a_command_that_is_interrupted_or_killed(hub: StandInHub, home: Path, raft: Path):
+    part = home / "v1.partial" / (UNET + ".part")
+    hub.fail(UNET, hang_after(2000))
+    process = start(hub, home, "download")
+    wait_for(part, process)
+    process.send_signal(signal.SIGINT)
+    code, _, error = end(process)
+    assert code == 130 and error.endswith("stream-diffvsr: interrupted\n")
+    assert part.stat().st_size == 2000 and find_checkpoints() == []
+
+    hub.fail(UNET, hang_after(3000))
+    process = start(hub, home, "download")
+    while part.stat().st_size == 2000:
+        time.sleep(0.02)
+    process.kill()
+    end(process)
+    assert part.stat().st_size == 5000
+
+    code, _, error = end(start(hub, home, "download"))
+    assert code == 0, error
+    assert [request.start for request in hub.gets(UNET)] == [0, 2000, 5000]
+    assert problem(home / "v1") is None
+
+
+def test_through_a_proxy(hub: StandInHub, home: Path, raft: Path):
+    """The only way to a hub whose name nobody knows; what it redirects to is asked for without."""
+    proxy = dict.fromkeys(("HTTP_PROXY", "http_proxy"), hub.url)
+    without = dict.fromkeys(("NO_PROXY", "no_proxy"), "localhost")
+    code, _, error = end(start(hub, home, "download", **proxy, **without, HF_ENDPOINT="http://hub.invalid"))
+    assert code == 0, error
+    assert problem(home / "v1") is None
+
+
+def test_flow_weights_that_cannot_be_had(hub: StandInHub, home: Path, capsys: pytest.CaptureFixture[str]):
+    """Then what runs without a connection is not all there, and a script is told so."""
+    code, out, error = end(start(hub, home, "download", https_proxy="http://127.0.0.1:9"))
+    assert code == 1 and f"v1: {home / 'v1'}\n" in out
+    assert "flow weights of raft_large not found" in error and "Traceback" not in error
+    (home / "flow").mkdir(parents=True)
+    (home / "flow" / "raft_large.pth").write_bytes(b"<html>")
+    assert main(["download"]) == 2
+    assert "raft_large.pth (6 bytes) is" in capsys.readouterr().err
+
+
+def test_a_revision_where_another_may_be(
+    hub: StandInHub, home: Path, raft: Path, capsys: pytest.CaptureFixture[str]
+):
+    hub.fail("revision/other", status(404))
+    assert main(["download"]) == 0
+    hub.requests.clear()
+    assert main(["download", "--revision", "other"]) == 2
+    assert hub.requests == []
+    error = capsys.readouterr().err
+    assert "'other'" in error and "rename that folder" in error and str(home / "v1") in error
+    assert main(["download", "--revision", "other", "--folder", str(home / "b")]) == 1
+    assert "revision 'other' (status 404)" in capsys.readouterr().err
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[str]]:
+    """What doctor says, by section."""
+    assert main(["doctor", *arguments]) == 0
+    sections = capsys.readouterr().out.strip().split("\n\n")[1:]
+    return {title: [line.strip() for line in lines] for title, *lines in map(str.splitlines, sections)}
+
+
+def test_doctor(
+    checkpoint: Path, tmp_path: Path, raft: Path, home: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    given, variable = tmp_path / "given", tmp_path / "variable"
+    monkeypatch.setenv(VARIABLE, str(variable))
+    for path in (given / "v1", given / "mine", variable / "v1", home / "v1", home / "nano"):
+        shutil.copytree(checkpoint, path)
+    (given / "v1" / "vae" / "config.json").unlink()
+    (home / "flow" / "raft_small.pth").write_bytes(b"cut")
+    says = told(capsys, str(given))
+    nano, mine, broken, used, named_nano, second = says["Weights"]
+    assert nano.startswith("nano: ") and nano.endswith(", bundled")
+    assert mine == f"mine: {given / 'mine'}, complete, will be used"
+    assert broken.startswith(f"v1: {given / 'v1'}, does not count: ") and "vae/config.json" in broken
+    assert used == f"v1: {variable / 'v1'}, complete, will be used"
+    assert named_nano == f"nano: {home / 'nano'}, complete, but the one above is nano"
+    assert second == f"v1: {home / 'v1'}, complete, but the one above is v1"
+    assert says["Folders"][:3] == [f"searched {folder}" for folder in (given, variable, home)]
+    large, small, *_ = says["Flow"]
+    assert large == f"raft_large: {raft}"
+    assert small.startswith("raft_small: does not count: ") and "raft_small.pth (3 bytes)" in small
+
+
+def test_doctor_on_an_empty_machine(
+    hub: StandInHub, home: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    from huggingface_hub import constants
+
+    _, missing = told(capsys)["Weights"]
+    assert missing.startswith(f"v1: not here; would be downloaded to {home / 'v1'} (")
+    assert missing.endswith(f"from {hub.url}/Jamichsu/Stream-DiffVSR")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    says = told(capsys)
+    assert says["Weights"][1].endswith("but HF_HUB_OFFLINE forbids it")
+    assert says["Flow"][0].startswith(f"raft_large: not here; would be downloaded to {tmp_path / 'torch'}")
