@@ -196,6 +196,16 @@ def test_doctor(
     assert small.startswith("raft_small: does not count: ") and "raft_small.pth (3 bytes)" in small
 
 
+def test_doctor_where_a_package_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # type: ignore[arg-type]
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "nano" in out and "does not count: " in out and "diffusers" in out and "Folders" in out
+
+
 def test_doctor_on_an_empty_machine(
     hub: StandInHub, home: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -364,6 +365,32 @@ def test_networks_that_changed_places_are_named(folder: Path):
     (folder / "controlnet").rename(folder / "unet")
     (folder / "other").rename(folder / "controlnet")
     assert "is a ControlNet, not Stream-DiffVSR's unet" in str(problem(folder))
+
+
+class Broken(ModuleType):
+    """A package some other package of which does not import, as diffusers tells it."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError("Failed to import diffusers.models") from OSError("libaudio.so is missing")
+
+
+@pytest.mark.parametrize(
+    ("package", "words"),
+    [(None, "diffusers"), (Broken("diffusers"), "diffusers cannot be imported: libaudio.so is missing")],
+)
+def test_a_package_is_missing_or_broken(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: ModuleType | None, words: str
+):
+    """That is told, and is no reason to call weights damaged or to download them again."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))  # where no shapes are known
+    monkeypatch.setitem(sys.modules, "diffusers", package)  # type: ignore[arg-type]
+    (found,) = find_checkpoints([folder])
+    assert found.problem is not None and words in found.problem
+    for use in (lambda: resolve("v1", [folder]), lambda: load_pipeline(folder, device="cpu", flow="none")):
+        with pytest.raises(ImportError, match=words):
+            use()
 
 
 def test_a_text_encoder_of_another_family(folder: Path):

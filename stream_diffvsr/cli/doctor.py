@@ -12,9 +12,8 @@ from pathlib import Path
 from .. import __version__
 from ..devices import available, resolve_device, resolve_dtype
 from ..errors import StreamDiffVSRError
-from ..weights.check import problem
 from ..weights.download import targets
-from ..weights.find import NANO, Found, find_checkpoints, models_folders
+from ..weights.find import NANO, Found, find_checkpoints, models_folders, why_not
 from ..weights.flow import BUNDLED, open_bundled
 from ..weights.folders import user_cache
 from ..weights.hub import endpoint, offline
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{title}")
         for line in lines:
             print(f"  {line}")
-    return 0 if problem(NANO) is None else 1
+    return 0 if why_not(NANO) is None else 1
 
 
 def packages() -> Iterator[str]:
@@ -68,8 +67,8 @@ def devices() -> Iterator[str]:
 
 def weights(folders: list[Path]) -> Iterator[str]:
     """Every checkpoint that was found, and what its name then means."""
-    damage = problem(NANO)
-    yield f"nano: {NANO}, {f'is damaged: {damage}' if damage else 'bundled'}"
+    damage = why_not(NANO)
+    yield f"nano: {NANO}, {f'does not count: {damage}' if damage else 'bundled'}"
     used = {"nano"}
     for found in find_checkpoints(folders):
         yield f"{found.name}: {found.path}, {verdict(found, used)}"

@@ -25,14 +25,35 @@ PREFIXES = {TEXT_ENCODER: "text_model."}
 
 def build(part: Part) -> nn.Module:
     """The network that a part's configuration describes, without weights; raises `CheckpointError`."""
+    import_library(part.name)  # here, since a package that is missing or broken is not the checkpoint's fault
     try:
         return empty(lambda: from_config(part.name, part.config))
-    except ImportError:
-        raise  # a missing package is not the checkpoint's fault
     except Exception as error:  # whatever the libraries make of a configuration that makes no sense
         raise CheckpointError(
             f"{part.config_path} describes no {part.name} that can be built ({error!r})."
         ) from error
+
+
+def import_library(name: str) -> None:
+    """Import what a network is built with; raises `ImportError` with the cause, which libraries bury.
+
+    diffusers and transformers import each other, torchvision and torchaudio: any of them may be at fault.
+    """
+    try:
+        if name == TEXT_ENCODER:
+            from transformers import CLIPTextModel  # noqa: F401
+        elif name != "vae":
+            from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: F401
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            raise
+        library = "transformers" if name == TEXT_ENCODER else "diffusers"
+        raise ImportError(f"{library} cannot be imported: {cause(error)}", name=library) from error
+
+
+def cause(error: BaseException) -> BaseException:
+    """The first error of a chain."""
+    return cause(error.__cause__) if error.__cause__ else error
 
 
 def from_config(name: str, config: dict[str, Any]) -> Any:

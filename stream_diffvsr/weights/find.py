@@ -42,11 +42,16 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
     huggingface_hub; each may hold a checkpoint itself or checkpoints in folders. The name 'v1' means the
     first complete folder so named. Nothing is loaded, and nothing is raised for damaged folders.
     """
-    found = []
-    for name, folder in candidates(extra_folders):
+    return [Found(name, folder, why_not(folder)) for name, folder in candidates(extra_folders)]
+
+
+def why_not(folder: Path) -> str | None:
+    """Why a folder does not count, in words; also where packages that tell are missing or broken."""
+    try:
         error = problem(folder)
-        found.append(Found(name, folder, str(error) if error else None))
-    return found
+    except ImportError as missing:
+        error = missing
+    return str(error) if error else None
 
 
 def candidates(extra_folders: Iterable[str | Path] = ()) -> list[tuple[str, Path]]:
