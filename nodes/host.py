@@ -203,6 +203,13 @@ class Progress:
             self._next_text = now + TEXT_SECONDS
 
 
+def running_node() -> str | None:
+    """Id of the node that ComfyUI runs at present, where it tells."""
+    execution = comfy("comfy_execution.utils")
+    context = execution.get_executing_context() if execution else None
+    return context.node_id if context else None
+
+
 def check_interrupt(*_: Any) -> None:
     """Raise ComfyUI's interrupt if the user cancelled; takes what the engine's `on_step` gets."""
     mm = management()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -92,23 +93,36 @@ class Loader:
 
 def checkpoints() -> list[str]:
     """What the node offers: the two known models, then every complete folder by name."""
+    from ..stream_diffvsr.models.prompt import FILE
     from ..stream_diffvsr.weights.find import candidates
 
-    found = [name for name, path in candidates(host.model_folders()) if is_complete(path, identity(path))]
+    found = [
+        name
+        for name, path in candidates(host.model_folders())
+        if is_complete(path, identity(path) + files.identity(path / FILE))
+    ]
     return list(dict.fromkeys([*BUILT_IN, *found]))
 
 
 @lru_cache(maxsize=64)
 def is_complete(folder: Path, files_identity: str) -> bool:
-    """Whether a folder is a whole checkpoint, looked into again only when its files change."""
+    """Whether a folder is a whole checkpoint, looked into again only when its files change.
+
+    Where packages that tell are missing it may be one; running it then says what to install.
+    """
     from ..stream_diffvsr.weights.check import problem
 
-    return problem(folder) is None
+    try:
+        return problem(folder) is None
+    except ImportError:
+        return True
 
 
 def identity(folder: Path) -> str:
-    """A short text that changes with the files of a checkpoint folder."""
-    parts = sorted(files.identity(path) for path in folder.glob("*/*"))
+    """A short text that changes with the files of a checkpoint folder, but for the prompts kept there."""
+    from ..stream_diffvsr.models.parts import INDEX
+
+    parts = sorted(files.identity(path) for path in [folder / INDEX, *folder.glob("*/*")])
     return hashlib.sha256("\n".join([str(folder), *parts]).encode()).hexdigest()[:16]
 
 
@@ -118,9 +132,26 @@ def source_identity(source: str) -> str:
 
     try:
         folder = resolve(source, host.model_folders())
-    except StreamDiffVSRError:
+    except (StreamDiffVSRError, ImportError):  # told when it runs
         folder = None
     return identity(folder) if folder else "missing"
+
+
+class Downloading:
+    """Shows a download on the running node: the bar, and bytes per second in words."""
+
+    def __init__(self) -> None:
+        self._progress = host.Progress(1, host.running_node())
+        self._since, self._before, self._whole = time.monotonic(), 0, False
+
+    def __call__(self, done: int, total: int) -> None:
+        self._progress.count(done, total)
+        seconds, whole = time.monotonic() - self._since, done >= total
+        known = total > 1 and not self._whole
+        if known and (whole or seconds >= host.TEXT_SECONDS):
+            rate = (done - self._before) / max(seconds, 1e-3)
+            self._progress.say(f"{done / 1e6:.1f} of {total / 1e6:.1f} MB, {rate / 1e6:.1f} MB/s", whole)
+            self._since, self._before, self._whole = time.monotonic(), done, whole
 
 
 _open: WeakValueDictionary[tuple[Any, ...], StreamDiffVSRPipeline] = WeakValueDictionary()
@@ -134,7 +165,6 @@ def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str
     settings = (source, device, dtype, flow)
     pipe = _open.get((source_identity(source), *settings))
     if pipe is None:
-        progress = host.Progress(1)
         with host.install_line():
             pipe = load_pipeline(
                 source,
@@ -142,7 +172,7 @@ def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str
                 dtype=dtype,
                 flow=flow,
                 extra_folders=host.model_folders(),
-                on_progress=progress.count,
+                on_progress=Downloading(),
             )
         host.manage(pipe, device)
         _open[(source_identity(source), *settings)] = pipe  # asked again: it may just have been downloaded
