@@ -19,9 +19,10 @@ if TYPE_CHECKING:
         VideoError,
         VRAMError,
     )
+    from .frame import FrameResult
     from .memory import estimate_memory
     from .options import UpscaleOptions
-    from .pipeline import FrameResult, StreamDiffVSRPipeline
+    from .pipeline import StreamDiffVSRPipeline
     from .state import StreamDiffVSRState
     from .tensors import from_pixels, to_pixels
     from .weights.find import find_checkpoints
@@ -48,7 +49,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FrameResult": "pipeline",
+    "FrameResult": "frame",
     "StreamDiffVSRPipeline": "pipeline",
     "StreamDiffVSRState": "state",
     "UpscaleOptions": "options",

@@ -57,6 +57,8 @@ class UpscaleOptions:
     """torch.compile: 'off', 'auto', or 'max', which tries more ways and starts more slowly."""
     control_every: int = 1
     """Of how many steps one computes the ControlNet, for the others too; an approximation above 1."""
+    flow_every: int = 1
+    """Of how many frames one has its flow estimated, for the others too; an approximation above 1."""
 
     def __post_init__(self) -> None:
         self._check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
@@ -71,6 +73,7 @@ class UpscaleOptions:
         self._check_choice("compile_mode", self.compile_mode, COMPILE_MODES)
         self._check_choice("use_tpm", self.use_tpm, (True, False))
         self._check_whole("control_every", self.control_every, 1, 1000)
+        self._check_whole("flow_every", self.flow_every, 1, 1000)
         self._check_tiles()
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +21,10 @@ from . import compilation
 from .denoise import Denoiser, OnStep, Prompt, Schedule, latent_tiles, noise
 from .errors import CheckpointError, IncompatibleInputError
 from .flow import FlowEstimator
+from .frame import Frame, FrameResult
 from .memory.choose import Planner, record
 from .memory.estimate import Widths, estimate
 from .memory.fallback import memory_of, within_memory
-from .memory.plan import Plan
 from .models import banded
 from .models.control import Control
 from .models.precision import in_float32
@@ -35,41 +35,13 @@ from .models.temporal_vae import TemporalAutoencoderTiny
 from .options import UpscaleOptions
 from .placement import FixedPlacement, Placement
 from .state import StreamDiffVSRState
-from .tensors import SCALE, check_frame, check_shape, pad_to, padded_size
+from .tensors import SCALE, check_frame, check_shape, is_finite, pad_to, padded_size
 from .warp import centred, warp
 
 log = logging.getLogger(__name__)
 
 OVERFLOWED = "float32_since"
 """In a state's metadata: the first frame that half precision could not hold."""
-
-
-@dataclass(frozen=True, eq=False)
-class FrameResult:
-    """One upscaled frame, and what the next one needs."""
-
-    hq: Tensor
-    """(1, 3, 4h, 4w) float32, model range, not clamped; `to_pixels` makes a picture of it."""
-    state: StreamDiffVSRState
-
-
-@dataclass(frozen=True, eq=False)
-class Frame:
-    """One frame to upscale, and how."""
-
-    lq: Tensor
-    state: StreamDiffVSRState
-    options: UpscaleOptions
-    plan: Plan
-    dtype: torch.dtype
-    """Of the networks."""
-    latents: Tensor | None
-    """Noise to begin with instead of the seeded one."""
-    flow: Tensor | None
-    """Given instead of an estimate."""
-    on_step: OnStep
-    compile_mode: str
-    """The one that is in force, which is 'off' where nothing can be compiled."""
 
 
 class StreamDiffVSRPipeline:
@@ -143,19 +115,21 @@ class StreamDiffVSRPipeline:
         Raises `IncompatibleInputError`, and `VRAMError` where no plan suffices.
         """
         frame = self._accept(lq, state or StreamDiffVSRState(), options or UpscaleOptions(), latents, flow)
-        hq, frame = self._finite(replace(frame, on_step=on_step or frame.on_step))
+        hq, frame = self._finite(frame if on_step is None else replace(frame, on_step=on_step))
         return FrameResult(hq, self._next_state(frame, hq))
 
-    def _upscale(self, frame: Frame) -> Tensor:
-        """The figure above."""
+    def _upscale(self, frame: Frame) -> tuple[Tensor, Frame]:
+        """The figure above: hq, and the frame with the flow it was made with."""
         with compilation.compiled(self.stages.values(), frame.compile_mode):
             with memory_of("flow"):
-                warped = self._warp_previous(frame)
+                flow = self._flow(frame)
+                warped = None if flow is None else self._warp_previous(frame, flow)
             with memory_of("unet"):
                 latents = self._denoise(frame, warped)
             with memory_of("vae"):
                 hq = self._decode(frame, latents, warped)
-        return hq[..., : SCALE * frame.lq.shape[-2], : SCALE * frame.lq.shape[-1]]
+        height, width = (SCALE * side for side in frame.lq.shape[-2:])
+        return hq[..., :height, :width], replace(frame, flow=flow)
 
     def stream(
         self,
@@ -218,8 +192,7 @@ class StreamDiffVSRPipeline:
             plan=plan,
             dtype=self.dtype,
             latents=latents,
-            flow=flow,
-            on_step=_ignore,
+            flow=state.flow if flow is None and options.flow_every > 1 else flow,
             compile_mode=settings["compilation"],
         )
 
@@ -232,7 +205,7 @@ class StreamDiffVSRPipeline:
     def _finite(self, frame: Frame) -> tuple[Tensor, Frame]:
         """The frame within memory; in float32 if it is not finite in half precision."""
         hq, frame = self._within_memory(frame)
-        if bool(torch.isfinite(hq).all()):
+        if is_finite(hq):
             return hq, frame
         if frame.dtype == torch.float32:
             raise CheckpointError(
@@ -253,7 +226,7 @@ class StreamDiffVSRPipeline:
     def _within_memory(self, frame: Frame) -> tuple[Tensor, Frame]:
         """The frame, with a lower plan where memory runs out: the same noise, the same flow."""
         planner = self.planner
-        hq, plan = within_memory(
+        (hq, frame), plan = within_memory(
             lambda plan: self._upscale(replace(frame, plan=plan)),
             frame.plan,
             lower=lambda plan, stage: planner.lower(plan, stage, frame.options),
@@ -262,17 +235,20 @@ class StreamDiffVSRPipeline:
         )
         return hq, replace(frame, plan=plan)
 
-    def _warp_previous(self, frame: Frame) -> Tensor | None:
-        """The previous hq moved onto now, padded for the networks; None where a sequence starts."""
-        previous_hq, flow = frame.state.previous_hq, frame.flow
-        if previous_hq is None or (flow is None and not self.flow.estimates):
+    def _flow(self, frame: Frame) -> Tensor | None:
+        """Motion since the previous frame, (1, 2, 4h, 4w); None where a sequence starts."""
+        if frame.state.previous_hq is None:
             return None
-        if flow is None:
-            flow = self._estimate_flow(frame)
-            if self.centred_flow and self.flow.any_size:
-                flow = centred(flow)
-            frame.on_step("flow", 1, 1)
-        warped = warp(previous_hq, flow.to(self.device))
+        if frame.flow is not None or not self.flow.estimates:
+            return frame.flow
+        flow = self._estimate_flow(frame)
+        frame.on_step("flow", 1, 1)
+        return centred(flow) if self.centred_flow and self.flow.any_size else flow
+
+    def _warp_previous(self, frame: Frame, flow: Tensor) -> Tensor:
+        """The previous hq moved onto now, padded for the networks."""
+        assert frame.state.previous_hq is not None
+        warped = warp(frame.state.previous_hq, flow.to(self.device))
         return pad_to(warped, *(SCALE * side for side in padded_size(*frame.lq.shape[-2:])))
 
     def _estimate_flow(self, frame: Frame) -> Tensor:
@@ -301,31 +277,21 @@ class StreamDiffVSRPipeline:
         schedule, prompts = self._prepare(options, device, frame.dtype)
         embedding = None
         if warped is not None and any(schedule.control_scales(options)):
-            embedding = self._embed(warped.to(device, frame.dtype), plan)
+            embedding = banded.embed(self.control, warped.to(device, frame.dtype), plan.rows)
             frame.on_step("control", 1, 1)
         tiles = latent_tiles(height, width, plan.tile, plan.overlap)
         denoiser = Denoiser(self.stages["unet"], self.control, prompts, schedule, options, tiles)
         start = latents.to(device) * schedule.scheduler.init_noise_sigma
         return denoiser(start, lq, embedding, frame.on_step)
 
-    def _embed(self, warped: Tensor, plan: Plan) -> Tensor:
-        if plan.rows is None:
-            return self.control.embed(warped)
-        return banded.embed(self.control, warped, plan.rows)
-
     def _decode(self, frame: Frame, latents: Tensor, warped: Tensor | None) -> Tensor:
         """The picture (1, 3, 4h', 4w'), float32, on the pipe's device."""
         device, rows = self._acquire(frame, "vae"), frame.plan.rows
         features = None
         if warped is not None and frame.options.use_tpm:
-            warped = warped.to(device, frame.dtype)
-            features = self.vae.features(warped) if rows is None else banded.features(self.vae, warped, rows)
+            features = banded.features(self.vae, warped.to(device, frame.dtype), rows)
             frame.on_step("features", 1, 1)
-        latents = latents.to(device, frame.dtype)
-        if rows is None:
-            hq = self.vae.decode(latents, features)
-        else:
-            hq = banded.decode(self.vae, latents, features, rows)
+        hq = banded.decode(self.vae, latents.to(device, frame.dtype), features, rows)
         frame.on_step("decode", 1, 1)
         return hq.to(self.device, torch.float32)
 
@@ -352,9 +318,15 @@ class StreamDiffVSRPipeline:
             # Own memory: neither the caller's frame nor the padded picture is kept alive through a view.
             previous_hq=hq.contiguous(),
             previous_lq=frame.lq.clone(),
+            flow=self._flow_for_next(frame),
             frame_index=frame.state.frame_index + 1,
             metadata=metadata,
         )
+
+    def _flow_for_next(self, frame: Frame) -> Tensor | None:
+        """The flow of this frame, where the next one takes it again."""
+        again = frame.state.frame_index % frame.options.flow_every != 0
+        return frame.flow.clone().to(self.device) if again and frame.flow is not None else None
 
     def _settings(self, options: UpscaleOptions) -> dict[str, str]:
         """What is in force, for the state's metadata."""
@@ -364,10 +336,6 @@ class StreamDiffVSRPipeline:
             "flow": self.flow.name,
             "compilation": compilation.in_force(options.compile_mode, self.device),
         }
-
-
-def _ignore(stage: str, done: int, total: int) -> None:
-    pass
 
 
 def _resize(lq: Tensor, scale: float) -> Tensor:

@@ -15,6 +15,7 @@ from .tensors import SCALE, check_finite, check_shape
 FORMAT = "stream-diffvsr-state-1"
 INDEX_KEY = "frame_index"
 FORMAT_KEY = "format"
+TENSORS = ("previous_hq", "previous_lq", "flow")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -28,6 +29,8 @@ class StreamDiffVSRState:
     """Last result, (1, 3, 4h, 4w) float32, model range, unclamped."""
     previous_lq: Tensor | None = None
     """Last input, (1, 3, h, w) float32, model range."""
+    flow: Tensor | None = None
+    """The motion that the next frame takes again, (1, 2, 4h, 4w) float32 pixels; None: it has its own."""
     frame_index: int = 0
     """Frames done so far, counted in the whole video: the next frame's noise depends on it."""
     metadata: dict[str, str] = field(default_factory=dict)
@@ -47,6 +50,10 @@ class StreamDiffVSRState:
             raise IncompatibleInputError("both previous_hq and previous_lq, or neither", "only one of them")
         if self.previous_hq is not None and self.previous_lq is not None:
             _check_pair(self.previous_hq, self.previous_lq)
+        if self.flow is not None:
+            if self.previous_hq is None:
+                raise IncompatibleInputError("previous_hq together with flow", "flow alone")
+            check_shape(self.flow, (1, 2, *self.previous_hq.shape[-2:]), "flow")
 
     @property
     def has_previous(self) -> bool:
@@ -57,7 +64,12 @@ class StreamDiffVSRState:
         """The same state with its tensors on `device`."""
         if self.previous_hq is None or self.previous_lq is None:
             return self
-        return replace(self, previous_hq=self.previous_hq.to(device), previous_lq=self.previous_lq.to(device))
+        return replace(
+            self,
+            previous_hq=self.previous_hq.to(device),
+            previous_lq=self.previous_lq.to(device),
+            flow=None if self.flow is None else self.flow.to(device),
+        )
 
     def check_fits(self, lq: Tensor, model: str) -> None:
         """Refuse to continue with another model or another size; raises `IncompatibleInputError`."""
@@ -85,10 +97,9 @@ class StreamDiffVSRState:
         """Write a safetensors file; it appears under its name only when it is whole."""
         from .files import save_tensors
 
+        named = {name: getattr(self, name) for name in TENSORS}
         tensors = {
-            name: tensor.detach().cpu().contiguous()
-            for name, tensor in (("previous_hq", self.previous_hq), ("previous_lq", self.previous_lq))
-            if tensor is not None
+            name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None
         }
         save_tensors(
             Path(path), tensors, {**self.metadata, FORMAT_KEY: FORMAT, INDEX_KEY: str(self.frame_index)}
@@ -111,12 +122,7 @@ class StreamDiffVSRState:
             raise CheckpointError(f"{path} is no saved Stream-DiffVSR state: save one with state.save().")
         index = int(metadata.pop(INDEX_KEY))
         try:
-            return cls(
-                previous_hq=tensors.get("previous_hq"),
-                previous_lq=tensors.get("previous_lq"),
-                frame_index=index,
-                metadata=metadata,
-            )
+            return cls(**{name: tensors.get(name) for name in TENSORS}, frame_index=index, metadata=metadata)
         except IncompatibleInputError as error:
             raise CheckpointError(f"{path} holds a state that cannot be: {error}.") from error
 

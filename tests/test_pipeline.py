@@ -21,7 +21,7 @@ from stream_diffvsr import (
     to_pixels,
 )
 from stream_diffvsr.denoise import noise
-from stream_diffvsr.tensors import pad_to, padded_size
+from stream_diffvsr.tensors import is_finite, pad_to, padded_size
 from stream_diffvsr.warp import warp
 
 FAST = UpscaleOptions(num_inference_steps=2, seed=5)
@@ -42,6 +42,7 @@ def same_state(a: StreamDiffVSRState, b: StreamDiffVSRState) -> bool:
     return (
         torch.equal(a.previous_hq, b.previous_hq)
         and torch.equal(a.previous_lq, b.previous_lq)
+        and a.flow is b.flow is None
         and (a.frame_index, a.metadata) == (b.frame_index, b.metadata)
     )
 
@@ -410,3 +411,13 @@ def test_zero_flow_is_no_identity():
 def test_to_pixels_and_back():
     hq = torch.tensor([-1.5, -1.0, 0.0, 1.0, 1.5])
     assert to_pixels(hq).tolist() == [0, 0, 0.5, 1, 1]
+
+
+@given(
+    st.lists(st.floats(width=32, allow_nan=True, allow_infinity=True), min_size=1, max_size=70),
+    st.booleans(),
+)
+def test_finite_or_not(values, strided):
+    x = torch.tensor(values)
+    x = torch.stack([x, x.flip(0)]).T if strided else x
+    assert is_finite(x) == bool(torch.isfinite(x).all())

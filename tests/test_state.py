@@ -40,6 +40,17 @@ def test_saved_and_loaded(state, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name], "no temporary file stays"
 
 
+def test_flow_is_saved_too(state, tmp_path):
+    flow = torch.randn(1, 2, 32, 44)
+    replace(state, flow=flow).save(tmp_path / "s")
+    assert torch.equal(StreamDiffVSRState.load(tmp_path / "s").to("cpu").flow, flow)
+    for wrong in (torch.zeros(1, 2, 8, 11), flow / 0):
+        with pytest.raises(IncompatibleInputError, match="flow"):
+            replace(state, flow=wrong)
+    with pytest.raises(IncompatibleInputError, match="flow alone"):
+        StreamDiffVSRState(flow=flow)
+
+
 def test_an_empty_state_is_saved_too(tmp_path):
     StreamDiffVSRState(frame_index=2**40).save(tmp_path / "s")
     loaded = StreamDiffVSRState.load(tmp_path / "s")

@@ -69,6 +69,8 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
         default="exact",
         help="exact (default): the reference's numbers; balanced, fast: approximations, see the README",
     )
+    group.add_argument("--control-every", type=int, default=1, help="ControlNet in one of N steps (1)")
+    group.add_argument("--flow-every", type=int, default=1, help="flow of one of N frames (1)")
     group.add_argument(
         "--compile-mode",
         choices=COMPILE_MODES,
@@ -203,6 +205,8 @@ def make_options(args: argparse.Namespace) -> UpscaleOptions:
         "tile_size": args.tile_size,
         "tile_overlap": args.tile_overlap,
         "flow_scale": args.flow_scale,
+        "control_every": args.control_every,
+        "flow_every": args.flow_every,
         "compile_mode": args.compile_mode,
     }
     return UpscaleOptions(**with_preset(args.preset, own))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
-from torch import Tensor
 
 from ..errors import VRAMError
 from .available import free_memory, is_out_of_memory, release_caches
 from .plan import Plan
 
 log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 MEGABYTE = 2**20
 
@@ -45,13 +47,13 @@ def memory_of(stage: str) -> Iterator[None]:
 
 
 def within_memory(
-    compute: Callable[[Plan], Tensor],
+    compute: Callable[[Plan], Result],
     plan: Plan,
     *,
     lower: Callable[[Plan, str], Plan | None],
     device: torch.device,
     need: Callable[[Plan], int],
-) -> tuple[Tensor, Plan]:
+) -> tuple[Result, Plan]:
     """The result of `compute`, and the plan with which memory sufficed.
 
     `lower` gives the plan to try next when one ran out in a stage; `need` predicts the bytes of a plan, for

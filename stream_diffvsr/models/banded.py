@@ -22,8 +22,10 @@ from .temporal_vae import POOL, Decoder, Encoder, TemporalAutoencoderTiny, Tempo
 Layers = Sequence[nn.Module]
 
 
-def embed(control: Control, warped: Tensor, rows: int) -> Tensor:
-    """`Control.embed`, in bands of `rows` rows."""
+def embed(control: Control, warped: Tensor, rows: int | None) -> Tensor:
+    """`Control.embed`, in bands of `rows` rows; None: at once."""
+    if rows is None:
+        return control.embed(warped)
     layers = [layer for layer in control.embedding.modules() if isinstance(layer, nn.Conv2d)]
     height, halo = warped.shape[-2] // SCALE, -(-reach(layers) // SCALE)
     out = Rows(height)
@@ -32,8 +34,10 @@ def embed(control: Control, warped: Tensor, rows: int) -> Tensor:
     return out.tensor
 
 
-def features(vae: TemporalAutoencoderTiny, warped: Tensor, rows: int) -> list[Tensor]:
-    """`TemporalAutoencoderTiny.features`, in bands of `rows` rows."""
+def features(vae: TemporalAutoencoderTiny, warped: Tensor, rows: int | None) -> list[Tensor]:
+    """`TemporalAutoencoderTiny.features`, in bands of `rows` rows; None: at once."""
+    if rows is None:
+        return vae.features(warped)
     x, pooled = warped, []
     for layers in _encoder_segments(vae.encoder):
         x, maps = _encode_segment(layers, x, rows)
@@ -42,9 +46,11 @@ def features(vae: TemporalAutoencoderTiny, warped: Tensor, rows: int) -> list[Te
 
 
 def decode(
-    vae: TemporalAutoencoderTiny, latents: Tensor, features: Sequence[Tensor] | None, rows: int
+    vae: TemporalAutoencoderTiny, latents: Tensor, features: Sequence[Tensor] | None, rows: int | None
 ) -> Tensor:
-    """`TemporalAutoencoderTiny.decode`, in bands of `rows` rows."""
+    """`TemporalAutoencoderTiny.decode`, in bands of `rows` rows; None: at once."""
+    if rows is None:
+        return vae.decode(latents, features)
     x, remaining = vae.bound(latents), iter(features or ())
     for layers in _decoder_segments(vae.decoder):
         x = _decode_segment(layers, x, next(remaining, None), rows)
