@@ -155,6 +155,13 @@ def test_an_explicit_folder_comes_first(checkpoint: Path, machine: Path, monkeyp
     assert resolve("v1", [machine / "m"]) is None
 
 
+def test_a_folder_of_checkpoints_is_none(checkpoint: Path, machine: Path):
+    copy(checkpoint, machine / "m" / "v1")
+    copy(checkpoint, machine / "m" / "mine")
+    with pytest.raises(ModelNotFoundError, match=r"a folder of checkpoints: name .*/m/mine or .*/m/v1"):
+        load_pipeline(machine / "m", device="cpu", flow="none")
+
+
 def test_a_folder_is_listed_once(checkpoint: Path, machine: Path):
     path = copy(checkpoint, machine / "m" / "v1")
     (machine / "link").symlink_to(machine / "m")

@@ -109,14 +109,14 @@ def released(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
 def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Path | None:
     """The folder of a source; None where the released weights are not there, and so are to be downloaded.
 
-    Raises `ModelNotFoundError` for a name that nothing has.
+    Raises `ModelNotFoundError` for a name that nothing has, and for a folder of checkpoints.
     """
     if source == "nano":
         return NANO
     if source == RELEASED:
         return next((path for path in released(extra_folders) if not _say(path)), None)
     if Path(source).is_dir():
-        return Path(source)
+        return _explicit(Path(source))
     named = candidates(extra_folders)
     path = next((path for name, path in named if name == str(source)), None)
     if path is None:
@@ -125,6 +125,16 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
             f"checkpoint {str(source)!r}", Path(source).absolute(), f"Name a folder, or one of {names}."
         )
     return path
+
+
+def _explicit(folder: Path) -> Path:
+    """The folder; one that only holds checkpoints is refused, with their names."""
+    inside = [] if _looks_like_one(folder) else [path for _, path in _inside(folder)]
+    if inside:
+        raise ModelNotFoundError(
+            "checkpoint", folder, f"That is a folder of checkpoints: name {' or '.join(map(str, inside))}."
+        )
+    return folder
 
 
 def _say(folder: Path) -> bool:
