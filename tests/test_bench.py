@@ -41,6 +41,16 @@ def test_figures(guided):
     )
 
 
+def test_the_plain_path_takes_no_approximation(guided):
+    """Eager and exact, whatever ours does, and nothing is said of it."""
+    other, seen = plain(guided), []
+    original = other.process_frame
+    other.process_frame = lambda lq, state, options: seen.append(options) or original(lq, state, options)
+    options = UpscaleOptions(num_inference_steps=2, control_every=2, flow_every=2)
+    measure(guided, 12, 16, 1, options, other)
+    assert set(seen) == {UpscaleOptions(num_inference_steps=2)}
+
+
 def test_operations_are_those_of_the_network(guided):
     """One convolution of the decoder, counted by hand."""
     result, lq = guided.process_frame(moving(1)), moving(2)[1:]

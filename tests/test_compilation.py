@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,23 @@ clip = torch.zeros(2, 3, 8, 8)
 hq, state = pipe(clip, UpscaleOptions(num_inference_steps=1, compile_mode="auto"))
 assert torch.equal(hq, pipe(clip, UpscaleOptions(num_inference_steps=1))[0])
 print(state.metadata["compilation"])
+"""
+
+PART = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from samples import moving
+from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, load_pipeline
+torch.set_num_threads(1)
+model, folder, start, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
+pipe = load_pipeline(model, device="cpu", flow="dis")
+state = StreamDiffVSRState.load(folder / str(start)) if start else None
+options = UpscaleOptions(num_inference_steps=2, compile_mode="auto")
+hq, state = pipe(moving(4)[start:stop], options, state)
+assert state.metadata["compilation"] == "auto"
+state.save(folder / str(stop))
+save_file({"hq": hq}, folder / f"{start}-{stop}")
 """
 
 needs_compiler = pytest.mark.skipif(
@@ -75,9 +93,13 @@ def test_one_that_cannot_be_compiled_runs_by_itself(caplog, monkeypatch):
 
 @pytest.mark.long
 @needs_compiler
+@pytest.mark.parametrize("name", ["A", "B", "C_resize"])
 @pytest.mark.parametrize("mode", ["auto", "max"])
-def test_golden(pipe, golden, mode):
-    case = load_file(golden / "case_A.safetensors")
+@pytest.mark.parametrize("blocks", [compilation.CPU_BLOCKS, compilation.BLOCKS], ids=["own", "all"])
+def test_golden(pipe, golden, monkeypatch, name, mode, blocks):
+    """The kinds that are compiled on a CPU, and all those that are elsewhere."""
+    monkeypatch.setattr(compilation, "CPU_BLOCKS", blocks)
+    case = load_file(golden / f"case_{name}.safetensors")
     got = upscale(pipe, case, UpscaleOptions(compile_mode=mode), len(case["init_latents"]), case["flows"])
     assert_near(got, case["hq"], TOLERANCE)
     assert not compilation._failed
@@ -95,3 +117,15 @@ def test_continuity(guided, tmp_path):
         assert torch.equal(torch.cat([first, second]), whole)
         assert last.metadata == end.metadata
     assert end.metadata["compilation"] == "auto"
+
+
+@pytest.mark.long
+@needs_compiler
+def test_continuity_across_processes(checkpoint, tmp_path):
+    """Three processes with one cache: the parts of two of them are what the third made at once."""
+    own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parent)}
+    for start, stop in ((0, 2), (2, 4), (0, 4)):
+        command = [sys.executable, "-c", PART, str(checkpoint), str(tmp_path), str(start), str(stop)]
+        subprocess.run(command, env={**os.environ, **own}, check=True)
+    whole, first, second = (load_file(tmp_path / name)["hq"] for name in ("0-4", "0-2", "2-4"))
+    assert torch.equal(torch.cat([first, second]), whole)

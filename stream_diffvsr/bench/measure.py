@@ -121,7 +121,8 @@ def measure(
     """Upscale a moving picture: two frames to warm up, then `frames` that count.
 
     With `plain`, each frame is upscaled by both, in turns that alternate, and their ratio is taken pair
-    by pair: so it holds although the machine's speed drifts.
+    by pair: so it holds although the machine's speed drifts. The plain one is eager and exact, whatever
+    `options` say.
     """
     lqs = moving_picture(frames + 2, height, width)
     clock = Clock(pipe.device)
@@ -159,12 +160,12 @@ def _time_pair(
     ours_first: bool,
 ) -> tuple[float, float, StreamDiffVSRState]:
     """One frame by both, in that order: our time, the plain one's (NaN without it), our state after it."""
-    theirs = math.nan
+    theirs, reference = math.nan, UpscaleOptions(num_inference_steps=options.num_inference_steps)
     if plain is not None and not ours_first:
-        theirs, _ = _time(clock, plain, lq, state, options)
+        theirs, _ = _time(clock, plain, lq, _unsettled(state), reference)
     ours, after = _time(clock, pipe, lq, state, options)
     if plain is not None and ours_first:
-        theirs, _ = _time(clock, plain, lq, state, options)
+        theirs, _ = _time(clock, plain, lq, _unsettled(state), reference)
     return ours, theirs, after
 
 
@@ -174,6 +175,12 @@ def _time(
     start = clock.now()
     result = pipe.process_frame(lq, state, options)
     return clock.now() - start, result.state
+
+
+def _unsettled(state: StreamDiffVSRState) -> StreamDiffVSRState:
+    """The state without the settings that it was made with, to go on with others in silence."""
+    settings = ("options", "compilation")
+    return replace(state, metadata={key: text for key, text in state.metadata.items() if key not in settings})
 
 
 def _stages(
@@ -195,7 +202,7 @@ def count_operations(
     with FlopCounterMode(display=False) as counter:
         clock = Clock(pipe.device, lambda: counter.get_total_flops() / 1e9)
         with clock.watching(pipe):
-            pipe.process_frame(lq, state, replace(options, compile_mode="off"))
+            pipe.process_frame(lq, _unsettled(state), replace(options, compile_mode="off"))
     return clock.spent
 
 
