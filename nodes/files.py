@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from pathlib import Path, PurePath
@@ -19,11 +20,18 @@ HEADER = 1 << 16
 
 
 def identity(path: Path) -> str:
-    """What changes when a file is edited or replaced: size and time of its last change."""
+    """What changes when a file, or one right in a folder, is edited or replaced."""
     try:
-        status = path.stat()
+        inside = sorted(map(_stamp, path.iterdir())) if path.is_dir() else []
+        digest = hashlib.sha256("\n".join(inside).encode()).hexdigest()[:16] if inside else ""
+        return f"{_stamp(path)} {digest}".rstrip()
     except OSError:
         return f"{path} missing"
+
+
+def _stamp(path: Path) -> str:
+    """Size and time of the last change."""
+    status = path.stat()
     return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 

@@ -15,7 +15,7 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
 
     The reference normalises positions by W-1 and yet samples with align_corners=False, so that zero
     flow is no identity: it shifts by -0.5 px at the left edge to +0.5 px at the right. The weights
-    were trained so; it is kept for parity (test_warp.py).
+    were trained so; it is kept for parity (tests/test_golden.py).
     """
     height, width = frame.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0].float()

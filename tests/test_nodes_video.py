@@ -12,8 +12,9 @@ import av
 import numpy as np
 import pytest
 import torch
-from node_clips import frames_of, make_clip
+from node_clips import frames_of, make_clip, pattern
 from node_pack import load_pack, part
+from PIL import Image
 
 PACK = load_pack()
 NODES = PACK.NODE_CLASS_MAPPINGS
@@ -206,6 +207,20 @@ def test_an_edited_source_is_noticed(clip: Path) -> None:
     clip.write_bytes(clip.read_bytes() + b"0")
     assert VIDEO.IS_CHANGED(video_path=str(clip)) != before
     assert VIDEO.IS_CHANGED(video_path="") == VIDEO.IS_CHANGED()
+
+
+def test_a_folder_of_pictures(pipe, tmp_path: Path) -> None:
+    """Upscaled in the order of their names, and again when one of them was edited."""
+    folder = tmp_path / "input" / "shots"
+    folder.mkdir(parents=True)
+    for index in range(3):
+        Image.fromarray(pattern(index, 24, 16)).save(folder / f"shot {index}.png")
+    path = upscale(pipe, video_path="shots", settings=SETTINGS().execute(codec="ffv1")[0])
+    assert frames_of(path).shape == (3, 64, 96, 3)
+    before = VIDEO.IS_CHANGED(video_path="shots")
+    assert VIDEO.IS_CHANGED(video_path="shots") == before
+    Image.fromarray(pattern(9, 24, 16)).save(folder / "shot 1.png")
+    assert VIDEO.IS_CHANGED(video_path="shots") != before
 
 
 def test_each_codec_gets_a_container_that_holds_it(pipe, clip: Path) -> None:
