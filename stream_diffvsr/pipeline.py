@@ -24,7 +24,7 @@ from .flow import FlowEstimator
 from .frame import Frame, FrameResult
 from .memory.choose import Planner, record
 from .memory.estimate import Widths, estimate
-from .memory.fallback import memory_of, within_memory
+from .memory.fallback import beside_stages, memory_of, within_memory
 from .models import banded
 from .models.control import Control
 from .models.precision import in_float32
@@ -73,9 +73,9 @@ class StreamDiffVSRPipeline:
         self.dtype = dtype
         self.model = model
         self.centred_flow = centred_flow
-        self._widths = Widths.of(unet, control, vae, flow.name)
         self._prepared: dict[Any, tuple[Schedule, list[Prompt]]] = {}
         prepare(unet, control, vae)
+        self._widths = Widths.of(unet, control, vae, flow.name)
 
     @property
     def flow(self) -> FlowEstimator:
@@ -114,7 +114,14 @@ class StreamDiffVSRPipeline:
         records. A frame of half precision that is not finite is repeated in float32. Both are logged.
         Raises `IncompatibleInputError`, and `VRAMError` where no plan suffices.
         """
-        frame = self._accept(lq, state or StreamDiffVSRState(), options or UpscaleOptions(), latents, flow)
+        state, options = state or StreamDiffVSRState(), options or UpscaleOptions()
+        return beside_stages(
+            lambda: self._result(self._accept(lq, state, options, latents, flow), on_step),
+            device=self.device,
+            need=lambda: self.planner.least(lq.shape[-2:], options),
+        )
+
+    def _result(self, frame: Frame, on_step: OnStep | None) -> FrameResult:
         hq, frame = self._finite(frame if on_step is None else replace(frame, on_step=on_step))
         return FrameResult(hq, self._next_state(frame, hq))
 

@@ -174,6 +174,50 @@ def assert_that_of_its_level(result, results):
     assert torch.equal(result.hq, results[direct])
 
 
+class BesideStages(Operations):
+    """The same, of operations outside of the stages only."""
+
+    inside = False
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if self.inside:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def process(self, engine, lq, state):
+        def upscale(frame):
+            self.inside = True
+            try:
+                return type(engine)._upscale(engine, frame)
+            finally:
+                self.inside = False
+
+        with patch.object(engine, "_upscale", upscale), self:
+            return engine.process_frame(lq, state, AUTO)
+
+
+def test_memory_that_runs_out_beside_the_stages_is_a_vram_error(engine, clip, second):
+    """While the frame is taken in, its result looked at, and the next state made."""
+    state, results = second
+    counted = BesideStages()
+    assert torch.equal(counted.process(engine, clip[1:2], state).hq, results[LEVELS[0]])
+    assert counted.count > 5
+    for number in (1, 3, counted.count // 2, counted.count - 1, counted.count):
+        with pytest.raises(VRAMError, match=r"beside the networks.*smaller frames") as caught:
+            BesideStages({number}).process(engine, clip[1:2], state)
+        assert caught.value.required_mb > 0 and caught.value.__context__ is None
+    assert torch.equal(engine.process_frame(clip[1:2], state, AUTO).hq, results[LEVELS[0]])
+
+
+def test_an_interrupt_beside_the_stages_passes(engine, clip, second):
+    class Interrupting(BesideStages):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            raise KeyboardInterrupt("out of memory")
+
+    with pytest.raises(KeyboardInterrupt), Interrupting():
+        engine.process_frame(clip[1:2], second[0], AUTO)
+
+
 def test_the_level_is_kept_and_said_once(pipe, clip, second, caplog):
     state, _ = second
     pipe.placement = Leaky(["vae"], 2)

@@ -119,7 +119,7 @@ def test_auto_takes_the_first_plan_that_fits(output, monkeypatch, caplog):
         Plan("linear", 128, 512),
         Plan("linear", 128, 256),
     ):
-        free = math.ceil(need(size, plan) / choosing.SHARE)
+        free = math.ceil(need(size, plan) / choosing.CPU_SHARE)
         monkeypatch.setattr(choosing, "free_memory", lambda device, free=free: free)
         caplog.clear()
         with caplog.at_level(logging.INFO):

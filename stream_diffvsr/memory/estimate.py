@@ -1,8 +1,11 @@
 """What a frame needs, predicted from sizes and widths alone.
 
 Every network here needs memory in proportion to the pixels. The proportions below count the numbers that are
-held at a stage's worst moment, in multiples of a width; they come from recording all allocations of
-the real networks. `benchmarks/memory.py` compares them with measured peaks.
+held at a stage's worst moment, in multiples of a width; they come from recording all tensors of the real
+networks, and a test counts them again. `benchmarks/memory.py` compares the sums with measured peaks.
+
+What is predicted is memory in use. glibc keeps what was freed in holes between what is not, a different
+amount in every run, so that a process on a CPU takes up to twice as much: `choose.py` leaves room for it.
 """
 
 from __future__ import annotations
@@ -15,18 +18,23 @@ from typing import Any
 import torch
 
 from ..flow.estimators import TILE as FLOW_TILE
+from ..models.folded import fold, parts_of
 from ..models.temporal_vae import TemporalBlock
 from ..options import UpscaleOptions
 from ..tensors import SCALE, padded_size
 from .plan import Plan, asked_for
 
-FRAMES = 6
-"""Pictures of output size that live beside the networks: the previous and the new hq, the warped one, ..."""
+FRAMES = 3
+"""Pictures of output size beside the networks: the previous hq, the warped one, and one of the caller's."""
 
-LIBRARIES = 95 * 2**20
+LATENTS, STEP = 13, 17
+"""Numbers per LQ pixel beside the U-Net, its input, the latents and the prediction of the whole frame; and
+what the update of the latents takes beyond them, when the U-Net is done."""
+
+LIBRARIES = 85 * 2**20
 """What the libraries take when they first compute: code, threads, workspaces."""
 
-FLOW_BYTES = {"raft_large": 350, "raft_small": 145, "dis": 60, "bundled": 85}
+FLOW_BYTES = {"raft_large": 350, "raft_small": 145, "dis": 60, "bundled": 42}
 """Bytes per pixel of the estimated frames, without RAFT's volume; 0 for those not named."""
 
 FLOW_PARAMETERS = {"raft_large": 5_257_536, "raft_small": 990_162, "bundled": 100_951}
@@ -53,14 +61,15 @@ class Widths:
     decoder: int
     decoder_block: bool
     weights: Mapping[str, int]
-    """Parameters by stage."""
+    """Parameters by stage, those of folded layers beside the ones they were made from."""
     flow: str
     """Name of the flow estimator."""
 
     @classmethod
     def of(cls, unet: Any, controlnet: Any, vae: Any, flow: str) -> Widths:
-        """From the networks, which may be empty."""
-        encoder, decoder = vae.encoder.layers, vae.decoder.layers
+        """From the networks as they run, folded; they may be empty."""
+        layers: Any = (list(parts_of(network.layers)) for network in (vae.encoder, vae.decoder))
+        encoder, decoder = layers
         networks = {"unet": unet, "controlnet": controlnet, "vae": vae}
         embedding = getattr(controlnet, "controlnet_cond_embedding", None) or controlnet.embedding
         return cls(
@@ -86,7 +95,7 @@ RELEASED = Widths(
     encoder_block=True,
     decoder=64,
     decoder_block=True,
-    weights={"unet": 472_374_020, "controlnet": 207_699_264, "vae": 2_052_501},
+    weights={"unet": 497_541_892, "controlnet": 207_699_264, "vae": 2_183_573},
     flow="raft_large",
 )
 """The released networks, so that their needs can be told before they are there."""
@@ -151,7 +160,7 @@ def _controlnet(widths: Widths, height: int, width: int, plan: Plan) -> float:
     finished = widths.unet * height * width * (plan.rows is not None)
     embedding = 2 * SCALE**2 * widths.embedding * seen * width + finished
     network = (8.15 * widths.unet_layers - 2) * widths.unet * _at_once(height, width, plan)
-    return max(embedding, network + widths.unet * height * width)
+    return max(embedding, network + (widths.unet + LATENTS) * height * width)
 
 
 def _unet(widths: Widths, height: int, width: int, plan: Plan) -> float:
@@ -161,8 +170,8 @@ def _unet(widths: Widths, height: int, width: int, plan: Plan) -> float:
     joined input, and the activation that the first norm makes of it.
     """
     residuals = 1.94 * widths.unet_layers + 0.96
-    network = (6.4 + 4.7 * widths.unet_layers + residuals) * widths.unet
-    return network * _at_once(height, width, plan) + widths.unet * height * width
+    network = (6.4 + 4.7 * widths.unet_layers + residuals) * widths.unet * _at_once(height, width, plan)
+    return max(network, STEP * height * width) + (widths.unet + LATENTS) * height * width
 
 
 def _at_once(height: int, width: int, plan: Plan) -> int:
@@ -194,20 +203,18 @@ def _encoder(block: bool, height: int, rows: int | None) -> float:
 def _decoder(block: bool, height: int, rows: int | None) -> float:
     """Numbers per LQ pixel and channel.
 
-    A block with TPM holds 5 pictures: input, update, enlarged mixture, its share, and a sum; and pooled maps.
-    In bands, beside them stand the input of the last part, at half of the size where its block is at full
-    size (4), else at a quarter (1), and the result; parts before it hold input and output, 4 + 4, and bands
-    of as many rows at half of the size.
+    Beside all of it stand the warped frame's pooled features, the largest of them an LQ pixel's size or a
+    quarter. A block with TPM holds 5 pictures: input, update, enlarged mixture, its share, and a sum; and
+    pooled maps. In bands, beside them stand the input of the last part, at half of the size where its block
+    is at full size (4), else at a quarter (1), and the result. Before that, pooled maps are mixed: the
+    sequence of both frames, what the TPM makes of it, and halves of that.
     """
-    # Without a block at full size, measured peaks lie up to 13.5 higher (640x360) or not at all (960x540);
-    # why is not known. The middle keeps both within a fifth.
-    whole = 81 if block else 20.4 + 6.7
+    features, whole = (1.94, 81) if block else (0.56, 20.4)
     if rows is None:
-        return whole
+        return features + whole
     share = (rows + (12 if block else 24)) / (SCALE * height)
-    last = (5.5 + 80 * share) if block else (3 + 26.7 * share)
-    before = (8.3 + 32 * share) if block else 0
-    return min(whole, max(last, before))
+    parts = max(6.2 + 80 * share, 13.4) if block else max(3 + 20 * share, 4.5)
+    return features + min(whole, parts)
 
 
 def _read(model: str | Path) -> Widths:
@@ -219,5 +226,7 @@ def _read(model: str | Path) -> Widths:
 
     folder = resolve(model, [])
     assert folder is not None  # only 'v1' may be absent
-    unet, controlnet, vae = (build(open_part(folder, name)) for name in ("unet", "controlnet", "vae"))
+    networks: Any = (build(open_part(folder, name)) for name in ("unet", "controlnet", "vae"))
+    unet, controlnet, vae = networks
+    fold(unet, vae)
     return Widths.of(unet, controlnet, vae, default_flow(folder))

@@ -77,6 +77,26 @@ def within_memory(
         plan = following
 
 
+def beside_stages(compute: Callable[[], Result], *, device: torch.device, need: Callable[[], int]) -> Result:
+    """The result of `compute`; memory that runs out outside of the stages is a `VRAMError`, as no plan helps.
+
+    That is while frames come to the device, and while a result is looked at and kept for the next one.
+    """
+    try:
+        with memory_of("frame"):
+            return compute()
+    except RanOutError as error:
+        message = error.message
+    # Here the error is gone, as above.
+    release_caches(device)
+    raise VRAMError(
+        need() // MEGABYTE,
+        free_memory(device) // MEGABYTE,
+        f"it ran out beside the networks ({message}), where no memory_plan takes less; "
+        "use smaller frames, or end what else holds memory",
+    )
+
+
 def _no_plan_left(stage: str, tried: Sequence[str], needed: int, free: int) -> VRAMError:
     return VRAMError(
         needed // MEGABYTE,

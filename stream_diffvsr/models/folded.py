@@ -137,9 +137,10 @@ def _is_foldable(run: Sequence[nn.Module]) -> bool:
 def _fold_doubling(convolutions: Sequence[nn.Conv2d]) -> nn.ConvTranspose2d:
     """Doubling and one or two 3x3 convolutions as a transposed convolution."""
     first, *others = convolutions
-    spread = torch.tensor(SPREAD, dtype=torch.float64)
+    kernel = _exact(first.weight)
+    spread = torch.tensor(SPREAD, dtype=torch.float64, device=kernel.device)
     # (in, out, 4, 4): the answer to a single pixel, which the second convolution sees as a picture.
-    answer = torch.einsum("ay,bx,oiyx->ioab", spread, spread, _exact(first.weight))
+    answer = torch.einsum("ay,bx,oiyx->ioab", spread, spread, kernel)
     bias = None if first.bias is None else _exact(first.bias)
     for second in others:
         answer, bias = F.conv2d(answer, _exact(second.weight), padding=2), _bias(bias, second)
@@ -166,7 +167,8 @@ def _bias(before: Tensor | None, convolution: nn.Conv2d) -> Tensor | None:
 
 
 def _exact(weight: Tensor) -> Tensor:
-    return weight.detach().cpu().double()
+    # Networks without weights are folded, too: what they will need is told from them.
+    return weight.detach().to("meta" if weight.is_meta else "cpu", torch.float64)
 
 
 def _fill(network: Any, weight: Tensor, bias: Tensor | None, like: Tensor) -> Any:
