@@ -31,6 +31,7 @@ from .models.precision import in_float32
 from .models.prepare import prepare
 from .models.prompt import PromptEmbeddings
 from .models.prompted import keys_and_values
+from .models.quantized import quantize
 from .models.temporal_vae import TemporalAutoencoderTiny
 from .options import UpscaleOptions
 from .placement import FixedPlacement, Placement
@@ -74,8 +75,17 @@ class StreamDiffVSRPipeline:
         self.model = model
         self.centred_flow = centred_flow
         self._prepared: dict[Any, tuple[Schedule, list[Prompt]]] = {}
+        self.number_format = str(dtype).removeprefix("torch.")
         prepare(unet, control, vae)
         self._widths = Widths.of(unet, control, vae, flow.name)
+
+    def quantize(self) -> None:
+        """Have the linear layers of U-Net and ControlNet in int8 from now on, an approximation.
+
+        To be called before the first frame; raises `ModuleNotFoundError` without torchao.
+        """
+        quantize(self.stages["unet"], self.control)
+        self.number_format += ", linear layers int8"
 
     @property
     def flow(self) -> FlowEstimator:
@@ -339,7 +349,7 @@ class StreamDiffVSRPipeline:
         """What is in force, for the state's metadata."""
         return {
             "options": options.to_json(),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": self.number_format,
             "flow": self.flow.name,
             "compilation": compilation.in_force(options.compile_mode, self.device),
         }

@@ -49,12 +49,14 @@ def run(args: argparse.Namespace) -> int:
     asked = args.size or [SIZE]
     sizes = [_size(text) for text in (SIZES if "all" in asked else asked)]
     pipe = open_model(args.model, args.device, args.dtype, args.flow)
+    other = plain(pipe) if args.plain else None
+    if args.quantize == "int8":
+        pipe.quantize()
     own = {"num_inference_steps": args.steps, "compile_mode": args.compile_mode}
     options = UpscaleOptions(**with_preset(args.preset, own))
     results = []
     for width, height in sizes:
         print(f"measuring {width}x{height} ...", file=sys.stderr)
-        other = plain(pipe) if args.plain else None
         results.append(measure(pipe, height, width, args.frames, options, other).to_json())
     settings = {name: getattr(args, name) for name in ("model", "preset", "compile_mode", "steps")}
     rate = matrix_rate(pipe.device, pipe.dtype)
@@ -79,7 +81,7 @@ def environment(pipe: StreamDiffVSRPipeline) -> dict[str, str | int]:
         "device": torch.cuda.get_device_name(pipe.device)
         if cuda
         else platform.processor() or platform.machine(),
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": pipe.number_format,
         "flow": pipe.flow.name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

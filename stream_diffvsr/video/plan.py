@@ -117,7 +117,7 @@ def settings(
         **asdict(job.options),
         "model": pipe.model,
         "device": pipe.device.type,
-        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "dtype": pipe.number_format,
         "flow": pipe.flow.name,
         "start": str(job.start),
         "end": str(job.end),

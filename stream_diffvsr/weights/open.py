@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from ..devices import resolve_device, resolve_dtype
+from ..errors import IncompatibleInputError
 from ..files import fingerprint, read_json
 from ..flow import open_flow
 from ..models.build import Shapes, build, fill, shapes_of
 from ..models.control import Control
 from ..models.parts import SCHEDULER_CONFIG, Part
 from ..models.prompt import PromptEmbeddings
+from ..models.quantized import QUANTIZATIONS
 from ..pipeline import StreamDiffVSRPipeline
 from .check import check_networks, check_text, default_flow, has_centred_flow, remembered_shapes
 from .download import OnProgress, download
@@ -30,6 +32,7 @@ def load_pipeline(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
+    quantize: str = "none",
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> StreamDiffVSRPipeline:
@@ -38,10 +41,13 @@ def load_pipeline(
     `source`: 'nano' (bundled), 'v1' (the released weights, found on this machine or downloaded), the
     name of a checkpoint that `find_checkpoints(extra_folders)` lists, or a checkpoint folder. `dtype` is
     that of the networks; frames, flow, warp, state and scheduler arithmetic are float32 always.
+    `quantize` 'int8' approximates linear layers in 8 bits (needs torchao); 'none' leaves them as they are.
     `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
     download, which goes on from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
     """
+    if quantize not in QUANTIZATIONS:
+        raise IncompatibleInputError(f"quantize as one of {', '.join(QUANTIZATIONS)}", repr(quantize))
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     folders = list(extra_folders)
@@ -56,7 +62,7 @@ def load_pipeline(
         chosen_flow = default_flow(folder) if flow == "auto" else flow
         raft_folders = [folder, folder.parent, *models_folders(folders)]
         estimator = open_flow(chosen_flow, partial(open_flow_network, folders=raft_folders)).to(chosen_device)
-    return StreamDiffVSRPipeline(
+    pipe = StreamDiffVSRPipeline(
         unet=filled["unet"],
         control=Control(filled["controlnet"]),
         vae=filled["vae"],  # type: ignore[arg-type]
@@ -68,6 +74,9 @@ def load_pipeline(
         model=fingerprint(file for part in parts for file in part.files),
         centred_flow=has_centred_flow(folder),
     )
+    if quantize == "int8":
+        pipe.quantize()
+    return pipe
 
 
 class _Networks(dict[str, torch.nn.Module]):
