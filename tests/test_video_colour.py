@@ -45,6 +45,22 @@ def test_there_and_back(name: str, full: bool, matrix: int) -> None:
     assert float((back - rgb).abs().max()) <= allowed
 
 
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_values_are_rounded_and_not_cut(name: str, full: bool, share: float) -> None:
+    """Greys that lie between two codes."""
+    layout = LAYOUTS[name]
+    codes = torch.arange(40, 48, dtype=torch.float64).repeat(8, 1) * 2 ** (layout.bits - 8)
+    step, top = 2.0 ** (layout.bits - 8), 2**layout.bits - 1
+    full = full or layout.rgb
+    low, span = (0, top) if full else (16 * step, 219 * step)
+    grey = (codes + share - low) / span
+    first = rgb_to_planes(grey.expand(1, 3, 8, 8), name, Colour(1, full, 1, 1))[0]
+    got = torch.from_numpy(first.astype(np.float64)).reshape(8, 8, -1)[..., 0]
+    assert torch.equal(got, codes + round(share))
+
+
 @settings(max_examples=60)
 @given(
     st.sampled_from(sorted(LUMA_WEIGHTS)),

@@ -19,6 +19,7 @@ from stream_diffvsr.cli.main import main
 from stream_diffvsr.weights.check import problem
 from stream_diffvsr.weights.download import download
 from stream_diffvsr.weights.find import VARIABLE
+from stream_diffvsr.weights.hub import CHUNK
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 COMMAND = "import sys; from stream_diffvsr.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -74,8 +75,9 @@ def hang_after(count: int) -> Fault:
     return fault
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
-    while not (path.is_file() and path.stat().st_size):
+def wait_for(part: Path, size: int, process: subprocess.Popen[str]) -> None:
+    """Until so much of a file is there."""
+    while not part.is_file() or part.stat().st_size < size:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
 
@@ -109,25 +111,23 @@ def test_command_without_connection(hub: StandInHub, home: Path):
 
 def test_a_command_that_is_interrupted_or_killed(hub: StandInHub, home: Path, raft: Path):
     part = home / "v1.partial" / (UNET + ".part")
-    hub.fail(UNET, hang_after(2000))
+    hub.fail(UNET, hang_after(2 * CHUNK))  # the hub's older clients hand over whole chunks only
     process = start(hub, home, "download")
-    wait_for(part, process)
+    wait_for(part, 2 * CHUNK, process)
     process.send_signal(signal.SIGINT)
     code, _, error = end(process)
     assert code == 130 and error.endswith("stream-diffvsr: interrupted\n")
-    assert part.stat().st_size == 2000 and find_checkpoints() == []
+    assert part.stat().st_size == 2 * CHUNK and find_checkpoints() == []
 
-    hub.fail(UNET, hang_after(3000))
+    hub.fail(UNET, hang_after(3 * CHUNK))
     process = start(hub, home, "download")
-    while part.stat().st_size == 2000:
-        time.sleep(0.02)
+    wait_for(part, 5 * CHUNK, process)
     process.kill()
     end(process)
-    assert part.stat().st_size == 5000
 
     code, _, error = end(start(hub, home, "download"))
     assert code == 0, error
-    assert [request.start for request in hub.gets(UNET)] == [0, 2000, 5000]
+    assert [request.start for request in hub.gets(UNET)] == [0, 2 * CHUNK, 5 * CHUNK]
     assert problem(home / "v1") is None
 
 
