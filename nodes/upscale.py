@@ -64,8 +64,8 @@ class Upscale:
                     {
                         "default": False,
                         "tooltip": "Run the U-Net in tiles: the least memory, and a slightly different "
-                        "picture. Off: the memory_plan of Settings, whose auto takes tiles only when memory "
-                        "runs out.",
+                        "picture. Off: the memory_plan of Settings, whose auto takes tiles only where "
+                        "nothing else fits.",
                     },
                 ),
                 "tile_size": (
