@@ -48,6 +48,29 @@ def test_feathers_are_positive_and_sum_to_one(cut):
     torch.testing.assert_close(total, torch.ones(length), atol=1e-6, rtol=0)
 
 
+@given(st.integers(3, 90), st.data())
+def test_two_spans_share_out_linearly(size, data):
+    overlap = data.draw(st.integers(1, (size - 1) // 2))
+    length = 2 * size - overlap
+    first, second = feather(spans(length, size, overlap), length)
+    rise = (torch.arange(overlap) + 0.5) / overlap
+    torch.testing.assert_close(second, torch.cat([rise, torch.ones(size - overlap)]))
+    torch.testing.assert_close(first, second.flip(0))
+
+
+@given(cuts())
+def test_no_weight_jumps(cut):
+    """Where a tile begins or ends inside the picture, it counts the least."""
+    length, *rest = cut
+    parts = spans(length, *rest)
+    weights = feather(parts, length)
+    for (before, behind), (fading, rising) in zip(
+        itertools.pairwise(parts), itertools.pairwise(weights), strict=True
+    ):
+        if before.stop - behind.start > 1:
+            assert rising[0] < rising[1] and fading[-1] < fading[-2]
+
+
 @given(st.integers(1, 90), st.integers(1, 90), cuts())
 def test_blending_a_picture_cut_to_tiles_gives_the_picture(height, width, cut):
     picture, blended = torch.randn(1, 2, height, width), torch.zeros(1, 2, height, width)
