@@ -11,7 +11,7 @@ import torch
 from node_pack import ROOT
 from samples import moving
 
-from stream_diffvsr import IncompatibleInputError, UpscaleOptions
+from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
 from stream_diffvsr.bench.measure import Clock, count_operations, measure
 from stream_diffvsr.bench.networks import CONFIGS, plain
 from stream_diffvsr.cli.main import main
@@ -39,6 +39,14 @@ def test_figures(guided):
     assert result.rates["denoise"] == pytest.approx(
         1000 * result.operations["denoise"] / result.stages["denoise"]
     )
+
+
+def test_the_plain_path_is_float32(checkpoint):
+    half = load_pipeline(checkpoint, device="cpu", dtype="bfloat16", flow="none")
+    other = plain(half)
+    assert {weight.dtype for weight in other.stages["unet"].parameters()} == {torch.float32}
+    assert other(moving(1))[1].metadata["dtype"] == "float32"
+    assert {weight.dtype for weight in half.stages["unet"].parameters()} == {torch.bfloat16}
 
 
 def test_the_plain_path_takes_no_approximation(guided):

@@ -121,8 +121,8 @@ def measure(
     """Upscale a moving picture: two frames to warm up, then `frames` that count.
 
     With `plain`, each frame is upscaled by both, in turns that alternate, and their ratio is taken pair
-    by pair: so it holds although the machine's speed drifts. The plain one is eager and exact, whatever
-    `options` say.
+    by pair: so it holds although the machine's speed drifts. The plain one is eager, exact and in
+    float32, whatever ours is.
     """
     lqs = moving_picture(frames + 2, height, width)
     clock = Clock(pipe.device)
@@ -179,7 +179,7 @@ def _time(
 
 def _unsettled(state: StreamDiffVSRState) -> StreamDiffVSRState:
     """The state without the settings that it was made with, to go on with others in silence."""
-    settings = ("options", "compilation")
+    settings = ("options", "compilation", "dtype")
     return replace(state, metadata={key: text for key, text in state.metadata.items() if key not in settings})
 
 

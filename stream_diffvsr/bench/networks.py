@@ -135,14 +135,14 @@ class PlainControl(Control):
 
 
 def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """The same weights run the reference's way: nothing folded, nothing computed once that could be."""
+    """The same weights run the reference's way: in float32, nothing folded or computed once that could be."""
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     unfold(stages["unet"], stages["vae"])  # type: ignore[arg-type]
     for network in stages.values():
         put_back(network)
-        torch.nn.Module.to(network, memory_format=torch.contiguous_format)
+        torch.nn.Module.to(network, dtype=torch.float32, memory_format=torch.contiguous_format)
     other = copy.copy(pipe)
     control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
     other.stages = {**pipe.stages, **stages, "controlnet": control}
-    other._prepared = {}
+    other._prepared, other.dtype, other.number_format = {}, torch.float32, "float32"
     return other
