@@ -6,6 +6,7 @@ RGB arrays until they become a batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -159,6 +160,11 @@ class Pictures:
                        for _ in range(scenes)]  # fmt: skip
         if cache is not None:
             np.save(cache, np.stack(self.scenes))
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Of the photographs, only these, all equally often."""
+        self.photographs = [self.photographs[PHOTOGRAPHS.index(name)] for name in names]
+        self.weights = np.full(len(names), 1 / len(names))
 
     def pick(self, rng: np.random.Generator, photograph_share: float = 0.6) -> np.ndarray:
         if rng.random() < photograph_share:

@@ -29,7 +29,7 @@ INDEX = {
     "centred_flow": True,
     "controlnet": ["diffusers", "ControlNetModel"],
     "feature_extractor": [None, None],
-    "flow": "dis",
+    "flow": "bundled",
     "requires_safety_checker": False,
     "safety_checker": [None, None],
     "scheduler": ["diffusers", "DDIMScheduler"],

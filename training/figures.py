@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count, islice
 from pathlib import Path
+from statistics import mean
 
 import numpy as np
 import torch
@@ -108,10 +109,10 @@ def methods(pipe: StreamDiffVSRPipeline) -> dict[str, Method]:
 def measured(result: Tensor, clip: Clip) -> dict[str, float]:
     """Means over the frames; warping error in squared grey levels of 255."""
     frames = [picture_measures(a, b, 0) for a, b in zip(result.split(1), clip.truth.split(1), strict=True)]
-    means = {name: sum(each[name] for each in frames) / len(frames) for name in frames[0]}
+    means = {name: mean(each[name] for each in frames) for name in frames[0]}
     pairs = zip(result[1:].split(1), result[:-1].split(1), clip.flows, clip.seen, strict=True)
     errors = [warping_error(*pair) * 255**2 for pair in pairs]
-    return {**means, "warping": sum(errors) / len(errors)}
+    return {**means, "warping": mean(errors)}
 
 
 COLUMNS = {
@@ -123,8 +124,17 @@ COLUMNS = {
 }
 
 
+def mean_figures(rows: dict[str, Figures]) -> Figures:
+    """Over the clips."""
+    every = list(rows.values())
+    return {
+        who: {key: mean(figures[who][key] for figures in every) for key in every[0][who]} for who in every[0]
+    }
+
+
 def table(rows: dict[str, Figures]) -> str:
     """A Markdown table; each cell has one figure per method, in the order that its heading names."""
+    rows = {**rows, "mean": mean_figures(rows)}
     heads = [f"{name}: {', '.join(who)}" for name, (_, _, who) in COLUMNS.items()]
     lines = ["| clip | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for name, figures in rows.items():
@@ -140,10 +150,6 @@ def gains(rows: dict[str, Figures]) -> str:
                for f in rows.values()]  # fmt: skip
     steady = [f["nano"]["warping"] / f["unguided"]["warping"] - 1 for f in rows.values()]
     classic = [f["nano"]["warping"] / f["bicubic"]["warping"] - 1 for f in rows.values()]
-
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values)
-
     return (
         f"PSNR-Y over the better of bicubic and Lanczos: {mean(by_clip):+.2f} dB on average, "
         f"{min(by_clip):+.2f} dB at least. Warping error against nano without guidance: {mean(steady):+.0%} "
@@ -152,16 +158,24 @@ def gains(rows: dict[str, Figures]) -> str:
     )
 
 
-def report(pipe: StreamDiffVSRPipeline, clips: list[Clip]) -> str:
-    """Tables and sentences, clean and compressed."""
+def rows_of(pipe: StreamDiffVSRPipeline, clips: list[Clip], crf: int | None) -> dict[str, Figures]:
+    """By clip; `crf` None is without H.264."""
+    rows: dict[str, Figures] = {}
+    for clip in clips:
+        lq = reduced(clip.truth) if crf is None else compressed(reduced(clip.truth), crf)
+        rows[clip.name] = {name: measured(method(lq), clip) for name, method in methods(pipe).items()}
+        logging.info("crf %s, %s: %s", crf, clip.name, gains({clip.name: rows[clip.name]}))
+    return rows
+
+
+def report(pipe: StreamDiffVSRPipeline, groups: dict[str, list[Clip]]) -> str:
+    """Sentences for each group of clips and a table of all, clean and compressed."""
     parts = []
     for title, crf in (("Clean", None), (f"Through H.264 at crf {CRF}", CRF)):
-        rows: dict[str, Figures] = {}
-        for clip in clips:
-            lq = reduced(clip.truth) if crf is None else compressed(reduced(clip.truth), crf)
-            rows[clip.name] = {name: measured(method(lq), clip) for name, method in methods(pipe).items()}
-            logging.info("%s, %s: %s", title, clip.name, gains({clip.name: rows[clip.name]}))
-        parts += [f"**{title}.** {gains(rows)}", table(rows)]
+        rows = {group: rows_of(pipe, clips, crf) for group, clips in groups.items() if clips}
+        parts.append(f"**{title}.**")
+        parts += [f"{group}: {gains(each)}" for group, each in rows.items()]
+        parts.append(table({name: figures for each in rows.values() for name, figures in each.items()}))
     return "\n\n".join(parts)
 
 
@@ -231,7 +245,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pipe = load_pipeline(args.source, device="cpu")
     scenes = list(generated())
-    text = report(pipe, [*scenes, *named(args.clips, args.frames)])
+    text = report(pipe, {"Generated scenes": scenes, "Named clips": list(named(args.clips, args.frames))})
     print(text)
     if args.write:
         PICTURES.mkdir(exist_ok=True)

@@ -73,9 +73,9 @@ def pan(rng: np.random.Generator, slowest: float = 0.03) -> np.ndarray:
 
 
 def motion(rng: np.random.Generator, places: np.ndarray) -> np.ndarray:
-    """The camera's: a pan, often a turn and a zoom, sometimes bent; 12 % stand still."""
+    """The camera's: a pan, often a turn and a zoom, sometimes bent; a fifth stand still."""
     height, width = places.shape[:2]
-    if rng.random() < 0.12:
+    if rng.random() < 0.2:
         return np.zeros_like(places)
     flow = np.broadcast_to(pan(rng), places.shape).copy()
     if rng.random() < 0.5:
@@ -196,7 +196,7 @@ def composed(shown: list[Layer]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def lighting(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
     """Both frames recoloured alike; now and then the light changes between them."""
     values = recolour(rng, frames.clip(0, 255).astype(np.uint8))
-    if rng.random() < 0.15:
+    if rng.random() < 0.2:
         values[0] = values[0] * np.float32(rng.normal(1, 0.05)) + np.float32(rng.normal(0, 0.02))
     return values.clip(0, 1)
 

@@ -11,8 +11,17 @@ def charbonnier(difference: Tensor) -> Tensor:
     return (difference.square() + 1e-6).sqrt().mean()
 
 
+SQUARES = 5.0
+"""Weight of squared differences beside absolute ones: PSNR and warping error are made of squares."""
+
+
+def distance(difference: Tensor) -> Tensor:
+    """What a result is judged by: large differences more than in proportion."""
+    return charbonnier(difference) + SQUARES * difference.square().mean()
+
+
 def fidelity(result: Tensor, truth: Tensor) -> Tensor:
-    """Charbonnier distance of colours and, once more, of luminance, which the eye weighs most."""
+    """Distance of colours and, once more, of luminance, which the eye weighs most."""
     difference = result - truth
     luma = (difference * difference.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1)
-    return charbonnier(difference) + charbonnier(luma)
+    return distance(difference) + distance(luma)

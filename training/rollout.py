@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 
 import cv2
 import numpy as np
@@ -11,7 +12,9 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
+from stream_diffvsr.flow import BundledFlow
 from stream_diffvsr.warp import centred, warp
+from stream_diffvsr.weights.flow import open_bundled
 from training.networks import Nano
 
 
@@ -31,6 +34,18 @@ def dis_flow(current: Tensor, previous: Tensor) -> Tensor:
     flows = [estimator.calc(to_grey(now), to_grey(before), None)
              for now, before in zip(current, previous, strict=True)]  # fmt: skip
     return torch.from_numpy(np.stack(flows)).permute(0, 3, 1, 2)
+
+
+@cache
+def flow_network() -> BundledFlow:
+    return BundledFlow(open_bundled())
+
+
+@torch.no_grad()
+def bundled_flow(current: Tensor, previous: Tensor) -> Tensor:
+    """The same by nano's own network."""
+    pairs = zip(current.split(1), previous.split(1), strict=True)
+    return torch.cat([flow_network()(now, before) for now, before in pairs])
 
 
 def true_warp(previous: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:

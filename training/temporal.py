@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stream_diffvsr.warp import centred, warp
-from training.losses import charbonnier, fidelity
+from training.losses import charbonnier, distance, fidelity
 from training.networks import Nano, scheduler
-from training.rollout import decode, denoise, dis_flow, lq_up, true_warp
+from training.rollout import bundled_flow, decode, denoise, dis_flow, lq_up, true_warp
 
 COLOUR = 0.2
 VISIBLE = 0.15
@@ -20,7 +20,9 @@ GUIDED = 0.75
 """Share of later frames that are guided; the others keep the model good without guidance."""
 TPM = 0.5
 """Share of guided frames that the decoder's TPM has a part in; a user may turn it off."""
-BEGINNING = 3.0
+ALONE = 0.3
+"""Weight of steadiness where a frame has no guidance: what depends on how pixels happen to lie flickers."""
+BEGINNING = 8.0
 """Weight of steadiness from an unguided frame to a guided one: a step that every sequence has."""
 LEARNING = 0.6
 """Share of frames with gradients; the others only lead to what later frames are guided by."""
@@ -58,10 +60,12 @@ def spoiled_previous(truth: Tensor, lq: Tensor, rng: np.random.Generator) -> Ten
 
 
 def guiding_flow(lq: Tensor, before: Tensor, true: Tensor, rng: np.random.Generator) -> Tensor:
-    """What an estimator might find: mostly DIS as in use, else the true motion, as it is or disturbed."""
+    """What an estimator might find: mostly one in use, else the true motion, as it is or disturbed."""
     kind = rng.random()
-    if kind < 0.7:
+    if kind < 0.3:
         return dis_flow(lq_up(lq), lq_up(before))
+    if kind < 0.7:
+        return bundled_flow(lq_up(lq), lq_up(before))
     if kind < 0.85:
         return true
     coarse = torch.randn(*true.shape[:2], 5, 5) * rng.uniform(0, 1)
@@ -76,7 +80,14 @@ def unsteadiness(result: Tensor, previous: Tensor, truth: Tensor, before: Tensor
     moved, inside = true_warp(before, flow)
     seen = inside & ((moved - truth).abs().amax(1, keepdim=True) < VISIBLE)
     shown, _ = true_warp(previous, flow)
-    return charbonnier((result - shown) * seen)
+    return distance((result - shown) * seen)
+
+
+def emphasis(guided: bool, guided_before: bool) -> float:
+    """How much the step from one frame to the next counts."""
+    if not guided:
+        return ALONE
+    return 1.0 if guided_before else BEGINNING
 
 
 def control_loss(model: Nano, batch: tuple[Tensor, Tensor, Tensor], rng: np.random.Generator) -> Tensor:
@@ -122,8 +133,8 @@ def temporal_loss(
             latents = denoise(model, schedule, lq, torch.randn(len(lq), 4, *lq.shape[-2:]), warped, step)
             result = decode(model, latents, warped if rng.random() < TPM else None)
             loss = frame_loss(result, truth)
-            if warped is not None and previous is not None and made:
-                weight = steadiness * (1 if guided_before else BEGINNING)
+            if previous is not None and made:
+                weight = steadiness * emphasis(warped is not None, guided_before)
                 flow = flows[index - 1]
                 loss = loss + weight * unsteadiness(result, previous, truth, truths[index - 1], flow)
         if loss.requires_grad:
