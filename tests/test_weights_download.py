@@ -105,6 +105,16 @@ def test_resumes_after_being_cancelled(hub: StandInHub, home: Path, published: P
     assert max(first) == total
 
 
+def test_a_server_that_sends_no_more_is_given_up(hub: StandInHub, home: Path):
+    """Without any error: an answer that is empty, and whole as it is."""
+    size = (hub.folder / UNET).stat().st_size
+    hub.fail(UNET, cut_after(1 << 17), *[lambda handler, content: handler.answer(206, b"", {})] * 9)
+    with pytest.raises(ModelNotFoundError, match=rf"only \d+ of {size} bytes of unet/.* are sent") as caught:
+        download()
+    assert_manual(caught.value, home / "v1", hub.url)
+    assert len(hub.gets(UNET)) == 1 + downloading.ATTEMPTS
+
+
 def test_a_server_without_ranges_is_started_over(hub: StandInHub, published: Path):
     hub.fail(UNET, cut_after(1000), ignoring_range)
     assert_same(download(), published)

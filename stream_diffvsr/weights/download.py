@@ -223,8 +223,8 @@ def _receive(file: RemoteFile, part: Path, progress: Progress) -> None:
         error = _append(file, part, start, progress)
         before, start = start, part.stat().st_size
         failures = 0 if start > before else failures + 1
-        if error and (not error.transient or failures >= ATTEMPTS):
-            raise error
+        if failures >= ATTEMPTS or (error and not error.transient):
+            raise error or HubError(f"only {start} of {file.size} bytes of {file.path} are sent")
         if start < file.size:
             log.info("%s: connection lost at byte %d (%s)", file.path, start, error or "no more data")
             progress.wait(PAUSE * 2**failures)
