@@ -108,7 +108,7 @@ def test_widths_are_those_of_the_released_networks_as_they_run(networks):
 
 
 def test_widths_of_a_folder_are_those_of_its_pipe():
-    widths = load_pipeline("nano", device="cpu", flow="dis").planner.widths
+    widths = load_pipeline("nano", device="cpu").planner.widths
     needs = estimate(widths, (30, 40), OPTIONS, torch.float32, Plan())
     assert estimate_memory(30, 40, OPTIONS, torch.float32, "nano") == needs
 
