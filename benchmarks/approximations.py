@@ -9,11 +9,15 @@ that errors add up as they would in a video. Time is the processor's, in turns f
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
 import json
 import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -54,20 +58,30 @@ def now(device: torch.device) -> float:
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
-def compare(pipe, frames: list[torch.Tensor]) -> list[dict[str, float | str]]:
+def rows_of(load: Callable[..., Any]) -> dict[str, tuple[Any, UpscaleOptions]]:
+    """A pipeline and options for each row; int8 where torchao is installed."""
+    pipe = load()
+    rows = {name: (pipe, UpscaleOptions(**fields)) for name, fields in ROWS.items()}
+    if importlib.util.find_spec("torchao"):
+        rows["quantize int8"] = load(quantize="int8"), UpscaleOptions()
+    return rows
+
+
+def compare(
+    rows: dict[str, tuple[Any, UpscaleOptions]], frames: list[torch.Tensor]
+) -> list[dict[str, float | str]]:
     """Error and time of each row."""
-    options = {name: UpscaleOptions(**fields) for name, fields in ROWS.items()}
-    states, times = dict.fromkeys(ROWS), []
-    errors, largest = {name: [] for name in ROWS}, {name: [] for name in ROWS}
+    states, times = dict.fromkeys(rows), []
+    errors, largest = {name: [] for name in rows}, {name: [] for name in rows}
     for lq in frames:
         took, results = {}, {}
-        for name in ROWS:
+        for name, (pipe, options) in rows.items():
             start = now(pipe.device)
-            result = pipe.process_frame(lq, states[name], options[name])
+            result = pipe.process_frame(lq, states[name], options)
             took[name] = now(pipe.device) - start
             states[name], results[name] = result.state, to_pixels(result.hq)
         times.append(took)
-        for name in ROWS:
+        for name in rows:
             difference = results[name] - results["preset exact"]
             errors[name].append(float(difference.square().mean()))
             largest[name].append(float(difference.abs().max()))
@@ -78,7 +92,7 @@ def compare(pipe, frames: list[torch.Tensor]) -> list[dict[str, float | str]]:
             "largest": max(largest[name]),
             "time": sum(took[name] for took in times[1:]) / sum(took["preset exact"] for took in times[1:]),
         }
-        for name in ROWS
+        for name in rows
     ]
 
 
@@ -95,7 +109,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     frames = frames_of(args.video, args.frames, args.shrink)
-    rows = compare(load_pipeline(args.model, device=args.device, flow=args.flow), frames)
+    load = partial(load_pipeline, args.model, device=args.device, flow=args.flow)
+    rows = compare(rows_of(load), frames)
     print("| setting | PSNR against exact | largest difference of [0, 1] | time, exact = 1 |")
     print("| --- | --- | --- | --- |")
     for row in rows:

@@ -140,7 +140,8 @@ def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     unfold(stages["unet"], stages["vae"])  # type: ignore[arg-type]
     for network in stages.values():
         put_back(network)
-        torch.nn.Module.to(network, dtype=torch.float32, memory_format=torch.contiguous_format)
+        network.float()
+        torch.nn.Module.to(network, memory_format=torch.contiguous_format)
     other = copy.copy(pipe)
     control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
     other.stages = {**pipe.stages, **stages, "controlnet": control}
