@@ -20,6 +20,7 @@ from stream_diffvsr import (
     UpscaleOptions,
 )
 from stream_diffvsr.tensors import upsample
+from stream_diffvsr.video.plan import state_key
 
 
 @pytest.fixture
@@ -159,3 +160,18 @@ def test_options_are_keyword_only_and_frozen():
         UpscaleOptions(4)
     with pytest.raises(AttributeError):
         UpscaleOptions().seed = 1
+
+
+def test_the_journal_tells_states_apart_by_every_tensor():
+    """A run that went on from another state must not be resumed with this one."""
+    hq, lq, flow = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 32, 32)
+    state = StreamDiffVSRState(previous_hq=hq, previous_lq=lq, flow=flow, frame_index=3)
+    others = [
+        {"previous_hq": hq + 1},
+        {"previous_lq": lq + 1},
+        {"flow": flow + 1},
+        {"flow": None},
+        {"frame_index": 4},
+    ]
+    assert state_key(state) == state_key(replace(state, flow=flow.clone()))
+    assert len({state_key(state), *(state_key(replace(state, **other)) for other in others)}) == 6

@@ -38,7 +38,7 @@ def parts(clips: Sequence[str]) -> list[Part]:
         (
             notes,
             "approximations",
-            ["benchmarks/approximations.py", clips[0], "--frames", "6", "--shrink", "4"],
+            ["benchmarks/approximations.py", clips[0], "--frames", "9", "--shrink", "4"],
         ),
     ]
 

@@ -133,8 +133,9 @@ def settings(
 def state_key(state: StreamDiffVSRState) -> str:
     """Tells states apart."""
     digest = hashlib.sha256(str(state.frame_index).encode())
-    if state.previous_hq is not None:
-        digest.update(state.previous_hq.cpu().numpy().tobytes())
+    for tensor in (state.previous_hq, state.previous_lq, state.flow):
+        if tensor is not None:
+            digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 
