@@ -66,7 +66,7 @@ def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -
     """Cover a picture with tiles of at most `size`, row by row.
 
     Neighbours share at least `overlap`; starts are multiples of `multiple`, and so must `size` be. Weights
-    rise linearly over what is shared and are never 0, at the picture's border neither.
+    go by the squared distances to the tiles' edges and are never 0, at the picture's border neither.
     """
     rows, columns = (spans(length, size, overlap, multiple) for length in (height, width))
     return [
@@ -95,6 +95,7 @@ def feather(parts: list[slice], length: int) -> list[Tensor]:
         # Only edges inside the picture fade; where two spans meet, the distances to their ends share out.
         before = position - part.start if index else far
         behind = part.stop - position if index + 1 < len(parts) else far
-        weights[index, part] = torch.minimum(before, behind)[part]
+        # Squared: near its edge a tile sees too little around it, and should hardly count there.
+        weights[index, part] = torch.minimum(before, behind)[part].square()
     weights = weights / weights.sum(0)
     return [weight[part] for weight, part in zip(weights, parts, strict=True)]

@@ -56,7 +56,10 @@ def start(
     data = home.parent.parent
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(data / "hub"), **variables}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", program, *arguments], env=environment, text=True, **pipes)
+    # A shell's background jobs, and all they start, ignore Ctrl-C.
+    heed = None if sys.platform == "win32" else lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.Popen(command, env=environment, text=True, preexec_fn=heed, **pipes)
 
 
 def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
