@@ -25,13 +25,12 @@ from .frame import Frame, FrameResult
 from .memory.choose import Planner, record
 from .memory.estimate import Widths, estimate
 from .memory.fallback import beside_stages, memory_of, within_memory
-from .models import banded
+from .models import banded, quantized
 from .models.control import Control
 from .models.precision import in_float32
 from .models.prepare import prepare
 from .models.prompt import PromptEmbeddings
 from .models.prompted import keys_and_values
-from .models.quantized import quantize
 from .models.temporal_vae import TemporalAutoencoderTiny
 from .options import UpscaleOptions
 from .placement import FixedPlacement, Placement
@@ -79,13 +78,15 @@ class StreamDiffVSRPipeline:
         prepare(unet, control, vae)
         self._widths = Widths.of(unet, control, vae, flow.name)
 
-    def quantize(self) -> None:
-        """Have the linear layers of U-Net and ControlNet in int8 from now on, an approximation.
+    def quantize(self, kind: str) -> None:
+        """Have the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, an approximation.
 
-        To be called before the first frame; raises `ModuleNotFoundError` without torchao.
+        To be called before the first frame, if at all. Raises `IncompatibleInputError` and
+        `ModuleNotFoundError` as `models.quantized.check`.
         """
-        quantize(self.stages["unet"], self.control)
-        self.number_format += ", linear layers int8"
+        quantized.check(kind, self.device)
+        quantized.quantize(kind, self.stages["unet"], self.control)
+        self.number_format += f", linear layers {kind}"
 
     @property
     def flow(self) -> FlowEstimator:

@@ -11,7 +11,9 @@ from samples import moving, shift_flow
 
 from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
 from stream_diffvsr.cli.main import main
+from stream_diffvsr.models import quantized as models_quantized
 from stream_diffvsr.models.precision import in_float32
+from stream_diffvsr.models.quantized import QUANTIZATIONS, multiplies_fp8
 
 OPTIONS = UpscaleOptions(num_inference_steps=2)
 
@@ -23,16 +25,31 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+KINDS = [kind for kind in QUANTIZATIONS if kind != "none"]
+
+
 @pytest.fixture(scope="module")
-def quantized(checkpoint):
+def anywhere():
+    """fp8 without a GPU: torch computes it on a CPU, too, only slowly, so that we and torchao refuse."""
     pytest.importorskip("torchao")
-    return load_pipeline(checkpoint, device="cpu", flow=shift_flow, quantize="int8")
+    from torchao.float8 import inference
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models_quantized, "multiplies_fp8", lambda device: True)
+        patch.setattr(inference, "is_MI300", lambda: True)
+        yield
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def quantized(checkpoint, anywhere, request):
+    return load_pipeline(checkpoint, device="cpu", flow=shift_flow, quantize=request.param)
 
 
 def test_close_and_not_the_same(quantized, guided):
     exact, approximated = (pipe(moving(3), OPTIONS)[0] for pipe in (guided, quantized))
     assert not torch.equal(approximated, exact)
-    torch.testing.assert_close(approximated, exact, atol=0.2, rtol=0)
+    limit = 0.2 if "int8" in quantized.number_format else 1.0  # random weights amplify
+    torch.testing.assert_close(approximated, exact, atol=limit, rtol=0)
 
 
 @pytest.mark.parametrize("cut", [1, 2])
@@ -48,12 +65,13 @@ def test_continuity(quantized, cut, tmp_path):
 def test_the_state_tells(quantized, guided, caplog):
     _, state = quantized(moving(1), OPTIONS)
     guided(moving(2)[1:], OPTIONS, state)
-    assert "dtype was float32, linear layers int8, is float32" in caplog.text
+    assert f"dtype was {quantized.number_format}, is float32" in caplog.text
+    assert quantized.number_format in [f"float32, linear layers {kind}" for kind in KINDS]
 
 
-def test_half_precision_falls_back_and_comes_back(checkpoint):
-    pytest.importorskip("torchao")
-    pipe = load_pipeline(checkpoint, device="cpu", dtype="bfloat16", flow="none", quantize="int8")
+@pytest.mark.parametrize("kind", KINDS)
+def test_half_precision_falls_back_and_comes_back(checkpoint, anywhere, kind):
+    pipe = load_pipeline(checkpoint, device="cpu", dtype="bfloat16", flow="none", quantize=kind)
     unet = pipe.stages["unet"]
     layer = next(layer for name, layer in unet.named_modules() if name.endswith(".ff.net.2"))
     before, _ = pipe(moving(1), OPTIONS)
@@ -86,8 +104,16 @@ def test_without_torchao_one_sentence_says_it(checkpoint, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available() and multiplies_fp8(torch.device("cuda")), reason="has fp8")
+def test_fp8_needs_a_device_that_has_it(checkpoint, monkeypatch):
+    pytest.importorskip("torchao")
+    monkeypatch.setattr(models_quantized, "multiplies_fp8", multiplies_fp8)
+    with pytest.raises(IncompatibleInputError, match=r"capability 8\.9 or more for quantize 'fp8', got cpu"):
+        load_pipeline(checkpoint, device="cpu", flow="none", quantize="fp8")
+
+
 def test_other_names_are_refused(checkpoint):
-    with pytest.raises(IncompatibleInputError, match="none, int8"):
+    with pytest.raises(IncompatibleInputError, match="none, int8, fp8"):
         load_pipeline(checkpoint, quantize="int4")
     with pytest.raises(SystemExit):
         main(["bench", "--quantize", "int4"])

@@ -20,7 +20,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", default="auto", choices=["auto", *DTYPES], help="number format of the networks"
     )
     parser.add_argument(
-        "--quantize", default="none", choices=QUANTIZATIONS, help="linear layers in 8 bits (needs torchao)"
+        "--quantize", default="none", choices=QUANTIZATIONS, help="linear layers in 8 bits, by torchao (none)"
     )
     parser.add_argument("--flow", default="auto", choices=["auto", *FLOW_MODELS], help="optical flow")
 

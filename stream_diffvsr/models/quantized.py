@@ -1,28 +1,68 @@
-"""Linear layers in 8-bit whole numbers, by torchao: an approximation, and only where it is asked for."""
+"""Linear layers in 8 bits, by torchao: approximations, and only where they are asked for."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
 
-QUANTIZATIONS = ("none", "int8")
+from ..errors import IncompatibleInputError
+
+QUANTIZATIONS = ("none", "int8", "fp8")
+
+FP8_CAPABILITY = (8, 9)
+"""Of the first NVIDIA cards that multiply 8-bit floats: Ada and Hopper."""
 
 
-def quantize(*networks: nn.Module) -> None:
-    """Quantise the linear layers of attentions in place: weights by row, what goes in by position.
+def check(kind: str, device: torch.device) -> None:
+    """Refuse what cannot be had here.
 
-    Convolutions, which are most of the work, stay as they are. Raises `ModuleNotFoundError` without torchao.
+    Raises `IncompatibleInputError` for another name than `QUANTIZATIONS` has and for a device without 'fp8',
+    `ModuleNotFoundError` without torchao.
     """
-    try:
-        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "quantize 'int8' needs torchao: pip install torchao, or leave quantize at 'none'"
-        ) from error
+    if kind not in QUANTIZATIONS:
+        raise IncompatibleInputError(f"quantize as one of {', '.join(QUANTIZATIONS)}", repr(kind))
+    if kind != "none":
+        _configuration(kind)
+    if kind == "fp8" and not multiplies_fp8(device):
+        raise IncompatibleInputError(
+            "an NVIDIA GPU of compute capability 8.9 or more for quantize 'fp8'",
+            f"{device}; leave quantize at 'none', or take 'int8'",
+        )
+
+
+def quantize(kind: str, *networks: nn.Module) -> None:
+    """Quantise the linear layers of attentions in place, weights and what goes in; 'none' changes nothing.
+
+    'int8' takes one scale per row of weights and per position, 'fp8' (e4m3) one per tensor. Convolutions,
+    which are most of the work, stay as they are.
+    """
+    if kind == "none":
+        return
+    from torchao.quantization import quantize_
+
     # Weights outlive the caller's inference mode.
     with torch.inference_mode(False), torch.no_grad():
         for network in networks:
-            quantize_(network, Int8DynamicActivationInt8WeightConfig(), _runs_in_every_step)
+            quantize_(network, _configuration(kind), _runs_in_every_step)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device has units for 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def _configuration(kind: str) -> Any:
+    try:
+        from torchao import quantization
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"quantize '{kind}' needs torchao: pip install torchao, or leave quantize at 'none'"
+        ) from error
+    if kind == "fp8":
+        return quantization.Float8DynamicActivationFloat8WeightConfig()
+    return quantization.Int8DynamicActivationInt8WeightConfig()
 
 
 def _runs_in_every_step(layer: nn.Module, name: str) -> bool:

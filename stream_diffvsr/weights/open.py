@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from ..devices import resolve_device, resolve_dtype
-from ..errors import IncompatibleInputError
 from ..files import fingerprint, read_json
 from ..flow import open_flow
+from ..models import quantized
 from ..models.build import Shapes, build, fill, shapes_of
 from ..models.control import Control
 from ..models.parts import SCHEDULER_CONFIG, Part
 from ..models.prompt import PromptEmbeddings
-from ..models.quantized import QUANTIZATIONS
 from ..pipeline import StreamDiffVSRPipeline
 from .check import check_networks, check_text, default_flow, has_centred_flow, remembered_shapes
 from .download import OnProgress, download
@@ -41,14 +40,14 @@ def load_pipeline(
     `source`: 'nano' (bundled), 'v1' (the released weights, found on this machine or downloaded), the
     name of a checkpoint that `find_checkpoints(extra_folders)` lists, or a checkpoint folder. `dtype` is
     that of the networks; frames, flow, warp, state and scheduler arithmetic are float32 always.
-    `quantize` 'int8' approximates linear layers in 8 bits (needs torchao); 'none' leaves them as they are.
+    `quantize` 'int8' and 'fp8' approximate linear layers in 8 bits (they need torchao, 'fp8' also a GPU that
+    has it); 'none' leaves them as they are.
     `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
     download, which goes on from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
     """
-    if quantize not in QUANTIZATIONS:
-        raise IncompatibleInputError(f"quantize as one of {', '.join(QUANTIZATIONS)}", repr(quantize))
     chosen_device = resolve_device(device)
+    quantized.check(quantize, chosen_device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     folders = list(extra_folders)
     folder = resolve(source, folders) or download(folders, on_progress=on_progress)
@@ -74,8 +73,8 @@ def load_pipeline(
         model=fingerprint(file for part in parts for file in part.files),
         centred_flow=has_centred_flow(folder),
     )
-    if quantize == "int8":
-        pipe.quantize()
+    if quantize != "none":
+        pipe.quantize(quantize)
     return pipe
 
 
