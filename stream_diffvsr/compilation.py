@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ LIMIT_NAMES = ("recompile_limit", "cache_size_limit")
 
 FORMS = 64
 """Blocks of a kind differ in width and in what they are given."""
+
+_found: WeakKeyDictionary[nn.Module, dict[str, list[nn.Module]]] = WeakKeyDictionary()
 
 _failed: set[tuple[type[nn.Module], str]] = set()
 
@@ -63,7 +66,7 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
     if mode == OFF:
         yield
         return
-    blocks = [block for network in networks for block in network.modules() if _is_worth_it(block)]
+    blocks = [block for network in networks for block in _blocks(network)]
     limit = next(name for name in LIMIT_NAMES if hasattr(torch._dynamo.config, name))
     try:
         for block in blocks:
@@ -75,11 +78,14 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
             vars(block).pop("forward", None)
 
 
-def _is_worth_it(block: nn.Module) -> bool:
-    if type(block).__name__ not in BLOCKS:
-        return False
-    on_cpu = all(weight.device.type == "cpu" for weight in block.parameters())
-    return not on_cpu or type(block).__name__ in CPU_BLOCKS
+def _blocks(network: nn.Module) -> list[nn.Module]:
+    """Those to compile; looked for once per network and type of device."""
+    device = next((weight.device.type for weight in network.parameters()), "cpu")
+    known = _found.setdefault(network, {})
+    if device not in known:
+        kinds = CPU_BLOCKS if device == "cpu" else BLOCKS
+        known[device] = [block for block in network.modules() if type(block).__name__ in kinds]
+    return known[device]
 
 
 def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -13,8 +13,8 @@ from .options import UpscaleOptions
 from .state import StreamDiffVSRState
 
 
-def _ignore(stage: str, done: int, total: int) -> None:
-    pass
+def ignore(stage: str, done: int, total: int) -> None:
+    """An `on_step` that wants nothing."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,4 +42,4 @@ class Frame:
     """(1, 2, 4h, 4w) pixels: given, or taken again from the state; None: to be estimated."""
     compile_mode: str
     """The one that is in force, which is 'off' where nothing can be compiled."""
-    on_step: OnStep = _ignore
+    on_step: OnStep = ignore

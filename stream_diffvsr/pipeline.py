@@ -11,20 +11,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import compilation
+from . import compilation, lookahead
+from .copies import upload
 from .denoise import Denoiser, OnStep, Prompt, Schedule, latent_tiles, noise
 from .errors import CheckpointError, IncompatibleInputError
 from .flow import FlowEstimator
-from .frame import Frame, FrameResult
+from .frame import Frame, FrameResult, ignore
+from .graphs import LoopGraph
 from .memory.choose import Planner, record
 from .memory.estimate import Widths, estimate
 from .memory.fallback import beside_stages, memory_of, within_memory
+from .memory.plan import Plan
 from .models import banded, quantized
 from .models.control import Control
 from .models.precision import in_float32
@@ -73,6 +77,7 @@ class StreamDiffVSRPipeline:
         self.dtype = dtype
         self.model = model
         self.centred_flow = centred_flow
+        self.graph = LoopGraph() if device.type == "cuda" else None
         self._prepared: dict[Any, tuple[Schedule, list[Prompt]]] = {}
         self.number_format = str(dtype).removeprefix("torch.")
         prepare(unet, control, vae)
@@ -155,12 +160,52 @@ class StreamDiffVSRPipeline:
         options: UpscaleOptions | None = None,
         state: StreamDiffVSRState | None = None,
         on_step: OnStep | None = None,
+        look_ahead: bool = False,
     ) -> Iterator[FrameResult]:
-        """Upscale frame after frame; the next one is asked for only when the last result was taken."""
-        for lq in frames:
-            result = self.process_frame(lq, state, options, on_step=on_step)
-            state = result.state
+        """Upscale frame after frame; the next one is asked for only when the last result was taken.
+
+        With `look_ahead` it is asked for before a frame is begun, and its flow estimated meanwhile: the
+        same results, a frame of delay, and memory for both at once.
+        """
+        flow = None
+        for lq, following in lookahead.with_next(frames, look_ahead):
+            coming = None if following is None else self.begin_flow(following, lq, state, options)
+            given = None if flow is None else flow.join()
+            result = self.process_frame(lq, state, options, flow=given, on_step=on_step)
+            state, flow = result.state, coming
             yield result
+
+    @torch.no_grad()
+    def begin_flow(
+        self,
+        lq: Tensor,
+        previous: Tensor,
+        state: StreamDiffVSRState | None,
+        options: UpscaleOptions | None = None,
+    ) -> lookahead.Begun | None:
+        """Have the device estimate the flow from `previous` to `lq`, beside what it is given next.
+
+        `state` is the one that `previous` will be upscaled with. What `join` returns is the `flow` to give
+        with `lq`. None: it is left to the frame's own turn, as where a sequence starts, memory is short, a
+        host places the networks, or the estimate fails, which then shows in that turn.
+        """
+        options = options or UpscaleOptions()
+        if state is None or not state.has_previous or not self._can_look_ahead(options):
+            return None
+        try:
+            size = lq.shape[-2:]
+            plan = self.planner.plan(size, state.metadata, options)
+            if lq.shape != previous.shape or not self.planner.has_room(size, options, plan, "flow"):
+                return None
+            estimate = partial(self._estimate_flow, options=options, method=plan.flow)
+            return lookahead.begin(estimate, upload(lq, self.device), upload(previous, self.device))
+        except Exception as error:
+            log.debug("the next frame's flow is left to its turn: %s", error)
+            return None
+
+    def _can_look_ahead(self, options: UpscaleOptions) -> bool:
+        fixed = isinstance(self.placement, FixedPlacement)
+        return fixed and self.flow.estimates and options.flow_every == 1
 
     def __call__(
         self,
@@ -204,7 +249,7 @@ class StreamDiffVSRPipeline:
             log.warning("not an exact continuation of frame %d: %s", state.frame_index, differences)
         plan = self.planner.plan(lq.shape[-2:], state.metadata, options)
         return Frame(
-            lq=lq.to(self.device),
+            lq=upload(lq, self.device),
             state=state.to(self.device),
             options=options,
             plan=plan,
@@ -238,6 +283,8 @@ class StreamDiffVSRPipeline:
                 frame.state.frame_index,
                 name,
             )
+        if self.graph is not None:
+            self.graph.give_up()  # it has the addresses of the weights as they were
         with in_float32([self.stages[name] for name in ("unet", "controlnet", "vae")], frame.dtype):
             return self._finite(replace(frame, dtype=torch.float32, compile_mode=compilation.OFF))
 
@@ -247,11 +294,17 @@ class StreamDiffVSRPipeline:
         (hq, frame), plan = within_memory(
             lambda plan: self._upscale(replace(frame, plan=plan)),
             frame.plan,
-            lower=lambda plan, stage: planner.lower(plan, stage, frame.options),
+            lower=lambda plan, stage: self._lower(plan, stage, frame.options),
             need=lambda plan: planner.need(frame.lq.shape[-2:], frame.options, plan),
             device=self.device,
         )
         return hq, replace(frame, plan=plan)
+
+    def _lower(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
+        """What to try when memory ran out: the same again where a graph held some of it."""
+        if self.graph is not None and self.graph.give_up():
+            return plan
+        return self.planner.lower(plan, stage, options)
 
     def _flow(self, frame: Frame) -> Tensor | None:
         """Motion since the previous frame, (1, 2, 4h, 4w); None where a sequence starts."""
@@ -259,9 +312,12 @@ class StreamDiffVSRPipeline:
             return None
         if frame.flow is not None or not self.flow.estimates:
             return frame.flow
-        flow = self._estimate_flow(frame)
+        assert frame.state.previous_lq is not None
+        device = self._acquire(frame, "flow")
+        frames = frame.lq.to(device), frame.state.previous_lq.to(device)
+        flow = self._estimate_flow(*frames, options=frame.options, method=frame.plan.flow)
         frame.on_step("flow", 1, 1)
-        return centred(flow) if self.centred_flow and self.flow.any_size else flow
+        return flow
 
     def _warp_previous(self, frame: Frame, flow: Tensor) -> Tensor:
         """The previous hq moved onto now, padded for the networks."""
@@ -269,19 +325,14 @@ class StreamDiffVSRPipeline:
         warped = warp(frame.state.previous_hq, flow.to(self.device))
         return pad_to(warped, *(SCALE * side for side in padded_size(*frame.lq.shape[-2:])))
 
-    def _estimate_flow(self, frame: Frame) -> Tensor:
+    def _estimate_flow(self, lq: Tensor, previous: Tensor, *, options: UpscaleOptions, method: str) -> Tensor:
         """Flow between two LQ frames, for the 4x size, estimated at `flow_scale` of it."""
-        assert frame.state.previous_lq is not None
-        scale = frame.options.flow_scale
-        device = self._acquire(frame, "flow")
-        current, previous = (
-            _resize(lq.to(device), SCALE * scale) for lq in (frame.lq, frame.state.previous_lq)
-        )
-        flow = self.flow.estimate(current, previous, frame.plan.flow)
-        if scale == 1:
-            return flow
-        size = tuple(SCALE * side for side in frame.lq.shape[-2:])
-        return F.interpolate(flow, size=size, mode="bilinear", align_corners=False) / scale
+        scale = options.flow_scale
+        flow = self.flow.between(lq, previous, SCALE * scale, method)
+        if scale != 1:
+            size = tuple(SCALE * side for side in lq.shape[-2:])
+            flow = F.interpolate(flow, size=size, mode="bilinear", align_corners=False) / scale
+        return centred(flow) if self.centred_flow and self.flow.any_size else flow
 
     def _denoise(self, frame: Frame, warped: Tensor | None) -> Tensor:
         """Latents (1, 4, h', w') at the size padded for the networks, float32."""
@@ -299,8 +350,19 @@ class StreamDiffVSRPipeline:
             frame.on_step("control", 1, 1)
         tiles = latent_tiles(height, width, plan.tile, plan.overlap)
         denoiser = Denoiser(self.stages["unet"], self.control, prompts, schedule, options, tiles)
-        start = latents.to(device) * schedule.scheduler.init_noise_sigma
-        return denoiser(start, lq, embedding, frame.on_step)
+        start = upload(latents, device) * schedule.scheduler.init_noise_sigma
+        if embedding is None or self.graph is None or not self._may_record(frame):
+            return denoiser(start, lq, embedding, frame.on_step)
+        loop = partial(denoiser, on_step=ignore)
+        room = partial(self.planner.has_room, frame.lq.shape[-2:], options, plan, "unet")
+        result = self.graph.run((schedule, options), loop, (start, lq, embedding), room)
+        frame.on_step("denoise", len(schedule.timesteps), len(schedule.timesteps))
+        return result
+
+    def _may_record(self, frame: Frame) -> bool:
+        """Whether the loop may become a graph: it is asked for, in one piece, and weights stay in place."""
+        fixed = isinstance(self.placement, FixedPlacement)
+        return frame.compile_mode == "max" and fixed and frame.plan.tile is None
 
     def _decode(self, frame: Frame, latents: Tensor, warped: Tensor | None) -> Tensor:
         """The picture (1, 3, 4h', 4w'), float32, on the pipe's device."""
@@ -354,8 +416,3 @@ class StreamDiffVSRPipeline:
             "flow": self.flow.name,
             "compilation": compilation.in_force(options.compile_mode, self.device),
         }
-
-
-def _resize(lq: Tensor, scale: float) -> Tensor:
-    """Bicubic as the reference upsamples; at scale 1 the frame itself."""
-    return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)

@@ -106,9 +106,9 @@ def test_sizes_are_checked():
 
 
 def test_random_flow_networks_run():
-    from stream_diffvsr.bench.networks import _random_raft
+    from stream_diffvsr.bench.networks import untrained_flow
     from stream_diffvsr.flow import open_flow
 
     clip = moving(2, 128, 128)
     with torch.no_grad():
-        assert open_flow("raft_small", _random_raft)(clip[:1], clip[1:]).shape == (1, 2, 128, 128)
+        assert open_flow("raft_small", untrained_flow)(clip[:1], clip[1:]).shape == (1, 2, 128, 128)

@@ -19,7 +19,15 @@ from torch.nn import functional as F
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, estimate_memory, load_pipeline
 from stream_diffvsr.errors import CheckpointError, ModelNotFoundError
 from stream_diffvsr.flow import BundledFlow, open_flow
-from stream_diffvsr.flow.bundled import FlowNetwork, differences, least_squares, levels_for, near_change, pull
+from stream_diffvsr.flow.bundled import (
+    FlowNetwork,
+    differences,
+    enlarged_and_reduced,
+    least_squares,
+    levels_for,
+    near_change,
+    pull,
+)
 from stream_diffvsr.memory.estimate import FLOW_PARAMETERS
 from stream_diffvsr.tensors import upsample
 from stream_diffvsr.weights.find import NANO
@@ -66,6 +74,27 @@ def test_any_size(bundled: BundledFlow, size: tuple[int, int]):
     assert flow.shape == (1, 2, SCALE * size[0], SCALE * size[1])
     assert flow.dtype == torch.float32
     assert torch.isfinite(flow).all()
+
+
+@given(height=st.integers(1, 40), width=st.integers(1, 40))
+def test_enlarging_and_reducing_at_once_are_the_same(height: int, width: int):
+    lq = torch.rand(1, 3, height, width) * 3 - 1.5
+    expected = F.avg_pool2d(upsample(lq), SCALE)
+    torch.testing.assert_close(enlarged_and_reduced(lq), expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (9, 31), (45, 61), (64, 48)])
+@pytest.mark.parametrize("scale", [4.0, 2.0, 1.0])
+@pytest.mark.parametrize("method", ["whole", "tiled"])
+def test_lq_frames_need_not_be_enlarged(bundled: BundledFlow, size, scale: float, method: str):
+    current, previous = moving(2, *size).split(1)
+    enlarged = (
+        F.interpolate(frame, scale_factor=scale, mode="bicubic") if scale > 1 else frame
+        for frame in (current, previous)
+    )
+    expected = bundled.estimate(*enlarged, method)
+    got = bundled.between(current, previous, scale, method)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 @given(height=st.integers(1, 70), width=st.integers(1, 70))

@@ -16,7 +16,7 @@ from live_tensors import LiveTensors
 from torch import nn
 
 from stream_diffvsr import UpscaleOptions, estimate_memory, load_pipeline, nano
-from stream_diffvsr.bench.networks import CONFIGS, _random_raft
+from stream_diffvsr.bench.networks import CONFIGS, untrained_flow
 from stream_diffvsr.denoise import Denoiser, Prompt, Schedule, latent_tiles
 from stream_diffvsr.flow import open_flow
 from stream_diffvsr.memory.estimate import RELEASED, Widths, estimate
@@ -116,7 +116,7 @@ def test_widths_of_a_folder_are_those_of_its_pipe():
 @pytest.mark.parametrize("name", ["raft_large", "raft_small", "bundled"])
 @pytest.mark.parametrize("size", [(44, 80), (88, 160)])
 def test_estimates_of_flow_are_what_its_tensors_take(name, size):
-    flow = open_flow(name, _random_raft).to("meta")
+    flow = open_flow(name, untrained_flow).to("meta")
     with torch.no_grad(), torch.device("meta"):
         frames = torch.empty(2, 1, 3, *(4 * side for side in size))
         with LiveTensors([*flow.parameters(), *flow.buffers(), frames]) as live:

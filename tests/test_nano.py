@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn import functional as F
 
 from stream_diffvsr import UpscaleOptions, from_pixels, load_pipeline, to_pixels
 from stream_diffvsr.cli.demo import draw
@@ -120,8 +119,7 @@ def test_only_estimates_are_centred(nano, lq):
     constant = load_pipeline("nano", device="cpu", flow=lambda now, before: flow)
     assert torch.equal(constant.process_frame(from_pixels(lq[1:2]), first.state).hq, handed.hq)
     own = nano.process_frame(from_pixels(lq[1:2]), first.state).hq
-    estimated = nano.flow(*(F.interpolate(from_pixels(lq[i : i + 1]), scale_factor=4, mode="bicubic")
-                            for i in (1, 0)))  # fmt: skip
+    estimated = nano.flow.between(*(from_pixels(lq[i : i + 1]) for i in (1, 0)), 4, "whole")
     centred_by_hand = nano.process_frame(from_pixels(lq[1:2]), first.state, flow=centred(estimated)).hq
     assert torch.equal(own, centred_by_hand)
     assert not torch.equal(own, nano.process_frame(from_pixels(lq[1:2]), first.state, flow=estimated).hq)

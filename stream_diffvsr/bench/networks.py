@@ -75,7 +75,7 @@ def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamD
         unet=nets["unet"],
         control=Control(nets["controlnet"]),
         vae=nets["vae"],
-        flow=open_flow("raft_large" if flow == "auto" else flow, _random_raft).to(chosen),
+        flow=open_flow("raft_large" if flow == "auto" else flow, untrained_flow).to(chosen),
         prompts=RandomPrompts(),  # type: ignore[arg-type]
         scheduler_config=CONFIGS["scheduler"],
         device=chosen,
@@ -107,7 +107,7 @@ def _random(drawn: Tensor, like: Tensor) -> Tensor:
     return values.reshape(outside, height, width, inside).permute(0, 3, 1, 2)
 
 
-def _random_raft(name: str) -> torch.nn.Module:
+def untrained_flow(name: str) -> torch.nn.Module:
     """RAFT with random weights costs what the trained one does, and needs no download."""
     if name == "bundled":
         return open_bundled()

@@ -72,6 +72,11 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--control-every", type=int, default=1, help="ControlNet in one of N steps (1)")
     group.add_argument("--flow-every", type=int, default=1, help="flow of one of N frames (1)")
     group.add_argument(
+        "--look-ahead",
+        action="store_true",
+        help="on a GPU, the next frame's flow beside the current frame: the same pixels, more memory",
+    )
+    group.add_argument(
         "--compile-mode",
         choices=COMPILE_MODES,
         default="off",
@@ -190,6 +195,7 @@ def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
         scene_cut=args.scene_cut,
         cuts_out=args.cuts_out,
         segment_frames=args.segment,
+        look_ahead=args.look_ahead,
         audio=not args.no_audio,
         overwrite=args.overwrite,
         restart=args.restart,

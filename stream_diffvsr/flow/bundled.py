@@ -11,6 +11,7 @@ and the step that least squares proposes (Lucas and Kanade). They decide how far
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 
 import torch
@@ -19,6 +20,9 @@ from torch.nn import functional as F
 
 REDUCTION = 4
 """Frames come enlarged by so much."""
+
+REACH = 2
+"""Pixels, on either side, that bicubic enlarging and averaging mix into one."""
 
 COARSEST = 5
 """Pixels of the coarsest level's shorter side, at least; less than twice as many, if levels suffice."""
@@ -68,6 +72,25 @@ def pull(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1)
     inside = (grid.abs().amax(-1) <= 1).to(flow.dtype)[:, None]
     return F.grid_sample(picture, grid, padding_mode="border", align_corners=False), inside
+
+
+def enlarged_and_reduced(lq: Tensor) -> Tensor:
+    """(N, 3, h, w) enlarged by REDUCTION (bicubic) and averaged down again, at once: a slight blur."""
+    height, width = lq.shape[-2:]
+    around = F.pad(lq, (REACH,) * 4, mode="replicate")
+    # Slices, not a convolution: that would run in TF32 on some GPUs.
+    down = [weight * around[..., y : y + height, :] for y, weight in enumerate(_blur())]
+    tall = torch.stack(down).sum(0)
+    return torch.stack([weight * tall[..., x : x + width] for x, weight in enumerate(_blur())]).sum(0)
+
+
+@lru_cache
+def _blur() -> list[float]:
+    """Its weights along one axis, found by what is left of a single bright column."""
+    line = torch.zeros(1, 1, 1, 4 * REACH + 1, device="cpu")
+    line[..., 2 * REACH] = 1
+    wide = F.interpolate(line, scale_factor=REDUCTION, mode="bicubic", align_corners=False)
+    return F.avg_pool2d(wide, REDUCTION)[0, 0, 0, REACH : 3 * REACH + 1].tolist()
 
 
 def near_change(current: Tensor, previous: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from ..errors import IncompatibleInputError
 from ..tensors import check_shape, pad_to, padded_size, to_pixels
 from ..tiling import tiles
 from . import raft
-from .bundled import REDUCTION, FlowNetwork
+from .bundled import REDUCTION, FlowNetwork, enlarged_and_reduced
 
 RAFT_MULTIPLE, RAFT_MINIMUM = 8, 128
 """RAFT takes sides that are multiples of 8, and at least 128 for its four levels of correlation."""
@@ -44,6 +44,11 @@ class FlowEstimator(nn.Module):
     def estimate(self, current: Tensor, previous: Tensor, method: str) -> Tensor:
         """What `forward` does, by one of `methods`."""
         return self(current, previous)
+
+    def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
+        """`estimate` for two LQ frames enlarged by `scale`: bicubic, as the reference does it."""
+        current, before = (_enlarged(frame, scale) for frame in (lq, previous))
+        return self.estimate(current, before, method)
 
     @property
     def estimates(self) -> bool:
@@ -130,9 +135,17 @@ class BundledFlow(TileableFlow):
         height, width = current.shape[-2:]
         size = padded_size(height, width, REDUCTION)
         small = (F.avg_pool2d(pad_to(frame, *size), REDUCTION) for frame in (current, previous))
-        flow = REDUCTION * self.network(*small)
-        flow = F.interpolate(flow, scale_factor=REDUCTION, mode="bilinear", align_corners=False)
-        return flow[..., :height, :width]
+        return self._of_reduced(*small)[..., :height, :width]
+
+    def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
+        """At the output's size nothing is enlarged only to be averaged again: the same but for rounding."""
+        if scale != REDUCTION or method != "whole":
+            return super().between(lq, previous, scale, method)
+        return self._of_reduced(enlarged_and_reduced(lq), enlarged_and_reduced(previous))
+
+    def _of_reduced(self, current: Tensor, previous: Tensor) -> Tensor:
+        flow = REDUCTION * self.network(current, previous)
+        return F.interpolate(flow, scale_factor=REDUCTION, mode="bilinear", align_corners=False)
 
 
 class CallableFlow(FlowEstimator):
@@ -149,6 +162,10 @@ class CallableFlow(FlowEstimator):
         flow = self.function(current, previous)
         check_shape(flow, (1, 2, *current.shape[-2:]), "flow from the given callable")
         return flow.to(current.device)
+
+
+def _enlarged(lq: Tensor, scale: float) -> Tensor:
+    return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def _luma(frame: Tensor) -> Any:

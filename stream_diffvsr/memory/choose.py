@@ -87,6 +87,11 @@ class Planner:
         needs = estimate(self.widths, size, options, self.dtype, plan)
         return needs["peak"] - needs["weights"]
 
+    def has_room(self, size: Sequence[int], options: UpscaleOptions, plan: Plan, stage: str) -> bool:
+        """Whether the activations of a stage could be held beside a whole frame, as things are now."""
+        more = estimate(self.widths, size, options, self.dtype, plan)[stage]
+        return self.need(size, options, plan) + more <= self.share * free_memory(self.device)
+
     def lower(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
         """What to try when memory ran out in a stage; a plan that the options name is not left."""
         if options.memory_plan != "auto":

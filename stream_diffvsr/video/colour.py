@@ -178,12 +178,17 @@ def _lerp(x: Tensor, positions: Tensor, dim: int) -> Tensor:
 def rgb_to_planes(rgb: Tensor, name: str, colour: Colour) -> list[np.ndarray]:
     """RGB (1, 3, H, W) in [0, 1] -> the planes of a format of `LAYOUTS`, rounded half to even.
 
-    RGB formats give one array (H, W, 3); computed where `rgb` is, returned on the CPU.
+    RGB formats give one array (H, W, 3).
     """
+    return [samples(plane, name) for plane in to_planes(rgb, name, colour)]
+
+
+def to_planes(rgb: Tensor, name: str, colour: Colour) -> list[Tensor]:
+    """The same as whole numbers of uint8 or int32, where `rgb` is."""
     layout = LAYOUTS[name]
     top = 2**layout.bits - 1
     if layout.rgb:
-        return [_integers(rgb[0].movedim(0, -1) * top, layout.bits)]
+        return [_whole(rgb[0].movedim(0, -1) * top, layout.bits)]
     weight_red, weight_blue = LUMA_WEIGHTS[colour.matrix]
     red, green, blue = rgb.split(1, dim=1)
     luma = weight_red * red + (1 - weight_red - weight_blue) * green + weight_blue * blue
@@ -193,7 +198,7 @@ def rgb_to_planes(rgb: Tensor, name: str, colour: Colour) -> list[np.ndarray]:
     luma = luma * top if colour.full_range else luma * (219 * step) + 16 * step
     span = top if colour.full_range else 224 * step
     planes = [luma, *(plane * span + 128 * step for plane in chroma)]
-    return [_integers(plane[0, 0], layout.bits) for plane in planes]
+    return [_whole(plane[0, 0], layout.bits) for plane in planes]
 
 
 def downsample_chroma(plane: Tensor, layout: Layout) -> Tensor:
@@ -208,10 +213,14 @@ def downsample_chroma(plane: Tensor, layout: Layout) -> Tensor:
     return plane
 
 
-def _integers(values: Tensor, bits: int) -> np.ndarray:
+def _whole(values: Tensor, bits: int) -> Tensor:
     """Rounded half to even, and clamped to what the bits hold."""
-    rounded = values.round().clamp(0, 2**bits - 1).cpu().numpy()
-    return rounded.astype(np.uint8 if bits <= 8 else np.uint16)
+    return values.round().clamp(0, 2**bits - 1).to(torch.uint8 if bits <= 8 else torch.int32)
+
+
+def samples(plane: Tensor, name: str) -> np.ndarray:
+    """A plane of that format as an array, uint8 or uint16."""
+    return plane.cpu().numpy().astype(np.uint8 if LAYOUTS[name].bits <= 8 else np.uint16, copy=False)
 
 
 def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:

@@ -17,8 +17,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ..copies import upload
 from ..denoise import OnStep
 from ..errors import VideoError
+from ..lookahead import Begun, with_next
 from ..pipeline import StreamDiffVSRPipeline
 from ..state import StreamDiffVSRState
 from ..tensors import SCALE, from_pixels
@@ -143,13 +145,16 @@ class _Run:
         done = self.journal.frames
         span = self.job.span if not done else replace(self.job.span, start=self.journal.first_index + done)
         frames = prefetch(self.source.frames(span, self.journal.place), self.job.read_ahead)
-        state = self._first_state()
+        state, flow = self._first_state(), None
         with contextlib.closing(frames), Background(WRITE_DEPTH) as writer:
             try:
-                for frame in frames:
+                inputs = ((frame, self._lq(frame)) for frame in frames)
+                for (frame, lq), following in with_next(inputs, self.job.look_ahead):
+                    coming = None if following is None else self._begin_flow(following[1], lq, state)
                     if state is None:
                         state = StreamDiffVSRState(frame_index=frame.index)
-                    state, progress = self._frame(frame, state, writer)
+                    state, progress = self._frame(frame, lq, state, flow, writer)
+                    flow = coming
                     yield progress
                     if len(self.segment) == self.job.segment_frames:
                         self._finish_segment(writer, state)
@@ -166,16 +171,33 @@ class _Run:
             return StreamDiffVSRState.load(self.work.folder / self.journal.state)
         return self.job.state
 
+    def _lq(self, frame: SourceFrame) -> Tensor:
+        """What the model sees of a frame, (1, 3, h, w) in [0, 1]."""
+        return self.sizes.to_model(upload(frame.rgb, self.pipe.device))
+
+    def _begin_flow(self, lq: Tensor, previous: Tensor, state: StreamDiffVSRState | None) -> Begun | None:
+        return self.pipe.begin_flow(from_pixels(lq), from_pixels(previous), state, self.job.options)
+
     def _frame(
-        self, frame: SourceFrame, state: StreamDiffVSRState, writer: Background
+        self,
+        frame: SourceFrame,
+        lq: Tensor,
+        state: StreamDiffVSRState,
+        flow: Begun | None,
+        writer: Background,
     ) -> tuple[StreamDiffVSRState, JobProgress]:
         """Upscale one frame and hand it to the writing thread."""
         if not self.segment:
             self._begin_segment(frame, writer)
-        lq = self.sizes.to_model(frame.rgb.to(self.pipe.device))
         before = state
         state = self._state_for(frame, state, from_pixels(lq))
-        result = self.pipe.process_frame(from_pixels(lq), state, self.job.options, on_step=self._guarded)
+        result = self.pipe.process_frame(
+            from_pixels(lq),
+            state,
+            self.job.options,
+            flow=None if flow is None else flow.join(),
+            on_step=self._guarded,
+        )
         hq = self.sizes.to_output(result.hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
         self._write(frame, lq, hq, writer)
         self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
 
+from ..copies import Download
 from ..errors import VideoError
 from . import pictures
 from .codecs import CONTAINERS, Encoding, open_encoder
-from .colour import planes_to_frame, rgb_to_planes
+from .colour import planes_to_frame, samples, to_planes
 from .journal import sync_folder
 from .pictures import Picture
 
@@ -94,7 +95,7 @@ class Sink(Protocol):
         ...
 
     def prepare(self, picture: Picture) -> Any:
-        """What of a picture goes to the writing thread: on the CPU, and small."""
+        """What of a picture goes to the writing thread: small, and on its way to the CPU."""
         ...
 
     def add(self, prepared: Any, index: int, time: int) -> None:
@@ -124,14 +125,14 @@ class VideoSink:
             self.folder / f"{self.name}-{number:06}.{self.encoding.segment_format}", self.encoding
         )
 
-    def prepare(self, picture: Picture) -> list[np.ndarray]:
+    def prepare(self, picture: Picture) -> list[Download]:
         """Planes; what is transparent becomes black."""
         rgb = picture.rgb if picture.alpha is None else picture.rgb * picture.alpha
-        return rgb_to_planes(rgb, self.encoding.pix_fmt, self.encoding.colour)
+        return [Download(plane) for plane in to_planes(rgb, self.encoding.pix_fmt, self.encoding.colour)]
 
-    def add(self, prepared: list[np.ndarray], index: int, time: int) -> None:
+    def add(self, prepared: list[Download], index: int, time: int) -> None:
         assert self.segment is not None
-        self.segment.add(prepared, time)
+        self.segment.add([samples(plane.wait(), self.encoding.pix_fmt) for plane in prepared], time)
 
     def finish(self) -> tuple[str, int, int]:
         assert self.segment is not None
@@ -156,13 +157,15 @@ class PictureSink:
     def begin(self, number: int) -> None:
         self.size = 0
 
-    def prepare(self, picture: Picture) -> Picture:
-        alpha = None if picture.alpha is None else picture.alpha.cpu()
-        return Picture(picture.rgb.cpu(), alpha, picture.bits, picture.profile)
+    def prepare(self, picture: Picture) -> Callable[[], Picture]:
+        rgb = Download(picture.rgb)
+        alpha = None if picture.alpha is None else Download(picture.alpha)
+        bits, profile = picture.bits, picture.profile
+        return lambda: Picture(rgb.wait(), None if alpha is None else alpha.wait(), bits, profile)
 
-    def add(self, prepared: Picture, index: int, time: int) -> None:
+    def add(self, prepared: Callable[[], Picture], index: int, time: int) -> None:
         path = self.names[index] if self.numbered is None else self.numbered / f"{index:08}.png"
-        pictures.write(path, prepared)
+        pictures.write(path, prepared())
         self.size += path.stat().st_size
 
     def finish(self) -> tuple[str, int, int]:
