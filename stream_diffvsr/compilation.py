@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,8 +26,19 @@ OFF = "off"
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "TemporalBlock", "ControlNetConditioningEmbedding")
 """Names of the classes whose `forward` is compiled: where sums, norms and activations can be fused."""
 
-CPU_BLOCKS = ("BasicTransformerBlock",)
-"""Those of them that gain on a CPU, where the convolutions of the others hide what fusing saves."""
+CPU_BLOCKS = {
+    "auto": ("BasicTransformerBlock",),
+    "max": (
+        "DownBlock2D",
+        "CrossAttnDownBlock2D",
+        "UNetMidBlock2D",
+        "UNetMidBlock2DCrossAttn",
+        "CrossAttnUpBlock2D",
+        "UpBlock2D",
+    ),
+}
+"""The same on a CPU, by mode. The convolutions of single blocks hide what fusing saves there; a few per cent
+are left in whole levels of the networks, each of which is another kind and compiled by itself."""
 
 MODES = {"auto": None, "max": "max-autotune-no-cudagraphs"}
 """What torch calls each. With graphs per block, the next step would overwrite what a block gave."""
@@ -37,7 +49,7 @@ LIMIT_NAMES = ("recompile_limit", "cache_size_limit")
 FORMS = 64
 """Blocks of a kind differ in width and in what they are given."""
 
-_found: WeakKeyDictionary[nn.Module, dict[str, list[nn.Module]]] = WeakKeyDictionary()
+_found: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[nn.Module]]] = WeakKeyDictionary()
 
 _failed: set[tuple[type[nn.Module], str]] = set()
 
@@ -66,7 +78,7 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
     if mode == OFF:
         yield
         return
-    blocks = [block for network in networks for block in _blocks(network)]
+    blocks = [block for network in networks for block in _blocks(network, mode)]
     limit = next(name for name in LIMIT_NAMES if hasattr(torch._dynamo.config, name))
     try:
         for block in blocks:
@@ -78,14 +90,14 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
             vars(block).pop("forward", None)
 
 
-def _blocks(network: nn.Module) -> list[nn.Module]:
-    """Those to compile; looked for once per network and type of device."""
-    device = next((weight.device.type for weight in network.parameters()), "cpu")
+def _blocks(network: nn.Module, mode: str) -> list[nn.Module]:
+    """Those to compile; looked for once per network."""
+    on_cpu = all(weight.device.type == "cpu" for weight in islice(network.parameters(), 1))
+    kinds = CPU_BLOCKS[mode] if on_cpu else BLOCKS
     known = _found.setdefault(network, {})
-    if device not in known:
-        kinds = CPU_BLOCKS if device == "cpu" else BLOCKS
-        known[device] = [block for block in network.modules() if type(block).__name__ in kinds]
-    return known[device]
+    if kinds not in known:
+        known[kinds] = [block for block in network.modules() if type(block).__name__ in kinds]
+    return known[kinds]
 
 
 def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -37,9 +37,9 @@ torch.set_num_threads(1)
 model, folder, start, stop = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 pipe = load_pipeline(model, device="cpu", flow="dis")
 state = StreamDiffVSRState.load(folder / str(start)) if start else None
-options = UpscaleOptions(num_inference_steps=2, compile_mode="auto")
+options = UpscaleOptions(num_inference_steps=2, compile_mode=sys.argv[5])
 hq, state = pipe(moving(4)[start:stop], options, state)
-assert state.metadata["compilation"] == "auto"
+assert state.metadata["compilation"] == sys.argv[5]
 state.save(folder / str(stop))
 save_file({"hq": hq}, folder / f"{start}-{stop}")
 """
@@ -95,10 +95,11 @@ def test_one_that_cannot_be_compiled_runs_by_itself(caplog, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize("name", ["A", "B", "C_resize"])
 @pytest.mark.parametrize("mode", ["auto", "max"])
-@pytest.mark.parametrize("blocks", [compilation.CPU_BLOCKS, compilation.BLOCKS], ids=["own", "all"])
+@pytest.mark.parametrize("blocks", ["own", "elsewhere"])
 def test_golden(pipe, golden, monkeypatch, name, mode, blocks):
-    """The kinds that are compiled on a CPU, and all those that are elsewhere."""
-    monkeypatch.setattr(compilation, "CPU_BLOCKS", blocks)
+    """The kinds that are compiled on a CPU, and those that are on other devices."""
+    if blocks == "elsewhere":
+        monkeypatch.setattr(compilation, "CPU_BLOCKS", dict.fromkeys(["auto", "max"], compilation.BLOCKS))
     case = load_file(golden / f"case_{name}.safetensors")
     got = upscale(pipe, case, UpscaleOptions(compile_mode=mode), len(case["init_latents"]), case["flows"])
     assert_near(got, case["hq"], TOLERANCE)
@@ -107,8 +108,9 @@ def test_golden(pipe, golden, monkeypatch, name, mode, blocks):
 
 @pytest.mark.long
 @needs_compiler
-def test_continuity(guided, tmp_path):
-    options, clip = UpscaleOptions(num_inference_steps=2, compile_mode="auto"), moving(5)
+@pytest.mark.parametrize("mode", ["auto", "max"])
+def test_continuity(guided, tmp_path, mode):
+    options, clip = UpscaleOptions(num_inference_steps=2, compile_mode=mode), moving(5)
     whole, end = guided(clip, options)
     for cut in (1, 3):
         first, state = guided(clip[:cut], options)
@@ -116,16 +118,17 @@ def test_continuity(guided, tmp_path):
         second, last = guided(clip[cut:], options, type(state).load(tmp_path / "state.safetensors"))
         assert torch.equal(torch.cat([first, second]), whole)
         assert last.metadata == end.metadata
-    assert end.metadata["compilation"] == "auto"
+    assert end.metadata["compilation"] == mode
 
 
 @pytest.mark.long
 @needs_compiler
-def test_continuity_across_processes(checkpoint, tmp_path):
+@pytest.mark.parametrize("mode", ["auto", "max"])
+def test_continuity_across_processes(checkpoint, tmp_path, mode):
     """Three processes with one cache: the parts of two of them are what the third made at once."""
     own = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(Path(__file__).parent)}
     for start, stop in ((0, 2), (2, 4), (0, 4)):
-        command = [sys.executable, "-c", PART, str(checkpoint), str(tmp_path), str(start), str(stop)]
+        command = [sys.executable, "-c", PART, str(checkpoint), str(tmp_path), str(start), str(stop), mode]
         subprocess.run(command, env={**os.environ, **own}, check=True)
     whole, first, second = (load_file(tmp_path / name)["hq"] for name in ("0-4", "0-2", "2-4"))
     assert torch.equal(torch.cat([first, second]), whole)
