@@ -26,19 +26,12 @@ OFF = "off"
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "TemporalBlock", "ControlNetConditioningEmbedding")
 """Names of the classes whose `forward` is compiled: where sums, norms and activations can be fused."""
 
-CPU_BLOCKS = {
-    "auto": ("BasicTransformerBlock",),
-    "max": (
-        "DownBlock2D",
-        "CrossAttnDownBlock2D",
-        "UNetMidBlock2D",
-        "UNetMidBlock2DCrossAttn",
-        "CrossAttnUpBlock2D",
-        "UpBlock2D",
-    ),
-}
-"""The same on a CPU, by mode. The convolutions of single blocks hide what fusing saves there; a few per cent
-are left in whole levels of the networks, each of which is another kind and compiled by itself."""
+CPU_BLOCKS = ("BasicTransformerBlock",)
+"""Those of them that gain on a CPU, where the convolutions of the others hide what fusing saves.
+
+Whole levels of the networks gain a little more, but their code depends on which frame came first, so that a
+video done in parts by several processes would differ by rounding.
+"""
 
 MODES = {"auto": None, "max": "max-autotune-no-cudagraphs"}
 """What torch calls each. With graphs per block, the next step would overwrite what a block gave."""
@@ -78,7 +71,7 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
     if mode == OFF:
         yield
         return
-    blocks = [block for network in networks for block in _blocks(network, mode)]
+    blocks = [block for network in networks for block in _blocks(network)]
     limit = next(name for name in LIMIT_NAMES if hasattr(torch._dynamo.config, name))
     try:
         for block in blocks:
@@ -90,10 +83,10 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
             vars(block).pop("forward", None)
 
 
-def _blocks(network: nn.Module, mode: str) -> list[nn.Module]:
+def _blocks(network: nn.Module) -> list[nn.Module]:
     """Those to compile; looked for once per network."""
     on_cpu = all(weight.device.type == "cpu" for weight in islice(network.parameters(), 1))
-    kinds = CPU_BLOCKS[mode] if on_cpu else BLOCKS
+    kinds = CPU_BLOCKS if on_cpu else BLOCKS
     known = _found.setdefault(network, {})
     if kinds not in known:
         known[kinds] = [block for block in network.modules() if type(block).__name__ in kinds]
@@ -107,7 +100,7 @@ def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwarg
         try:
             return _compile(kind, mode)(block, *args, **kwargs)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or _is_capturing():
                 raise
             failure = _first_line(error)
     result = kind.forward(block, *args, **kwargs)
@@ -115,6 +108,11 @@ def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwarg
         _failed.add((kind, mode))
         log.warning("%s is not compiled: %s", kind.__name__, failure)
     return result
+
+
+def _is_capturing() -> bool:
+    """Whether a CUDA graph is being recorded: nothing compiles then, which is not the block's fault."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 @lru_cache

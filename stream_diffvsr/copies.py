@@ -5,6 +5,8 @@ Between other devices they are plain copies.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,9 @@ from torch import Tensor
 def upload(x: Tensor, device: torch.device) -> Tensor:
     """`x` on `device`; this thread does not wait for what a GPU was given before."""
     if x.device.type == "cpu" and device.type == "cuda":
-        # torch keeps the pinned copy until the GPU has read it.
-        return x.pin_memory().to(device, non_blocking=True)
+        with contextlib.suppress(RuntimeError):  # systems limit how much may be pinned
+            # torch keeps the pinned copy until the GPU has read it.
+            return x.contiguous().pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
@@ -24,10 +27,17 @@ class Download:
         self._done: torch.cuda.Event | None = None
         self._copy = x
         if x.device.type == "cuda":
+            self._begin(x)
+
+    def _begin(self, x: Tensor) -> None:
+        try:
             self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-            self._copy.copy_(x, non_blocking=True)
-            self._done = torch.cuda.Event()
-            self._done.record(torch.cuda.current_stream(x.device))
+        except RuntimeError:  # as above
+            self._copy = x.cpu()
+            return
+        self._copy.copy_(x, non_blocking=True)
+        self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(x.device))
 
     def wait(self) -> Tensor:
         """The tensor on the CPU, from any thread."""

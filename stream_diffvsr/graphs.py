@@ -13,8 +13,13 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 log = logging.getLogger(__name__)
+
+UNWINDING = "2.15"
+"""The torch whose sources were read to end a recording cleanly when it fails. Much older ones leave their
+allocator and random numbers in the middle of it."""
 
 Loop = Callable[..., Tensor]
 """The work of a frame: a few tensors to one."""
@@ -37,10 +42,16 @@ class CudaRecording:
     """Recorded while the kernels are only taken down; everything they need must have been loaded before."""
 
     def __init__(self, loop: Loop, inputs: Sequence[Tensor]) -> None:
+        if TorchVersion(torch.__version__) < UNWINDING:
+            raise RuntimeError(f"it needs torch {UNWINDING}, where a failed recording leaves no traces")
+        device = inputs[0].device
         self.inputs = [x.clone() for x in inputs]
         self._graph = torch.cuda.CUDAGraph()
-        # Threads that read and write videos go on with their own copies meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+        # torch's own stream for this is on the first device. Threads that read and write videos go on with
+        # their copies meanwhile.
+        stream = torch.cuda.Stream(device)
+        recording = torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local")
+        with torch.cuda.device(device), recording:
             self.output = loop(*self.inputs)
 
     def replay(self) -> None:
@@ -48,7 +59,7 @@ class CudaRecording:
 
 
 class LoopGraph:
-    """Runs a loop, from its third run of a kind on by a graph. It keeps one recording at a time."""
+    """At most one recorded loop, for frames of one kind."""
 
     def __init__(self, record: Callable[[Loop, Sequence[Tensor]], Recording] = CudaRecording) -> None:
         self._record = record
@@ -56,24 +67,30 @@ class LoopGraph:
         self._recording: Recording | None = None
         self._given_up = False
 
-    def run(
-        self, key: Any, loop: Loop, inputs: Sequence[Tensor], has_room: Callable[[], bool] = lambda: True
-    ) -> Tensor:
-        """`loop(*inputs)`. Loops of equal keys and inputs of equal shapes are the same kernels.
+    @property
+    def holds_memory(self) -> bool:
+        """Whether there is a recording, which keeps what the loop needs."""
+        return self._recording is not None
 
-        `has_room` tells, before recording, whether the loop's memory could be held from then on.
+    def repeat(self, key: Any, inputs: Sequence[Tensor]) -> Tensor | None:
+        """The recorded loop's result for these inputs; None where there is none for this kind."""
+        if self._recording is None or self._key != _kind(key, inputs):
+            return None
+        return _repeat(self._recording, inputs)
+
+    def learn(
+        self, key: Any, loop: Loop, inputs: Sequence[Tensor], result: Tensor, has_room: Callable[[], bool]
+    ) -> None:
+        """Record a loop that was just run as its `result` shows, if it is the second of its kind in turn.
+
+        Loops of equal keys, on inputs of equal shapes, are the same kernels. The first run loads and compiles
+        what recording needs. `has_room` tells whether the loop's memory could be held from now on.
         """
-        key = (key, [(x.shape, x.dtype, x.stride()) for x in inputs])
-        if self._given_up or key != self._key:
-            # The first run of a kind loads and compiles what recording needs.
-            self._key, self._recording = key, None
-            return loop(*inputs)
-        if self._recording is not None:
-            return _repeat(self._recording, inputs)
-        result = loop(*inputs)
-        if has_room():
+        kind = _kind(key, inputs)
+        if self._given_up or kind != self._key:
+            self._key, self._recording = kind, None
+        elif has_room():
             self._recording = self._recorded(loop, inputs, result)
-        return result
 
     def give_up(self) -> bool:
         """Free the recording, and record no more; returns whether there was one."""
@@ -84,14 +101,20 @@ class LoopGraph:
     def _recorded(self, loop: Loop, inputs: Sequence[Tensor], expected: Tensor) -> Recording | None:
         try:
             recording = self._record(loop, inputs)
+            recording.output.fill_(torch.nan)  # so that only what is repeated can be equal
             if torch.equal(_repeat(recording, inputs), expected):
                 return recording
             reason = "its numbers differ"
         except Exception as error:  # an optimisation: whatever is wrong with it, frames go on without
-            reason = str(error).strip().partition("\n")[0]
+            first = error.__context__ or error  # ending a recording fails, too, with less to say
+            reason = str(first).strip().partition("\n")[0]
         log.warning("the denoising loop runs without a CUDA graph: %s", reason)
         self._given_up = True
         return None
+
+
+def _kind(key: Any, inputs: Sequence[Tensor]) -> Any:
+    return key, [(x.shape, x.dtype, x.stride()) for x in inputs]
 
 
 def _repeat(recording: Recording, inputs: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,9 @@ class Begun:
     """A flow that the device is at."""
 
     flow: Tensor
-    done: torch.cuda.Event | None
+    method: str
+    """How it is estimated, one of the estimator's `methods`."""
+    done: torch.cuda.Event | None = None
 
     def join(self) -> Tensor:
         """The flow, in order with whatever the device is given from here on; this thread does not wait."""
@@ -34,11 +36,11 @@ class Begun:
         return self.flow
 
 
-def begin(estimate: Callable[..., Tensor], *frames: Tensor) -> Begun:
+def begin(estimate: Callable[..., Tensor], *frames: Tensor, method: str) -> Begun:
     """Have the device estimate a flow from `frames`, after what it was given before, beside what follows."""
     device = frames[0].device
     if device.type != "cuda":
-        return Begun(estimate(*frames), None)
+        return Begun(estimate(*frames), method)
     stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -47,7 +49,7 @@ def begin(estimate: Callable[..., Tensor], *frames: Tensor) -> Begun:
         done.record()
     for frame in frames:
         frame.record_stream(stream)
-    return Begun(flow, done)
+    return Begun(flow, method, done)
 
 
 def with_next(items: Iterable[Item], look_ahead: bool) -> Iterator[tuple[Item, Item | None]]:

@@ -90,8 +90,9 @@ class StreamDiffVSRPipeline:
         `ModuleNotFoundError` as `models.quantized.check`.
         """
         quantized.check(kind, self.device)
-        quantized.quantize(kind, self.stages["unet"], self.control)
-        self.number_format += f", linear layers {kind}"
+        if kind != "none":
+            quantized.quantize(kind, self.stages["unet"], self.control)
+            self.number_format += f", linear layers {kind}"
 
     @property
     def flow(self) -> FlowEstimator:
@@ -117,14 +118,14 @@ class StreamDiffVSRPipeline:
         state: StreamDiffVSRState | None = None,
         options: UpscaleOptions | None = None,
         latents: Tensor | None = None,
-        flow: Tensor | None = None,
+        flow: Tensor | lookahead.Begun | None = None,
         on_step: OnStep | None = None,
     ) -> FrameResult:
         """Upscale one frame by 4.
 
         `lq` (1, 3, h, w) float32 in model range; `latents` (1, 4, h', w') instead of the seeded noise, at
         the size padded to multiples of 4; `flow` (1, 2, 4h, 4w) pixels instead of an estimate, which then
-        guides even where the pipe estimates none.
+        guides even where the pipe estimates none, or what `begin_flow` returned.
 
         Where memory runs out, `memory_plan` 'auto' repeats the frame with a lower plan, which the state then
         records. A frame of half precision that is not finite is repeated in float32. Both are logged.
@@ -165,13 +166,12 @@ class StreamDiffVSRPipeline:
         """Upscale frame after frame; the next one is asked for only when the last result was taken.
 
         With `look_ahead` it is asked for before a frame is begun, and its flow estimated meanwhile: the
-        same results, a frame of delay, and memory for both at once.
+        same results, a frame of delay, and memory for both at once. Frames must not share memory then.
         """
         flow = None
         for lq, following in lookahead.with_next(frames, look_ahead):
             coming = None if following is None else self.begin_flow(following, lq, state, options)
-            given = None if flow is None else flow.join()
-            result = self.process_frame(lq, state, options, flow=given, on_step=on_step)
+            result = self.process_frame(lq, state, options, flow=flow, on_step=on_step)
             state, flow = result.state, coming
             yield result
 
@@ -185,9 +185,10 @@ class StreamDiffVSRPipeline:
     ) -> lookahead.Begun | None:
         """Have the device estimate the flow from `previous` to `lq`, beside what it is given next.
 
-        `state` is the one that `previous` will be upscaled with. What `join` returns is the `flow` to give
-        with `lq`. None: it is left to the frame's own turn, as where a sequence starts, memory is short, a
-        host places the networks, or the estimate fails, which then shows in that turn.
+        `state` is the one that `previous` will be upscaled with. The result is the `flow` to give with `lq`,
+        and neither frame may be changed until then. None: it is left to the frame's own turn, as where a
+        sequence starts, memory is short, a host places the networks, or the estimate fails, which then shows
+        in that turn.
         """
         options = options or UpscaleOptions()
         if state is None or not state.has_previous or not self._can_look_ahead(options):
@@ -195,10 +196,12 @@ class StreamDiffVSRPipeline:
         try:
             size = lq.shape[-2:]
             plan = self.planner.plan(size, state.metadata, options)
-            if lq.shape != previous.shape or not self.planner.has_room(size, options, plan, "flow"):
+            held = ["unet"] if self.graph is not None and self.graph.holds_memory else []
+            if lq.shape != previous.shape or not self.planner.has_room(size, options, plan, "flow", *held):
                 return None
             estimate = partial(self._estimate_flow, options=options, method=plan.flow)
-            return lookahead.begin(estimate, upload(lq, self.device), upload(previous, self.device))
+            frames = upload(lq, self.device), upload(previous, self.device)
+            return lookahead.begin(estimate, *frames, method=plan.flow)
         except Exception as error:
             log.debug("the next frame's flow is left to its turn: %s", error)
             return None
@@ -232,7 +235,7 @@ class StreamDiffVSRPipeline:
         state: StreamDiffVSRState,
         options: UpscaleOptions,
         latents: Tensor | None,
-        flow: Tensor | None,
+        flow: Tensor | lookahead.Begun | None,
     ) -> Frame:
         """Refuse what does not fit, say where the settings are not the state's, and take up its plan."""
         check_frame(lq)
@@ -242,12 +245,15 @@ class StreamDiffVSRPipeline:
         height, width = lq.shape[-2:]
         if latents is not None:
             check_shape(latents, (1, 4, *padded_size(height, width)), "latents")
+        plan = self.planner.plan(lq.shape[-2:], state.metadata, options)
+        if isinstance(flow, lookahead.Begun):
+            # Memory that ran out since then may have changed how flow is estimated.
+            flow = flow.join() if flow.method == plan.flow else None
         if flow is not None:
             check_shape(flow, (1, 2, SCALE * height, SCALE * width), "flow")
         settings = self._settings(options)
         if differences := state.differences(settings):
             log.warning("not an exact continuation of frame %d: %s", state.frame_index, differences)
-        plan = self.planner.plan(lq.shape[-2:], state.metadata, options)
         return Frame(
             lq=upload(lq, self.device),
             state=state.to(self.device),
@@ -353,10 +359,21 @@ class StreamDiffVSRPipeline:
         start = upload(latents, device) * schedule.scheduler.init_noise_sigma
         if embedding is None or self.graph is None or not self._may_record(frame):
             return denoiser(start, lq, embedding, frame.on_step)
-        loop = partial(denoiser, on_step=ignore)
-        room = partial(self.planner.has_room, frame.lq.shape[-2:], options, plan, "unet")
-        result = self.graph.run((schedule, options), loop, (start, lq, embedding), room)
-        frame.on_step("denoise", len(schedule.timesteps), len(schedule.timesteps))
+        # A recording outlives the caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            return self._denoise_by_graph(self.graph, denoiser, (start, lq, embedding), frame)
+
+    def _denoise_by_graph(
+        self, graph: LoopGraph, denoiser: Denoiser, inputs: tuple[Tensor, Tensor, Tensor], frame: Frame
+    ) -> Tensor:
+        key, steps = (denoiser.schedule, denoiser.options), len(denoiser.schedule.timesteps)
+        repeated = graph.repeat(key, inputs)
+        if repeated is not None:
+            frame.on_step("denoise", steps, steps)
+            return repeated
+        result = denoiser(*inputs, frame.on_step)
+        room = partial(self.planner.has_room, frame.lq.shape[-2:], frame.options, frame.plan, "unet")
+        graph.learn(key, partial(denoiser, on_step=ignore), inputs, result, room)
         return result
 
     def _may_record(self, frame: Frame) -> bool:

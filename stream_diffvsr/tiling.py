@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .copies import upload
+
 
 @dataclass(frozen=True)
 class Band:
@@ -59,7 +61,10 @@ class Tile:
 
     def add(self, part: Tensor, whole: Tensor) -> None:
         """Add this tile's share of the blend to `whole`, in place."""
-        self.cut(whole).add_(part * self.weight.to(part.device))
+        if self.weight.shape == whole.shape[-2:]:
+            whole.add_(part)  # the only one: nothing is weighted, and nothing copied to the device
+        else:
+            self.cut(whole).add_(part * upload(self.weight, part.device))
 
 
 def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -> list[Tile]:

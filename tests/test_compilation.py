@@ -99,7 +99,7 @@ def test_one_that_cannot_be_compiled_runs_by_itself(caplog, monkeypatch):
 def test_golden(pipe, golden, monkeypatch, name, mode, blocks):
     """The kinds that are compiled on a CPU, and those that are on other devices."""
     if blocks == "elsewhere":
-        monkeypatch.setattr(compilation, "CPU_BLOCKS", dict.fromkeys(["auto", "max"], compilation.BLOCKS))
+        monkeypatch.setattr(compilation, "CPU_BLOCKS", compilation.BLOCKS)
     case = load_file(golden / f"case_{name}.safetensors")
     got = upscale(pipe, case, UpscaleOptions(compile_mode=mode), len(case["init_latents"]), case["flows"])
     assert_near(got, case["hq"], TOLERANCE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from samples import moving, shift_flow
 
-from stream_diffvsr import UpscaleOptions, compilation, load_pipeline
+from stream_diffvsr import UpscaleOptions, compilation, load_pipeline, pipeline
 from stream_diffvsr.graphs import LoopGraph
 
 MAX = UpscaleOptions(num_inference_steps=2, compile_mode="max")
@@ -86,38 +86,87 @@ def test_not_where_a_host_moves_the_weights(recorder):
     assert Rerun.made == 0
 
 
+def run(graph, loop, x, has_room=lambda: True):
+    """What the pipeline does with a frame."""
+    inputs = [torch.tensor(float(x))]
+    repeated = graph.repeat("key", inputs)
+    if repeated is None:
+        repeated = loop(*inputs)
+        graph.learn("key", loop, inputs, repeated, has_room)
+    return repeated
+
+
 def test_not_without_room_and_later_with_it():
     graph, room = LoopGraph(Rerun), [False, False, True]
+    for x in range(6):
+        assert run(graph, lambda x: x + 1, x, lambda: room.pop(0)) == x + 1
+    assert room == [] and graph._recording.replays == 1 + 2
+
+
+def test_one_that_repeats_nothing_is_not_used(caplog):
+    """As a graph does into which nothing was recorded."""
+
+    class Empty(Rerun):
+        def replay(self):
+            pass
+
+    graph = LoopGraph(Empty)
     for x in range(5):
-        assert graph.run("key", lambda x: x + 1, [torch.tensor(x)], lambda: room.pop(0)) == x + 1
-    assert room == [] and graph._recording.replays == 2
+        assert run(graph, lambda x: x * 2, x) == 2 * x
+    assert caplog.messages == ["the denoising loop runs without a CUDA graph: its numbers differ"]
 
 
 def test_one_that_repeats_other_numbers_is_not_used(caplog):
     class Wrong(Rerun):
         def replay(self):
+            super().replay()
             self.output.add_(1)
 
     graph = LoopGraph(Wrong)
     for x in range(5):
-        assert graph.run("key", lambda x: x * 2, [torch.tensor(x)]) == 2 * x
+        assert run(graph, lambda x: x * 2, x) == 2 * x
     assert caplog.messages == ["the denoising loop runs without a CUDA graph: its numbers differ"]
 
 
 def test_one_that_cannot_be_recorded_is_not_used(caplog):
     def refuse(loop, inputs):
-        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        try:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        finally:
+            raise RuntimeError("capture ended with an error")
 
     graph = LoopGraph(refuse)
     for x in range(4):
-        assert graph.run("key", lambda x: x * 2, [torch.tensor(x)]) == 2 * x
+        assert run(graph, lambda x: x * 2, x) == 2 * x
     assert caplog.messages == ["the denoising loop runs without a CUDA graph: operation not permitted"]
+
+
+def test_inference_mode_may_come_and_go(recorder, guided):
+    clip = moving(6)
+    with torch.inference_mode():
+        done = frames(recorder, clip[:4])
+    rest = frames(recorder, clip[4:], state=done[-1].state)
+    assert recorder.graph.holds_memory
+    expected = frames(guided, clip, UpscaleOptions(num_inference_steps=2))
+    assert all(torch.equal(a.hq, b.hq) for a, b in zip([*done, *rest], expected, strict=True))
+
+
+def test_a_frame_repeated_in_float32_frees_the_recording(recorder, checkpoint, monkeypatch):
+    """The weights are elsewhere meanwhile, and afterwards at new addresses."""
+    half = load_pipeline(checkpoint, device="cpu", dtype="bfloat16", flow=shift_flow)
+    half.graph = LoopGraph(Rerun)
+    done = frames(half, moving(4))
+    assert half.graph.holds_memory
+    finite = iter([False, True])
+    monkeypatch.setattr(pipeline, "is_finite", lambda hq: next(finite))
+    half.process_frame(moving(5)[4:], done[-1].state, MAX)
+    assert not half.graph.holds_memory
 
 
 def test_memory_that_runs_out_takes_the_recording_first_and_keeps_the_plan(recorder, guided, monkeypatch):
     clip = moving(6)
     done = frames(recorder, clip[:4])
-    assert recorder.graph._recording is not None
+    assert recorder.graph.holds_memory
     decode, failures = recorder._decode, [torch.OutOfMemoryError("out of memory")]
 
     def short(*args):
@@ -130,14 +179,14 @@ def test_memory_that_runs_out_takes_the_recording_first_and_keeps_the_plan(recor
     expected = frames(guided, clip, UpscaleOptions(num_inference_steps=2))
     assert all(torch.equal(a.hq, b.hq) for a, b in zip([*done, *rest], expected, strict=True))
     assert rest[-1].state.metadata["plan"] == done[0].state.metadata["plan"]
-    assert recorder.graph._recording is None and Rerun.made == 1
+    assert not recorder.graph.holds_memory and Rerun.made == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_a_gpu_the_same_frames(checkpoint):
     pipe = load_pipeline(checkpoint, device="cuda", dtype="float32", flow=shift_flow)
     got = frames(pipe, moving(6, 64, 64))
-    assert pipe.graph._recording is not None
+    assert pipe.graph.holds_memory
     pipe.graph.give_up()
     expected = frames(pipe, moving(6, 64, 64))
     assert all(torch.equal(a.hq, b.hq) for a, b in zip(got, expected, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import clips
@@ -13,8 +15,11 @@ from samples import moving, shift_flow
 from test_video_job import finish, job, same_frames
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, load_pipeline
+from stream_diffvsr.bench.networks import open_model
 from stream_diffvsr.lookahead import with_next
 from stream_diffvsr.memory import choose
+from stream_diffvsr.memory.plan import Plan
+from stream_diffvsr.video.job import run
 
 OPTIONS = UpscaleOptions(num_inference_steps=1)
 
@@ -150,8 +155,37 @@ def test_a_video_with_scenes_is_the_same(guided, begun, tmp_path: Path):
     assert begun == [False, *[True] * 7]
 
 
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_a_job_that_was_cancelled_goes_on(guided, after, tmp_path: Path):
+    source = clips.write_video(tmp_path / "in.mp4", 7)
+    finish(guided, job(source, tmp_path / "whole.mp4"))
+    task = job(source, tmp_path / "ahead.mp4", look_ahead=True)
+    with contextlib.closing(run(guided, task)) as steps:
+        for _ in range(after):
+            next(steps)
+    finish(guided, task)
+    same_frames(tmp_path / "ahead.mp4", tmp_path / "whole.mp4")
+
+
+def test_a_plan_that_was_lowered_meanwhile_has_its_own_flow(checkpoint):
+    """Flow in tiles has other numbers than flow begun for the whole frame."""
+    pipe = load_pipeline(checkpoint, device="cpu", flow="dis")
+    clip = moving(3, 32, 40).split(1)
+    states = [result.state for result in pipe.stream(clip, OPTIONS)]
+    begun = pipe.begin_flow(clip[2], clip[1], states[0], OPTIONS)
+    assert begun.method == "whole"
+    plan = Plan.from_json(states[1].metadata["plan"])
+    lowered = replace(
+        states[1], metadata={**states[1].metadata, "plan": replace(plan, flow="tiled").to_json()}
+    )
+    wrong = replace(begun, flow=begun.flow + 5)
+    alone = pipe.process_frame(clip[2], lowered, OPTIONS).hq
+    assert torch.equal(pipe.process_frame(clip[2], lowered, OPTIONS, flow=wrong).hq, alone)
+    assert not torch.equal(pipe.process_frame(clip[2], states[1], OPTIONS, flow=wrong).hq, alone)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_on_a_gpu_the_same_frames(checkpoint):
-    pipe = load_pipeline(checkpoint, device="cuda", dtype="float32", flow=shift_flow)
-    clip = moving(6, 64, 64).split(1)
+def test_on_a_gpu_the_same_frames():
+    pipe = open_model("random", "cuda", "float32", "raft_large")
+    clip = moving(6, 96, 128).split(1)
     assert_same(upscale(pipe, clip, True), upscale(pipe, clip, False))

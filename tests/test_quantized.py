@@ -112,6 +112,12 @@ def test_fp8_needs_a_device_that_has_it(checkpoint, monkeypatch):
         load_pipeline(checkpoint, device="cpu", flow="none", quantize="fp8")
 
 
+def test_none_is_none(checkpoint):
+    pipe = load_pipeline(checkpoint, device="cpu", flow="none")
+    pipe.quantize("none")
+    assert pipe.number_format == "float32"
+
+
 def test_other_names_are_refused(checkpoint):
     with pytest.raises(IncompatibleInputError, match="none, int8, fp8"):
         load_pipeline(checkpoint, quantize="int4")

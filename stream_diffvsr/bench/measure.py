@@ -186,10 +186,15 @@ def _unsettled(state: StreamDiffVSRState) -> StreamDiffVSRState:
 def _stages(
     clock: Clock, pipe: StreamDiffVSRPipeline, lq: Tensor, state: Any, options: UpscaleOptions
 ) -> dict[str, float]:
-    """The same frame once more with the clock in its networks, which costs a little itself."""
+    """The same frame once more with the clock in its networks, which costs a little itself.
+
+    Without a CUDA graph, whose networks are not called.
+    """
     clock.spent = dict.fromkeys(clock.spent, 0.0)
+    graph, pipe.graph = pipe.graph, None
     with clock.watching(pipe):
         total, _ = _time(clock, pipe, lq, state, options)
+    pipe.graph = graph
     return {**clock.spent, "rest": total - sum(clock.spent.values())}
 
 

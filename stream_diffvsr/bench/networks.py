@@ -145,5 +145,5 @@ def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     other = copy.copy(pipe)
     control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
     other.stages = {**pipe.stages, **stages, "controlnet": control}
-    other._prepared, other.dtype, other.number_format = {}, torch.float32, "float32"
+    other._prepared, other.dtype, other.number_format, other.graph = {}, torch.float32, "float32", None
     return other

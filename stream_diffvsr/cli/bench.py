@@ -50,8 +50,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = [_size(text) for text in (SIZES if "all" in asked else asked)]
     pipe = open_model(args.model, args.device, args.dtype, args.flow)
     other = plain(pipe) if args.plain else None
-    if args.quantize != "none":
-        pipe.quantize(args.quantize)
+    pipe.quantize(args.quantize)
     own = {"num_inference_steps": args.steps, "compile_mode": args.compile_mode}
     options = UpscaleOptions(**with_preset(args.preset, own))
     results = []

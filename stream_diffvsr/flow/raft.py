@@ -25,7 +25,9 @@ def estimate(network: Any, current: Tensor, previous: Tensor, *, linear: bool) -
     hidden, context = _context(network, current)
     start = position = _grid(fmap1)
     for _ in range(UPDATES):
-        matches = correlation.index_pyramid(centroids_coords=position)
+        # torchvision makes its offsets on the default device, and would wait to copy them from a CPU.
+        with current.device:
+            matches = correlation.index_pyramid(centroids_coords=position)
         hidden, delta = network.update_block(hidden, context, matches, position - start)
         position = position + delta
     del correlation, context

@@ -87,9 +87,10 @@ class Planner:
         needs = estimate(self.widths, size, options, self.dtype, plan)
         return needs["peak"] - needs["weights"]
 
-    def has_room(self, size: Sequence[int], options: UpscaleOptions, plan: Plan, stage: str) -> bool:
-        """Whether the activations of a stage could be held beside a whole frame, as things are now."""
-        more = estimate(self.widths, size, options, self.dtype, plan)[stage]
+    def has_room(self, size: Sequence[int], options: UpscaleOptions, plan: Plan, *stages: str) -> bool:
+        """Whether the activations of stages could be held beside a whole frame, as things are now."""
+        needs = estimate(self.widths, size, options, self.dtype, plan)
+        more = sum(needs[stage] for stage in stages)
         return self.need(size, options, plan) + more <= self.share * free_memory(self.device)
 
     def lower(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:

@@ -11,6 +11,9 @@ from ..errors import IncompatibleInputError
 
 QUANTIZATIONS = ("none", "int8", "fp8")
 
+SMALLEST = 1e-4
+"""Of the largest values of a tensor for which a scale of fp8 is made."""
+
 FP8_CAPABILITY = (8, 9)
 """Of the first NVIDIA cards that multiply 8-bit floats: Ada and Hopper."""
 
@@ -33,13 +36,11 @@ def check(kind: str, device: torch.device) -> None:
 
 
 def quantize(kind: str, *networks: nn.Module) -> None:
-    """Quantise the linear layers of attentions in place, weights and what goes in; 'none' changes nothing.
+    """Quantise the linear layers of attentions in place, weights and what goes in.
 
     'int8' takes one scale per row of weights and per position, 'fp8' (e4m3) one per tensor. Convolutions,
     which are most of the work, stay as they are.
     """
-    if kind == "none":
-        return
     from torchao.quantization import quantize_
 
     # Weights outlive the caller's inference mode.
@@ -61,7 +62,8 @@ def _configuration(kind: str) -> Any:
             f"quantize '{kind}' needs torchao: pip install torchao, or leave quantize at 'none'"
         ) from error
     if kind == "fp8":
-        return quantization.Float8DynamicActivationFloat8WeightConfig()
+        # The bound keeps a tensor of zeros from being divided by its own largest value.
+        return quantization.Float8DynamicActivationFloat8WeightConfig(activation_value_lb=SMALLEST)
     return quantization.Int8DynamicActivationInt8WeightConfig()
 
 

@@ -195,7 +195,7 @@ class _Run:
             from_pixels(lq),
             state,
             self.job.options,
-            flow=None if flow is None else flow.join(),
+            flow=flow,
             on_step=self._guarded,
         )
         hq = self.sizes.to_output(result.hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -157,15 +157,13 @@ class PictureSink:
     def begin(self, number: int) -> None:
         self.size = 0
 
-    def prepare(self, picture: Picture) -> Callable[[], Picture]:
-        rgb = Download(picture.rgb)
-        alpha = None if picture.alpha is None else Download(picture.alpha)
-        bits, profile = picture.bits, picture.profile
-        return lambda: Picture(rgb.wait(), None if alpha is None else alpha.wait(), bits, profile)
+    def prepare(self, picture: Picture) -> Picture:
+        alpha = None if picture.alpha is None else picture.alpha.cpu()
+        return Picture(picture.rgb.cpu(), alpha, picture.bits, picture.profile)
 
-    def add(self, prepared: Callable[[], Picture], index: int, time: int) -> None:
+    def add(self, prepared: Picture, index: int, time: int) -> None:
         path = self.names[index] if self.numbered is None else self.numbered / f"{index:08}.png"
-        pictures.write(path, prepared())
+        pictures.write(path, prepared)
         self.size += path.stat().st_size
 
     def finish(self) -> tuple[str, int, int]:

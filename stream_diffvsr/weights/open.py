@@ -73,8 +73,7 @@ def load_pipeline(
         model=fingerprint(file for part in parts for file in part.files),
         centred_flow=has_centred_flow(folder),
     )
-    if quantize != "none":
-        pipe.quantize(quantize)
+    pipe.quantize(quantize)
     return pipe
 
 
