@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from .errors import IncompatibleInputError
@@ -44,6 +47,22 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 def _fast_half(device: torch.device) -> bool:
     # Cards before Volta compute float16 at a small fraction of their float32 rate.
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+
+
+@contextmanager
+def repeatable() -> Iterator[None]:
+    """Have cuDNN compute the same numbers every time while the context lasts.
+
+    Some of its algorithms do not, and which is fastest may be another one in another process. TF32 stays as
+    the process has it: by torch's default, convolutions of float32 use it on CUDA and matrix products do not.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from . import compilation, lookahead
 from .copies import upload
 from .denoise import Denoiser, OnStep, Prompt, Schedule, latent_tiles, noise
+from .devices import repeatable
 from .errors import CheckpointError, IncompatibleInputError
 from .flow import FlowEstimator
 from .frame import Frame, FrameResult, ignore
@@ -144,7 +145,7 @@ class StreamDiffVSRPipeline:
 
     def _upscale(self, frame: Frame) -> tuple[Tensor, Frame]:
         """The figure above: hq, and the frame with the flow it was made with."""
-        with compilation.compiled(self.stages.values(), frame.compile_mode):
+        with repeatable(), compilation.compiled(self.stages.values(), frame.compile_mode):
             with memory_of("flow"):
                 flow = self._flow(frame)
                 warped = None if flow is None else self._warp_previous(frame, flow)
@@ -201,7 +202,8 @@ class StreamDiffVSRPipeline:
                 return None
             estimate = partial(self._estimate_flow, options=options, method=plan.flow)
             frames = upload(lq, self.device), upload(previous, self.device)
-            return lookahead.begin(estimate, *frames, method=plan.flow)
+            with repeatable():
+                return lookahead.begin(estimate, *frames, method=plan.flow)
         except Exception as error:
             log.debug("the next frame's flow is left to its turn: %s", error)
             return None

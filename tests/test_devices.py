@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
+from samples import moving
 
-from stream_diffvsr import IncompatibleInputError, load_pipeline
+from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
 from stream_diffvsr.devices import available, resolve_device, resolve_dtype
 
 
@@ -47,3 +50,21 @@ def test_noise_is_that_of_the_cpu(checkpoint):
     pipes = [load_pipeline(checkpoint, device=name, dtype="float32", flow="none") for name in ("cpu", "cuda")]
     cpu, cuda = (pipe.process_frame(lq).hq.cpu() for pipe in pipes)
     torch.testing.assert_close(cpu, cuda, atol=1e-2, rtol=0)
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_while_a_frame_is_computed_cudnn_repeats_itself(pipe, monkeypatch, breaks):
+    """As ComfyUI may ask it not to (--fast autotune); afterwards it is as it was."""
+    cudnn, seen = torch.backends.cudnn, []
+    monkeypatch.setattr(cudnn, "benchmark", True)
+    monkeypatch.setattr(cudnn, "deterministic", False)
+
+    def look(*step):
+        seen.append((cudnn.deterministic, cudnn.benchmark))
+        if breaks:
+            raise InterruptedError
+
+    with contextlib.suppress(InterruptedError):
+        pipe.process_frame(moving(1), options=UpscaleOptions(num_inference_steps=1), on_step=look)
+    assert set(seen) == {(True, False)}
+    assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
