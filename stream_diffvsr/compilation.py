@@ -10,7 +10,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
-from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -85,8 +84,8 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
     """Those to compile; looked for once per network."""
-    on_cpu = all(weight.device.type == "cpu" for weight in islice(network.parameters(), 1))
-    kinds = CPU_BLOCKS if on_cpu else BLOCKS
+    weight = next(network.parameters(), None)
+    kinds = CPU_BLOCKS if weight is None or weight.device.type == "cpu" else BLOCKS
     known = _found.setdefault(network, {})
     if kinds not in known:
         known[kinds] = [block for block in network.modules() if type(block).__name__ in kinds]

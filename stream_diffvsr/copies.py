@@ -25,22 +25,20 @@ class Download:
 
     def __init__(self, x: Tensor) -> None:
         self._done: torch.cuda.Event | None = None
-        self._copy = x
+        self._copy = _pinned_like(x) if x.device.type == "cuda" else x.cpu()
         if x.device.type == "cuda":
-            self._begin(x)
-
-    def _begin(self, x: Tensor) -> None:
-        try:
-            self._copy = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-        except RuntimeError:  # as above
-            self._copy = x.cpu()
-            return
-        self._copy.copy_(x, non_blocking=True)
-        self._done = torch.cuda.Event()
-        self._done.record(torch.cuda.current_stream(x.device))
+            self._copy.copy_(x, non_blocking=True)
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(x.device))
 
     def wait(self) -> Tensor:
         """The tensor on the CPU, from any thread."""
         if self._done is not None:
             self._done.synchronize()
-        return self._copy.cpu()
+        return self._copy
+
+
+def _pinned_like(x: Tensor) -> Tensor:
+    with contextlib.suppress(RuntimeError):  # as above
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    return torch.empty(x.shape, dtype=x.dtype)  # the copy into it waits

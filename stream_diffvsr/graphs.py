@@ -59,13 +59,22 @@ class CudaRecording:
 
 
 class LoopGraph:
-    """At most one recorded loop, for frames of one kind."""
+    """At most one recorded loop, for frames of one kind; without `record` never any."""
 
-    def __init__(self, record: Callable[[Loop, Sequence[Tensor]], Recording] = CudaRecording) -> None:
+    def __init__(self, record: Callable[[Loop, Sequence[Tensor]], Recording] | None) -> None:
         self._record = record
         self._key: Any = None
         self._recording: Recording | None = None
-        self._given_up = False
+
+    @classmethod
+    def on(cls, device: torch.device) -> LoopGraph:
+        """For the loops of a device: CUDA's are recorded."""
+        return cls(CudaRecording if device.type == "cuda" else None)
+
+    @property
+    def records(self) -> bool:
+        """Whether loops are worth handing in."""
+        return self._record is not None
 
     @property
     def holds_memory(self) -> bool:
@@ -87,20 +96,22 @@ class LoopGraph:
         what recording needs. `has_room` tells whether the loop's memory could be held from now on.
         """
         kind = _kind(key, inputs)
-        if self._given_up or kind != self._key:
+        if kind != self._key:
             self._key, self._recording = kind, None
-        elif has_room():
-            self._recording = self._recorded(loop, inputs, result)
+        elif self._record is not None and has_room():
+            self._recording = self._recorded(self._record, loop, inputs, result)
 
     def give_up(self) -> bool:
         """Free the recording, and record no more; returns whether there was one."""
         held = self._recording is not None
-        self._recording, self._given_up = None, True
+        self._recording = self._record = None
         return held
 
-    def _recorded(self, loop: Loop, inputs: Sequence[Tensor], expected: Tensor) -> Recording | None:
+    def _recorded(
+        self, record: Callable[..., Recording], loop: Loop, inputs: Sequence[Tensor], expected: Tensor
+    ) -> Recording | None:
         try:
-            recording = self._record(loop, inputs)
+            recording = record(loop, inputs)
             recording.output.fill_(torch.nan)  # so that only what is repeated can be equal
             if torch.equal(_repeat(recording, inputs), expected):
                 return recording
@@ -109,7 +120,7 @@ class LoopGraph:
             first = error.__context__ or error  # ending a recording fails, too, with less to say
             reason = str(first).strip().partition("\n")[0]
         log.warning("the denoising loop runs without a CUDA graph: %s", reason)
-        self._given_up = True
+        self._record = None
         return None
 
 

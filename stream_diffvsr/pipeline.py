@@ -78,7 +78,7 @@ class StreamDiffVSRPipeline:
         self.dtype = dtype
         self.model = model
         self.centred_flow = centred_flow
-        self.graph = LoopGraph() if device.type == "cuda" else None
+        self.graph = LoopGraph.on(device)
         self._prepared: dict[Any, tuple[Schedule, list[Prompt]]] = {}
         self.number_format = str(dtype).removeprefix("torch.")
         prepare(unet, control, vae)
@@ -197,7 +197,7 @@ class StreamDiffVSRPipeline:
         try:
             size = lq.shape[-2:]
             plan = self.planner.plan(size, state.metadata, options)
-            held = ["unet"] if self.graph is not None and self.graph.holds_memory else []
+            held = ["unet"] if self.graph.holds_memory else []
             if lq.shape != previous.shape or not self.planner.has_room(size, options, plan, "flow", *held):
                 return None
             estimate = partial(self._estimate_flow, options=options, method=plan.flow)
@@ -251,7 +251,7 @@ class StreamDiffVSRPipeline:
         if isinstance(flow, lookahead.Begun):
             # Memory that ran out since then may have changed how flow is estimated.
             flow = flow.join() if flow.method == plan.flow else None
-        if flow is not None:
+        elif flow is not None:
             check_shape(flow, (1, 2, SCALE * height, SCALE * width), "flow")
         settings = self._settings(options)
         if differences := state.differences(settings):
@@ -291,8 +291,7 @@ class StreamDiffVSRPipeline:
                 frame.state.frame_index,
                 name,
             )
-        if self.graph is not None:
-            self.graph.give_up()  # it has the addresses of the weights as they were
+        self.graph.give_up()  # it has the addresses of the weights as they were
         with in_float32([self.stages[name] for name in ("unet", "controlnet", "vae")], frame.dtype):
             return self._finite(replace(frame, dtype=torch.float32, compile_mode=compilation.OFF))
 
@@ -310,9 +309,7 @@ class StreamDiffVSRPipeline:
 
     def _lower(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
         """What to try when memory ran out: the same again where a graph held some of it."""
-        if self.graph is not None and self.graph.give_up():
-            return plan
-        return self.planner.lower(plan, stage, options)
+        return plan if self.graph.give_up() else self.planner.lower(plan, stage, options)
 
     def _flow(self, frame: Frame) -> Tensor | None:
         """Motion since the previous frame, (1, 2, 4h, 4w); None where a sequence starts."""
@@ -359,29 +356,29 @@ class StreamDiffVSRPipeline:
         tiles = latent_tiles(height, width, plan.tile, plan.overlap)
         denoiser = Denoiser(self.stages["unet"], self.control, prompts, schedule, options, tiles)
         start = upload(latents, device) * schedule.scheduler.init_noise_sigma
-        if embedding is None or self.graph is None or not self._may_record(frame):
+        if embedding is None or not self._may_record(frame):
             return denoiser(start, lq, embedding, frame.on_step)
         # A recording outlives the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            return self._denoise_by_graph(self.graph, denoiser, (start, lq, embedding), frame)
+            return self._denoise_by_graph(denoiser, (start, lq, embedding), frame)
 
     def _denoise_by_graph(
-        self, graph: LoopGraph, denoiser: Denoiser, inputs: tuple[Tensor, Tensor, Tensor], frame: Frame
+        self, denoiser: Denoiser, inputs: tuple[Tensor, Tensor, Tensor], frame: Frame
     ) -> Tensor:
         key, steps = (denoiser.schedule, denoiser.options), len(denoiser.schedule.timesteps)
-        repeated = graph.repeat(key, inputs)
+        repeated = self.graph.repeat(key, inputs)
         if repeated is not None:
             frame.on_step("denoise", steps, steps)
             return repeated
         result = denoiser(*inputs, frame.on_step)
         room = partial(self.planner.has_room, frame.lq.shape[-2:], frame.options, frame.plan, "unet")
-        graph.learn(key, partial(denoiser, on_step=ignore), inputs, result, room)
+        self.graph.learn(key, partial(denoiser, on_step=ignore), inputs, result, room)
         return result
 
     def _may_record(self, frame: Frame) -> bool:
         """Whether the loop may become a graph: it is asked for, in one piece, and weights stay in place."""
         fixed = isinstance(self.placement, FixedPlacement)
-        return frame.compile_mode == "max" and fixed and frame.plan.tile is None
+        return self.graph.records and frame.compile_mode == "max" and fixed and frame.plan.tile is None
 
     def _decode(self, frame: Frame, latents: Tensor, warped: Tensor | None) -> Tensor:
         """The picture (1, 3, 4h', 4w'), float32, on the pipe's device."""

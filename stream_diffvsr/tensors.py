@@ -42,9 +42,9 @@ def from_pixels(pixels: Tensor) -> Tensor:
     return pixels * 2 - 1
 
 
-def upsample(lq: Tensor) -> Tensor:
-    """Bicubic x4 as the reference makes it: a = -0.75, no antialiasing, not clamped."""
-    return F.interpolate(lq, scale_factor=SCALE, mode="bicubic", align_corners=False)
+def upsample(lq: Tensor, scale: float = SCALE) -> Tensor:
+    """Bicubic as the reference makes it: a = -0.75, no antialiasing, not clamped; by 1 the frame itself."""
+    return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def padded_size(height: int, width: int, multiple: int = LATENT_MULTIPLE) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 import time
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import synchronize
+from ..graphs import LoopGraph
 from ..options import UpscaleOptions
 from ..pipeline import StreamDiffVSRPipeline
 from ..state import StreamDiffVSRState
@@ -191,10 +193,10 @@ def _stages(
     Without a CUDA graph, whose networks are not called.
     """
     clock.spent = dict.fromkeys(clock.spent, 0.0)
-    graph, pipe.graph = pipe.graph, None
+    pipe = copy.copy(pipe)
+    pipe.graph = LoopGraph(None)
     with clock.watching(pipe):
         total, _ = _time(clock, pipe, lq, state, options)
-    pipe.graph = graph
     return {**clock.spent, "rest": total - sum(clock.spent.values())}
 
 

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
 from ..flow import open_flow
+from ..graphs import LoopGraph
 from ..models.build import empty, from_config
 from ..models.control import Control, Residuals
 from ..models.folded import unfold
@@ -145,5 +146,6 @@ def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     other = copy.copy(pipe)
     control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
     other.stages = {**pipe.stages, **stages, "controlnet": control}
-    other._prepared, other.dtype, other.number_format, other.graph = {}, torch.float32, "float32", None
+    other._prepared, other.dtype, other.number_format = {}, torch.float32, "float32"
+    other.graph = LoopGraph(None)
     return other

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import IncompatibleInputError
-from ..tensors import check_shape, pad_to, padded_size, to_pixels
+from ..tensors import check_shape, pad_to, padded_size, to_pixels, upsample
 from ..tiling import tiles
 from . import raft
 from .bundled import REDUCTION, FlowNetwork, enlarged_and_reduced
@@ -46,9 +46,8 @@ class FlowEstimator(nn.Module):
         return self(current, previous)
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
-        """`estimate` for two LQ frames enlarged by `scale`: bicubic, as the reference does it."""
-        current, before = (_enlarged(frame, scale) for frame in (lq, previous))
-        return self.estimate(current, before, method)
+        """`estimate` for two LQ frames enlarged by `scale`."""
+        return self.estimate(upsample(lq, scale), upsample(previous, scale), method)
 
     @property
     def estimates(self) -> bool:
@@ -162,10 +161,6 @@ class CallableFlow(FlowEstimator):
         flow = self.function(current, previous)
         check_shape(flow, (1, 2, *current.shape[-2:]), "flow from the given callable")
         return flow.to(current.device)
-
-
-def _enlarged(lq: Tensor, scale: float) -> Tensor:
-    return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def _luma(frame: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
     with contextlib.closing(run(pipe, VideoJob(source="in.mp4", output="out.mp4"))) as progress:
         for step in progress:
-            print(step.done, step.total, step.fps)
+            show(step.done, step.total, step.fps)
 
 Frames are decoded ahead and encoded behind in threads; the loop between them is the pipeline's own.
 """
@@ -189,15 +189,9 @@ class _Run:
         """Upscale one frame and hand it to the writing thread."""
         if not self.segment:
             self._begin_segment(frame, writer)
-        before = state
-        state = self._state_for(frame, state, from_pixels(lq))
-        result = self.pipe.process_frame(
-            from_pixels(lq),
-            state,
-            self.job.options,
-            flow=flow,
-            on_step=self._guarded,
-        )
+        before, seen = state, from_pixels(lq)
+        state = self._state_for(frame, state, seen)
+        result = self.pipe.process_frame(seen, state, self.job.options, flow=flow, on_step=self._guarded)
         hq = self.sizes.to_output(result.hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
         self._write(frame, lq, hq, writer)
         self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))
