@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from stream_diffvsr import UpscaleOptions, from_pixels, load_pipeline, to_pixels
 from stream_diffvsr.devices import synchronize
-from stream_diffvsr.options import PRESETS
+from stream_diffvsr.families.diffvsr.options import PRESETS
 
 ROWS = {
     **{f"preset {name}": fields for name, fields in PRESETS.items()},

@@ -81,8 +81,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from stream_diffvsr import UpscaleOptions
     from stream_diffvsr.bench.networks import open_model
-    from stream_diffvsr.memory.estimate import estimate
-    from stream_diffvsr.memory.plan import Plan
+    from stream_diffvsr.families.diffvsr.estimate import estimate
+    from stream_diffvsr.families.diffvsr.plan import Plan
 
     width, height = (int(side) for side in args.sizes[0].split("x"))
     options = UpscaleOptions(num_inference_steps=1, memory_plan=args.plan, flow_scale=args.flow_scale)

@@ -8,7 +8,7 @@ import time
 from pathlib import Path, PurePath
 
 from ..stream_diffvsr.errors import IncompatibleInputError
-from ..stream_diffvsr.state import FORMAT
+from ..stream_diffvsr.families.diffvsr.state import FORMAT
 from . import host
 
 ANY_OUTPUT = "STREAM_DIFFVSR_ALLOW_ANY_OUTPUT"

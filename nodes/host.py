@@ -140,7 +140,7 @@ def make_room(pipe: StreamDiffVSRPipeline, size: tuple[int, int], options: Upsca
 
     `size` is the height and width of a frame before upscaling.
     """
-    from ..stream_diffvsr.memory.plan import Plan
+    from ..stream_diffvsr.families.diffvsr.plan import Plan
 
     if options.memory_plan == "auto":
         pipe.placement.acquire("unet", pipe.planner.need(size, options, Plan()))

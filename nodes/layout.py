@@ -51,7 +51,7 @@ def empty_result(images: Tensor, device: torch.device) -> Tensor:
 
     Raises `VRAMError` where there is none: a system gives memory that it has not, and ends ComfyUI later.
     """
-    from ..stream_diffvsr.memory.available import free_memory
+    from ..stream_diffvsr.memory import free_memory
 
     count, height, width, channels = images.shape
     size = (count, SCALE * height, SCALE * width, channels)

@@ -93,7 +93,7 @@ class Loader:
 
 def checkpoints() -> list[str]:
     """What the node offers: the two known models, then every complete folder by name."""
-    from ..stream_diffvsr.models.prompt import FILE
+    from ..stream_diffvsr.families.diffvsr.prompt import FILE
     from ..stream_diffvsr.weights.find import candidates
 
     found = [
@@ -110,7 +110,7 @@ def is_complete(folder: Path, files_identity: str) -> bool:
 
     Where packages that tell are missing it may be one; running it then says what to install.
     """
-    from ..stream_diffvsr.weights.check import problem
+    from ..stream_diffvsr.families.diffvsr.check import problem
 
     try:
         return problem(folder) is None
@@ -120,7 +120,7 @@ def is_complete(folder: Path, files_identity: str) -> bool:
 
 def identity(folder: Path) -> str:
     """A short text that changes with the files of a checkpoint folder, but for the prompts kept there."""
-    from ..stream_diffvsr.models.parts import INDEX
+    from ..stream_diffvsr.families.diffvsr.parts import INDEX
 
     parts = sorted(files.identity(path) for path in [folder / INDEX, *folder.glob("*/*")])
     return hashlib.sha256("\n".join([str(folder), *parts]).encode()).hexdigest()[:16]

@@ -211,7 +211,7 @@ class Settings:
         return {"optional": WIDGETS}
 
     def execute(self, **values: Any) -> tuple[SettingsValue]:
-        from ..stream_diffvsr.options import with_preset
+        from ..stream_diffvsr.families.diffvsr.options import with_preset
 
         values = {name: values.get(name, spec["default"]) for name, (_, spec) in WIDGETS.items()}
         spacing = values["timestep_spacing"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..stream_diffvsr.errors import IncompatibleInputError
-from ..stream_diffvsr.state import StreamDiffVSRState
+from ..stream_diffvsr.families.diffvsr.state import StreamDiffVSRState
 from ..stream_diffvsr.tensors import SCALE
 from . import files, layout
 from .sockets import ADVANCED, STATE, STATE_OUT

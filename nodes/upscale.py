@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ..stream_diffvsr.state import StreamDiffVSRState
+from ..stream_diffvsr.families.diffvsr.state import StreamDiffVSRState
 from . import host, layout
 from .settings import SettingsValue
 from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STATE, STATE_IN, STATE_OUT, STEPS

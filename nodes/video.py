@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fractions import Fraction
 
     from ..stream_diffvsr import StreamDiffVSRPipeline
-    from ..stream_diffvsr.video.job import JobProgress, VideoJob
+    from ..stream_diffvsr.jobs.run import JobProgress, VideoJob
 
 READ_AHEAD = 4
 """Frames decoded ahead where the node says 0."""
@@ -195,7 +195,7 @@ def plan(
     seed: int = 0,
 ) -> VideoJob:
     """What to do, without where to."""
-    from ..stream_diffvsr.video.job import VideoJob
+    from ..stream_diffvsr.jobs.run import VideoJob
 
     path, start, end = source
     trimmed = bool(start) or end is not None
@@ -220,7 +220,7 @@ def plan(
 
 def frame_size(job: VideoJob) -> tuple[int, int]:
     """Height and width of the frames before upscaling; raises `VideoError` for what cannot be read."""
-    from ..stream_diffvsr.video.plan import open_job_source
+    from ..stream_diffvsr.jobs.prepare import open_job_source
 
     info = open_job_source(job).info
     return job.sizes.model(info.height, info.width)
@@ -248,7 +248,7 @@ def do(pipe: StreamDiffVSRPipeline, jobs: Iterable[VideoJob], node_id: str | Non
 
 def finish(pipe: StreamDiffVSRPipeline, job: VideoJob, begun: bool, node_id: str | None) -> bool:
     """Run a job with bar, picture and cancel button; False if what was `begun` there is another job."""
-    from ..stream_diffvsr.video.job import run
+    from ..stream_diffvsr.jobs.run import run
 
     with contextlib.closing(run(pipe, job, on_step=host.check_interrupt)) as steps:
         try:

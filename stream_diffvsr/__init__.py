@@ -19,14 +19,14 @@ if TYPE_CHECKING:
         VideoError,
         VRAMError,
     )
-    from .frame import FrameResult
-    from .memory import estimate_memory
-    from .options import UpscaleOptions
-    from .pipeline import StreamDiffVSRPipeline
-    from .state import StreamDiffVSRState
+    from .families.diffvsr.estimate import estimate_memory
+    from .families.diffvsr.frame import FrameResult
+    from .families.diffvsr.method import StreamDiffVSRPipeline
+    from .families.diffvsr.options import UpscaleOptions
+    from .families.diffvsr.state import StreamDiffVSRState
+    from .load import load_pipeline
     from .tensors import from_pixels, to_pixels
     from .weights.find import find_checkpoints
-    from .weights.open import load_pipeline
 
 __version__ = "0.1.0"
 
@@ -49,14 +49,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FrameResult": "frame",
-    "StreamDiffVSRPipeline": "pipeline",
-    "StreamDiffVSRState": "state",
-    "UpscaleOptions": "options",
-    "estimate_memory": "memory",
+    "FrameResult": "families.diffvsr.frame",
+    "StreamDiffVSRPipeline": "families.diffvsr.method",
+    "StreamDiffVSRState": "families.diffvsr.state",
+    "UpscaleOptions": "families.diffvsr.options",
+    "estimate_memory": "families.diffvsr.estimate",
     "find_checkpoints": "weights.find",
     "from_pixels": "tensors",
-    "load_pipeline": "weights.open",
+    "load_pipeline": "load",
     "to_pixels": "tensors",
 }
 """The modules of the public names; errors are the rest."""

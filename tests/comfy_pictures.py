@@ -21,7 +21,7 @@ from node_clips import make_clip
 from node_pack import ROOT, load_pack
 
 from stream_diffvsr.cli.demo import draw
-from stream_diffvsr.video.sizes import resize
+from stream_diffvsr.media.sizes import resize
 
 FRAMES, WIDTH, HEIGHT = 16, 128, 72
 EXAMPLES, HELP = ROOT / "example_workflows", ROOT / "web" / "docs"

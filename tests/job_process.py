@@ -17,7 +17,7 @@ from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel  # no
 from samples import shift_flow
 
 from stream_diffvsr import UpscaleOptions, load_pipeline
-from stream_diffvsr.video.job import VideoJob, run
+from stream_diffvsr.jobs.run import VideoJob, run
 
 
 def work(progress: Connection, checkpoint: Path, source: Path, output: Path, limit: int) -> None:

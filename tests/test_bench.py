@@ -89,7 +89,7 @@ def test_command(checkpoint, tmp_path, capsys):
 
 def test_released_sizes():
     """Counts of the real networks, built without weights."""
-    from stream_diffvsr.models.build import empty, from_config
+    from stream_diffvsr.families.diffvsr.build import empty, from_config
 
     counts = {"unet": 472_374_020, "controlnet": 207_699_264, "vae": 2_052_501}
     for name, count in counts.items():

@@ -176,7 +176,7 @@ def test_states_of_another_size_or_model(command, guided, tmp_path: Path) -> Non
 
 
 def test_failing_while_running_is_exit_code_1(command, tmp_path: Path, monkeypatch) -> None:
-    from stream_diffvsr.video import write
+    from stream_diffvsr.media import write
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

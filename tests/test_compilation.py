@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 from samples import moving
 from test_golden import TOLERANCE, assert_near, upscale
 
-from stream_diffvsr import UpscaleOptions, compilation
-from stream_diffvsr.models.prompted import PromptedBlock, keys_and_values
+from stream_diffvsr import UpscaleOptions
+from stream_diffvsr.families.diffvsr.prompted import PromptedBlock, keys_and_values
+from stream_diffvsr.runtimes.torch import compilation
 
 WITHOUT_COMPILER = """
 import logging, sys, torch

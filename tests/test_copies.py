@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_leaves
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, load_pipeline
 from stream_diffvsr.bench.networks import untrained_flow
 from stream_diffvsr.copies import Download, upload
+from stream_diffvsr.families.diffvsr.frame import Frame
+from stream_diffvsr.families.diffvsr.plan import Plan
 from stream_diffvsr.flow import open_flow
-from stream_diffvsr.frame import Frame
-from stream_diffvsr.memory.plan import Plan
 from stream_diffvsr.placement import FixedPlacement
 
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, estimate_memory, load_pipeline
 from stream_diffvsr.errors import CheckpointError, ModelNotFoundError
+from stream_diffvsr.families.diffvsr.estimate import FLOW_PARAMETERS
 from stream_diffvsr.flow import BundledFlow, open_flow
 from stream_diffvsr.flow.bundled import (
     FlowNetwork,
@@ -28,10 +29,9 @@ from stream_diffvsr.flow.bundled import (
     near_change,
     pull,
 )
-from stream_diffvsr.memory.estimate import FLOW_PARAMETERS
+from stream_diffvsr.flow.open import BUNDLED, open_bundled, open_flow_network
 from stream_diffvsr.tensors import upsample
 from stream_diffvsr.weights.find import NANO
-from stream_diffvsr.weights.flow import BUNDLED, open_bundled, open_flow_network
 
 SCALE = 4
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stream_diffvsr import load_pipeline
-from stream_diffvsr.models.folded import FoldedLayers, FoldedUpsampler, fold, unfold
-from stream_diffvsr.models.temporal_vae import TemporalAutoencoderTiny
+from stream_diffvsr.families.diffvsr.folded import FoldedLayers, FoldedUpsampler, fold, unfold
+from stream_diffvsr.families.diffvsr.vae import TemporalAutoencoderTiny
 
 
 def doubling() -> nn.Module:

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, from_pixels, load_pipeline
-from stream_diffvsr.denoise import Schedule, noise
+from stream_diffvsr.families.diffvsr.choose import record
+from stream_diffvsr.families.diffvsr.denoise import Schedule, noise
+from stream_diffvsr.families.diffvsr.plan import BAND_ROWS, Plan
+from stream_diffvsr.families.diffvsr.prompt import encode, token_ids
+from stream_diffvsr.families.diffvsr.vae import POOL
 from stream_diffvsr.flow import RaftFlow
-from stream_diffvsr.memory.choose import record
-from stream_diffvsr.memory.plan import BAND_ROWS, Plan
-from stream_diffvsr.models.prompt import encode, token_ids
-from stream_diffvsr.models.temporal_vae import POOL
+from stream_diffvsr.flow.warp import warp
 from stream_diffvsr.tensors import upsample
-from stream_diffvsr.warp import warp
 
 TOLERANCE = 1e-4
 

@@ -8,8 +8,10 @@ import pytest
 import torch
 from samples import moving, shift_flow
 
-from stream_diffvsr import UpscaleOptions, compilation, load_pipeline, pipeline
-from stream_diffvsr.graphs import LoopGraph
+from stream_diffvsr import UpscaleOptions, load_pipeline
+from stream_diffvsr.families.diffvsr import method as pipeline
+from stream_diffvsr.families.diffvsr.graphs import LoopGraph
+from stream_diffvsr.runtimes.torch import compilation
 
 MAX = UpscaleOptions(num_inference_steps=2, compile_mode="max")
 

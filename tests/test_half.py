@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from samples import moving, shift_flow
 
 from stream_diffvsr import CheckpointError, UpscaleOptions, from_pixels, load_pipeline
-from stream_diffvsr.models.precision import UpcastAttention
+from stream_diffvsr.runtimes.torch.precision import UpcastAttention
 
 # Three times what rounding the weights alone changes in the reference.
 LIMITS = {torch.float16: 3 * 4.4e-3, torch.bfloat16: 3 * 4.6e-2}

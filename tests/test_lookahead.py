@@ -16,10 +16,10 @@ from test_video_job import finish, job, same_frames
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, load_pipeline
 from stream_diffvsr.bench.networks import open_model
-from stream_diffvsr.lookahead import with_next
-from stream_diffvsr.memory import choose
-from stream_diffvsr.memory.plan import Plan
-from stream_diffvsr.video.job import run
+from stream_diffvsr.families.diffvsr import choose
+from stream_diffvsr.families.diffvsr.lookahead import with_next
+from stream_diffvsr.families.diffvsr.plan import Plan
+from stream_diffvsr.jobs.run import run
 
 OPTIONS = UpscaleOptions(num_inference_steps=1)
 

@@ -14,9 +14,9 @@ from samples import moving, shift_flow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VRAMError, load_pipeline
+from stream_diffvsr.families.diffvsr.plan import Plan
 from stream_diffvsr.flow.estimators import TileableFlow
-from stream_diffvsr.memory.available import is_out_of_memory
-from stream_diffvsr.memory.plan import Plan
+from stream_diffvsr.memory import is_out_of_memory
 from stream_diffvsr.placement import FixedPlacement
 
 AUTO = UpscaleOptions(num_inference_steps=2, seed=3)

@@ -17,15 +17,15 @@ from torch import nn
 
 from stream_diffvsr import UpscaleOptions, estimate_memory, load_pipeline, nano
 from stream_diffvsr.bench.networks import CONFIGS, untrained_flow
-from stream_diffvsr.denoise import Denoiser, Prompt, Schedule, latent_tiles
+from stream_diffvsr.families.diffvsr import bands as banded
+from stream_diffvsr.families.diffvsr.build import empty, from_config
+from stream_diffvsr.families.diffvsr.control import Control
+from stream_diffvsr.families.diffvsr.denoise import Denoiser, Prompt, Schedule, latent_tiles
+from stream_diffvsr.families.diffvsr.estimate import RELEASED, Widths, estimate
+from stream_diffvsr.families.diffvsr.folded import fold
+from stream_diffvsr.families.diffvsr.plan import Plan
+from stream_diffvsr.families.diffvsr.vae import TemporalAutoencoderTiny
 from stream_diffvsr.flow import open_flow
-from stream_diffvsr.memory.estimate import RELEASED, Widths, estimate
-from stream_diffvsr.memory.plan import Plan
-from stream_diffvsr.models import banded
-from stream_diffvsr.models.build import empty, from_config
-from stream_diffvsr.models.control import Control
-from stream_diffvsr.models.folded import fold
-from stream_diffvsr.models.temporal_vae import TemporalAutoencoderTiny
 
 NETWORKS = ("unet", "controlnet", "vae")
 OPTIONS = UpscaleOptions(num_inference_steps=1)

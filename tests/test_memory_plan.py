@@ -20,14 +20,14 @@ from stream_diffvsr import (
     load_pipeline,
     to_pixels,
 )
-from stream_diffvsr.memory import choose as choosing
-from stream_diffvsr.memory import report as reporting
-from stream_diffvsr.memory.choose import Planner
-from stream_diffvsr.memory.estimate import RELEASED
-from stream_diffvsr.memory.plan import Plan
-from stream_diffvsr.memory.report import report, report_time
-from stream_diffvsr.models import banded
-from stream_diffvsr.models.temporal_vae import TemporalAutoencoderTiny
+from stream_diffvsr.families.diffvsr import bands as banded
+from stream_diffvsr.families.diffvsr import choose as choosing
+from stream_diffvsr.families.diffvsr.choose import Planner
+from stream_diffvsr.families.diffvsr.estimate import RELEASED
+from stream_diffvsr.families.diffvsr.plan import Plan
+from stream_diffvsr.families.diffvsr.vae import TemporalAutoencoderTiny
+from stream_diffvsr.jobs import report as reporting
+from stream_diffvsr.jobs.report import report, report_time
 
 RAFT_METHODS = ("whole", "linear", "tiled")
 OUTPUTS = [(1080, 1920), (1440, 2560), (2160, 3840), (4320, 7680)]

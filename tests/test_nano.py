@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from stream_diffvsr import UpscaleOptions, from_pixels, load_pipeline, to_pixels
 from stream_diffvsr.cli.demo import draw
+from stream_diffvsr.flow.warp import centred, warp
+from stream_diffvsr.media.sizes import enlarge, resize
 from stream_diffvsr.quality.measures import luma, psnr, pull, warping_error
-from stream_diffvsr.video.sizes import enlarge, resize
-from stream_diffvsr.warp import centred, warp
 
 ROOT = Path(__file__).parents[1]
 FRAMES = 5

@@ -13,7 +13,7 @@ from node_clips import make_clip
 from node_pack import load_pack, part
 
 from stream_diffvsr import UpscaleOptions
-from stream_diffvsr.memory.plan import Plan
+from stream_diffvsr.families.diffvsr.plan import Plan
 
 PACK = load_pack()
 NODES = PACK.NODE_CLASS_MAPPINGS

@@ -30,7 +30,7 @@ def test_a_folder_is_offered_as_soon_as_it_is_whole(
 ):
     """Each time the page asks; the embedding of the empty prompt makes up for the text encoder."""
     monkeypatch.setenv("STREAM_DIFFVSR_MODELS", str(tmp_path / "models"))
-    embedding = Path(part(PACK, "stream_diffvsr.models.prompt").FILE)
+    embedding = Path(part(PACK, "stream_diffvsr.families.diffvsr.prompt").FILE)
     load_pipeline(checkpoint, device="cpu", flow="none")
     mine = tmp_path / "models" / "mine"
     shutil.copytree(checkpoint, mine, ignore=shutil.ignore_patterns("text_encoder", "prompt_emb*"))

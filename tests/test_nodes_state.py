@@ -199,7 +199,10 @@ def test_presets_reach_the_options(preset: str, own: dict, control_every: int, f
 
 
 def test_presets_and_compile_modes_are_the_engines() -> None:
-    module, widgets = part(PACK, "stream_diffvsr.options"), SETTINGS.INPUT_TYPES()["optional"]
+    module, widgets = (
+        part(PACK, "stream_diffvsr.families.diffvsr.options"),
+        SETTINGS.INPUT_TYPES()["optional"],
+    )
     assert widgets["preset"][0] == list(module.PRESETS)
     for name, engine in [("compile_mode", module.COMPILE_MODES), ("memory_plan", module.MEMORY_PLANS)]:
         assert widgets[name][0] == list(engine)

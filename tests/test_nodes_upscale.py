@@ -186,7 +186,7 @@ def test_a_result_that_memory_cannot_hold_is_refused_with_the_way_out(pipe) -> N
 
 def test_the_result_lies_where_comfyui_keeps_results(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
     host = part(PACK, "nodes.host")
-    state_class, moved = part(PACK, "stream_diffvsr.state").StreamDiffVSRState, []
+    state_class, moved = part(PACK, "stream_diffvsr.families.diffvsr.state").StreamDiffVSRState, []
     monkeypatch.setattr(host, "intermediate_device", lambda: torch.device("meta"))
     monkeypatch.setattr(state_class, "to", lambda state, device: moved.append(torch.device(device)) or state)
     result, _ = UPSCALE().execute(pipe, pictures(1), num_inference_steps=1)

@@ -14,9 +14,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from stream_diffvsr import UpscaleOptions, VideoError
-from stream_diffvsr.video import pictures
-from stream_diffvsr.video.job import VideoJob, run
-from stream_diffvsr.video.pictures import Picture
+from stream_diffvsr.jobs.run import VideoJob, run
+from stream_diffvsr.media import pictures
+from stream_diffvsr.media.pictures import Picture
 
 RGB = clips.picture(3)
 ALPHA = np.tile(np.linspace(0, 255, clips.WIDTH).astype(np.uint8), (clips.HEIGHT, 1))
@@ -110,7 +110,7 @@ def test_exif_rotation(orientation: int, tmp_path: Path) -> None:
     with Image.open(tmp_path / "a.png") as image:
         wanted = np.asarray(ImageOps.exif_transpose(image))
     assert np.array_equal(values(pictures.read(tmp_path / "a.png").rgb), wanted)
-    from stream_diffvsr.video.read import upright
+    from stream_diffvsr.media.read import upright
 
     turned = upright(torch.from_numpy(RGB).movedim(-1, 0)[None], pictures.EXIF_TURNS.get(orientation))
     assert np.array_equal(turned[0].movedim(0, -1).numpy(), wanted)

@@ -20,9 +20,9 @@ from stream_diffvsr import (
     load_pipeline,
     to_pixels,
 )
-from stream_diffvsr.denoise import noise
+from stream_diffvsr.families.diffvsr.denoise import noise
+from stream_diffvsr.flow.warp import warp
 from stream_diffvsr.tensors import is_finite, pad_to, padded_size
-from stream_diffvsr.warp import warp
 
 FAST = UpscaleOptions(num_inference_steps=2, seed=5)
 

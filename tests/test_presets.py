@@ -12,7 +12,7 @@ import torch
 from samples import moving, shift_flow
 
 from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
-from stream_diffvsr.options import PRESETS, with_preset
+from stream_diffvsr.families.diffvsr.options import PRESETS, with_preset
 
 
 def control_calls(pipe, options: UpscaleOptions, clip: torch.Tensor) -> tuple[int, torch.Tensor]:

@@ -9,9 +9,9 @@ from torch import nn
 
 from stream_diffvsr import UpscaleOptions, load_pipeline
 from stream_diffvsr.bench.networks import CONFIGS
-from stream_diffvsr.models.build import empty, from_config
-from stream_diffvsr.models.precision import in_float32
-from stream_diffvsr.models.prompted import Ready, keys_and_values, put_back, take_out
+from stream_diffvsr.families.diffvsr.build import empty, from_config
+from stream_diffvsr.families.diffvsr.prompted import Ready, keys_and_values, put_back, take_out
+from stream_diffvsr.runtimes.torch.precision import in_float32
 
 
 def unet_of(pipe, **settings) -> nn.Module:

@@ -11,9 +11,9 @@ from samples import moving, shift_flow
 
 from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
 from stream_diffvsr.cli.main import main
-from stream_diffvsr.models import quantized as models_quantized
-from stream_diffvsr.models.precision import in_float32
-from stream_diffvsr.models.quantized import QUANTIZATIONS, multiplies_fp8
+from stream_diffvsr.runtimes.torch import quantized as models_quantized
+from stream_diffvsr.runtimes.torch.precision import in_float32
+from stream_diffvsr.runtimes.torch.quantized import QUANTIZATIONS, multiplies_fp8
 
 OPTIONS = UpscaleOptions(num_inference_steps=2)
 

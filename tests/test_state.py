@@ -19,8 +19,8 @@ from stream_diffvsr import (
     StreamDiffVSRState,
     UpscaleOptions,
 )
+from stream_diffvsr.jobs.prepare import state_key
 from stream_diffvsr.tensors import upsample
-from stream_diffvsr.video.plan import state_key
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from stream_diffvsr import UpscaleOptions
-from stream_diffvsr.denoise import UNET_MULTIPLE, Denoiser, Prompt, Schedule, latent_tiles
+from stream_diffvsr.families.diffvsr.denoise import UNET_MULTIPLE, Denoiser, Prompt, Schedule, latent_tiles
 from stream_diffvsr.flow import CallableFlow
 from stream_diffvsr.flow.estimators import TileableFlow
 from stream_diffvsr.tiling import bands, feather, spans, tiles

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_diffvsr.errors import VideoError
-from stream_diffvsr.video.colour import (
+from stream_diffvsr.media.colour import (
     LAYOUTS,
     LUMA_WEIGHTS,
     Colour,

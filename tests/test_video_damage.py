@@ -11,7 +11,7 @@ import clips
 import pytest
 
 from stream_diffvsr import StreamDiffVSRError, UpscaleOptions
-from stream_diffvsr.video.job import VideoJob, run
+from stream_diffvsr.jobs.run import VideoJob, run
 
 DAMAGES = int(os.environ.get("STREAM_DIFFVSR_DAMAGES", "20"))
 """STREAM_DIFFVSR_DAMAGES=200 pytest tests/test_video_damage.py: that many files."""

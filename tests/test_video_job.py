@@ -19,8 +19,8 @@ import pytest
 from job_process import messages, start
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VideoError
-from stream_diffvsr.video.job import VideoJob, run
-from stream_diffvsr.video.journal import Workplace
+from stream_diffvsr.jobs.journal import Workplace
+from stream_diffvsr.jobs.run import VideoJob, run
 
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
 
@@ -193,7 +193,7 @@ def test_killed_between_its_last_steps(source, whole, guided, tmp_path, monkeypa
             raise SystemExit("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"stream_diffvsr.video.job._Run.{broken}", die)
+            patch.setattr(f"stream_diffvsr.jobs.run._Run.{broken}", die)
             with pytest.raises(SystemExit):
                 finish(guided, job(source, output))
         assert finish(guided, job(source, output)) == []

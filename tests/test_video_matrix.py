@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stream_diffvsr import UpscaleOptions
-from stream_diffvsr.video.job import VideoJob, run
+from stream_diffvsr.jobs.run import VideoJob, run
 
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
 UNEVEN = [0, 300, 1800, 1900, 4000, 4700, 9000, 9100]
@@ -120,7 +120,7 @@ def test_rotation_is_baked_in_the_right_way_round(turn: int, pipe, tmp_path: Pat
     with av.open(str(source)) as container:
         coded = next(container.decode(video=0))
         shown = np.rot90(coded.to_ndarray(format="rgb24"), round(coded.rotation / 90))
-    from stream_diffvsr.video.read import Span, VideoSource
+    from stream_diffvsr.media.read import Span, VideoSource
 
     frame = next(VideoSource(source).frames(Span()))
     got = (frame.rgb[0].movedim(0, -1).numpy() * 255).round()

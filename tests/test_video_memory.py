@@ -18,7 +18,7 @@ import ctypes, gc, resource, sys
 import torch
 from samples import shift_flow
 from stream_diffvsr import UpscaleOptions, load_pipeline
-from stream_diffvsr.video.job import VideoJob, run
+from stream_diffvsr.jobs.run import VideoJob, run
 
 torch.set_num_threads(1)
 checkpoint, *pairs = sys.argv[1:]

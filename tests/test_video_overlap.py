@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_diffvsr.video.overlap import Background, prefetch
+from stream_diffvsr.jobs.overlap import Background, prefetch
 
 WAIT = 60
 """Seconds after which a thread that should have gone on counts as stuck."""

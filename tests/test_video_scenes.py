@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VideoError, from_pixels
-from stream_diffvsr.video import scenes
-from stream_diffvsr.video.job import VideoJob, run
-from stream_diffvsr.video.read import VideoSource
-from stream_diffvsr.video.span import Span
+from stream_diffvsr.jobs import scenes
+from stream_diffvsr.jobs.run import VideoJob, run
+from stream_diffvsr.media.read import VideoSource
+from stream_diffvsr.media.span import Span
 
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
 

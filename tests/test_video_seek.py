@@ -16,10 +16,10 @@ import torch
 from test_video_damage import DAMAGES, damage
 
 from stream_diffvsr import UpscaleOptions, VideoError
-from stream_diffvsr.video.job import VideoJob, run
-from stream_diffvsr.video.read import SourceFrame, VideoSource
-from stream_diffvsr.video.seek import Place
-from stream_diffvsr.video.span import Span
+from stream_diffvsr.jobs.run import VideoJob, run
+from stream_diffvsr.media.read import SourceFrame, VideoSource
+from stream_diffvsr.media.seek import Place
+from stream_diffvsr.media.span import Span
 
 FRAMES = 40
 GOP = "keyint=8:min-keyint=8:scenecut=0:bframes=3:b-adapt=0"

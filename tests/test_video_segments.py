@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from stream_diffvsr.video.codecs import choose_encoding
-from stream_diffvsr.video.colour import Colour, rgb_to_planes
-from stream_diffvsr.video.join import join
-from stream_diffvsr.video.journal import Part
-from stream_diffvsr.video.streams import SourceInfo
-from stream_diffvsr.video.tracks import Window
-from stream_diffvsr.video.write import Segment, container_of
+from stream_diffvsr.jobs.journal import Part
+from stream_diffvsr.media.codecs import choose_encoding
+from stream_diffvsr.media.colour import Colour, rgb_to_planes
+from stream_diffvsr.media.join import join
+from stream_diffvsr.media.streams import SourceInfo
+from stream_diffvsr.media.tracks import Window
+from stream_diffvsr.media.write import Segment, container_of
 
 TICKS = Fraction(1, 12800)
 SIDE = 64

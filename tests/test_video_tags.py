@@ -17,10 +17,10 @@ import torch
 
 from stream_diffvsr import UpscaleOptions, VideoError
 from stream_diffvsr.cli.main import main
-from stream_diffvsr.video import codecs
-from stream_diffvsr.video.colour import Colour, planes_to_frame, rgb_to_planes
-from stream_diffvsr.video.job import VideoJob, run
-from stream_diffvsr.video.streams import SourceInfo
+from stream_diffvsr.jobs.run import VideoJob, run
+from stream_diffvsr.media import codecs
+from stream_diffvsr.media.colour import Colour, planes_to_frame, rgb_to_planes
+from stream_diffvsr.media.streams import SourceInfo
 
 DISPLAY = (0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.329, 0.005, 1000)
 """Red, green, blue and white as x and y, then the darkest and the brightest candela."""
@@ -163,7 +163,7 @@ def test_an_encoder_that_opens_but_not_for_this(monkeypatch) -> None:
 
 
 def test_dynamic_hdr_is_said_to_be_lost(caplog) -> None:
-    from stream_diffvsr.video.streams import hdr_data
+    from stream_diffvsr.media.streams import hdr_data
 
     class Side:
         """As PyAV shows side data."""

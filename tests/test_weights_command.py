@@ -16,7 +16,7 @@ from stand_in_hub import Fault, Handler, StandInHub, cut_after, status
 
 from stream_diffvsr import find_checkpoints
 from stream_diffvsr.cli.main import main
-from stream_diffvsr.weights.check import problem
+from stream_diffvsr.families.diffvsr.check import problem
 from stream_diffvsr.weights.download import download
 from stream_diffvsr.weights.find import VARIABLE
 from stream_diffvsr.weights.hub import CHUNK

@@ -16,12 +16,12 @@ from stand_in_hub import serving
 from torch import nn
 
 from stream_diffvsr import CheckpointError, ModelNotFoundError, StreamDiffVSRPipeline, load_pipeline
-from stream_diffvsr.models import prompt as prompts
-from stream_diffvsr.models.prompt import FILE, PromptEmbeddings
-from stream_diffvsr.weights import raft
-from stream_diffvsr.weights.check import problem
+from stream_diffvsr.families.diffvsr import prompt as prompts
+from stream_diffvsr.families.diffvsr.check import problem
+from stream_diffvsr.families.diffvsr.prompt import FILE, PromptEmbeddings
+from stream_diffvsr.flow import raft_weights as raft
+from stream_diffvsr.flow.raft_weights import find_raft, open_raft
 from stream_diffvsr.weights.folders import user_cache, user_models
-from stream_diffvsr.weights.raft import find_raft, open_raft
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def test_the_text_encoder_is_gone_before_the_networks_come(
 ):
     import gc
 
-    from stream_diffvsr.weights import open as opening
+    from stream_diffvsr import load as opening
 
     alive: list[int] = []
     fill = opening.fill

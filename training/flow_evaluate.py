@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from stream_diffvsr import load_pipeline
 from stream_diffvsr.flow import BundledFlow, DisFlow, FlowEstimator
 from stream_diffvsr.flow.bundled import REDUCTION, FlowNetwork
-from stream_diffvsr.weights.flow import open_bundled
+from stream_diffvsr.flow.open import open_bundled
 from training.data import Pictures, reduce, spoil, to_model
 from training.evaluate import eight_bit, psnr, read, reduced, warping_error
 from training.flow import CONFIG, RUNS

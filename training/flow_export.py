@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from stream_diffvsr.weights.flow import BUNDLED
+from stream_diffvsr.flow.open import BUNDLED
 from training.flow import CONFIG
 
 

@@ -13,7 +13,7 @@ import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from stream_diffvsr.models.temporal_vae import TemporalAutoencoderTiny, TemporalBlock
+from stream_diffvsr.families.diffvsr.vae import TemporalAutoencoderTiny, TemporalBlock
 
 # With one group and a large epsilon, group normalisation is almost a fixed scale: brightness survives,
 # and a tile is treated like the whole picture.

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stream_diffvsr.flow import BundledFlow
-from stream_diffvsr.warp import centred, warp
-from stream_diffvsr.weights.flow import open_bundled
+from stream_diffvsr.flow.open import open_bundled
+from stream_diffvsr.flow.warp import centred, warp
 from training.networks import Nano
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from stream_diffvsr import StreamDiffVSRPipeline, from_pixels, load_pipeline, to_pixels
 from stream_diffvsr.cli.demo import draw
-from stream_diffvsr.video.sizes import enlarge, resize
+from stream_diffvsr.media.sizes import enlarge, resize
 
 WIDTH, HEIGHT = 256, 192
 ROUND = 440

@@ -8,7 +8,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 from torch.nn import functional as F
 
-from stream_diffvsr.warp import centred, warp
+from stream_diffvsr.flow.warp import centred, warp
 from training.losses import charbonnier, distance, fidelity
 from training.networks import Nano, scheduler
 from training.rollout import bundled_flow, decode, denoise, dis_flow, lq_up, true_warp

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..devices import synchronize
-from ..graphs import LoopGraph
-from ..options import UpscaleOptions
-from ..pipeline import StreamDiffVSRPipeline
-from ..state import StreamDiffVSRState
+from ..families.diffvsr.graphs import LoopGraph
+from ..families.diffvsr.method import StreamDiffVSRPipeline
+from ..families.diffvsr.options import UpscaleOptions
+from ..families.diffvsr.state import StreamDiffVSRState
 from ..tensors import upsample
 
 STAGES = {"flow": "flow", "controlnet": "control", "unet": "denoise", "vae": "decode"}

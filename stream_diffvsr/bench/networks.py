@@ -11,17 +11,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
+from ..families.diffvsr.build import empty, from_config
+from ..families.diffvsr.control import Control, Residuals
+from ..families.diffvsr.folded import unfold
+from ..families.diffvsr.graphs import LoopGraph
+from ..families.diffvsr.method import StreamDiffVSRPipeline
+from ..families.diffvsr.parts import NETWORKS
+from ..families.diffvsr.prompted import put_back
 from ..flow import open_flow
-from ..graphs import LoopGraph
-from ..models.build import empty, from_config
-from ..models.control import Control, Residuals
-from ..models.folded import unfold
-from ..models.parts import NETWORKS
-from ..models.prompted import put_back
-from ..pipeline import StreamDiffVSRPipeline
+from ..flow.open import open_bundled
+from ..load import load_pipeline
 from ..tensors import SCALE
-from ..weights.flow import open_bundled
-from ..weights.open import load_pipeline
 
 RANDOM = "random"
 """Name of the released architecture with random weights: their speed is that of the trained ones."""

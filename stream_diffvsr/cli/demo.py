@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import VideoError
+from ..jobs.run import VideoJob
+from ..jobs.run import run as run_job
+from ..media import pictures
+from ..media.codecs import choose_encoding
+from ..media.colour import BT709, Colour, rgb_to_planes
+from ..media.pictures import Picture
+from ..media.sizes import enlarge, resize
+from ..media.streams import SourceInfo
+from ..media.write import Segment
 from ..tensors import SCALE
-from ..video import pictures
-from ..video.codecs import choose_encoding
-from ..video.colour import BT709, Colour, rgb_to_planes
-from ..video.job import VideoJob
-from ..video.job import run as run_job
-from ..video.pictures import Picture
-from ..video.sizes import enlarge, resize
-from ..video.streams import SourceInfo
-from ..video.write import Segment
 from .model import add_model_arguments, open_model
 from .progress import follow
 

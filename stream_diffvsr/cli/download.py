@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import IncompatibleInputError, ModelNotFoundError
+from ..flow.raft_weights import download_raft, find_raft, load_raft
 from ..weights.download import OnProgress, download
 from ..weights.find import models_folders, resolve
-from ..weights.raft import download_raft, find_raft, load_raft
 from ..weights.released import RELEASED
 
 

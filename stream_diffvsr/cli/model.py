@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 
 from ..devices import DTYPES
+from ..families.diffvsr.method import StreamDiffVSRPipeline
 from ..flow import FLOW_MODELS
-from ..models.quantized import QUANTIZATIONS
-from ..pipeline import StreamDiffVSRPipeline
-from ..weights.open import load_pipeline
+from ..load import load_pipeline
+from ..runtimes.torch.quantized import QUANTIZATIONS
 from .download import bar
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..video import pictures
-from ..video.job import JobProgress
-from ..video.pictures import Picture
-from ..video.sizes import enlarge
+from ..jobs.run import JobProgress
+from ..media import pictures
+from ..media.pictures import Picture
+from ..media.sizes import enlarge
 
 
 def follow(steps: Iterable[JobProgress], preview: Path | None = None, every: int = 0) -> JobProgress | None:

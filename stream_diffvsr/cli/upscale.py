@@ -11,17 +11,24 @@ from pathlib import Path
 
 from ..devices import resolve_device, resolve_dtype
 from ..errors import VideoError
-from ..memory.choose import Planner, released_planner
-from ..memory.report import report, report_time
-from ..options import COMPILE_MODES, FLOW_SCALES, MEMORY_PLANS, PRESETS, UpscaleOptions, with_preset
-from ..state import StreamDiffVSRState
+from ..families.diffvsr.choose import Planner, released_planner
+from ..families.diffvsr.options import (
+    COMPILE_MODES,
+    FLOW_SCALES,
+    MEMORY_PLANS,
+    PRESETS,
+    UpscaleOptions,
+    with_preset,
+)
+from ..families.diffvsr.state import StreamDiffVSRState
+from ..jobs.prepare import check_paths, open_job_source
+from ..jobs.report import report, report_time
+from ..jobs.run import VideoJob
+from ..jobs.run import run as run_job
+from ..media import pictures
+from ..media.codecs import CODECS, CONTAINERS, check_opens
+from ..media.read import check_readable
 from ..tensors import from_pixels
-from ..video import pictures
-from ..video.codecs import CODECS, CONTAINERS, check_opens
-from ..video.job import VideoJob
-from ..video.job import run as run_job
-from ..video.plan import check_paths, open_job_source
-from ..video.read import check_readable
 from ..weights.find import resolve
 from .allocator import keep_freed_memory
 from .model import add_model_arguments, open_model

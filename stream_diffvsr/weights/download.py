@@ -13,9 +13,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ModelNotFoundError
-from ..models.parts import CONFIG, INDEX, NETWORKS, SCHEDULER_CONFIG, TEXT_ENCODER, TOKENIZER, choose, shards
-from ..models.prompt import PromptEmbeddings
-from .check import check, problem
+from ..families.diffvsr.check import check, problem
+from ..families.diffvsr.parts import (
+    CONFIG,
+    INDEX,
+    NETWORKS,
+    SCHEDULER_CONFIG,
+    TEXT_ENCODER,
+    TOKENIZER,
+    choose,
+    shards,
+)
+from ..families.diffvsr.prompt import PromptEmbeddings
 from .find import PARTIAL, VARIABLE, hub_snapshots, registered, released
 from .folders import user_cache, user_models
 from .hub import HubError, RemoteFile, endpoint, list_files, offline, open_stream, with_size

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import ModelNotFoundError
-from ..models.parts import INDEX, NETWORKS
-from .check import EARLY, problem
+from ..families.diffvsr.check import EARLY, problem
+from ..families.diffvsr.parts import INDEX, NETWORKS
 from .folders import user_models
 from .released import RELEASED, RELEASED_NAMES, REPOSITORY
 

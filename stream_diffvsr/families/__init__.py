@@ -1,0 +1,1 @@
+"""Model families: each answers to the types of `upscaler.py`."""

@@ -1,0 +1,177 @@
+"""The convolutional parts run over bands of rows: the numbers of the whole frame at a fraction of its memory.
+
+None of these networks normalises over the picture, so a band needs to see only some rows around it. The
+one thing that does look at the whole frame is the TPM, and it looks at a pooled map: that map is made
+band by band first, mixed once, and taken up in a second pass over the bands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...tensors import SCALE
+from ...tiling import Band, bands
+from .control import Control
+from .folded import parts_of
+from .vae import POOL, Decoder, Encoder, TemporalAutoencoderTiny, TemporalBlock
+
+Layers = Sequence[nn.Module]
+
+
+def embed(control: Control, warped: Tensor, rows: int | None) -> Tensor:
+    """`Control.embed`, in bands of `rows` rows; None: at once."""
+    if rows is None:
+        return control.embed(warped)
+    layers = [layer for layer in control.embedding.modules() if isinstance(layer, nn.Conv2d)]
+    height, halo = warped.shape[-2] // SCALE, -(-reach(layers) // SCALE)
+    out = Rows(height)
+    for band in bands(height, max(rows // SCALE, 1), halo):
+        out.put(control.embed(band.scaled(SCALE).see(warped)), band)
+    return out.tensor
+
+
+def features(vae: TemporalAutoencoderTiny, warped: Tensor, rows: int | None) -> list[Tensor]:
+    """`TemporalAutoencoderTiny.features`, in bands of `rows` rows; None: at once."""
+    if rows is None:
+        return vae.features(warped)
+    x, pooled = warped, []
+    for layers in _encoder_segments(vae.encoder):
+        x, maps = _encode_segment(layers, x, rows)
+        pooled += maps
+    return pooled[::-1]
+
+
+def decode(
+    vae: TemporalAutoencoderTiny, latents: Tensor, features: Sequence[Tensor] | None, rows: int | None
+) -> Tensor:
+    """`TemporalAutoencoderTiny.decode`, in bands of `rows` rows; None: at once."""
+    if rows is None:
+        return vae.decode(latents, features)
+    x, remaining = vae.bound(latents), iter(features or ())
+    for layers in _decoder_segments(vae.decoder):
+        x = _decode_segment(layers, x, next(remaining, None), rows)
+    return x * 2 - 1
+
+
+class Rows:
+    """A picture that is filled band by band; the first band shows its size."""
+
+    tensor: Tensor
+
+    def __init__(self, height: int) -> None:
+        self.height = height
+
+    def put(self, part: Tensor, band: Band) -> None:
+        """Keep the band's own rows of `part`, which covers all that the band sees, at any whole scale."""
+        large = _at_size_of(band, part)
+        if not hasattr(self, "tensor"):
+            height = self.height * large.rows.stop // band.rows.stop
+            self.tensor = part.new_empty((*part.shape[:2], height, part.shape[-1]))
+        self.tensor[..., large.rows, :] = large.crop(part)
+
+
+def reach(layers: Iterable[nn.Module]) -> int:
+    """How many rows of input beyond its own a band's output depends on, above and below."""
+    rows = 0
+    for layer in reversed(list(parts_of(layers))):
+        if isinstance(layer, nn.Conv2d):
+            rows = rows * layer.stride[0] + layer.kernel_size[0] // 2
+        elif isinstance(layer, TemporalBlock):
+            rows += reach(layer.conv)
+        elif isinstance(layer, nn.Upsample):
+            rows = -(-rows // 2)
+    return rows
+
+
+def growth(layers: Iterable[nn.Module]) -> int:
+    """How many rows come out for one that goes in."""
+    return 2 ** sum(isinstance(layer, nn.Upsample) for layer in parts_of(layers))
+
+
+def _encoder_segments(encoder: Encoder) -> list[Layers]:
+    """Layers up to the last block, cut where the picture has become smaller: little is kept in between."""
+    layers = list(encoder.layers)
+    last = max(_blocks(layers))
+    halvings = [index for index, layer in enumerate(layers) if _halves(layer)]
+    return _cut(layers[: last + 1], [i for i in halvings if i < last])
+
+
+def _decoder_segments(decoder: Decoder) -> list[Layers]:
+    """Layers, cut behind each block but the last: one mix per segment, and only the picture at full size."""
+    layers = list(decoder.layers)
+    return _cut(layers, _blocks(layers)[:-1])
+
+
+def _halves(layer: nn.Module) -> bool:
+    return any(isinstance(part, nn.Conv2d) and part.stride[0] == 2 for part in parts_of([layer]))
+
+
+def _blocks(layers: Layers) -> list[int]:
+    return [index for index, layer in enumerate(layers) if isinstance(layer, TemporalBlock)]
+
+
+def _cut(layers: Layers, behind: list[int]) -> list[Layers]:
+    ends = [*(index + 1 for index in behind), len(layers)]
+    return [layers[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _encode_segment(layers: Layers, x: Tensor, rows: int) -> tuple[Tensor, list[Tensor]]:
+    """The last layer's result, and the pooled result of each block."""
+    height = x.shape[-2] // POOL
+    out, maps = Rows(height), [Rows(height) for _ in _blocks(layers)]
+    for band in bands(height, max(rows // POOL, 1), -(-reach(layers) // POOL)):
+        y, remaining = band.scaled(POOL).see(x), iter(maps)
+        for layer in layers:
+            y = layer(y)
+            if isinstance(layer, TemporalBlock):
+                next(remaining).put(F.avg_pool2d(y, POOL), band)
+        out.put(y, band)
+    return out.tensor, [pooled.tensor for pooled in maps]
+
+
+def _decode_segment(layers: Layers, x: Tensor, feature: Tensor | None, rows: int) -> Tensor:
+    """All layers of a segment with at most one block, whose TPM sees the previous frame's `feature`."""
+    step = max(rows // growth(layers) // POOL * POOL, POOL)
+    mixed = None if feature is None else _mix(layers, x, feature, step)
+    out = Rows(x.shape[-2])
+    for band in bands(x.shape[-2], step, reach(layers)):
+        y = band.see(x)
+        for layer in layers:
+            if mixed is not None and isinstance(layer, TemporalBlock):
+                y = layer.finish(y, layer.conv(y), _enlarge(mixed, _at_size_of(band, y).seen))
+            else:
+                y = layer(y)
+        out.put(y, band)
+    return out.tensor
+
+
+def _mix(layers: Layers, x: Tensor, feature: Tensor, step: int) -> Tensor:
+    """First pass: the block's pooled update of the whole frame, mixed with the previous frame's."""
+    position = _blocks(layers)[0]
+    block = layers[position]
+    assert isinstance(block, TemporalBlock)
+    pooled = []
+    for band in bands(x.shape[-2], step, reach(layers[: position + 1])):
+        y = band.see(x)
+        for layer in layers[:position]:
+            y = layer(y)
+        pooled.append(F.avg_pool2d(_at_size_of(band, y).crop(block.conv(y)), POOL))
+    return block.mix(torch.cat(pooled, dim=2), feature)
+
+
+def _at_size_of(band: Band, part: Tensor) -> Band:
+    """The band in rows of `part`, which covers all that the band sees, larger by a whole factor."""
+    return band.scaled(part.shape[-2] // (band.seen.stop - band.seen.start))
+
+
+def _enlarge(mixed: Tensor, rows: slice) -> Tensor:
+    """Some rows of the mixed map at the block's size: those that enlarging it whole would have."""
+    above, below = max(rows.start // POOL - 1, 0), min(-(-rows.stop // POOL) + 1, mixed.shape[-2])
+    part = mixed[..., above:below, :]
+    size = (part.shape[-2] * POOL, part.shape[-1] * POOL)
+    large = F.interpolate(part, size=size, mode="bilinear", align_corners=False)
+    return large[..., rows.start - above * POOL : rows.stop - above * POOL, :]

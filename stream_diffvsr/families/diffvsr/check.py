@@ -1,0 +1,161 @@
+"""Whether a checkpoint folder is complete, told without loading a weight."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError, ModelNotFoundError, StreamDiffVSRError
+from ...files import atomic, read_json
+from ...weights.folders import user_cache
+from .build import Shapes, build, check_keys, named_for, shapes_of
+from .parts import (
+    CONFIG,
+    INDEX,
+    NETWORKS,
+    REMEDY,
+    SCHEDULER_CONFIG,
+    TEXT_ENCODER,
+    TOKENIZER,
+    Part,
+    open_part,
+    require,
+)
+from .prompt import FILE, PromptEmbeddings, token_ids
+from .recognise import name_foreign
+
+log = logging.getLogger(__name__)
+
+EARLY = ("artg", "temporal_decoder", "temporal_processor", "temporal_vae", "tpm", "tpm_decoder")
+"""Folders that early descriptions of the model have, and the released one has not."""
+
+NeededShapes = Callable[[Part], Shapes]
+"""What the network of a part needs, by its configuration."""
+
+
+def problem(folder: Path) -> StreamDiffVSRError | None:
+    """Why a folder is no complete checkpoint; None where it is one."""
+    try:
+        check(folder)
+    except StreamDiffVSRError as error:
+        return error
+    except OSError as error:
+        return CheckpointError(f"{folder} cannot be read ({error}); check its permissions.")
+    return None
+
+
+def check(folder: Path) -> None:
+    """Compare configurations, headers, names and shapes of every part.
+
+    Raises `ModelNotFoundError` or `CheckpointError`, naming the file and what to do, for the first part
+    that is not whole.
+    """
+    check_networks(folder, remembered_shapes)
+    check_text(folder, remembered_shapes)
+
+
+def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Part]:
+    """The networks' parts, checked before any of them is loaded."""
+    check_layout(folder)
+    parts = [open_part(folder, name) for name in NETWORKS]
+    for part in parts:
+        check_part(part, needed_shapes)
+    require(folder / SCHEDULER_CONFIG, "scheduler")
+    read_json(folder / SCHEDULER_CONFIG)
+    default_flow(folder)
+    return parts
+
+
+def check_part(part: Part, needed_shapes: NeededShapes) -> None:
+    """One part: whole files, of this model, that fit their configuration."""
+    foreign = name_foreign(part)
+    if foreign:
+        raise CheckpointError(
+            f"{part.path} is {foreign}, not Stream-DiffVSR's {part.name}: point to the folder of the "
+            "Stream-DiffVSR weights."
+        )
+    needed = needed_shapes(part)
+    check_keys(part.path, named_for(part, part.shapes, needed), needed)
+
+
+def check_layout(folder: Path) -> None:
+    """Name a folder that is not there, or laid out as early descriptions of the model say."""
+    if not folder.is_dir():
+        raise ModelNotFoundError("checkpoint", folder, "Name a checkpoint folder, 'nano' or 'v1'.")
+    early = [name for name in EARLY if (folder / name).is_dir()]
+    missing = [name for name in NETWORKS if not (folder / name).is_dir()]
+    if early and missing:
+        raise CheckpointError(
+            f"{folder} has the layout of early descriptions of the model ({', '.join(early)}) and lacks "
+            f"{', '.join(missing)}: the released weights are unet, controlnet, vae, text_encoder, tokenizer "
+            "and scheduler; fetch them with 'stream-diffvsr download'."
+        )
+
+
+def check_text(folder: Path, needed_shapes: NeededShapes) -> None:
+    """The embedding of the empty prompt, or all that makes it."""
+    width = read_json(folder / NETWORKS[0] / CONFIG).get("cross_attention_dim")
+    prompts = PromptEmbeddings(folder, user_cache())
+    if prompts.has(""):
+        check_width(width, prompts.get("").shape[-1], folder / FILE)
+        return
+    for name in (TEXT_ENCODER, TOKENIZER):
+        if not (folder / name).is_dir():
+            file = CONFIG if name == TEXT_ENCODER else "tokenizer_config.json"
+            raise ModelNotFoundError(
+                f"{name} (nor {FILE} with the embedding of the empty prompt)", folder / name / file, REMEDY
+            )
+    encoder = open_part(folder, TEXT_ENCODER)
+    check_part(encoder, needed_shapes)
+    token_ids(folder / TOKENIZER, "", encoder.config.get("max_position_embeddings", 77))
+    check_width(width, encoder.config.get("hidden_size"), encoder.config_path)
+
+
+def check_width(needed: object, got: object, path: Path) -> None:
+    """Prompt embeddings are as wide as the U-Net's attention to them."""
+    if needed != got:
+        raise CheckpointError(
+            f"{path} is of width {got}, but the U-Net needs prompt embeddings of width {needed}: it belongs "
+            "to another model."
+        )
+
+
+def default_flow(folder: Path) -> str:
+    """The estimator that a checkpoint names for itself, else RAFT large, as the reference has."""
+    return read_index(folder).get("flow", "raft_large")
+
+
+def has_centred_flow(folder: Path) -> bool:
+    """Whether a checkpoint was trained with flow that undoes the shift of `warp`; the reference's was not."""
+    return read_index(folder).get("centred_flow", False) is True
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What a folder's index says; nothing where there is none."""
+    index = folder / INDEX
+    return read_json(index) if index.is_file() else {}
+
+
+def remembered_shapes(part: Part) -> Shapes:
+    """What the network of a part needs, from a small file once it was worked out.
+
+    Working it out imports diffusers, which takes seconds: too long each time a list of models is shown.
+    """
+    content = json.dumps([part.name, part.config, version("diffusers"), version("transformers")])
+    path = user_cache() / f"shapes-{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
+    try:
+        return {key: tuple(shape) for key, shape in read_json(path).items()}
+    except CheckpointError:
+        shapes = shapes_of(build(part))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as file:
+            file.write(json.dumps(shapes).encode())
+    except OSError as error:
+        log.info("shapes not kept in %s: %s", path, error)
+    return shapes

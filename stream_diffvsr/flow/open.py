@@ -1,0 +1,44 @@
+"""Weights of flow networks: nano's own lie in its folder, RAFT's are found or fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from torch import nn
+
+from ..errors import CheckpointError, ModelNotFoundError
+from ..families.diffvsr.build import check_keys, empty, shapes_of
+from ..files import read_json, read_weights
+from ..weights.find import NANO
+from .bundled import FlowNetwork
+from .raft_weights import open_raft
+
+BUNDLED = NANO / "flow" / "model.safetensors"
+"""Its configuration lies beside it."""
+
+
+def open_flow_network(name: str, folders: Iterable[Path] = ()) -> nn.Module:
+    """The network of an estimator that needs one, on the CPU; RAFT's weights are looked for in `folders`."""
+    return open_bundled() if name == "bundled" else open_raft(name, folders)
+
+
+def open_bundled(path: Path = BUNDLED) -> FlowNetwork:
+    """nano's own network, in float32; raises `ModelNotFoundError` or `CheckpointError`."""
+    for needed in (path, path.with_name("config.json")):
+        if not needed.is_file():
+            raise ModelNotFoundError(
+                "nano's flow network", needed, "Install this package again, or choose another flow."
+            )
+    config_path = path.with_name("config.json")
+    config = read_json(config_path)
+    try:
+        network = empty(lambda: FlowNetwork(**config))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{config_path} describes no flow network ({error!r}); install the package again."
+        ) from error
+    weights = read_weights(path)
+    check_keys(path, {key: tuple(value.shape) for key, value in weights.items()}, shapes_of(network))
+    network.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
+    return network.requires_grad_(False)

@@ -1,0 +1,99 @@
+"""RAFT with torchvision's weights: from a models folder, from torch's hub cache, or downloaded."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, ModelNotFoundError
+from ..families.diffvsr.build import check_keys, empty, shapes_of
+from ..files import read_weights
+
+RAFT = {"raft_large": "Raft_Large_Weights", "raft_small": "Raft_Small_Weights"}
+"""Each estimator's weights in torchvision; DEFAULT of them is what the reference uses."""
+
+FOLDER = "flow"
+"""Where in a models folder RAFT's weights lie, as .safetensors or .pth."""
+
+
+def open_raft(name: str, folders: Iterable[Path] = ()) -> nn.Module:
+    """torchvision's network with its weights, on the CPU.
+
+    Looks in `flow/` of each folder, then in torch's hub cache, then downloads. Raises
+    `ModelNotFoundError` or `CheckpointError`.
+    """
+    return load_raft(name, find_raft(name, folders) or download_raft(name))
+
+
+def load_raft(name: str, path: Path) -> nn.Module:
+    """The network with the weights of a file; raises `CheckpointError` where these are no whole ones."""
+    from torchvision.models import optical_flow
+
+    network = empty(lambda: getattr(optical_flow, name)(weights=None, progress=False))
+    weights = read_raft(path)
+    check_keys(path, {key: tuple(value.shape) for key, value in weights.items()}, shapes_of(network))
+    network.load_state_dict(weights, assign=True)
+    return network.requires_grad_(False)
+
+
+def find_raft(name: str, folders: Iterable[Path] = ()) -> Path | None:
+    """The file of RAFT's weights that is there, or None."""
+    here = [path for folder in folders for path in sorted((folder / FOLDER).glob(f"{name}*"))]
+    files = (path for path in here if path.suffix in (".safetensors", ".pth") and path.is_file())
+    path = next(files, None) or hub_file(name)  # torchvision is imported for the second only
+    return path if path.is_file() else None
+
+
+def hub_file(name: str) -> Path:
+    """Where torchvision keeps the weights that it downloads."""
+    return Path(torch.hub.get_dir(), "checkpoints", _weights(name).url.rpartition("/")[2])
+
+
+def read_raft(path: Path) -> dict[str, Any]:
+    """The weights of a file; torchvision's names end in the first digits of the file's SHA-256."""
+    hash_prefix = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
+    if hash_prefix and not _digest(path).startswith(hash_prefix[1]):
+        raise CheckpointError(
+            f"{path} ({path.stat().st_size} bytes) is damaged: its SHA-256 does not begin with "
+            f"{hash_prefix[1]}, as its name says; delete it, and it is downloaded again."
+        )
+    return read_weights(path)
+
+
+def download_raft(name: str) -> Path:
+    """Let torchvision download the weights, and check their hash."""
+    from ..weights.hub import offline
+
+    weights, path = _weights(name), hub_file(name)
+    try:
+        if offline():
+            raise OSError("HF_HUB_OFFLINE is set")
+        weights.get_state_dict(progress=False, check_hash=True)
+    except (OSError, RuntimeError) as error:
+        raise ModelNotFoundError(
+            f"flow weights of {name}",
+            path,
+            f"They could not be downloaded ({error}): fetch {weights.url} and put it there or into the "
+            f"folder '{FOLDER}' of a models folder, or choose another flow ('dis' needs no weights).",
+        ) from error
+    return path
+
+
+def _weights(name: str) -> Any:
+    from torchvision.models import optical_flow
+
+    return getattr(optical_flow, RAFT[name]).DEFAULT
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()

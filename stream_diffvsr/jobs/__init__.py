@@ -1,0 +1,1 @@
+"""A file, or many, with what shall become of it."""

@@ -1,0 +1,157 @@
+"""What a job comes to: checked paths, encoders, writers, and the identity by which it is continued."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from ..errors import VideoError
+from ..families.diffvsr.method import StreamDiffVSRPipeline
+from ..families.diffvsr.state import StreamDiffVSRState
+from ..files import fingerprint
+from ..media import pictures
+from ..media.codecs import CONTAINERS, Encoding, check_encoder, choose_encoding
+from ..media.read import FolderSource, Source, check_readable, open_source
+from ..media.streams import SourceInfo
+from ..media.write import PictureSink, Sink, VideoSink, check_folder, container_of
+from . import scenes
+from .job import VideoJob
+
+SPARE_BYTES = 32 << 20
+"""Room that is left on a disk."""
+
+
+def check_paths(job: VideoJob) -> None:
+    """Raise `VideoError` for a source that cannot be read, or an output that cannot be written."""
+    check_readable(job.source)
+    for path in (job.output, job.state_out, job.cuts_out, job.compare):
+        if path is None:
+            continue
+        check_folder(path)
+        if path.resolve() == job.source.resolve():
+            raise VideoError(f"{path} is the source itself: choose another output.")
+    if job.compare is not None and container_of(job.compare) is None:
+        raise VideoError(f"{job.compare.name} is no video file: a comparison is {', '.join(CONTAINERS)}.")
+    if job.output.suffix and container_of(job.output) is None and not job.output.is_dir():
+        single = job.source.is_file() and pictures.is_picture(job.source)
+        known = pictures.WRITABLE if single else CONTAINERS
+        if job.output.suffix.lower() not in known:
+            raise VideoError(
+                f"{job.output.name} names no format that can be written here: use {', '.join(known)}"
+                f"{'' if single else ', or a folder name for pictures'}."
+            )
+
+
+def open_job_source(job: VideoJob) -> Source:
+    """The source of a job; a single picture is a folder of one."""
+    if job.source.is_file() and pictures.is_picture(job.source):
+        return FolderSource(job.source, job.rate or Fraction(1))
+    return open_source(job.source, job.stream, job.rate)
+
+
+def video_outputs(job: VideoJob, info: SourceInfo) -> dict[str, tuple[Path, Encoding]]:
+    """The video files that a job writes and how, by their part in it; raises `VideoError`."""
+    paths = {"main": job.output, "compare": job.compare}
+    return {
+        name: (path, encoding_of(job, path, info))
+        for name, path in paths.items()
+        if path is not None and container_of(path) is not None
+    }
+
+
+def encoding_of(job: VideoJob, path: Path, info: SourceInfo) -> Encoding:
+    """How one video file is encoded."""
+    container = container_of(path) or ""
+    codec = job.codec or ("av1" if container == "webm" else "h264")
+    size = job.sizes.output(info.height, info.width)
+    encoding = choose_encoding(codec, job.pix_fmt, job.crf, info, size)
+    check_encoder(encoding, container)
+    return encoding
+
+
+def open_sinks(
+    job: VideoJob, source: Source, videos: Mapping[str, tuple[Path, Encoding]], folder: Path
+) -> dict[str, Sink]:
+    """The writers of a job, by their part in it; the output itself comes first."""
+    sinks: dict[str, Sink] = {}
+    if "main" not in videos:
+        named = isinstance(source, FolderSource)
+        sinks["main"] = PictureSink(picture_names(job, source)) if named else PictureSink({}, job.output)
+    for name, (_, encoding) in videos.items():
+        sinks[name] = VideoSink(folder, name, encoding)
+    return sinks
+
+
+def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
+    """Where each picture goes: one picture to the output itself, more to files of the same names in it."""
+    if job.source.is_file():
+        return {0: job.output}
+    names = [pictures.writable_name(file.name) for file in source.files]
+    return {index: job.output / name for index, name in enumerate(names)}
+
+
+def identity(source: Path) -> dict[str, Any]:
+    """What a source is, wherever it lies: its size and a fingerprint of its bytes."""
+    files = pictures.list_folder(source) if source.is_dir() else [source]
+    return {
+        "files": len(files),
+        "size": sum(file.stat().st_size for file in files),
+        "content": fingerprint(files),
+    }
+
+
+def settings(
+    pipe: StreamDiffVSRPipeline,
+    job: VideoJob,
+    cuts: scenes.SceneCut,
+    videos: Mapping[str, tuple[Path, Encoding]],
+) -> dict[str, Any]:
+    """All that changes the frames of the output, as plain JSON."""
+    return {
+        **asdict(job.options),
+        "model": pipe.model,
+        "device": pipe.device.type,
+        "dtype": pipe.number_format,
+        "flow": pipe.flow.name,
+        "start": str(job.start),
+        "end": str(job.end),
+        "stream": job.stream,
+        "state": None if job.state is None else state_key(job.state),
+        "sizes": str(job.sizes),
+        "scene cuts": f"{cuts.threshold} {sorted(cuts.listed or ())}",
+        "segment": job.segment_frames,
+        **{f"{name} encoding": str(encoding) for name, (_, encoding) in videos.items()},
+    }
+
+
+def state_key(state: StreamDiffVSRState) -> str:
+    """Tells states apart."""
+    digest = hashlib.sha256(str(state.frame_index).encode())
+    for tensor in (state.previous_hq, state.previous_lq, state.flow):
+        if tensor is not None:
+            digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """What computed and encoded the frames."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "av")}
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise `OSError` while there is still room to stop in order."""
+    free = shutil.disk_usage(folder).free
+    if free < needed + SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC,
+            f"{free >> 20} MB are free, about {(needed + SPARE_BYTES) >> 20} MB are needed; make room and "
+            "run the same command again, it continues",
+            str(folder),
+        )

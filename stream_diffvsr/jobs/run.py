@@ -1,0 +1,374 @@
+"""A whole job: file in, file out, in segments that survive a crash. Used by the command line and the node.
+
+    with contextlib.closing(run(pipe, VideoJob(source="in.mp4", output="out.mp4"))) as progress:
+        for step in progress:
+            show(step.done, step.total, step.fps)
+
+Frames are decoded ahead and encoded behind in threads; the loop between them is the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..copies import upload
+from ..errors import VideoError
+from ..families.diffvsr.denoise import OnStep
+from ..families.diffvsr.lookahead import Begun, with_next
+from ..families.diffvsr.method import StreamDiffVSRPipeline
+from ..families.diffvsr.state import StreamDiffVSRState
+from ..media.join import join
+from ..media.pictures import Picture
+from ..media.read import FolderSource, Source, SourceFrame, VideoSource
+from ..media.sizes import enlarge, split_screen
+from ..media.tracks import Window
+from ..media.write import container_of
+from ..tensors import SCALE, from_pixels
+from . import scenes
+from .job import FrameTime, JobProgress, Speed, VideoJob
+from .journal import Journal, Part, Workplace, continue_from, sync_folder
+from .overlap import Background, prefetch
+from .prepare import (
+    check_paths,
+    check_space,
+    identity,
+    open_job_source,
+    open_sinks,
+    settings,
+    versions,
+    video_outputs,
+)
+
+__all__ = ["JobProgress", "VideoJob", "run"]
+
+log = logging.getLogger(__name__)
+
+WRITE_DEPTH = 4
+"""Frames that may wait for the encoder."""
+
+
+def run(
+    pipe: StreamDiffVSRPipeline, job: VideoJob, on_step: OnStep | None = None
+) -> Generator[JobProgress, None, None]:
+    """Do a job, yielding after each frame; the output is there when it ends.
+
+    Closing the generator, or an exception from `on_step`, cancels: what is done is left as a playable
+    file, and the same job again continues. Raises `VideoError` for what cannot be read or written as
+    asked, `OSError` where reading or writing fails on the way (finished segments are kept).
+    """
+    check_paths(job)
+    yield from _Run(pipe, job, open_job_source(job), on_step).steps()
+
+
+class _Run:
+    """One run of a job: what was opened for it, and how far it is."""
+
+    def __init__(
+        self, pipe: StreamDiffVSRPipeline, job: VideoJob, source: Source, on_step: OnStep | None
+    ) -> None:
+        self.pipe, self.job, self.source, self.on_step = pipe, job, source, on_step
+        self.sizes = job.sizes
+        self.cut_rule = scenes.parse(job.scene_cut)
+        self.work = Workplace(job.output)
+        self.videos = video_outputs(job, source.info)
+        self.sinks = open_sinks(job, source, self.videos, self.work.folder)
+        self.step = max(1, round(1 / (source.info.rate * source.info.time_base)))
+        self.cancelled = False
+        self.segment: list[FrameTime] = []
+        self.last: SourceFrame | None = None
+        self.cuts: list[int] = []
+        self.clock = Speed()
+
+    @property
+    def writes_folder(self) -> bool:
+        """Whether the output is a folder of pictures."""
+        single = isinstance(self.source, FolderSource) and self.job.source.is_file()
+        return "main" not in self.videos and not single
+
+    def steps(self) -> Iterator[JobProgress]:
+        """Upscale what is not yet done, then put the output together."""
+        with self.work.locked():
+            self.journal = self._begin()
+            if not self._finished():
+                yield from self._upscale()
+                self._join(self.journal.parts, "finished")
+            self._complete()
+
+    def _finished(self) -> bool:
+        """Whether an earlier run did everything but the naming and cleaning up."""
+        if self.journal.finished < 0:
+            return False
+        places = [(path, self._joined(name)) for name, (path, _) in self.videos.items()]
+        return all(joined.is_file() or path.is_file() for path, joined in places)
+
+    def _begin(self) -> Journal:
+        """The journal to go on with, or a new one. Raises `VideoError` where that is refused."""
+        if self.job.restart:
+            self.work.clear()
+        before = self.work.load()
+        self._check_free(before)
+        if self.writes_folder:
+            self.job.output.mkdir(exist_ok=True)
+        now = Journal(
+            identity(self.job.source),
+            settings(self.pipe, self.job, self.cut_rule, self.videos),
+            versions(),
+        )
+        if before is None:
+            self.work.clear()
+            return now
+        journal = continue_from(before, now, self.work.folder)
+        self.work.check(journal)
+        self.work.tidy(journal)
+        if journal.parts:
+            log.info("continuing after %d frames done earlier", journal.frames)
+        return journal
+
+    def _check_free(self, before: Journal | None) -> None:
+        """Refuse to replace what an earlier run of this job has not written; raises `VideoError`."""
+        output = self.job.output
+        taken = any(output.iterdir()) if output.is_dir() else output.exists()
+        if taken and before is not None:
+            pictures_begun = "main" not in self.videos
+            taken = not (pictures_begun or output.stat().st_size in (before.partial, before.finished))
+        if taken and not self.job.overwrite:
+            raise VideoError(f"{output} exists: choose another with -o, or give --overwrite.")
+
+    def _upscale(self) -> Iterator[JobProgress]:
+        """Upscale the frames that are left, segment by segment."""
+        done = self.journal.frames
+        span = self.job.span if not done else replace(self.job.span, start=self.journal.first_index + done)
+        frames = prefetch(self.source.frames(span, self.journal.place), self.job.read_ahead)
+        state, flow = self._first_state(), None
+        with contextlib.closing(frames), Background(WRITE_DEPTH) as writer:
+            try:
+                inputs = ((frame, self._lq(frame)) for frame in frames)
+                for (frame, lq), following in with_next(inputs, self.job.look_ahead):
+                    coming = None if following is None else self._begin_flow(following[1], lq, state)
+                    if state is None:
+                        state = StreamDiffVSRState(frame_index=frame.index)
+                    state, progress = self._frame(frame, lq, state, flow, writer)
+                    flow = coming
+                    yield progress
+                    if len(self.segment) == self.job.segment_frames:
+                        self._finish_segment(writer, state)
+                if self.segment and state is not None:
+                    self._finish_segment(writer, state)
+            except BaseException as error:
+                self._stop(writer, self.cancelled or isinstance(error, (GeneratorExit, KeyboardInterrupt)))
+                raise
+        if not self.journal.parts:
+            raise VideoError(f"{self.job.source} has no frame in the span asked for.")
+
+    def _first_state(self) -> StreamDiffVSRState | None:
+        if self.journal.parts:
+            return StreamDiffVSRState.load(self.work.folder / self.journal.state)
+        return self.job.state
+
+    def _lq(self, frame: SourceFrame) -> Tensor:
+        """What the model sees of a frame, (1, 3, h, w) in [0, 1]."""
+        return self.sizes.to_model(upload(frame.rgb, self.pipe.device))
+
+    def _begin_flow(self, lq: Tensor, previous: Tensor, state: StreamDiffVSRState | None) -> Begun | None:
+        return self.pipe.begin_flow(from_pixels(lq), from_pixels(previous), state, self.job.options)
+
+    def _frame(
+        self,
+        frame: SourceFrame,
+        lq: Tensor,
+        state: StreamDiffVSRState,
+        flow: Begun | None,
+        writer: Background,
+    ) -> tuple[StreamDiffVSRState, JobProgress]:
+        """Upscale one frame and hand it to the writing thread."""
+        if not self.segment:
+            self._begin_segment(frame, writer)
+        before, seen = state, from_pixels(lq)
+        state = self._state_for(frame, state, seen)
+        result = self.pipe.process_frame(seen, state, self.job.options, flow=flow, on_step=self._guarded)
+        hq = self.sizes.to_output(result.hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
+        self._write(frame, lq, hq, writer)
+        self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))
+        self.last = frame
+        self.clock.tick()
+        progress = JobProgress(
+            done=self.journal.frames + len(self.segment),
+            total=self.job.span.count(self.source.info.frames, self.source.info.rate),
+            fps=self.clock.fps,
+            segment=len(self.journal.parts),
+            index=frame.index,
+            lq=lq,
+            hq=hq,
+            cut=state is not before,
+        )
+        return result.state, progress
+
+    def _begin_segment(self, frame: SourceFrame, writer: Background) -> None:
+        """Start the files of a segment while there is room for it, for its state and for the joined file."""
+        state = 2 * 4 * frame.rgb.numel() * (SCALE**2 + 1)
+        done = [part.size for part in self.journal.parts]
+        check_space(self.work.folder, state + sum(done) + 2 * max(done, default=0) + self._sound_bytes())
+        for sink in self.sinks.values():
+            writer.add(sink.begin, len(self.journal.parts))
+
+    def _state_for(self, frame: SourceFrame, state: StreamDiffVSRState, lq: Tensor) -> StreamDiffVSRState:
+        """The state that a frame continues from: an empty one where a scene begins."""
+        previous = state.previous_lq
+        if previous is None:
+            return state
+        if previous.shape != lq.shape:
+            # Pictures of a folder may change their size; a state of another size is the pipeline's to refuse.
+            cut = isinstance(self.source, FolderSource)
+        else:
+            cut = self.cut_rule.between(frame.index, previous, lq)
+        if not cut:
+            return state
+        self.cuts.append(frame.index)
+        log.info("a new scene begins at frame %d", frame.index)
+        return StreamDiffVSRState(frame_index=state.frame_index, metadata=state.metadata)
+
+    def _guarded(self, stage: str, index: int, total: int) -> None:
+        """The caller's `on_step`; an exception from it means cancel."""
+        if self.on_step is None:
+            return
+        try:
+            self.on_step(stage, index, total)
+        except BaseException:
+            self.cancelled = True
+            raise
+
+    def _write(self, frame: SourceFrame, lq: Tensor, hq: Tensor, writer: Background) -> None:
+        alpha = None
+        if frame.alpha is not None:
+            alpha = enlarge(frame.alpha.to(hq.device), (hq.shape[-2], hq.shape[-1]))
+        picture = Picture(hq, alpha, frame.bits, frame.profile)
+        prepared = {}
+        for name, sink in self.sinks.items():
+            shown = replace(picture, rgb=split_screen(lq, hq)) if name == "compare" else picture
+            prepared[name] = sink.prepare(shown)
+        for name, sink in self.sinks.items():
+            writer.add(sink.add, prepared[name], frame.index, frame.time)
+
+    def _finish_segment(self, writer: Background, state: StreamDiffVSRState) -> None:
+        """Close the segment and save the state; only then the journal says that both are there."""
+        part = self._close_part(writer)
+        state_file = f"state-{len(self.journal.parts):06}.safetensors"
+        state.save(self.work.folder / state_file)
+        old = self.journal.state
+        self.journal = replace(
+            self.journal,
+            parts=(*self.journal.parts, part),
+            state=state_file,
+            cuts=(*self.journal.cuts, *self.cuts),
+            place=None if self.last is None else self.source.place(self.last),
+            first_index=self.journal.first_index if self.journal.parts else self.segment[0].index,
+        )
+        self.work.save(self.journal)
+        if old:
+            (self.work.folder / old).unlink(missing_ok=True)
+        self.segment, self.cuts = [], []
+
+    def _close_part(self, writer: Background) -> Part:
+        """Finish the files of the segment."""
+        writer.wait()
+        finished = {name: sink.finish() for name, sink in self.sinks.items()}
+        name, size, depth = finished["main"]
+        compare, _, compare_depth = finished.get("compare", ("", 0, 0))
+        start, end = self.segment[0].start, self.segment[-1].end
+        return Part(name, len(self.segment), size, start, end, depth, compare, compare_depth)
+
+    def _stop(self, writer: Background, cancelled: bool) -> None:
+        """Leave what is done as a file after a cancel, and nothing half written in any case."""
+        try:
+            if cancelled:
+                self._leave_playable(writer)
+        finally:
+            writer.drop()
+            for sink in self.sinks.values():
+                sink.abort()
+
+    def _leave_playable(self, writer: Background) -> None:
+        """After a cancel: a file of what is done so far; the open segment is done again next time."""
+        if not self.segment and not self.journal.parts:
+            return
+        parts = self.journal.parts
+        if self.segment:
+            parts = (*parts, self._close_part(writer))
+        if "main" not in self.videos:
+            return
+        self._join(parts, "partial")
+        self._give_names()
+        log.info("%s holds the %d frames done so far", self.job.output, sum(part.frames for part in parts))
+
+    def _joined(self, name: str) -> Path:
+        return self.work.folder / f"joined-{name}{self.videos[name][0].suffix.lower()}"
+
+    def _join(self, parts: tuple[Part, ...], kind: str) -> None:
+        """Put the segments together and note in the journal how large the output is."""
+        check_space(self.work.folder, sum(part.size for part in parts) + self._sound_bytes())
+        for name in self.videos:
+            self._join_one(name, parts, kind)
+        size = self._joined("main").stat().st_size if "main" in self.videos else 0
+        self.journal = replace(self.journal, **{kind: size})
+        self.work.save(self.journal)
+
+    def _join_one(self, name: str, parts: tuple[Part, ...], kind: str) -> None:
+        path, encoding = self.videos[name]
+        main = name == "main"
+        if not main:
+            parts = tuple(replace(part, name=part.compare, depth=part.compare_depth) for part in parts)
+        copies = main and self.job.audio and isinstance(self.source, VideoSource)
+        join(
+            self._joined(name),
+            container_of(path) or "",
+            [self.work.folder / part.name for part in parts],
+            parts,
+            encoding,
+            source=self.job.source if copies else None,
+            metadata=self.job.metadata if main else {},
+            window=self._window(parts, kind),
+        )
+
+    def _sound_bytes(self) -> int:
+        """The most that the source's other streams can take."""
+        return self.job.source.stat().st_size if self.job.audio and self.job.source.is_file() else 0
+
+    def _window(self, parts: tuple[Part, ...], kind: str) -> Window:
+        """The time of the source that the parts cover; a job that starts later has its start at 0."""
+        base = self.source.info.time_base
+        low, high = parts[0].first * base, parts[-1].end * base
+        if kind == "finished" and self.job.end is None:
+            high = float("inf")
+        if self.job.start == 0:
+            return Window(high=float(high))
+        return Window(float(low), float(high), low)
+
+    def _give_names(self) -> None:
+        """The joined files become the outputs."""
+        for name, (path, _) in self.videos.items():
+            if self._joined(name).is_file():
+                self._joined(name).replace(path)
+                sync_folder(path.parent)
+
+    def _complete(self) -> None:
+        """Everything is done: give the output its name and the side files their content, then clean up."""
+        last = self.journal.first_index + self.journal.frames - 1
+        if self.job.state_out is not None:
+            StreamDiffVSRState.load(self.work.folder / self.journal.state).save(self.job.state_out)
+        if self.job.cuts_out is not None:
+            scenes.write_list(self.job.cuts_out, self.journal.first_index, last, self.journal.cuts)
+        self._give_names()
+        self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Remove the work folder, and say what was repaired on the way."""
+        self.work.remove()
+        for what, count in self.source.notes.items():
+            if count:
+                log.warning("%s: %d %s", self.job.source, count, what)

@@ -1,0 +1,1 @@
+"""Files in and out: knows no model."""

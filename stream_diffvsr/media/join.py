@@ -1,0 +1,116 @@
+"""Segments become one file: their packets are copied, beside the other streams of the source."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from ..jobs.journal import Part, sync_file
+from .codecs import Encoding
+from .read import open_container
+from .tracks import Window, add_tracks, copied_packets, copy_attachments, copy_chapters, kept_words
+
+
+def join(
+    target: Path,
+    container_format: str,
+    files: Sequence[Path],
+    parts: Sequence[Part],
+    encoding: Encoding,
+    *,
+    source: Path | None,
+    metadata: Mapping[str, str],
+    window: Window,
+) -> None:
+    """Write `target` from the segments, with the other streams of `source` unless that is None.
+
+    `target` is synced to the disk. Raises `OSError` where reading or writing fails.
+    """
+    import av
+
+    options = {}
+    if container_format in ("mp4", "mov"):
+        # Both clocks of the file count in the source's ticks, so that a late start is exact too.
+        ticks = str(encoding.time_base.denominator)
+        options = {"movflags": "+use_metadata_tags+faststart"}
+        options |= {"video_track_timescale": ticks, "movie_timescale": ticks}
+    with ExitStack() as stack:
+        out = stack.enter_context(
+            av.open(str(target), "w", format=container_format, container_options=options)
+        )
+        video = add_video(out, files[0], encoding)
+        streams = [video_packets(files, parts, encoding, video, window.ticks(encoding.time_base))]
+        if source is not None:
+            original = stack.enter_context(open_container(source))
+            out.metadata.update(kept_words(original.metadata))
+            streams.append(copied_packets(original, add_tracks(out, original), window))
+            copy_attachments(out, original)
+            copy_chapters(out, original, window)
+        out.metadata.update(metadata)
+        mux(out, streams)
+    sync_file(target)
+
+
+def mux(out: Any, streams: Iterable[Iterator[tuple[float, Any]]]) -> None:
+    """Write packets in the order of their times."""
+    for _, packet in heapq.merge(*streams, key=lambda item: item[0]):
+        out.mux(packet)
+
+
+def add_video(out: Any, first: Path, encoding: Encoding) -> Any:
+    """The video stream of the output, as the first segment has it."""
+    with open_container(first) as container:
+        stream = out.add_stream_from_template(container.streams.video[0], opaque=True)
+    context, colour = stream.codec_context, encoding.colour
+    if context.name == "hevc" and out.format.name in ("mp4", "mov"):
+        # FFmpeg's own choice, hev1, is not played by Apple's players.
+        context.codec_tag = "hvc1"
+    context.colorspace, context.color_range = colour.matrix, 2 if colour.full_range else 1
+    context.color_primaries, context.color_trc = colour.primaries, colour.transfer
+    if encoding.aspect is not None:
+        stream.sample_aspect_ratio = encoding.aspect
+    # Players may ask the container for it; older PyAV guards it where a template was copied.
+    with suppress(RuntimeError):
+        context.framerate = encoding.rate
+    return stream
+
+
+def video_packets(
+    files: Sequence[Path], parts: Sequence[Part], encoding: Encoding, stream: Any, shift: int
+) -> Iterator[tuple[float, Any]]:
+    """The packets of all segments with timestamps of the source, and decoding times that rise throughout.
+
+    Encoders differ in what they give as decoding times, above all at varying frame rates. Here packet i
+    is decoded when frame i - depth is shown: that always rises, and never comes after its own frame.
+    """
+    depth = max(part.depth for part in parts)
+    step = max(1, round(1 / (encoding.rate * encoding.time_base)))
+    earlier = deque(parts[0].first - step * back for back in range(depth, 0, -1))
+    for part, file in zip(parts, files, strict=True):
+        times = sorted(packet.pts for packet in segment_packets(file, part, encoding))
+        if len(times) != part.frames:
+            raise OSError(f"{file} holds {len(times)} of {part.frames} frames")
+        following = dict(zip(times, [*times[1:], part.end], strict=True))
+        for shown, packet in zip(times, segment_packets(file, part, encoding), strict=True):
+            earlier.append(shown)
+            packet.duration = max(1, following[packet.pts] - packet.pts)
+            packet.dts = earlier.popleft() - shift
+            packet.pts -= shift
+            packet.stream = stream
+            yield float(packet.dts * encoding.time_base), packet
+
+
+def segment_packets(path: Path, part: Part, encoding: Encoding) -> Iterator[Any]:
+    """The packets of a segment in decoding order, their `pts` in ticks of the source."""
+    with open_container(path) as container:
+        stream = container.streams.video[0]
+        for packet in container.demux(stream):
+            if packet.pts is None:
+                continue
+            packet.pts = round(packet.pts * stream.time_base / encoding.time_base) + part.first
+            packet.time_base = encoding.time_base
+            yield packet

@@ -1,0 +1,189 @@
+"""Where frames go: closed segments of a video file, or pictures; a segment is whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from ..copies import Download
+from ..errors import VideoError
+from ..jobs.journal import sync_folder
+from . import pictures
+from .codecs import CONTAINERS, Encoding, open_encoder
+from .colour import planes_to_frame, samples, to_planes
+from .pictures import Picture
+
+
+class Segment:
+    """One segment of a video file, encoded by an encoder of its own, so that it depends on nothing else."""
+
+    def __init__(self, path: Path, encoding: Encoding) -> None:
+        import av
+
+        self.path = path
+        self.encoding = encoding
+        self.times: list[int] = []
+        self.order: list[int] = []
+        self._step = max(1, round(1 / (encoding.rate * encoding.time_base)))
+        self._part = path.with_name(f".{path.name}.part")
+        self._file: IO[bytes] = self._part.open("wb+")
+        self._container = av.open(self._file, "w", format=encoding.segment_format)
+        self._stream = open_encoder(self._container, encoding)
+
+    def add(self, planes: list[np.ndarray], time: int) -> None:
+        """Encode a frame, given as planes of the encoding's pixel format, at a tick of the source."""
+        frame = planes_to_frame(planes, self.encoding.native_format)
+        self.times.append(time)
+        frame.pts, frame.time_base = time - self.times[0], self.encoding.time_base
+        colour = self.encoding.colour
+        frame.colorspace, frame.color_range = colour.matrix, 2 if colour.full_range else 1
+        self._mux(self._stream.encode(frame))
+
+    def _mux(self, packets: Sequence[Any]) -> None:
+        for packet in packets:
+            packet.dts = self._decoding_time(len(self.order))
+            self.order.append(packet.pts)
+            self._container.mux(packet)
+
+    def _decoding_time(self, number: int) -> int:
+        """When packet `number` is decoded: as many frames before its turn as any encoder keeps back.
+
+        Not the encoder's own word: x265 gives random numbers for segments of one or two frames.
+        """
+        shown = number - self.encoding.reorder
+        return self.times[shown] - self.times[0] if shown >= 0 else shown * self._step
+
+    def finish(self) -> int:
+        """Finish the file, bring it to the disk and give it its name; returns its size."""
+        self._mux(self._stream.encode(None))
+        self._container.close()
+        if len(self.order) != len(self.times):
+            raise OSError(f"the encoder returned {len(self.order)} of {len(self.times)} frames")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        size = self._file.seek(0, os.SEEK_END)
+        self._file.close()
+        self._part.replace(self.path)
+        sync_folder(self.path.parent)
+        return size
+
+    def abort(self) -> None:
+        """Leave nothing behind."""
+        # It is thrown away: that it could not be finished either does not matter.
+        with contextlib.suppress(Exception):
+            self._container.close()
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    @property
+    def depth(self) -> int:
+        """How many frames decoding order lags behind presentation order."""
+        place = {pts: number for number, pts in enumerate(sorted(self.order))}
+        return max((number - place[pts] for number, pts in enumerate(self.order)), default=0)
+
+
+class Sink(Protocol):
+    """Takes upscaled frames, segment by segment."""
+
+    def begin(self, number: int) -> None:
+        """Start a segment."""
+        ...
+
+    def prepare(self, picture: Picture) -> Any:
+        """What of a picture goes to the writing thread: small, and on its way to the CPU."""
+        ...
+
+    def add(self, prepared: Any, index: int, time: int) -> None:
+        """Write a frame, by its index and its tick in the source."""
+        ...
+
+    def finish(self) -> tuple[str, int, int]:
+        """Finish the segment: its file's name in the work folder, size, and reordering depth."""
+        ...
+
+    def abort(self) -> None:
+        """Drop an unfinished segment."""
+        ...
+
+
+class VideoSink:
+    """Segments in the work folder, to be joined."""
+
+    def __init__(self, folder: Path, name: str, encoding: Encoding) -> None:
+        self.folder = folder
+        self.name = name
+        self.encoding = encoding
+        self.segment: Segment | None = None
+
+    def begin(self, number: int) -> None:
+        self.segment = Segment(
+            self.folder / f"{self.name}-{number:06}.{self.encoding.segment_format}", self.encoding
+        )
+
+    def prepare(self, picture: Picture) -> list[Download]:
+        """Planes; what is transparent becomes black."""
+        rgb = picture.rgb if picture.alpha is None else picture.rgb * picture.alpha
+        return [Download(plane) for plane in to_planes(rgb, self.encoding.pix_fmt, self.encoding.colour)]
+
+    def add(self, prepared: list[Download], index: int, time: int) -> None:
+        assert self.segment is not None
+        self.segment.add([samples(plane.wait(), self.encoding.pix_fmt) for plane in prepared], time)
+
+    def finish(self) -> tuple[str, int, int]:
+        assert self.segment is not None
+        segment, size = self.segment, self.segment.finish()
+        self.segment = None
+        return segment.path.name, size, segment.depth
+
+    def abort(self) -> None:
+        if self.segment is not None:
+            self.segment.abort()
+            self.segment = None
+
+
+class PictureSink:
+    """Pictures straight under their final names, each written whole."""
+
+    def __init__(self, names: dict[int, Path], numbered: Path | None = None) -> None:
+        self.names = names
+        self.numbered = numbered
+        self.size = 0
+
+    def begin(self, number: int) -> None:
+        self.size = 0
+
+    def prepare(self, picture: Picture) -> Picture:
+        alpha = None if picture.alpha is None else picture.alpha.cpu()
+        return Picture(picture.rgb.cpu(), alpha, picture.bits, picture.profile)
+
+    def add(self, prepared: Picture, index: int, time: int) -> None:
+        path = self.names[index] if self.numbered is None else self.numbered / f"{index:08}.png"
+        pictures.write(path, prepared)
+        self.size += path.stat().st_size
+
+    def finish(self) -> tuple[str, int, int]:
+        folder = self.numbered or next(iter(self.names.values())).parent
+        sync_folder(folder)
+        return "", self.size, 0
+
+    def abort(self) -> None:
+        pass
+
+
+def check_folder(path: Path) -> None:
+    """Raise `VideoError` where a file of this name cannot be written."""
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise VideoError(f"the output folder {folder} does not exist: create it, or choose another.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise VideoError(f"the output folder {folder} is read-only: choose another.")
+
+
+def container_of(output: Path) -> str | None:
+    """FFmpeg's container format for an output, None where it is no video file."""
+    return CONTAINERS.get(output.suffix.lower())

@@ -1,0 +1,1 @@
+"""PyTorch's own ways: number formats, 8 bits, compiling."""

@@ -1,0 +1,72 @@
+"""Linear layers in 8 bits, by torchao: approximations, and only where they are asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import IncompatibleInputError
+
+QUANTIZATIONS = ("none", "int8", "fp8")
+
+SMALLEST = 1e-4
+"""Of the largest values of a tensor for which a scale of fp8 is made."""
+
+FP8_CAPABILITY = (8, 9)
+"""Of the first NVIDIA cards that multiply 8-bit floats: Ada and Hopper."""
+
+
+def check(kind: str, device: torch.device) -> None:
+    """Refuse what cannot be had here.
+
+    Raises `IncompatibleInputError` for another name than `QUANTIZATIONS` has and for a device without 'fp8',
+    `ModuleNotFoundError` without torchao.
+    """
+    if kind not in QUANTIZATIONS:
+        raise IncompatibleInputError(f"quantize as one of {', '.join(QUANTIZATIONS)}", repr(kind))
+    if kind != "none":
+        _configuration(kind)
+    if kind == "fp8" and not multiplies_fp8(device):
+        raise IncompatibleInputError(
+            "an NVIDIA GPU of compute capability 8.9 or more for quantize 'fp8'",
+            f"{device}; leave quantize at 'none', or take 'int8'",
+        )
+
+
+def quantize(kind: str, *networks: nn.Module) -> None:
+    """Quantise the linear layers of attentions in place, weights and what goes in.
+
+    'int8' takes one scale per row of weights and per position, 'fp8' (e4m3) one per tensor. Convolutions,
+    which are most of the work, stay as they are.
+    """
+    from torchao.quantization import quantize_
+
+    # Weights outlive the caller's inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        for network in networks:
+            quantize_(network, _configuration(kind), _runs_in_every_step)
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether the device has units for 8-bit floats."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def _configuration(kind: str) -> Any:
+    try:
+        from torchao import quantization
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"quantize '{kind}' needs torchao: pip install torchao, or leave quantize at 'none'"
+        ) from error
+    if kind == "fp8":
+        # The bound keeps a tensor of zeros from being divided by its own largest value.
+        return quantization.Float8DynamicActivationFloat8WeightConfig(activation_value_lb=SMALLEST)
+    return quantization.Int8DynamicActivationInt8WeightConfig()
+
+
+def _runs_in_every_step(layer: nn.Module, name: str) -> bool:
+    """Not for the prompt's keys and values, which are computed once (prompted.py)."""
+    return isinstance(layer, nn.Linear) and ".attentions." in name and not name.endswith(".linear")

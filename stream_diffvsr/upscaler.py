@@ -1,0 +1,269 @@
+"""What every model family offers: read this file first.
+
+    upscaler = load_pipeline("nano")                          # an Upscaler
+    for result in upscaler.stream(frames, options):           # frames: (1, 3, h, w) float32 in [-1, 1]
+        show(result.index, result.hq)                         # (1, 3, H, W), model range, not clamped
+
+A family computes; it never loops over a sequence. `stream` below is the only loop, and everything above the
+families (jobs, nodes, command, service) knows nothing but the types of this file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CheckpointError, IncompatibleInputError, ModelNotFoundError
+
+OnStep = Callable[[str, int, int], None]
+"""Called as (stage, parts done, parts in all) between the parts of a frame; may raise to cancel."""
+
+
+def ignore(stage: str, done: int, total: int) -> None:
+    """An `on_step` that wants nothing."""
+
+
+@dataclass(frozen=True)
+class Info:
+    """What a loaded model says of itself."""
+
+    family: str
+    model: str
+    """Fingerprint of the weights."""
+    number_format: str
+    runtime: str = "torch"
+    scales: tuple[float, ...] | None = (4.0,)
+    """The scales it offers; None: any from 1 to 4."""
+    minimum: int = 8
+    """Smallest side of an LQ frame."""
+    first: int = 1
+    """Frames it takes before its first results come."""
+    chunk: int = 1
+    """Frames it takes per further step."""
+    look_ahead: int = 0
+    """Frames after n that frame n may depend on."""
+
+    @property
+    def frame_by_frame(self) -> bool:
+        """Whether each frame gives its result at once, so that every frame is a border."""
+        return self.first == 1 and self.chunk == 1
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How the frames up to a state were made: what must be the same for an exact continuation."""
+
+    model: str = ""
+    """Fingerprint of the weights; '' where it is not known."""
+    number_format: str = ""
+    runtime: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The family's options, as JSON values."""
+    details: Mapping[str, str] = field(default_factory=dict)
+    """The family's further facts, such as its memory plan."""
+
+    def differences(self, now: Provenance) -> str:
+        """In words, what changed from these frames to `now`; '' where nothing that is recorded did."""
+        names = {"number_format": "dtype", "runtime": "runtime"}
+        pairs = [(name, getattr(self, key), getattr(now, key)) for key, name in names.items()]
+        pairs += [(key, value, now.options[key]) for key, value in self.options.items() if key in now.options]
+        pairs += [(key, value, now.details[key]) for key, value in self.details.items() if key in now.details]
+        return ", ".join(f"{name}: {old} -> {new}" for name, old, new in pairs if old not in ("", new))
+
+    def to_json(self) -> str:
+        """One line of JSON, keys sorted."""
+        return json.dumps(
+            vars(self) | {"options": dict(self.options), "details": dict(self.details)}, sort_keys=True
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Provenance:
+        """Read what `to_json` wrote; raises `ValueError`."""
+        values = json.loads(text)
+        if not isinstance(values, dict) or not values.keys() <= cls.__dataclass_fields__.keys():
+            raise ValueError("no such provenance")
+        texts = [values.get(key, "") for key in ("model", "number_format", "runtime")]
+        maps = [values.get(key, {}) for key in ("options", "details")]
+        if not all(isinstance(each, str) for each in (*texts, *dict(maps[1]).values())):
+            raise ValueError("no such provenance")
+        return cls(*texts, *(dict(each) for each in maps))
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """The memory of a sequence: a frozen value that can be kept, branched, saved and loaded.
+
+    Without tensors it starts a sequence at frame `index` of the video and carries nothing over.
+    """
+
+    family: str = ""
+    """The family that made it; '' for an empty one, which fits all."""
+    index: int = 0
+    """Frames done so far, counted in the whole video."""
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
+            raise IncompatibleInputError("frame_index as a whole number of at least 0", repr(self.index))
+
+    @property
+    def has_previous(self) -> bool:
+        """Whether there is a sequence to continue."""
+        return bool(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def to(self, device: torch.device | str) -> State:
+        """The same state with its tensors on `device`."""
+        return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file; it appears under its name only when it is whole."""
+        from .files import save_tensors
+
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
+        facts = {
+            "family": self.family,
+            "frame_index": str(self.index),
+            "provenance": self.provenance.to_json(),
+        }
+        save_tensors(Path(path), tensors, {"format": FORMAT, **facts})
+
+    @classmethod
+    def load(cls, path: str | Path) -> State:
+        """Read what `save` wrote, onto the CPU, into memory of its own.
+
+        Raises `ModelNotFoundError` for a missing file and `CheckpointError` for any other that is no state.
+        """
+        from .files import read_tensors
+
+        path = Path(path)
+        if not path.is_file():
+            raise ModelNotFoundError("saved state", path, "Check the path.")
+        tensors, facts = read_tensors(path)
+        index = facts.get("frame_index", "")
+        if facts.get("format") != FORMAT or not (index.isdecimal() and len(index) < 19):
+            raise CheckpointError(f"{path} is not a saved state: save one with state.save().")
+        try:
+            provenance = Provenance.from_json(facts.get("provenance", ""))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} contains an invalid state: unreadable provenance.") from error
+        # Cloned, since a mapped file could not be replaced by a newer state while this one is held.
+        own = {name: tensor.clone() for name, tensor in tensors.items()}
+        return State(facts.get("family", ""), int(index), own, provenance)
+
+
+FORMAT = "stream-diffvsr-state-2"
+"""In a saved state's metadata."""
+
+
+@dataclass(frozen=True, eq=False)
+class Upscaled:
+    """One finished frame."""
+
+    index: int
+    """Its place in the whole video, from 0."""
+    hq: Tensor
+    """(1, 3, H, W) float32, model range, not clamped; `to_pixels` makes a picture of it."""
+
+
+class Session(Protocol):
+    """One sequence on its way through a model; used by one thread at a time.
+
+    Several sessions of one upscaler may be interleaved: they share weights and nothing else.
+    """
+
+    def push(self, lq: Tensor) -> list[Upscaled]:
+        """Take the next frame, (1, 3, h, w) float32 in model range; return the frames finished by it."""
+        ...
+
+    def finish(self) -> list[Upscaled]:
+        """Return the frames still missing: N frames in, N frames out. Nothing may be pushed after it."""
+        ...
+
+    def state(self) -> State | None:
+        """The state after the frames returned so far; None where no exact continuation is possible."""
+        ...
+
+
+class Placement(Protocol):
+    """Decides where a network runs; asked before each stage."""
+
+    fixed: bool
+    """Whether weights stay where they are."""
+
+    def acquire(self, stage: str, activation_bytes: int) -> torch.device:
+        """Bring the network of `stage` to a device with room for its activations; return the device."""
+        ...
+
+
+@dataclass(frozen=True)
+class FixedPlacement:
+    """Everything stays on one device."""
+
+    device: torch.device
+    fixed: bool = True
+
+    def acquire(self, stage: str, activation_bytes: int) -> torch.device:
+        return self.device
+
+
+class Upscaler(Protocol):
+    """A loaded model. It keeps nothing about any video, and serves one thread at a time."""
+
+    info: Info
+    Options: type
+    """The family's frozen dataclass of options; see `options.option`."""
+    placement: Placement
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        """By stage: what a host needs to place them."""
+        ...
+
+    def session(
+        self,
+        options: Any = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> Session:
+        """Begin a sequence, or continue the one of `state`."""
+        ...
+
+    def stream(
+        self,
+        frames: Iterable[Tensor],
+        options: Any = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> Iterator[Upscaled]:
+        """Upscale frame after frame: `stream(self.session(...), frames)`."""
+        ...
+
+    def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
+        """Bytes that an LQ frame of `size` (height, width) takes beside the weights."""
+        ...
+
+
+def stream(session: Session, frames: Iterable[Tensor]) -> Iterator[Upscaled]:
+    """Feed a session a sequence: the only loop over frames.
+
+    Lazy: frame n + 1 is asked for only after the results of frame n were taken.
+    """
+    for lq in frames:
+        yield from session.push(lq)
+    yield from session.finish()
