@@ -254,6 +254,13 @@ class Upscaler(Protocol):
         """Upscale frame after frame: `stream(self.session(...), frames)`."""
         ...
 
+    def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
+        """How frames of an LQ size (height, width) would be made now, memory plan included.
+
+        A job fixes it once: a state that holds it and no tensors starts a sequence exactly so.
+        """
+        ...
+
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
         """Bytes that an LQ frame of `size` (height, width) takes beside the weights."""
         ...
