@@ -46,7 +46,10 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file, mapped: safetensors, or torch's own format without any code in it."""
+    """Tensors of a weight file, mapped: safetensors, or torch's own format without any code in it.
+
+    A file of one tensor alone gives it the name ''.
+    """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
     return _read_torch(path, "cpu")
@@ -93,6 +96,7 @@ def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
     except Exception as error:  # damaged content makes the unpickler fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _damaged(path, f"is no whole file of weights alone ({reason})") from error
+    state = {"": state} if isinstance(state, Tensor) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise _damaged(path, "holds something else than named weights")
     return state

@@ -1,0 +1,199 @@
+"""Self-attention among windows of tokens, only where they matter to each other, with a memory of keys.
+
+A window is 2 latents x 8 rows x 8 columns = 128 tokens. Tokens lie in the order of their windows while they
+are in the transformer, so that a window is a slice. A pair is all windows of two consecutive latents.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+log = logging.getLogger(__name__)
+
+LATENTS, SIDE = 2, 8
+TOKENS = LATENTS * SIDE * SIDE
+"""Of a window."""
+
+Pair = tuple[Tensor, Tensor]
+"""Keys, already rotated, and values of a pair: (heads, windows, 128, head size) each."""
+
+TRAINED_AREA = (768, 1280)
+"""`sparse_ratio` counts in windows of a picture of this size."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which windows may attend to which, for one size of picture."""
+
+    near: Tensor
+    """(n, n) bool: key windows within reach of each query window."""
+    count: int
+    """The windows of a pair and their keys form a map; about so many of its entries are selected."""
+
+    @classmethod
+    def of(cls, height: int, width: int, sparse_ratio: float, local_range: int) -> Selection:
+        """For a picture whose sides are multiples of 128."""
+        rows, columns = height // 128, width // 128
+        windows = rows * columns
+        ratio = sparse_ratio * TRAINED_AREA[0] * TRAINED_AREA[1] / (height * width)
+        return cls(neighbours(rows, columns, local_range), int((windows * windows) * ratio) - 1)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What one block's self-attention sees beside its tokens; takes the place of the rotary embedding."""
+
+    cos: Tensor
+    sin: Tensor
+    """(tokens, 1, half of the head size), float32."""
+    selection: Selection
+    past: tuple[Pair, ...]
+    own: list[Pair] = field(default_factory=list)
+    """Filled with the pairs of these tokens."""
+
+
+def to_windows(x: Tensor) -> Tensor:
+    """(latents, rows, columns, ...) -> (tokens, ...) in the order of windows, each 2 x 8 x 8."""
+    return rearrange(x, "(p t) (r a) (c b) ... -> (p r c t a b) ...", t=LATENTS, a=SIDE, b=SIDE)
+
+
+def from_windows(x: Tensor, rows: int, columns: int) -> Tensor:
+    """The way back, for `rows` x `columns` tokens."""
+    sizes = {"r": rows // SIDE, "c": columns // SIDE, "t": LATENTS, "a": SIDE, "b": SIDE}
+    return rearrange(x, "(p r c t a b) ... -> (p t) (r a) (c b) ...", **sizes)
+
+
+def neighbours(rows: int, columns: int, local_range: int) -> Tensor:
+    """(n, n) bool: whether a key window (second) lies within `local_range` of a query window (first)."""
+    row = torch.arange(rows * columns) // columns
+    column = torch.arange(rows * columns) % columns
+    low = -(local_range // 2)
+    near = [(low <= d) & (d < low + local_range) for d in (x[None] - x[:, None] for x in (row, column))]
+    return near[0] & near[1]
+
+
+def select(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
+    """(heads, query windows, key windows) bool: the largest attention between windows' means.
+
+    `q`, `k`: (heads, windows, 128, head size). For each head and each pair of queries, the threshold is one
+    value over its whole map, so that a query window may get many key windows, or none.
+    """
+    n = len(selection.near)
+    means = q.mean(2, dtype=torch.float32), k.mean(2, dtype=torch.float32)
+    scores = means[0] @ means[1].transpose(1, 2) / q.shape[-1] ** 0.5
+    scores = rearrange(scores, "h (p q) (j k) -> h p q j k", q=n, k=n)
+    far = ~selection.near.to(q.device)[:, None]
+    chances = scores.masked_fill(far, -torch.inf).flatten(3).softmax(-1).flatten(2)
+    count = min(max(selection.count, 0), chances.shape[-1] - 1)
+    threshold = chances.topk(count + 1, -1).values[..., -1:]
+    return (chances > threshold).reshape(len(q), q.shape[1], k.shape[1])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
+    """Exact attention of each window's queries to the tokens of its selected windows; 0 where there are none.
+
+    All are (heads, windows, 128, head size); `selected` is `select`'s.
+    """
+    flex = _flex(q.device, q.dtype, q.shape[-1]) if q.is_cuda else None
+    if flex is not None:
+        return _by_blocks(flex, q, k, v, selected)
+    return _gathered(q, k, v, selected)
+
+
+def _gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
+    """One query window after another, its keys copied together."""
+    if q.is_meta:  # where nothing is known of the selection, it is everything: an upper bound of memory
+        copies = k.clone(), v.clone()
+        return torch.empty_like(q) if copies else q
+    counts = selected.sum(-1)
+    most = counts.amax(0).tolist()
+    order = selected.byte().sort(dim=-1, descending=True, stable=True).indices
+    heads = torch.arange(len(q), device=q.device)[:, None]
+    result = torch.zeros_like(q)
+    for window, longest in enumerate(most):
+        if longest == 0:
+            continue
+        chosen = order[:, window, :longest]
+        keys, values = (x[heads, chosen].flatten(1, 2) for x in (k, v))
+        mine = torch.arange(longest, device=q.device) < counts[:, window, None]
+        mask = mine.repeat_interleave(TOKENS, 1)[:, None]
+        found = F.scaled_dot_product_attention(q[:, window], keys, values, mask)
+        result[:, window] = found.masked_fill(counts[:, window, None, None] == 0, 0)
+    return result
+
+
+def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
+    """The same through FlexAttention, whose blocks are the windows."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    counts = selected.sum(-1, dtype=torch.int32)[None]
+    order = selected.byte().sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)[None]
+
+    def among(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Asked for by single tokens where FlexAttention is not compiled, and so does not skip blocks."""
+        return selected[head, query // TOKENS, key // TOKENS]
+
+    none = torch.zeros_like(counts)
+    mask = BlockMask.from_kv_blocks(none, order, counts, order, BLOCK_SIZE=TOKENS, mask_mod=among)
+    found = attention(*(x.flatten(1, 2)[None] for x in (q, k, v)), block_mask=mask)
+    return found[0].view_as(q).masked_fill(counts[0, ..., None, None] == 0, 0)
+
+
+@cache
+def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., Any] | None:
+    """FlexAttention compiled for a device, tried once; None where it does not compile or is not there."""
+    try:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        compiled = torch.compile(flex_attention, dynamic=False)
+        x = torch.zeros(1, 2, TOKENS, head, device=device, dtype=dtype)
+        _by_blocks(compiled, x, x, x, torch.ones(1, 2, 2, dtype=torch.bool, device=device))
+    except Exception as error:  # whatever a compiler fails with
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        log.warning("FlexAttention does not compile here (%s): the same windows are gathered instead", reason)
+        return None
+    return compiled
+
+
+class SparseAttention:
+    """Takes the place of a Wan block's self-attention; it holds nothing."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Reach | None = None,
+    ) -> Tensor:
+        assert rotary_emb is not None
+        reach, x = rotary_emb, hidden_states[0]
+        q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
+        q, k, v = (each.unflatten(-1, (attn.heads, -1)) for each in (q, k, v))
+        q, k = (rotate(each, reach.cos, reach.sin) for each in (q, k))
+        q, k, v = (rearrange(each, "(w t) h d -> h w t d", t=TOKENS).contiguous() for each in (q, k, v))
+        n = len(reach.selection.near)
+        # Pairs have memory of their own, so that one can be dropped.
+        reach.own.extend(
+            (a.contiguous(), b.contiguous()) for a, b in zip(k.split(n, 1), v.split(n, 1), strict=True)
+        )
+        if reach.past:
+            k, v = (torch.cat([*(pair[i] for pair in reach.past), x], 1) for i, x in enumerate((k, v)))
+        found = attend(q, k, v, select(q, k, reach.selection))
+        found = rearrange(found, "h w t d -> 1 (w t) (h d)")
+        return attn.to_out[1](attn.to_out[0](found))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn consecutive channels of (tokens, heads, head size) as pairs, in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)

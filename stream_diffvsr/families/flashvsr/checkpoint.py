@@ -1,0 +1,257 @@
+"""FlashVSR's files: which they are, what they hold, and the networks filled from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CheckpointError, IncompatibleInputError, ModelNotFoundError
+from ...files import fingerprint, read_json, read_shapes, read_weights
+from .decoders import TinyDecoder
+from .method import FlashVSR
+from .projection import VERSIONS, Projection
+from .transformer import prepare
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+TRANSFORMER, PROJECTION, TINY, FULL, PROMPT = "transformer", "projection", "tiny", "full", "prompt"
+
+FILES = {
+    TRANSFORMER: (
+        "diffusion_pytorch_model_streaming_dmd.safetensors",
+        "FlashVSR1_1.safetensors",
+        "FlashVSR.safetensors",
+    ),
+    PROJECTION: (
+        "LQ_proj_in.ckpt",
+        "LQ_proj_in.safetensors",
+        "Wan2_1_FlashVSR_LQ_proj_model_bf16.safetensors",
+    ),
+    TINY: ("TCDecoder.ckpt", "TCDecoder.safetensors"),
+    FULL: ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"),
+    PROMPT: ("posi_prompt.pth", "posi_prompt.safetensors", "Prompt.safetensors"),
+}
+"""By network: the published name first, then those of copies."""
+
+HEAD = 128
+"""Channels of a head, where the folder's config.json does not say otherwise."""
+
+MERGED = "LQ_proj_in."
+"""What the projection's names begin with where a copy keeps them in the transformer's file."""
+
+
+def find(folder: Path, part: str) -> Path | None:
+    """The file of a part; None where there is none."""
+    return next((path for name in FILES[part] if (path := folder / name).is_file()), None)
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a folder is meant to hold FlashVSR: its transformer or its projection is there by name."""
+    return find(folder, TRANSFORMER) is not None or find(folder, PROJECTION) is not None
+
+
+def problem(folder: Path) -> str | None:
+    """Why a folder cannot be opened, in one sentence; None where all that its files say is right."""
+    try:
+        _read(folder, VERSIONS[0])
+    except (CheckpointError, ModelNotFoundError) as error:
+        return str(error)
+    return None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One network, empty, with the file it is filled from and the names in it."""
+
+    network: nn.Module
+    path: Path
+    rename: Callable[[dict[str, Any]], dict[str, Any]]
+
+
+def open_flashvsr(
+    folder: str | Path,
+    version: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> FlashVSR:
+    """Load a folder, each weight straight to its device and number format.
+
+    `version`: 'v1' or 'v1.1'; the files are alike and do not tell it. Raises `IncompatibleInputError`,
+    `ModelNotFoundError` or `CheckpointError`.
+    """
+    if version not in VERSIONS:
+        expected = "version as 'v1' or 'v1.1' (the files of FlashVSR do not tell it: where are they from?)"
+        raise IncompatibleInputError(expected, repr(version))
+    folder = Path(folder)
+    parts, prompt = _read(folder, version), read_prompt(folder)
+    networks = {name: _fill(part, device, dtype) for name, part in parts.items()}
+    paths = dict.fromkeys([*(part.path for part in parts.values()), _required(folder, PROMPT)])
+    return FlashVSR(
+        networks=networks,
+        prompt=prompt.to(device, dtype),
+        device=device,
+        dtype=dtype,
+        model=f"{fingerprint(paths)}-{version}",
+    )
+
+
+def read_prompt(folder: Path) -> Tensor:
+    """The prompt's embedding, (1, tokens, width); raises `CheckpointError` where it is damaged."""
+    path = _required(folder, PROMPT)
+    tensors = list(read_weights(path).values())
+    if len(tensors) != 1 or tensors[0].ndim not in (2, 3):
+        raise CheckpointError(
+            f"{path} holds something else than the embedding of one prompt; fetch it again."
+        )
+    prompt = tensors[0] if tensors[0].ndim == 3 else tensors[0][None]
+    if not bool(torch.isfinite(prompt).all()):
+        raise CheckpointError(f"{path} holds NaN, which would make every frame black; fetch it again.")
+    return prompt
+
+
+def build(shapes: Mapping[str, Shapes], version: str, head: int = HEAD) -> dict[str, nn.Module]:
+    """The networks that the published names and shapes describe, without weights, on the meta device.
+
+    Raises `KeyError`, `IndexError` or `ValueError` where they make no sense.
+    """
+    from accelerate import init_empty_weights
+
+    with torch.inference_mode(False), init_empty_weights(include_buffers=False):
+        return {name: _BUILD[name](of, version, head) for name, of in shapes.items()}
+
+
+def _transformer(shapes: Shapes, version: str, head: int) -> nn.Module:
+    from diffusers import WanTransformer3DModel
+
+    width, channels, *patch = shapes["patch_embedding.weight"]
+    layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
+    network = WanTransformer3DModel(
+        patch_size=tuple(patch),
+        num_attention_heads=width // head,
+        attention_head_dim=head,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=shapes["text_embedding.0.weight"][1],
+        freq_dim=shapes["time_embedding.0.weight"][1],
+        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
+        num_layers=len(layers),
+    )
+    del network.rope  # positions have no end here
+    return prepare(network)
+
+
+def _projection(shapes: Shapes, version: str, head: int) -> nn.Module:
+    first, second, width = (shapes[f"{name}.weight"][0] for name in ("conv1", "conv2", "linear_layers.0"))
+    return Projection(first, second, width, version)
+
+
+def _tiny(shapes: Shapes, version: str, head: int) -> nn.Module:
+    return TinyDecoder([shapes[f"decoder.{index}.weight"][0] for index in (1, 10, 16, 22)])
+
+
+def _full(shapes: Shapes, version: str, head: int) -> nn.Module:
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(base_dim=shapes["encoder.conv1.weight"][0])
+
+
+_BUILD = {TRANSFORMER: _transformer, PROJECTION: _projection, TINY: _tiny, FULL: _full}
+
+
+def converted(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a file holds under published names, under those of the network that takes it."""
+    if name == TRANSFORMER:
+        from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+        return convert_wan_transformer_to_diffusers(dict(values))
+    if name == FULL:
+        from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+        return convert_wan_vae_to_diffusers(dict(values))
+    return dict(values)
+
+
+def _read(folder: Path, version: str) -> dict[str, _Part]:
+    """All networks of a folder, empty, their names and shapes compared with the files."""
+    paths = {name: _required(folder, name) for name in (TRANSFORMER, PROMPT)}
+    merged = any(name.startswith(MERGED) for name in read_shapes(paths[TRANSFORMER]))
+    paths[PROJECTION] = paths[TRANSFORMER] if merged else _required(folder, PROJECTION)
+    decoders = {name: path for name in (TINY, FULL) if (path := find(folder, name))}
+    paths |= decoders or {TINY: _required(folder, TINY)}
+    read_prompt(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    parts = {}
+    for name in (TRANSFORMER, PROJECTION, *decoders):
+        path, own = paths[name], _own(name)
+        shapes = own(read_shapes(path))
+        try:
+            width = shapes["patch_embedding.weight"][0] if name == TRANSFORMER else HEAD
+            heads = config.get("num_heads") or width // HEAD
+            network = build({name: shapes}, version, width // heads)[name]
+        except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise CheckpointError(f"{path} is not FlashVSR's {name} ({error!r}); fetch it again.") from error
+        _compare(path, name, shapes, network)
+        parts[name] = _Part(network, path, lambda values, name=name, own=own: converted(name, own(values)))
+    return parts
+
+
+def _own(name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """Those of a file's entries that are a network's; a copy keeps two networks in one file."""
+
+    def own(values: Mapping[str, Any]) -> dict[str, Any]:
+        if name == TRANSFORMER:
+            return {key: value for key, value in values.items() if not key.startswith(MERGED)}
+        merged = {key[len(MERGED) :]: value for key, value in values.items() if key.startswith(MERGED)}
+        return merged if name == PROJECTION and merged else dict(values)
+
+    return own
+
+
+def _compare(path: Path, name: str, shapes: Shapes, network: nn.Module) -> None:
+    """Names and shapes, strictly; the error names the first that differs."""
+    got = {
+        key: tuple(value.shape)
+        for key, value in converted(
+            name, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+        ).items()
+    }
+    needed = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    wrong = [f"lacks {key!r}" for key in needed if key not in got]
+    wrong += [f"holds {key!r}, which this network has not" for key in got if key not in needed]
+    wrong += [
+        f"has {key!r} of shape {got[key]} where {needed[key]} is needed"
+        for key in needed
+        if key in got and got[key] != needed[key]
+    ]
+    if wrong:
+        raise CheckpointError(
+            f"{path} {wrong[0]}: it is damaged or belongs to another model; fetch it again."
+        )
+
+
+def _fill(part: _Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    values = part.rename(read_weights(part.path))
+    part.network.load_state_dict({key: value.to(device, dtype) for key, value in values.items()}, assign=True)
+    if hasattr(part.network, "encoder"):  # Wan's autoencoder only decodes here
+        part.network.encoder = part.network.quant_conv = nn.Identity()
+    return part.network.to(device).eval().requires_grad_(False)
+
+
+def _required(folder: Path, part: str) -> Path:
+    path = find(folder, part)
+    if path is None:
+        names = " or ".join(FILES[part][:2])
+        where = (
+            "It is part of FlashVSR's code repository (examples/WanVSR/prompt_tensor)."
+            if part == PROMPT
+            else "It is published with FlashVSR's weights."
+        )
+        raise ModelNotFoundError(
+            f"FlashVSR's {part}", folder / FILES[part][0], f"{where} Known names: {names}."
+        )
+    return path

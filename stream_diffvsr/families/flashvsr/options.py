@@ -1,0 +1,45 @@
+"""What a user can set for FlashVSR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...options import check_options, option
+
+DECODERS = ("tiny", "full")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlashVSROptions:
+    """Settings of one sequence, checked once; the defaults are the published ones."""
+
+    scale: float = option(4.0, "How many times larger the result is on each side.", low=1, high=4, step=0.5)
+    seed: int = option(0, "Number that the noise is drawn from.", low=0, high=2**64 - 1)
+    decoder: str = option(
+        "tiny", "tiny is fast and sees the low-quality frames; full is Wan's own decoder.", choices=DECODERS
+    )
+    colour_fix: str = option(
+        "adain",
+        "adain gives each frame the mean and contrast per channel of its low-quality frame.",
+        choices=("adain", "none"),
+    )
+    sparse_ratio: float = option(
+        2.0, "How much each window attends to; 1.5 is faster, 2 steadier.", low=0.01, high=10, step=0.1,
+        expert=True,
+    )  # fmt: skip
+    kv_ratio: int = option(
+        3, "How many earlier pairs of latents are attended to and kept in memory.", low=1, high=8, expert=True
+    )
+    local_range: int = option(
+        11, "Side, in windows of 128 pixels, of the area that a window may attend to; 9 is sharper.",
+        low=1, high=99, expert=True,
+    )  # fmt: skip
+    memory_plan: str = option(
+        "auto",
+        "offload keeps the transformer in system memory between uses; auto does so when memory runs out.",
+        choices=("auto", "whole", "offload"),
+        expert=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
