@@ -1,11 +1,21 @@
-"""How much memory is free, and how its end announces itself."""
+"""How much memory is free, how much tensors take, and how its end announces itself."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+Network = TypeVar("Network", bound=nn.Module)
 
 MESSAGES = (
     "out of memory",  # CUDA and MPS, whatever class the error has
@@ -62,3 +72,60 @@ def _cgroup_free() -> list[int]:
             continue
         return [max(numbers[0] - numbers[1], 0)]
     return []
+
+
+class LiveTensors(TorchDispatchMode):
+    """Counts the bytes of all tensors that exist at once, but for those known before.
+
+    `peak` is the most so far. What libraries hold for themselves is not seen.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._now = self.peak = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, Tensor):
+                storage = value.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._seen:
+                    self._seen.add(key)
+                    self._now += size
+                    self.peak = max(self.peak, self._now)
+                    weakref.finalize(storage, self._forget, key, size)
+        return out
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self._now -= size
+
+
+def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
+    """The most bytes that a call's tensors take at once, without its inputs and weights (`known`).
+
+    On torch's meta device nothing is computed, so that networks of any size take about a second.
+    """
+    with torch.no_grad(), torch.device("meta"), LiveTensors(known) as live:
+        result = call()
+    del result
+    return live.peak
+
+
+def on_meta(network: Network) -> Network:
+    """A copy of a network on the meta device: its shapes and its code, none of its numbers."""
+    tensors = chain(network.parameters(), network.buffers())
+    memo: dict[int, Any] = {}
+    with torch.inference_mode(False), torch.no_grad():
+        for tensor in tensors:
+            empty = torch.empty_like(tensor, device="meta")
+            memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+        return copy.deepcopy(network, memo)

@@ -66,7 +66,7 @@ def check_options(options: Any) -> None:
             raise IncompatibleInputError(f"{name} as {problem}", repr(getattr(options, name)))
 
 
-def _problem(value: Any, rule: Rule) -> str | None:
+def _problem(value: object, rule: Rule) -> str | None:
     """What a value should have been; None where it is right."""
     if value is None and rule.optional:
         return None
@@ -76,10 +76,15 @@ def _problem(value: Any, rule: Rule) -> str | None:
         return None if fits else f"one of {', '.join(map(repr, rule.choices))}"
     if rule.kind in (bool, str):
         return None if isinstance(value, rule.kind) else {bool: "True or False", str: "text"}[rule.kind]
-    number = isinstance(value, (int, float) if rule.kind is float else int) and not isinstance(value, bool)
     low = -math.inf if rule.low is None else rule.low
     high = math.inf if rule.high is None else rule.high
-    if number and math.isfinite(value) and low <= value <= high:
+    kinds = (int, float) if rule.kind is float else int
+    if (
+        isinstance(value, kinds)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and low <= value <= high
+    ):
         return None
     limits = {
         (False, False): "",

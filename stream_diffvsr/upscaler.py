@@ -199,8 +199,10 @@ class Session(Protocol):
 class Placement(Protocol):
     """Decides where a network runs; asked before each stage."""
 
-    fixed: bool
-    """Whether weights stay where they are."""
+    @property
+    def fixed(self) -> bool:
+        """Whether weights stay where they are."""
+        ...
 
     def acquire(self, stage: str, activation_bytes: int) -> torch.device:
         """Bring the network of `stage` to a device with room for its activations; return the device."""
