@@ -32,8 +32,6 @@ ROWS = {
     "control_every 4": {"control_every": 4},
     "flow_scale 0.5": {"flow_scale": 0.5},
     "flow_scale 0.25": {"flow_scale": 0.25},
-    "flow_every 2": {"flow_every": 2},
-    "flow_every 4": {"flow_every": 4},
     "3 steps": {"num_inference_steps": 3},
     "2 steps": {"num_inference_steps": 2},
     "1 step": {"num_inference_steps": 1},

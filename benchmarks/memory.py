@@ -81,7 +81,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     from stream_diffvsr import UpscaleOptions
     from stream_diffvsr.bench.networks import open_model
-    from stream_diffvsr.families.diffvsr.estimate import estimate
     from stream_diffvsr.families.diffvsr.plan import Plan
 
     width, height = (int(side) for side in args.sizes[0].split("x"))
@@ -97,7 +96,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         state = pipe.process_frame(picture[..., 2:].contiguous(), state, options).state
         seconds = time.perf_counter() - begin
     plan = Plan.from_json(state.metadata["plan"])
-    predicted = estimate(pipe._widths, (height, width), options, pipe.dtype, plan)
+    predicted = pipe.needs((height, width), options, plan)
     return {
         **found,
         "seconds": seconds,

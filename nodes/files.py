@@ -8,7 +8,7 @@ import time
 from pathlib import Path, PurePath
 
 from ..stream_diffvsr.errors import IncompatibleInputError
-from ..stream_diffvsr.families.diffvsr.state import FORMAT
+from ..stream_diffvsr.upscaler import FORMATS
 from . import host
 
 ANY_OUTPUT = "STREAM_DIFFVSR_ALLOW_ANY_OUTPUT"
@@ -91,7 +91,8 @@ def is_state(file: Path) -> bool:
     """Whether a safetensors file says in its header that it is a saved state."""
     try:
         with file.open("rb") as stream:
-            return FORMAT.encode() in stream.read(HEADER)
+            head = stream.read(HEADER)
+            return any(form.encode() in head for form in FORMATS)
     except OSError:
         return False
 

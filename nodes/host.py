@@ -104,6 +104,8 @@ def intermediate_device() -> torch.device:
 class ManagedPlacement:
     """Networks that ComfyUI loads before a stage runs, and may unload between two."""
 
+    fixed = False
+
     def __init__(self, patchers: Mapping[str, Any]) -> None:
         self._patchers = dict(patchers)
 
@@ -140,10 +142,8 @@ def make_room(pipe: StreamDiffVSRPipeline, size: tuple[int, int], options: Upsca
 
     `size` is the height and width of a frame before upscaling.
     """
-    from ..stream_diffvsr.families.diffvsr.plan import Plan
-
     if options.memory_plan == "auto":
-        pipe.placement.acquire("unet", pipe.planner.need(size, options, Plan()))
+        pipe.placement.acquire("unet", pipe.bytes_needed(size, options))
 
 
 def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:

@@ -19,12 +19,10 @@ if TYPE_CHECKING:
         VideoError,
         VRAMError,
     )
-    from .families.diffvsr.estimate import estimate_memory
-    from .families.diffvsr.frame import FrameResult
-    from .families.diffvsr.method import StreamDiffVSRPipeline
     from .families.diffvsr.options import UpscaleOptions
+    from .families.diffvsr.pipeline import FrameResult, StreamDiffVSRPipeline
     from .families.diffvsr.state import StreamDiffVSRState
-    from .load import load_pipeline
+    from .load import estimate_memory, load_pipeline
     from .tensors import from_pixels, to_pixels
     from .weights.find import find_checkpoints
 
@@ -49,11 +47,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FrameResult": "families.diffvsr.frame",
-    "StreamDiffVSRPipeline": "families.diffvsr.method",
+    "FrameResult": "families.diffvsr.pipeline",
+    "StreamDiffVSRPipeline": "families.diffvsr.pipeline",
     "StreamDiffVSRState": "families.diffvsr.state",
     "UpscaleOptions": "families.diffvsr.options",
-    "estimate_memory": "families.diffvsr.estimate",
+    "estimate_memory": "load",
     "find_checkpoints": "weights.find",
     "from_pixels": "tensors",
     "load_pipeline": "load",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -49,20 +50,32 @@ def _fast_half(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
+_repeatable = threading.Lock()
+_nested, _before = 0, (False, False)
+
+
 @contextmanager
 def repeatable() -> Iterator[None]:
     """Have cuDNN compute the same numbers every time while the context lasts.
 
     Some of its algorithms do not, and which is fastest may be another one in another process. TF32 stays as
     the process has it: by torch's default, convolutions of float32 use it on CUDA and matrix products do not.
+    Contexts of several threads may overlap: the process's own settings return when the last one ends.
     """
+    global _nested, _before
     cudnn = torch.backends.cudnn
-    before = cudnn.deterministic, cudnn.benchmark
-    cudnn.deterministic, cudnn.benchmark = True, False
+    with _repeatable:
+        if _nested == 0:
+            _before = cudnn.deterministic, cudnn.benchmark
+            cudnn.deterministic, cudnn.benchmark = True, False
+        _nested += 1
     try:
         yield
     finally:
-        cudnn.deterministic, cudnn.benchmark = before
+        with _repeatable:
+            _nested -= 1
+            if _nested == 0:
+                cudnn.deterministic, cudnn.benchmark = _before
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,13 +15,17 @@ from .families.diffvsr.check import (
     check_networks,
     check_text,
     default_flow,
-    has_centred_flow,
     remembered_shapes,
+    traits,
 )
 from .families.diffvsr.control import Control
-from .families.diffvsr.method import StreamDiffVSRPipeline
-from .families.diffvsr.parts import SCHEDULER_CONFIG, Part
+from .families.diffvsr.counted import Needs
+from .families.diffvsr.options import UpscaleOptions
+from .families.diffvsr.parts import NETWORKS, SCHEDULER_CONFIG, Part, open_part
+from .families.diffvsr.pipeline import StreamDiffVSRPipeline
+from .families.diffvsr.plan import requested_plan
 from .families.diffvsr.prompt import PromptEmbeddings
+from .families.diffvsr.released import CONFIGS, untrained_flow, without_weights
 from .files import fingerprint, read_json
 from .flow import open_flow
 from .flow.open import open_flow_network
@@ -77,7 +81,7 @@ def load_pipeline(
         device=chosen_device,
         dtype=chosen_dtype,
         model=fingerprint(file for part in parts for file in part.files),
-        centred_flow=has_centred_flow(folder),
+        traits=traits(folder),
     )
     pipe.quantize(quantize)
     return pipe
@@ -89,3 +93,28 @@ class _Networks(dict[str, torch.nn.Module]):
     def shapes(self, part: Part) -> Shapes:
         self[part.name] = build(part)
         return shapes_of(self[part.name])
+
+
+def estimate_memory(
+    height: int,
+    width: int,
+    options: UpscaleOptions | None = None,
+    dtype: torch.dtype = torch.float16,
+    model: str | Path = "v1",
+) -> dict[str, int]:
+    """Bytes by stage for an LQ frame of `height` x `width`, counted without reading any weights.
+
+    Keys: 'weights', 'frames', the activations of 'flow', 'controlnet', 'unet' and 'vae', and 'peak', which is
+    what all of it takes at the worst moment. With `memory_plan` 'auto' it is the need with nothing split.
+    `model`: 'v1', 'nano' or a checkpoint folder.
+    """
+    options = options or UpscaleOptions()
+    configs, flow = CONFIGS, "raft_large"
+    if model != "v1":
+        folder = resolve(model, [])
+        assert folder is not None  # only 'v1' may be absent
+        configs = {name: open_part(folder, name).config for name in NETWORKS}
+        configs["scheduler"], flow = read_json(folder / SCHEDULER_CONFIG), default_flow(folder)
+    estimator = open_flow(flow, untrained_flow)
+    needs = Needs(without_weights(configs, estimator, dtype), configs["scheduler"], dtype)
+    return needs((height, width), options, requested_plan(options, estimator.methods))

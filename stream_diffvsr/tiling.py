@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .copies import upload
-
 
 @dataclass(frozen=True)
 class Band:
@@ -64,7 +62,7 @@ class Tile:
         if self.weight.shape == whole.shape[-2:]:
             whole.add_(part)  # the only one: nothing is weighted, and nothing copied to the device
         else:
-            self.cut(whole).add_(part * upload(self.weight, part.device))
+            self.cut(whole).add_(part * self.weight.to(part.device))
 
 
 def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -> list[Tile]:

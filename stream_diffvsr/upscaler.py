@@ -14,12 +14,15 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CheckpointError, IncompatibleInputError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 OnStep = Callable[[str, int, int], None]
 """Called as (stage, parts done, parts in all) between the parts of a frame; may raise to cancel."""
@@ -76,23 +79,22 @@ class Provenance:
         pairs += [(key, value, now.details[key]) for key, value in self.details.items() if key in now.details]
         return ", ".join(f"{name}: {old} -> {new}" for name, old, new in pairs if old not in ("", new))
 
-    def to_json(self) -> str:
-        """One line of JSON, keys sorted."""
-        return json.dumps(
-            vars(self) | {"options": dict(self.options), "details": dict(self.details)}, sort_keys=True
-        )
+    def to_texts(self) -> dict[str, str]:
+        """As texts by name, for a file's metadata."""
+        facts = {"model": self.model, "dtype": self.number_format, "runtime": self.runtime}
+        options = {"options": json.dumps(dict(self.options), sort_keys=True)} if self.options else {}
+        return {**self.details, **options, **{name: text for name, text in facts.items() if text}}
 
     @classmethod
-    def from_json(cls, text: str) -> Provenance:
-        """Read what `to_json` wrote; raises `ValueError`."""
-        values = json.loads(text)
-        if not isinstance(values, dict) or not values.keys() <= cls.__dataclass_fields__.keys():
-            raise ValueError("no such provenance")
-        texts = [values.get(key, "") for key in ("model", "number_format", "runtime")]
-        maps = [values.get(key, {}) for key in ("options", "details")]
-        if not all(isinstance(each, str) for each in (*texts, *dict(maps[1]).values())):
-            raise ValueError("no such provenance")
-        return cls(*texts, *(dict(each) for each in maps))
+    def from_texts(cls, texts: Mapping[str, str]) -> Provenance:
+        """Read what `to_texts` wrote; raises `ValueError`."""
+        options = json.loads(texts.get("options", "{}"))
+        if not isinstance(options, dict):
+            raise ValueError("options that are no JSON object")
+        model, number_format, runtime = (texts.get(name, "") for name in ("model", "dtype", "runtime"))
+        known = ("options", "model", "dtype", "runtime")
+        details = {name: text for name, text in texts.items() if name not in known}
+        return cls(model, number_format, runtime, options, details)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +125,7 @@ class State:
         """Bytes of its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def to(self, device: torch.device | str) -> State:
+    def to(self, device: torch.device | str) -> Self:
         """The same state with its tensors on `device`."""
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
@@ -132,15 +134,11 @@ class State:
         from .files import save_tensors
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
-        facts = {
-            "family": self.family,
-            "frame_index": str(self.index),
-            "provenance": self.provenance.to_json(),
-        }
-        save_tensors(Path(path), tensors, {"format": FORMAT, **facts})
+        facts = {"format": FORMATS[0], "family": self.family, "frame_index": str(self.index)}
+        save_tensors(Path(path), tensors, {**self.provenance.to_texts(), **facts})
 
     @classmethod
-    def load(cls, path: str | Path) -> State:
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote, onto the CPU, into memory of its own.
 
         Raises `ModelNotFoundError` for a missing file and `CheckpointError` for any other that is no state.
@@ -150,21 +148,23 @@ class State:
         path = Path(path)
         if not path.is_file():
             raise ModelNotFoundError("saved state", path, "Check the path.")
-        tensors, facts = read_tensors(path)
-        index = facts.get("frame_index", "")
-        if facts.get("format") != FORMAT or not (index.isdecimal() and len(index) < 19):
+        tensors, texts = read_tensors(path)
+        kind, index = texts.pop("format", ""), texts.pop("frame_index", "")
+        if kind not in FORMATS or not (index.isdecimal() and len(index) < 19):
             raise CheckpointError(f"{path} is not a saved state: save one with state.save().")
-        try:
-            provenance = Provenance.from_json(facts.get("provenance", ""))
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} contains an invalid state: unreadable provenance.") from error
+        family = texts.pop("family", "diffvsr" if tensors else "")
         # Cloned, since a mapped file could not be replaced by a newer state while this one is held.
         own = {name: tensor.clone() for name, tensor in tensors.items()}
-        return State(facts.get("family", ""), int(index), own, provenance)
+        if kind == FORMATS[1]:
+            own.pop("flow", None)
+        try:
+            return cls(family=family, index=int(index), tensors=own, provenance=Provenance.from_texts(texts))
+        except ValueError as error:
+            raise CheckpointError(f"{path} contains an invalid state: {error}.") from error
 
 
-FORMAT = "stream-diffvsr-state-2"
-"""In a saved state's metadata."""
+FORMATS = ("stream-diffvsr-state-2", "stream-diffvsr-state-1")
+"""In a saved state's metadata; the second is older and may hold a `flow`, which is ignored."""
 
 
 @dataclass(frozen=True, eq=False)

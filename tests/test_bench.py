@@ -54,7 +54,7 @@ def test_the_plain_path_takes_no_approximation(guided):
     other, seen = plain(guided), []
     original = other.process_frame
     other.process_frame = lambda lq, state, options: seen.append(options) or original(lq, state, options)
-    options = UpscaleOptions(num_inference_steps=2, control_every=2, flow_every=2)
+    options = UpscaleOptions(num_inference_steps=2, control_every=2)
     measure(guided, 12, 16, 1, options, other)
     assert set(seen) == {UpscaleOptions(num_inference_steps=2)}
 

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, estimate_memory, load_pipeline
 from stream_diffvsr.errors import CheckpointError, ModelNotFoundError
-from stream_diffvsr.families.diffvsr.estimate import FLOW_PARAMETERS
 from stream_diffvsr.flow import BundledFlow, open_flow
 from stream_diffvsr.flow.bundled import (
     FlowNetwork,
@@ -216,7 +215,7 @@ def test_pull_is_exact():
 
 def test_it_is_small():
     assert BUNDLED.stat().st_size < 500_000
-    assert sum(p.numel() for p in open_bundled().parameters()) == FLOW_PARAMETERS["bundled"]
+    assert sum(p.numel() for p in open_bundled().parameters()) == 100_951
 
 
 def test_its_memory_is_counted(checkpoint: Path, tmp_path: Path):
@@ -226,7 +225,7 @@ def test_its_memory_is_counted(checkpoint: Path, tmp_path: Path):
         (folder / "model_index.json").write_text(json.dumps({"flow": name}), encoding="utf-8")
         needs[name] = estimate_memory(64, 64, UpscaleOptions(), torch.float32, folder)
     assert needs["bundled"]["flow"] > needs["none"]["flow"] == 0
-    assert needs["bundled"]["weights"] - needs["dis"]["weights"] == 4 * FLOW_PARAMETERS["bundled"]
+    assert needs["bundled"]["weights"] - needs["dis"]["weights"] == 4 * 100_951
 
 
 def test_splitting_a_run_changes_nothing(checkpoint: Path):

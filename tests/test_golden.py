@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, from_pixels, load_pipeline
-from stream_diffvsr.families.diffvsr.choose import record
 from stream_diffvsr.families.diffvsr.denoise import Schedule, noise
-from stream_diffvsr.families.diffvsr.plan import BAND_ROWS, Plan
+from stream_diffvsr.families.diffvsr.plan import BAND_ROWS, Plan, plan_details
 from stream_diffvsr.families.diffvsr.prompt import encode, token_ids
 from stream_diffvsr.families.diffvsr.vae import POOL
 from stream_diffvsr.flow import RaftFlow
@@ -46,7 +45,7 @@ def upscale(
     """All frames of a recorded case with its noise and, unless the pipe estimates it, its flow."""
     lq, state, results = lq_of(case), None, []
     if plan is not None:
-        state = StreamDiffVSRState(metadata=record(plan, lq.shape[-2:]))
+        state = StreamDiffVSRState(metadata=plan_details(plan, lq.shape[-2:]))
     for index in range(frames):
         flow = flows[index - 1 : index] if flows is not None and index else None
         latents = case["init_latents"][index : index + 1]
@@ -156,7 +155,7 @@ def test_temporal_block_unit(pipe, units):
 
 
 def test_scheduler_unit(pipe, units):
-    schedule = Schedule.prepare(pipe.scheduler_config, UpscaleOptions(), torch.device("cpu"))
+    schedule = Schedule.prepare(pipe.scheduler_config, 4, None, torch.device("cpu"))
     torch.testing.assert_close(
         schedule.scheduler.alphas_cumprod, units["ddim.alphas_cumprod"], atol=1e-7, rtol=0
     )
@@ -183,4 +182,4 @@ def test_control_embedding(pipe, golden: Path):
 
 def test_seeded_noise_is_the_generators(golden: Path):
     case = load_file(golden / "case_A.safetensors")
-    assert torch.equal(noise(100, 0, *case["init_latents"].shape[-2:]), case["init_latents"][:1])
+    assert torch.equal(noise(100, 0, *case["init_latents"].shape[-3:]), case["init_latents"][:1])

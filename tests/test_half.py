@@ -77,7 +77,7 @@ def test_overflow_is_redone_in_float32_and_said_once(overflowing, checkpoint, ca
     with caplog.at_level(logging.WARNING):
         hq, state = half(frames, FAST)
     assert torch.isfinite(hq).all()
-    assert sum("repeated in float32" in record.message for record in caplog.records) == 1
+    assert sum("recomputed in float32" in record.message for record in caplog.records) == 1
     assert state.metadata["float32_since"] == "0" and state.metadata["dtype"] == "float16"
     # The same computation with the rounded weights in float32 throughout.
     upcast = load_pipeline(overflowing, device="cpu", dtype="float32", flow=shift_flow)

@@ -14,10 +14,11 @@ from samples import moving, shift_flow
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VRAMError, load_pipeline
+from stream_diffvsr.families.diffvsr import attempts, method
 from stream_diffvsr.families.diffvsr.plan import Plan
 from stream_diffvsr.flow.estimators import TileableFlow
 from stream_diffvsr.memory import is_out_of_memory
-from stream_diffvsr.placement import FixedPlacement
+from stream_diffvsr.upscaler import FixedPlacement
 
 AUTO = UpscaleOptions(num_inference_steps=2, seed=3)
 HEIGHT, WIDTH = 12, 72
@@ -44,7 +45,7 @@ class Leaky(FixedPlacement):
     """Memory that runs out when given stages begin, so many times."""
 
     def __init__(self, stages, times):
-        super().__init__(torch.device("cpu"))
+        super().__init__(torch.device("cpu"), fixed=False)
         object.__setattr__(self, "stages", stages)
         object.__setattr__(self, "left", times)
 
@@ -143,11 +144,11 @@ class Operations(TorchDispatchMode):
 def inside(engine, mode: Operations):
     """The stages of a frame run within `mode`; what is before and after them does not."""
 
-    def upscale(frame):
+    def upscale(*arguments):
         with mode:
-            return type(engine)._upscale(engine, frame)
+            return method.upscale(*arguments)
 
-    return patch.object(engine, "_upscale", upscale)
+    return patch.object(attempts, "upscale", upscale)
 
 
 @settings(max_examples=10)
@@ -185,14 +186,14 @@ class BesideStages(Operations):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
     def process(self, engine, lq, state):
-        def upscale(frame):
+        def upscale(*arguments):
             self.inside = True
             try:
-                return type(engine)._upscale(engine, frame)
+                return method.upscale(*arguments)
             finally:
                 self.inside = False
 
-        with patch.object(engine, "_upscale", upscale), self:
+        with patch.object(attempts, "upscale", upscale), self:
             return engine.process_frame(lq, state, AUTO)
 
 
@@ -203,7 +204,7 @@ def test_memory_that_runs_out_beside_the_stages_is_a_vram_error(engine, clip, se
     assert torch.equal(counted.process(engine, clip[1:2], state).hq, results[LEVELS[0]])
     assert counted.count > 5
     for number in (1, 3, counted.count // 2, counted.count - 1, counted.count):
-        with pytest.raises(VRAMError, match=r"beside the networks.*smaller frames") as caught:
+        with pytest.raises(VRAMError, match=r"outside the networks.*smaller frames") as caught:
             BesideStages({number}).process(engine, clip[1:2], state)
         assert caught.value.required_mb > 0 and caught.value.__context__ is None
     assert torch.equal(engine.process_frame(clip[1:2], state, AUTO).hq, results[LEVELS[0]])

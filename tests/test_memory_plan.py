@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from functools import lru_cache
 
 import pytest
 import torch
@@ -21,10 +22,9 @@ from stream_diffvsr import (
     to_pixels,
 )
 from stream_diffvsr.families.diffvsr import bands as banded
-from stream_diffvsr.families.diffvsr import choose as choosing
-from stream_diffvsr.families.diffvsr.choose import Planner
-from stream_diffvsr.families.diffvsr.estimate import RELEASED
-from stream_diffvsr.families.diffvsr.plan import Plan
+from stream_diffvsr.families.diffvsr import plan as choosing
+from stream_diffvsr.families.diffvsr.plan import Plan, Planner
+from stream_diffvsr.families.diffvsr.released import released_planner
 from stream_diffvsr.families.diffvsr.vae import TemporalAutoencoderTiny
 from stream_diffvsr.jobs import report as reporting
 from stream_diffvsr.jobs.report import report, report_time
@@ -52,7 +52,7 @@ def test_bands_give_the_whole_frames_numbers(depths, height, width, rows):
         for given_features in (features, None):
             whole = vae.decode(latents, given_features)
             torch.testing.assert_close(
-                banded.decode(vae, latents, given_features, rows), whole, atol=1e-5, rtol=0
+                banded.decode(vae, latents, given_features, None, rows), whole, atol=1e-5, rtol=0
             )
 
 
@@ -79,26 +79,41 @@ def test_order_of_plans():
     ]
 
 
-@given(st.sampled_from(RAFT_METHODS), st.none() | st.integers(4, 500), st.none() | st.integers(130, 2000))
+@given(
+    st.sampled_from(RAFT_METHODS),
+    st.none() | st.integers(1, 125).map(lambda n: 4 * n),
+    st.none() | st.integers(130, 2000),
+)
 def test_plans_survive_their_record(flow, rows, tile):
     plan = Plan(flow, rows, tile)
     assert Plan.from_json(plan.to_json()) == plan
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}x", '{"flow": "no"}', '{"rows": "8"}', '{"tile": 64, "overlap": 40}']
+    "text",
+    [
+        "",
+        "[]",
+        "{}x",
+        '{"flow": "no"}',
+        '{"rows": "8"}',
+        '{"rows": 5}',
+        '{"tile": 1, "overlap": 0}',
+        '{"tile": 64, "overlap": 40}',
+    ],
 )
 def test_a_damaged_record_is_refused(text):
     with pytest.raises(IncompatibleInputError):
         Plan.from_json(text)
 
 
+@lru_cache
 def planner(device: str = "cpu") -> Planner:
-    return Planner(RELEASED, RAFT_METHODS, torch.float16, torch.device(device))
+    return released_planner("auto", torch.float16, torch.device(device))
 
 
 def need(size, plan) -> int:
-    return planner().need(size, AUTO, plan)
+    return planner().bytes_needed(size, AUTO, plan)
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -138,7 +153,7 @@ def test_an_accelerator_never_begins_with_tiles(monkeypatch):
 
 def test_a_recorded_plan_holds_for_its_size_only(monkeypatch):
     monkeypatch.setattr(choosing, "free_memory", lambda device: 2**60)
-    recorded = choosing.record(Plan("linear", 128), (90, 160))
+    recorded = choosing.plan_details(Plan("linear", 128), (90, 160))
     assert planner().plan((90, 160), recorded, AUTO) == Plan("linear", 128)
     assert planner().plan((90, 161), recorded, AUTO) == Plan()
     assert planner().plan((90, 160), recorded, UpscaleOptions(memory_plan="whole")) == Plan()
@@ -157,7 +172,7 @@ def test_estimates_have_each_stage_and_their_sum(dtype):
 def test_estimates_read_a_checkpoint(checkpoint):
     small, large = (estimate_memory(size, size, AUTO, torch.float32, checkpoint) for size in (32, 64))
     assert small["weights"] == large["weights"] < 2**25
-    assert large["unet"] == pytest.approx(4 * small["unet"], rel=1e-3)
+    assert large["unet"] == pytest.approx(4 * small["unet"], rel=2e-2)
 
 
 def test_report_has_plan_memory_disk_and_time(pipe, tmp_path):
@@ -177,7 +192,7 @@ def test_plans_of_the_released_networks_are_told_without_them(output, tmp_path, 
         monkeypatch.setattr(module, "free_memory", lambda device: 24 * 2**30)
     size = output[0] // 4, output[1] // 4
     for dtype in (torch.float16, torch.float32):
-        planner = choosing.released_planner("auto", dtype, torch.device("cpu"))
+        planner = released_planner("auto", dtype, torch.device("cpu"))
         plan = planner.plan(size, {}, AUTO)
         lines = list(report(planner, plan, size, AUTO, frames=None, folder=tmp_path))
         said = float(lines[2].removeprefix("memory: about ").partition(" ")[0])

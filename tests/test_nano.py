@@ -111,7 +111,7 @@ def test_centred_flow_undoes_the_shift_of_the_warp(height, width, seed):
 
 def test_only_estimates_are_centred(nano, lq):
     """Flow that is handed in means what the reference's warp makes of it, whatever the checkpoint."""
-    assert nano.centred_flow
+    assert nano.traits.centred_flow
     first = nano.process_frame(from_pixels(lq[:1]))
     # nano's guidance shows in the picture, so that two kinds of flow can be told apart.
     flow = torch.full((1, 2, *first.hq.shape[-2:]), 1.5)
@@ -126,7 +126,7 @@ def test_only_estimates_are_centred(nano, lq):
 
 
 def test_other_checkpoints_keep_the_reference_s_warp(pipe):
-    assert not pipe.centred_flow
+    assert not pipe.traits.centred_flow
 
 
 @pytest.mark.long

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from samples import moving, shift_flow
+from samples import moving
 
 from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
 from stream_diffvsr.families.diffvsr.options import PRESETS, with_preset
@@ -44,38 +43,6 @@ def test_tiles_keep_nothing(guided):
     clip = moving(2, 24, 24)
     kept, _ = guided(clip, UpscaleOptions(control_every=4, **tiled))
     assert torch.equal(kept, guided(clip, UpscaleOptions(**tiled))[0])
-
-
-@pytest.mark.parametrize(("every", "estimated"), [(1, 6), (2, 3), (3, 2), (9, 1)])
-def test_flow_every(checkpoint, every, estimated, tmp_path):
-    """Frames between take the last flow again; split anywhere, saved and loaded, they are the same."""
-    calls = []
-    pipe = load_pipeline(checkpoint, device="cpu", flow=lambda *both: calls.append(1) or shift_flow(*both))
-    clip, options = moving(7), UpscaleOptions(num_inference_steps=1, flow_every=every)
-    whole, end = pipe(clip, options)
-    assert len(calls) == estimated
-    for cut in range(1, 7):
-        first, state = pipe(clip[:cut], options)
-        assert every > 1 or state.flow is None
-        state.save(tmp_path / "state.safetensors")
-        second, last = pipe(clip[cut:], options, type(state).load(tmp_path / "state.safetensors"))
-        assert torch.equal(torch.cat([first, second]), whole)
-        assert (last.flow is None) == (end.flow is None)
-
-
-def test_what_a_frame_takes_for_its_flow(guided):
-    """The one before's where it is kept; that of the caller wins, and so does leaving the option."""
-    clip, options = moving(3), UpscaleOptions(num_inference_steps=1, flow_every=2)
-    _, state = guided(clip[:2], options)
-    again = guided.process_frame(clip[2:], state, options)
-    given = guided.process_frame(clip[2:], state, options, flow=state.flow)
-    assert torch.equal(again.hq, given.hq) and again.state.flow is None
-    exact, without = UpscaleOptions(num_inference_steps=1), replace(state, flow=None)
-    left = guided.process_frame(clip[2:], state, exact).hq
-    assert torch.equal(left, guided.process_frame(clip[2:], without, exact).hq)
-    assert not torch.equal(left, again.hq)
-    other = guided.process_frame(clip[2:], state, options, flow=torch.ones(1, 2, 48, 64)).hq
-    assert not torch.equal(other, again.hq)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

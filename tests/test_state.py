@@ -21,6 +21,7 @@ from stream_diffvsr import (
 )
 from stream_diffvsr.jobs.prepare import state_key
 from stream_diffvsr.tensors import upsample
+from stream_diffvsr.upscaler import Provenance, State
 
 
 @pytest.fixture
@@ -41,15 +42,44 @@ def test_saved_and_loaded(state, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == [path.name], "no temporary file stays"
 
 
-def test_flow_is_saved_too(state, tmp_path):
-    flow = torch.randn(1, 2, 32, 44)
-    replace(state, flow=flow).save(tmp_path / "s")
-    assert torch.equal(StreamDiffVSRState.load(tmp_path / "s").to("cpu").flow, flow)
-    for wrong in (torch.zeros(1, 2, 8, 11), flow / 0):
-        with pytest.raises(IncompatibleInputError, match="flow"):
-            replace(state, flow=wrong)
-    with pytest.raises(IncompatibleInputError, match="flow alone"):
-        StreamDiffVSRState(flow=flow)
+def test_older_files_load_and_their_flow_is_ignored(state, tmp_path):
+    tensors = {**state.tensors, "flow": torch.zeros(1, 2, 32, 44)}
+    texts = {"model": "x", "options": '{"seed": 3}', "plan": "{}", "format": "stream-diffvsr-state-1"}
+    save_file(tensors, tmp_path / "s", {**texts, "frame_index": "7"})
+    loaded = StreamDiffVSRState.load(tmp_path / "s")
+    assert torch.equal(loaded.previous_hq, state.previous_hq) and loaded.frame_index == 7
+    assert loaded.provenance == Provenance("x", options={"seed": 3}, details={"plan": "{}"})
+    assert set(State.load(tmp_path / "s").tensors) == {"previous_hq", "previous_lq"}
+
+
+def test_a_state_can_be_saved_over_the_file_it_came_from(state, tmp_path):
+    state.save(tmp_path / "s")
+    loaded = StreamDiffVSRState.load(tmp_path / "s")
+    before = loaded.previous_hq.clone()
+    replace(loaded, frame_index=8).save(tmp_path / "s")
+    (tmp_path / "s").write_bytes(b"x" * 4096)
+    assert torch.equal(loaded.previous_hq, before)
+
+
+@pytest.mark.parametrize(
+    "texts", [{"options": "no JSON"}, {"options": "[]"}, {"frame_index": "9" * 5000}, {"family": "flashvsr"}]
+)
+def test_invalid_contents_are_one_sentence(state, texts, tmp_path):
+    texts = {"format": "stream-diffvsr-state-2", "frame_index": "7", **texts}
+    save_file(dict(state.tensors), tmp_path / "s", texts)
+    with pytest.raises(CheckpointError, match=r"invalid|not a saved"):
+        StreamDiffVSRState.load(tmp_path / "s")
+
+
+def test_any_family_saves_and_loads(tmp_path):
+    made = Provenance("m", "bfloat16", "torch", {"steps": 1}, {"phase": "2"})
+    state = State("chunks", 12, {"cache": torch.arange(6.0).view(2, 3)}, made)
+    state.save(tmp_path / "s")
+    loaded = State.load(tmp_path / "s")
+    assert (loaded.family, loaded.index, loaded.provenance) == ("chunks", 12, made)
+    assert torch.equal(loaded.tensors["cache"], state.tensors["cache"]) and loaded.nbytes == 24
+    with pytest.raises(IncompatibleInputError, match=r"diffvsr.*chunks"):
+        StreamDiffVSRState.of(state)
 
 
 def test_an_empty_state_is_saved_too(tmp_path):
@@ -97,7 +127,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ModelNotFoundError, match="missing"):
         StreamDiffVSRState.load(tmp_path / "missing")
     save_file({"weight": torch.zeros(2)}, tmp_path / "lora.safetensors")
-    with pytest.raises(CheckpointError, match=r"lora\.safetensors is no saved"):
+    with pytest.raises(CheckpointError, match=r"lora\.safetensors is not a saved"):
         StreamDiffVSRState.load(tmp_path / "lora.safetensors")
 
 
@@ -164,14 +194,7 @@ def test_options_are_keyword_only_and_frozen():
 
 def test_the_journal_tells_states_apart_by_every_tensor():
     """A run that went on from another state must not be resumed with this one."""
-    hq, lq, flow = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 8, 8), torch.zeros(1, 2, 32, 32)
-    state = StreamDiffVSRState(previous_hq=hq, previous_lq=lq, flow=flow, frame_index=3)
-    others = [
-        {"previous_hq": hq + 1},
-        {"previous_lq": lq + 1},
-        {"flow": flow + 1},
-        {"flow": None},
-        {"frame_index": 4},
-    ]
-    assert state_key(state) == state_key(replace(state, flow=flow.clone()))
-    assert len({state_key(state), *(state_key(replace(state, **other)) for other in others)}) == 6
+    state = StreamDiffVSRState(previous_hq=HQ, previous_lq=LQ, frame_index=3)
+    others = [{"previous_hq": HQ + 1}, {"previous_lq": LQ + 1}, {"frame_index": 4}]
+    assert state_key(state) == state_key(replace(state, previous_hq=HQ.clone()))
+    assert len({state_key(state), *(state_key(replace(state, **other)) for other in others)}) == 4

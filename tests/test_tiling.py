@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from stream_diffvsr import UpscaleOptions
-from stream_diffvsr.families.diffvsr.denoise import UNET_MULTIPLE, Denoiser, Prompt, Schedule, latent_tiles
+from stream_diffvsr.families.diffvsr.denoise import UNET_MULTIPLE, Schedule, denoise, latent_tiles
+from stream_diffvsr.families.diffvsr.networks import TorchCalls, TorchNetworks
+from stream_diffvsr.families.diffvsr.plan import Plan
 from stream_diffvsr.flow import CallableFlow
 from stream_diffvsr.flow.estimators import TileableFlow
 from stream_diffvsr.tiling import bands, feather, spans, tiles
+from stream_diffvsr.upscaler import ignore
 
 
 @st.composite
@@ -97,13 +100,13 @@ class Pointwise(torch.nn.Module):
 @given(st.integers(2, 40), st.integers(2, 40), st.integers(64, 512), st.integers(0, 255), st.integers(1, 3))
 def test_denoising_in_tiles_cuts_and_blends_whole_tensors(pipe, height, width, size, overlap, steps):
     options = UpscaleOptions(num_inference_steps=steps)
-    schedule = Schedule.prepare(pipe.scheduler_config, options, torch.device("cpu"))
+    schedule = Schedule.prepare(pipe.scheduler_config, steps, None, torch.device("cpu"))
     noise, lq = torch.randn(1, 4, 4 * height, 4 * width), torch.randn(1, 3, 4 * height, 4 * width)
-    empty = torch.zeros(1, 77, 1)
+    networks = TorchNetworks(pipe.flow, Pointwise(), pipe.control, pipe.vae)
+    calls = TorchCalls(networks, Plan(), torch.float32, pipe.placement, lambda stage: 0)
+    same = {"prompts": [torch.zeros(1, 77, 1)], "schedule": schedule, "options": options, "on_step": ignore}
     results = [
-        Denoiser(Pointwise(), pipe.control, [Prompt(empty, empty)], schedule, options, parts)(
-            noise, lq, None, lambda *_: None
-        )
+        denoise(calls, noise, lq, None, tiles=parts, **same)
         for parts in (
             latent_tiles(4 * height, 4 * width, None, 0),
             latent_tiles(4 * height, 4 * width, size, min(overlap, (size - 1) // 2)),

@@ -14,47 +14,16 @@ from ..devices import resolve_device, resolve_dtype
 from ..families.diffvsr.build import empty, from_config
 from ..families.diffvsr.control import Control, Residuals
 from ..families.diffvsr.folded import unfold
-from ..families.diffvsr.graphs import LoopGraph
-from ..families.diffvsr.method import StreamDiffVSRPipeline
+from ..families.diffvsr.networks import TorchNetworks
 from ..families.diffvsr.parts import NETWORKS
-from ..families.diffvsr.prompted import put_back
+from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
+from ..families.diffvsr.released import CONFIGS, untrained_flow
 from ..flow import open_flow
-from ..flow.open import open_bundled
 from ..load import load_pipeline
 from ..tensors import SCALE
 
 RANDOM = "random"
 """Name of the released architecture with random weights: their speed is that of the trained ones."""
-
-_SHARED = {
-    "block_out_channels": [256, 512, 512, 1024],
-    "cross_attention_dim": 1024,
-    "attention_head_dim": 8,
-    "only_cross_attention": [True, True, True, False],
-    "down_block_types": ["DownBlock2D", *["CrossAttnDownBlock2D"] * 3],
-    "in_channels": 7,
-    "use_linear_projection": True,
-}
-CONFIGS: dict[str, dict[str, Any]] = {
-    "unet": {**_SHARED, "out_channels": 4, "up_block_types": [*["CrossAttnUpBlock2D"] * 3, "UpBlock2D"]},
-    "controlnet": {**_SHARED, "conditioning_embedding_out_channels": [64, 128, 256]},
-    "vae": {
-        "latent_channels": 4,
-        "block_out_channels": [64, 64, 64],
-        "num_encoder_blocks": [1, 3, 3],
-        "num_decoder_blocks": [3, 3, 1],
-    },
-    "scheduler": {
-        "beta_start": 1e-4,
-        "beta_end": 0.02,
-        "beta_schedule": "scaled_linear",
-        "prediction_type": "v_prediction",
-        "set_alpha_to_one": False,
-        "steps_offset": 1,
-        "clip_sample": False,
-    },
-}
-"""The released networks as far as they are known (the SD x4 family's widths)."""
 
 
 class RandomPrompts:
@@ -62,7 +31,7 @@ class RandomPrompts:
 
     def get(self, prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(len(prompt))
-        return torch.randn((1, 77, _SHARED["cross_attention_dim"]), generator=generator)
+        return torch.randn((1, 77, CONFIGS["unet"]["cross_attention_dim"]), generator=generator)
 
 
 def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
@@ -108,15 +77,6 @@ def _random(drawn: Tensor, like: Tensor) -> Tensor:
     return values.reshape(outside, height, width, inside).permute(0, 3, 1, 2)
 
 
-def untrained_flow(name: str) -> torch.nn.Module:
-    """RAFT with random weights costs what the trained one does, and needs no download."""
-    if name == "bundled":
-        return open_bundled()
-    from torchvision.models import optical_flow
-
-    return getattr(optical_flow, name)(weights=None, progress=False)
-
-
 class PlainControl(Control):
     """The ControlNet as the reference calls it: its picture is embedded anew in every step."""
 
@@ -140,12 +100,10 @@ def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     unfold(stages["unet"], stages["vae"])  # type: ignore[arg-type]
     for network in stages.values():
-        put_back(network)
         network.float()
         torch.nn.Module.to(network, memory_format=torch.contiguous_format)
     other = copy.copy(pipe)
     control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
-    other.stages = {**pipe.stages, **stages, "controlnet": control}
+    other.torch_networks = TorchNetworks(pipe.flow, stages["unet"], control, stages["vae"])  # type: ignore[arg-type]
     other._prepared, other.dtype, other.number_format = {}, torch.float32, "float32"
-    other.graph = LoopGraph(None)
     return other

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from ..errors import IncompatibleInputError
-from ..families.diffvsr.method import StreamDiffVSRPipeline
 from ..families.diffvsr.options import COMPILE_MODES, PRESETS, UpscaleOptions, with_preset
+from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from .allocator import keep_freed_memory
 from .model import add_model_arguments
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..devices import DTYPES
-from ..families.diffvsr.method import StreamDiffVSRPipeline
+from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..flow import FLOW_MODELS
 from ..load import load_pipeline
 from ..runtimes.torch.quantized import QUANTIZATIONS

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from ..devices import resolve_device, resolve_dtype
 from ..errors import VideoError
-from ..families.diffvsr.choose import Planner, released_planner
 from ..families.diffvsr.options import (
     COMPILE_MODES,
     FLOW_SCALES,
@@ -20,6 +19,8 @@ from ..families.diffvsr.options import (
     UpscaleOptions,
     with_preset,
 )
+from ..families.diffvsr.plan import Planner
+from ..families.diffvsr.released import released_planner
 from ..families.diffvsr.state import StreamDiffVSRState
 from ..jobs.prepare import check_paths, open_job_source
 from ..jobs.report import report, report_time
@@ -77,12 +78,6 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
         help="exact (default): the reference's numbers; balanced, fast: approximations, see the README",
     )
     group.add_argument("--control-every", type=int, default=1, help="ControlNet in one of N steps (1)")
-    group.add_argument("--flow-every", type=int, default=1, help="flow of one of N frames (1)")
-    group.add_argument(
-        "--look-ahead",
-        action="store_true",
-        help="on a GPU, the next frame's flow beside the current frame: the same pixels, more memory",
-    )
     group.add_argument(
         "--compile-mode",
         choices=COMPILE_MODES,
@@ -165,7 +160,7 @@ def plan(args: argparse.Namespace, job: VideoJob) -> Iterator[str]:
     frames, size = job.span.count(source.info.frames, source.info.rate), lq.shape[-2:]
     pipe = None if resolve(args.model) is None else open_model(args)
     planner = planner_without_weights(args) if pipe is None else pipe.planner
-    chosen = planner.plan(size, {} if job.state is None else job.state.metadata, job.options)
+    chosen = planner.plan(size, {} if job.state is None else job.state.provenance.details, job.options)
     folder, codec = job.output.absolute().parent, job.codec or "h264"
     yield from report(planner, chosen, size, job.options, frames=frames, folder=folder, codec=codec)
     if pipe is None:
@@ -202,7 +197,6 @@ def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
         scene_cut=args.scene_cut,
         cuts_out=args.cuts_out,
         segment_frames=args.segment,
-        look_ahead=args.look_ahead,
         audio=not args.no_audio,
         overwrite=args.overwrite,
         restart=args.restart,
@@ -219,7 +213,6 @@ def make_options(args: argparse.Namespace) -> UpscaleOptions:
         "tile_overlap": args.tile_overlap,
         "flow_scale": args.flow_scale,
         "control_every": args.control_every,
-        "flow_every": args.flow_every,
         "compile_mode": args.compile_mode,
     }
     return UpscaleOptions(**with_preset(args.preset, own))

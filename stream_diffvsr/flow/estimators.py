@@ -35,6 +35,10 @@ class FlowEstimator(nn.Module):
     name = "none"
     any_size = True
     """Whether it may be asked at a lower size than the output's."""
+    countable: tuple[str, ...] = ()
+    """Those of `methods` whose memory can be counted on the meta device, since no number decides about it."""
+    bytes_per_pixel = 0.0
+    """Memory per pixel of the estimated frames by the other methods."""
     methods: tuple[str, ...] = ("whole",)
     """Ways to compute, the most memory first: 'whole', 'linear' (the same numbers) and 'tiled' (others)."""
 
@@ -86,11 +90,13 @@ class RaftFlow(TileableFlow):
     """torchvision's RAFT, 12 updates, always float32."""
 
     methods = ("whole", "linear", "tiled")
+    countable = ("whole",)
 
     def __init__(self, network: nn.Module, name: str) -> None:
         super().__init__()
         self.network = network.eval().float()
         self.name = name
+        self.bytes_per_pixel = {"raft_small": 145.0}.get(name, 350.0)  # measured
 
     def forward(self, current: Tensor, previous: Tensor, *, linear: bool = False) -> Tensor:
         height, width = current.shape[-2:]
@@ -111,6 +117,7 @@ class DisFlow(TileableFlow):
     """OpenCV's Dense Inverse Search on 8-bit luminance: fast on a CPU, no weights."""
 
     name = "dis"
+    bytes_per_pixel = 60.0
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
         cv2 = _import_cv2()
@@ -125,6 +132,7 @@ class BundledFlow(TileableFlow):
     """nano's own small network, always float32: needs neither OpenCV nor a download."""
 
     name = "bundled"
+    countable = ("whole", "tiled")
 
     def __init__(self, network: FlowNetwork) -> None:
         super().__init__()

@@ -58,7 +58,6 @@ class VideoJob:
     """Frames of a segment: what a crash costs at most."""
     read_ahead: int = 4
     """Frames decoded ahead; never changes pixels."""
-    look_ahead: bool = False
     """Whether the next frame's flow is estimated beside the current frame; never changes pixels."""
     audio: bool = True
     """Whether sound and subtitles are copied."""

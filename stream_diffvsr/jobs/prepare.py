@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VideoError
-from ..families.diffvsr.method import StreamDiffVSRPipeline
+from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.state import StreamDiffVSRState
 from ..files import fingerprint
 from ..media import pictures
@@ -134,9 +134,8 @@ def settings(
 def state_key(state: StreamDiffVSRState) -> str:
     """Tells states apart."""
     digest = hashlib.sha256(str(state.frame_index).encode())
-    for tensor in (state.previous_hq, state.previous_lq, state.flow):
-        if tensor is not None:
-            digest.update(tensor.cpu().numpy().tobytes())
+    for _, tensor in sorted(state.tensors.items()):
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

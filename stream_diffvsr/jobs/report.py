@@ -11,16 +11,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..devices import synchronize
-from ..families.diffvsr.choose import GIGABYTE, Planner, record
-from ..families.diffvsr.estimate import estimate
 from ..families.diffvsr.options import UpscaleOptions
-from ..families.diffvsr.plan import Plan
+from ..families.diffvsr.plan import GIGABYTE, Plan, Planner, plan_details
 from ..families.diffvsr.state import StreamDiffVSRState
 from ..memory import free_memory
 from ..tensors import SCALE
 
 if TYPE_CHECKING:
-    from ..families.diffvsr.method import StreamDiffVSRPipeline
+    from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 
 BYTES_PER_PIXEL = {"h264": 0.15, "h265": 0.1, "av1": 0.1, "prores": 0.7, "ffv1": 1.5, "png": 2.0}
 """What output pixels commonly take in a file; noise takes more, flat pictures less."""
@@ -45,7 +43,7 @@ def report(
     count = f"{frames} frames" if frames else "an unknown number of frames"
     yield f"size: {width}x{height} to {SCALE * width}x{SCALE * height}, {count}"
     yield f"plan: {plan}"
-    needs = estimate(planner.widths, size, options, planner.dtype, plan)
+    needs = planner.needs(size, options, plan)
     stages = ", ".join(f"{name} {_gigabytes(needs[name])}" for name in needs if name != "peak")
     free = free_memory(planner.device)
     yield f"memory: about {_gigabytes(needs['peak'])} ({stages}); {_gigabytes(free)} free"
@@ -58,7 +56,7 @@ def report_time(
     pipe: StreamDiffVSRPipeline, plan: Plan, lq: Tensor, options: UpscaleOptions, frames: int | None
 ) -> str:
     """The line about time, after two frames made for it; `lq` is a frame of the video."""
-    state = StreamDiffVSRState(metadata=record(plan, lq.shape[-2:]))
+    state = StreamDiffVSRState(metadata=plan_details(plan, lq.shape[-2:]))
     seconds = seconds_per_frame(pipe, lq, state, options)
     return f"time: {seconds:.2f} s per frame" + (f", {_duration(seconds * frames)} in all" if frames else "")
 

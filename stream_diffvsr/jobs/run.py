@@ -17,11 +17,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..copies import upload
 from ..errors import VideoError
 from ..families.diffvsr.denoise import OnStep
-from ..families.diffvsr.lookahead import Begun, with_next
-from ..families.diffvsr.method import StreamDiffVSRPipeline
+from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.state import StreamDiffVSRState
 from ..media.join import join
 from ..media.pictures import Picture
@@ -145,16 +143,13 @@ class _Run:
         done = self.journal.frames
         span = self.job.span if not done else replace(self.job.span, start=self.journal.first_index + done)
         frames = prefetch(self.source.frames(span, self.journal.place), self.job.read_ahead)
-        state, flow = self._first_state(), None
+        state = self._first_state()
         with contextlib.closing(frames), Background(WRITE_DEPTH) as writer:
             try:
-                inputs = ((frame, self._lq(frame)) for frame in frames)
-                for (frame, lq), following in with_next(inputs, self.job.look_ahead):
-                    coming = None if following is None else self._begin_flow(following[1], lq, state)
+                for frame in frames:
                     if state is None:
                         state = StreamDiffVSRState(frame_index=frame.index)
-                    state, progress = self._frame(frame, lq, state, flow, writer)
-                    flow = coming
+                    state, progress = self._frame(frame, self._lq(frame), state, writer)
                     yield progress
                     if len(self.segment) == self.job.segment_frames:
                         self._finish_segment(writer, state)
@@ -173,17 +168,13 @@ class _Run:
 
     def _lq(self, frame: SourceFrame) -> Tensor:
         """What the model sees of a frame, (1, 3, h, w) in [0, 1]."""
-        return self.sizes.to_model(upload(frame.rgb, self.pipe.device))
-
-    def _begin_flow(self, lq: Tensor, previous: Tensor, state: StreamDiffVSRState | None) -> Begun | None:
-        return self.pipe.begin_flow(from_pixels(lq), from_pixels(previous), state, self.job.options)
+        return self.sizes.to_model(frame.rgb.to(self.pipe.device))
 
     def _frame(
         self,
         frame: SourceFrame,
         lq: Tensor,
         state: StreamDiffVSRState,
-        flow: Begun | None,
         writer: Background,
     ) -> tuple[StreamDiffVSRState, JobProgress]:
         """Upscale one frame and hand it to the writing thread."""
@@ -191,7 +182,7 @@ class _Run:
             self._begin_segment(frame, writer)
         before, seen = state, from_pixels(lq)
         state = self._state_for(frame, state, seen)
-        result = self.pipe.process_frame(seen, state, self.job.options, flow=flow, on_step=self._guarded)
+        result = self.pipe.process_frame(seen, state, self.job.options, on_step=self._guarded)
         hq = self.sizes.to_output(result.hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
         self._write(frame, lq, hq, writer)
         self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))
@@ -231,7 +222,7 @@ class _Run:
             return state
         self.cuts.append(frame.index)
         log.info("a new scene begins at frame %d", frame.index)
-        return StreamDiffVSRState(frame_index=state.frame_index, metadata=state.metadata)
+        return StreamDiffVSRState(frame_index=state.frame_index)
 
     def _guarded(self, stage: str, index: int, total: int) -> None:
         """The caller's `on_step`; an exception from it means cancel."""

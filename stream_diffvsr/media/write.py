@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
-from ..copies import Download
 from ..errors import VideoError
 from ..jobs.journal import sync_folder
 from . import pictures
@@ -125,14 +125,14 @@ class VideoSink:
             self.folder / f"{self.name}-{number:06}.{self.encoding.segment_format}", self.encoding
         )
 
-    def prepare(self, picture: Picture) -> list[Download]:
+    def prepare(self, picture: Picture) -> list[Tensor]:
         """Planes; what is transparent becomes black."""
         rgb = picture.rgb if picture.alpha is None else picture.rgb * picture.alpha
-        return [Download(plane) for plane in to_planes(rgb, self.encoding.pix_fmt, self.encoding.colour)]
+        return [plane.cpu() for plane in to_planes(rgb, self.encoding.pix_fmt, self.encoding.colour)]
 
-    def add(self, prepared: list[Download], index: int, time: int) -> None:
+    def add(self, prepared: list[Tensor], index: int, time: int) -> None:
         assert self.segment is not None
-        self.segment.add([samples(plane.wait(), self.encoding.pix_fmt) for plane in prepared], time)
+        self.segment.add([samples(plane, self.encoding.pix_fmt) for plane in prepared], time)
 
     def finish(self) -> tuple[str, int, int]:
         assert self.segment is not None

@@ -46,14 +46,18 @@ def features(vae: TemporalAutoencoderTiny, warped: Tensor, rows: int | None) -> 
 
 
 def decode(
-    vae: TemporalAutoencoderTiny, latents: Tensor, features: Sequence[Tensor] | None, rows: int | None
+    vae: TemporalAutoencoderTiny,
+    latents: Tensor,
+    features: Sequence[Tensor] | None,
+    trust: Tensor | None,
+    rows: int | None,
 ) -> Tensor:
     """`TemporalAutoencoderTiny.decode`, in bands of `rows` rows; None: at once."""
     if rows is None:
-        return vae.decode(latents, features)
+        return vae.decode(latents, features, trust)
     x, remaining = vae.bound(latents), iter(features or ())
     for layers in _decoder_segments(vae.decoder):
-        x = _decode_segment(layers, x, next(remaining, None), rows)
+        x = _decode_segment(layers, x, next(remaining, None), trust, rows)
     return x * 2 - 1
 
 
@@ -133,16 +137,23 @@ def _encode_segment(layers: Layers, x: Tensor, rows: int) -> tuple[Tensor, list[
     return out.tensor, [pooled.tensor for pooled in maps]
 
 
-def _decode_segment(layers: Layers, x: Tensor, feature: Tensor | None, rows: int) -> Tensor:
+def _decode_segment(
+    layers: Layers, x: Tensor, feature: Tensor | None, trust: Tensor | None, rows: int
+) -> Tensor:
     """All layers of a segment with at most one block, whose TPM sees the previous frame's `feature`."""
     step = max(rows // growth(layers) // POOL * POOL, POOL)
     mixed = None if feature is None else _mix(layers, x, feature, step)
+    if trust is not None and mixed is not None:
+        height, width = (POOL * side for side in mixed.shape[-2:])
+        trust = F.adaptive_avg_pool2d(trust, (height, width)).to(x)
     out = Rows(x.shape[-2])
     for band in bands(x.shape[-2], step, reach(layers)):
         y = band.see(x)
         for layer in layers:
             if mixed is not None and isinstance(layer, TemporalBlock):
-                y = layer.finish(y, layer.conv(y), _enlarge(mixed, _at_size_of(band, y).seen))
+                seen = _at_size_of(band, y).seen
+                large = _enlarge(mixed, seen)
+                y = layer.finish(y, layer.conv(y), large if trust is None else large * trust[..., seen, :])
             else:
                 y = layer(y)
         out.put(y, band)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from .parts import (
 )
 from .prompt import FILE, PromptEmbeddings, token_ids
 from .recognise import name_foreign
+from .traits import Traits
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +132,14 @@ def default_flow(folder: Path) -> str:
     return read_index(folder).get("flow", "raft_large")
 
 
-def has_centred_flow(folder: Path) -> bool:
-    """Whether a checkpoint was trained with flow that undoes the shift of `warp`; the reference's was not."""
-    return read_index(folder).get("centred_flow", False) is True
+def traits(folder: Path) -> Traits:
+    """What a checkpoint's index says of how it was trained; raises `CheckpointError`."""
+    index = read_index(folder)
+    known = {each.name: index[each.name] for each in fields(Traits) if each.name in index}
+    for name, value in known.items():
+        if type(value) is not type(getattr(Traits(), name)):
+            raise CheckpointError(f"{folder / INDEX} has {name} {value!r}, which is not what it takes.")
+    return Traits(**known)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

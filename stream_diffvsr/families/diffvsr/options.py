@@ -28,8 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class UpscaleOptions:
     """How frames are upscaled. Frozen; wrong values raise `IncompatibleInputError` here and nowhere else."""
 
-    num_inference_steps: int = 4
-    """Denoising steps, 1 to 1000."""
+    num_inference_steps: int | None = None
+    """Denoising steps, 1 to 1000; None: the checkpoint's own number, 4 for released ones."""
     seed: int = 0
     """Noise of frame n comes from (seed + n) mod 2**64."""
     guidance_scale: float = 0.0
@@ -57,11 +57,12 @@ class UpscaleOptions:
     """torch.compile: 'off', 'auto', or 'max', which tries more ways and starts more slowly."""
     control_every: int = 1
     """Of how many steps one computes the ControlNet, for the others too; an approximation above 1."""
-    flow_every: int = 1
-    """Of how many frames one has its flow estimated, for the others too; an approximation above 1."""
+    occlusion: str | None = None
+    """'mask': guidance fades where the previous frame cannot be believed; 'off'; None: the checkpoint's."""
 
     def __post_init__(self) -> None:
-        self._check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
+        if self.num_inference_steps is not None:
+            self._check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
         self._check_whole("seed", self.seed, -(2**63), 2**64 - 1)
         self._check_number("guidance_scale", self.guidance_scale, 0, math.inf)
         self._check_number("controlnet_conditioning_scale", self.controlnet_conditioning_scale, 0, math.inf)
@@ -73,7 +74,7 @@ class UpscaleOptions:
         self._check_choice("compile_mode", self.compile_mode, COMPILE_MODES)
         self._check_choice("use_tpm", self.use_tpm, (True, False))
         self._check_whole("control_every", self.control_every, 1, 1000)
-        self._check_whole("flow_every", self.flow_every, 1, 1000)
+        self._check_choice("occlusion", self.occlusion, (None, "off", "mask"))
         self._check_tiles()
         for name in ("prompt", "negative_prompt"):
             if not isinstance(getattr(self, name), str):

@@ -39,13 +39,16 @@ class TemporalBlock(nn.Module):
             nn.Conv1d(channels, channels, 3, padding=1),
         )
 
-    def forward(self, x: Tensor, previous: Tensor | None = None) -> Tensor:
-        """(1, C, H, W) -> the same; `previous` is a pooled feature, (1, C, H/4, W/4)."""
+    def forward(self, x: Tensor, previous: Tensor | None = None, trust: Tensor | None = None) -> Tensor:
+        """(1, C, H, W) -> the same.
+
+        `previous` is a pooled feature, (1, C, H/4, W/4); `trust` (1, 1, H, W) says where to believe it.
+        """
         update = self.conv(x)
         if previous is None:
             return F.relu(update + x)
-        mixed = self.mix(F.avg_pool2d(update, POOL), previous)
-        return self.finish(x, update, upsample_like(mixed, update))
+        mixed = upsample_like(self.mix(F.avg_pool2d(update, POOL), previous), update)
+        return self.finish(x, update, mixed if trust is None else mixed * trust)
 
     def finish(self, x: Tensor, update: Tensor, mixed: Tensor) -> Tensor:
         """Add to the block's input its own update, and the TPM's at the same size."""
@@ -65,6 +68,15 @@ class TemporalBlock(nn.Module):
 def upsample_like(x: Tensor, target: Tensor) -> Tensor:
     """Bilinear to the height and width of `target`, `align_corners=False`."""
     return F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False)
+
+
+def reduce_like(trust: Tensor | None, target: Tensor) -> Tensor | None:
+    """A map (1, 1, H, W) averaged to the height and width of `target`, in its number format."""
+    return (
+        None
+        if trust is None
+        else F.adaptive_avg_pool2d(trust, (target.shape[-2], target.shape[-1])).to(target)
+    )
 
 
 class Encoder(nn.Module):
@@ -106,10 +118,15 @@ class Decoder(nn.Module):
             layers.append(nn.Conv2d(width, image_channels if last else width, 3, padding=1, bias=last))
         self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, features: Sequence[Tensor] | None = None, trust: Tensor | None = None
+    ) -> Tensor:
         remaining = iter(features or ())
         for layer in self.layers:
-            x = layer(x, next(remaining, None)) if isinstance(layer, TemporalBlock) else layer(x)
+            if isinstance(layer, TemporalBlock):
+                x = layer(x, next(remaining, None), reduce_like(trust, x))
+            else:
+                x = layer(x)
         return x
 
 
@@ -129,6 +146,7 @@ class TemporalAutoencoderTiny(nn.Module):
         self.decoder = Decoder(
             latent, config.get("out_channels", 3), decoder_widths, config["num_decoder_blocks"]
         )
+        self.latent_channels = int(latent)
         self.scaling_factor = float(config.get("scaling_factor", 1.0))
         self.latent_magnitude = float(config.get("latent_magnitude", 3))
 
@@ -153,9 +171,14 @@ class TemporalAutoencoderTiny(nn.Module):
                 break
         return pooled[::-1]
 
-    def decode(self, latents: Tensor, features: Sequence[Tensor] | None = None) -> Tensor:
-        """Latents (1, 4, h, w) -> (1, 3, 4h, 4w) in model range, unclamped."""
-        return self.decoder(self.bound(latents), features) * 2 - 1
+    def decode(
+        self, latents: Tensor, features: Sequence[Tensor] | None = None, trust: Tensor | None = None
+    ) -> Tensor:
+        """Latents (1, C, h, w) -> (1, 3, 4h, 4w) in model range, unclamped.
+
+        `trust` (1, 1, 4h, 4w) in [0, 1] fades out what `features` add; None: 1 everywhere.
+        """
+        return self.decoder(self.bound(latents), features, trust) * 2 - 1
 
     def bound(self, latents: Tensor) -> Tensor:
         """Latents as the decoder's layers take them: unscaled, and softly limited in size."""

@@ -1,0 +1,126 @@
+"""One frame, tried until it fits: with less memory at once, or in float32 where half precision overflowed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ...devices import repeatable
+from ...errors import CheckpointError, VRAMError
+from ...memory import free_memory, is_out_of_memory, release_caches
+from ...runtimes.torch import compilation
+from ...tensors import is_finite
+from .method import Frame, upscale
+from .networks import TorchCalls
+from .plan import Plan
+
+if TYPE_CHECKING:
+    from .options import UpscaleOptions
+    from .pipeline import StreamDiffVSRPipeline
+
+log = logging.getLogger(__name__)
+
+OVERFLOWED = "float32_since"
+"""In a state's details: the first frame that half precision could not hold."""
+
+MEGABYTE = 2**20
+
+REMEDIES = {
+    "flow": "set flow_scale to 0.5 or 0.25, or choose flow 'dis'",
+    "unet": "use smaller frames, a smaller tile_size or dtype float16",
+    "vae": "use smaller frames or dtype float16",
+}
+
+
+def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tuple[Tensor, Plan, torch.dtype]:
+    """The frame's hq in memory of its own, and the memory plan and number format that sufficed.
+
+    Where memory runs out and the plan is 'auto', the frame is repeated with a lower plan: the same noise, the
+    same flow. A frame that is not finite in half precision is repeated in float32. Both are logged.
+    Raises `VRAMError` where no plan is left, `CheckpointError` where float32 is not finite either.
+    """
+    plan, dtype, index = frame.plan, pipe.dtype, frame.state.frame_index
+    tried: list[str] = []
+    while True:
+        calls: TorchCalls | None = None
+        stage, message = "frame", ""
+        try:
+            mode = compile_mode if dtype == pipe.dtype else compilation.OFF
+            need = pipe.stage_bytes(frame, plan)
+            networks = pipe.torch_networks.calls(plan, pipe.dtype, dtype, pipe.placement, need)
+            with repeatable(), compilation.compiled(pipe.stages.values(), mode), networks as calls:
+                here = replace(frame.to(pipe.device), plan=plan)
+                hq = upscale(here, calls, *pipe.prepared(frame.options, dtype))
+            calls.stage = "frame"
+            if is_finite(hq):
+                # Own memory: the padded picture is not kept alive through a view.
+                return hq.clone(), plan, dtype
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            stage, message = calls.stage if calls else "frame", str(error).strip().partition("\n")[0]
+        # Here the error is gone, and with it the tensors that its traceback held.
+        hq = here = calls = None
+        if not message:
+            if dtype == torch.float32:
+                raise CheckpointError(
+                    f"frame {index} came out with values that are not finite, in float32 too: "
+                    "the weights are damaged, or the previous frame was far out of range."
+                )
+            if OVERFLOWED not in frame.state.provenance.details:
+                name = str(dtype).removeprefix("torch.")
+                log.warning(
+                    "frame %d overflowed in %s; it and any later such frame is recomputed in float32",
+                    index,
+                    name,
+                )
+            dtype = torch.float32
+            continue
+        release_caches(pipe.device)
+        if stage == "frame":
+            raise MemoryError(message)
+        tried.append(str(plan))
+        lower = pipe.planner.lower(plan, stage, frame.options)
+        if lower is None:
+            raise _no_memory(
+                pipe.planner.bytes_needed(frame.size, frame.options, plan),
+                pipe.device,
+                f"it ran out in {stage}, tried: {'; '.join(tried)}; {REMEDIES[stage]}, or memory_plan 'auto'",
+            )
+        log.warning(
+            "out of memory in %s (%s); repeating this frame, and continuing, with %s", stage, message, lower
+        )
+        plan = lower
+
+
+@contextmanager
+def memory_outside(pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions) -> Iterator[None]:
+    """Memory that runs out outside the networks is a `VRAMError`, as no plan helps there.
+
+    That is while a frame comes to the device, and while a result is checked and kept for the next one.
+    """
+    try:
+        yield
+        return
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        message = str(error).strip().partition("\n")[0]
+    # Here the error is gone, as above.
+    release_caches(pipe.device)
+    raise _no_memory(
+        pipe.planner.minimum_bytes(lq.shape[-2:], options),
+        pipe.device,
+        f"it ran out outside the networks ({message}), where memory_plan cannot help; "
+        "use smaller frames or close other programs",
+    )
+
+
+def _no_memory(needed: int, device: torch.device, suggestion: str) -> VRAMError:
+    return VRAMError(needed // MEGABYTE, free_memory(device) // MEGABYTE, suggestion)

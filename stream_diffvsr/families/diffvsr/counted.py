@@ -1,0 +1,151 @@
+"""What a frame needs, counted: its network calls run on torch's meta device, where nothing is computed.
+
+What is told is memory in use. glibc keeps what was freed in holes between what is not, a different amount in
+every run, so that a process on a CPU holds up to twice as much: `plan.py` leaves room for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...flow.estimators import TILE as FLOW_TILE
+from ...memory import count_bytes, on_meta
+from ...tensors import SCALE, padded_size
+from ...upscaler import FixedPlacement, ignore
+from .denoise import Schedule, denoise, latent_tiles
+from .networks import Guidance, TorchCalls, TorchNetworks
+from .options import UpscaleOptions
+from .plan import Plan
+
+META = torch.device("meta")
+
+FRAMES = 3
+"""Pictures of output size beside the networks: the previous hq, the warped one, and one of the caller's."""
+
+LIBRARIES = 85 * 2**20
+"""What the libraries take when they first compute: code, threads, workspaces."""
+
+ONE_STEP = UpscaleOptions(num_inference_steps=1)
+
+
+class Needs:
+    """Bytes by stage for the networks of one checkpoint; each count is made once per size."""
+
+    def __init__(self, networks: TorchNetworks, scheduler_config: dict[str, Any], dtype: torch.dtype) -> None:
+        self.networks, self.scheduler_config, self.dtype = networks, scheduler_config, dtype
+        self._counted: dict[tuple[object, ...], int] = {}
+
+    def __call__(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> dict[str, int]:
+        """For an LQ size (height, width).
+
+        Keys: 'weights', 'frames', the activations of 'flow', 'controlnet' (embedding the warped frame),
+        'unet' (with the ControlNet beside it) and 'vae', and 'peak': all that is held at the worst moment.
+        """
+        height, width = padded_size(*size)
+        scale = options.flow_scale
+        stages = {
+            "flow": self._once(("flow", height, width, scale, plan.flow), self._flow),
+            "controlnet": self._once(("controlnet", height, width, plan.rows), self._embedding),
+            "unet": self._once(("unet", height, width, plan.tile, plan.overlap), self._denoising),
+            "vae": self._once(("vae", height, width, plan.rows), self._decoding),
+        }
+        weights = sum(
+            weight.nbytes for network in self.networks.stages().values() for weight in network.parameters()
+        )
+        beside = self._beside(height, width)
+        peak = weights + beside + max(stages.values())
+        return {"weights": weights, "frames": beside - LIBRARIES, **stages, "peak": peak}
+
+    def _beside(self, height: int, width: int) -> int:
+        return LIBRARIES + FRAMES * 3 * torch.float32.itemsize * SCALE**2 * height * width
+
+    def most(self, size: Sequence[int]) -> int:
+        """A bound on what a frame of an LQ size (height, width) needs beside the weights, without counting.
+
+        The networks hold at most a few dozen pictures of their widest layer's channels at once (released
+        widths: 20), RAFT's volume a third of a byte per pair of LQ pixels.
+        """
+        height, width = padded_size(*size)
+        networks = self.networks.stages().values()
+        widest = max((max(x.shape, default=1) for net in networks for x in net.parameters()), default=1)
+        return self._beside(height, width) + max(400 * widest * height * width, (height * width) ** 2)
+
+    def _once(self, key: tuple[object, ...], count: Callable[..., int]) -> int:
+        if key not in self._counted:
+            self._counted[key] = count(*key[1:])
+        return self._counted[key]
+
+    @cached_property
+    def _meta(self) -> TorchNetworks:
+        own = self.networks
+        flow = on_meta(own.flow) if own.flow.countable else own.flow
+        return TorchNetworks(flow, on_meta(own.unet), on_meta(own.controlnet), on_meta(own.vae))
+
+    @cached_property
+    def _weights(self) -> list[Tensor]:
+        networks = self._meta.stages().values()
+        return [x for network in networks for x in chain(network.parameters(), network.buffers())]
+
+    def _calls(self, plan: Plan) -> TorchCalls:
+        return TorchCalls(self._meta, plan, self.dtype, FixedPlacement(META), lambda stage: 0)
+
+    def _flow(self, height: int, width: int, scale: float, method: str) -> int:
+        result = 2 * torch.float32.itemsize * height * width * SCALE**2
+        if method == "tiled":  # one tile after the other, beside the flow of the whole
+            side = max(round(FLOW_TILE / (SCALE * scale)), 1)
+            height, width = min(height, side), min(width, side)
+        estimator = self._meta.flow
+        if not estimator.estimates:
+            return 0
+        if method not in estimator.countable:
+            return round(estimator.bytes_per_pixel * height * width * (SCALE * scale) ** 2) + result
+        frames = [torch.empty(1, 3, height, width, device=META) for _ in range(2)]
+        calls = self._calls(Plan(flow=method))
+        return (
+            count_bytes(lambda: calls.flow(frames[0], frames[1], scale), [*self._weights, *frames]) + result
+        )
+
+    def _embedding(self, height: int, width: int, rows: int | None) -> int:
+        warped = torch.empty(1, 3, SCALE * height, SCALE * width, device=META)
+        return count_bytes(lambda: self._calls(Plan(rows=rows)).embed(warped), [*self._weights, warped])
+
+    def _denoising(self, height: int, width: int, tile: int | None, overlap: int) -> int:
+        config: Any = self._meta.unet.config
+        channels = self._meta.vae.latent_channels
+        shapes = [(1, 3, SCALE * height, SCALE * width), (1, channels, height, width), (1, 3, height, width)]
+        warped, latents, lq = (torch.empty(shape, device=META) for shape in shapes)
+        prompt = torch.empty(1, 77, config["cross_attention_dim"], device=META)
+        schedule = Schedule.prepare(self.scheduler_config, 1, None, torch.device("cpu"))
+        calls = self._calls(Plan())
+
+        with torch.no_grad():
+            embedding = calls.embed(warped)
+
+        def one_step() -> Tensor:
+            return denoise(
+                calls,
+                latents,
+                lq,
+                Guidance(embedding.clone()),  # it is held meanwhile
+                prompts=[prompt],
+                schedule=schedule,
+                options=ONE_STEP,
+                tiles=latent_tiles(height, width, tile, overlap)[:1],
+                on_step=ignore,
+            )
+
+        return count_bytes(one_step, [*self._weights, warped, latents, lq, prompt, embedding])
+
+    def _decoding(self, height: int, width: int, rows: int | None) -> int:
+        channels = self._meta.vae.latent_channels
+        warped = torch.empty(1, 3, SCALE * height, SCALE * width, device=META)
+        latents = torch.empty(1, channels, height, width, device=META)
+        calls = self._calls(Plan(rows=rows))
+        known = [*self._weights, warped, latents]
+        return count_bytes(lambda: calls.decode(latents, calls.features(warped), None), known)

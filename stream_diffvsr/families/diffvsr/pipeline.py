@@ -1,0 +1,304 @@
+"""Stream-DiffVSR as an `Upscaler`: sessions, single frames, and what a state records."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import upscaler
+from ...errors import IncompatibleInputError
+from ...flow import FlowEstimator
+from ...runtimes.torch import compilation, quantized
+from ...tensors import MINIMUM_SIDE, SCALE, check_frame, check_shape, padded_size
+from ...upscaler import FixedPlacement, Info, OnStep, Placement, Provenance, State, Upscaled, ignore
+from .attempts import OVERFLOWED, attempt, memory_outside
+from .control import Control
+from .counted import Needs
+from .denoise import Schedule
+from .method import Frame
+from .networks import TorchNetworks
+from .options import UpscaleOptions
+from .plan import Plan, Planner, plan_details
+from .prompt import PromptEmbeddings
+from .state import FAMILY, StreamDiffVSRState
+from .traits import Traits
+from .vae import TemporalAutoencoderTiny
+
+log = logging.getLogger(__name__)
+
+RELEASED = Traits()
+
+KEPT = 8
+"""Sets of options whose schedule and prompts are kept."""
+
+
+@dataclass(frozen=True, eq=False)
+class FrameResult(Upscaled):
+    """One upscaled frame, and what the next one needs."""
+
+    state: StreamDiffVSRState
+
+
+class StreamDiffVSRPipeline:
+    """The networks of one checkpoint; it keeps nothing about any video, that is what states are for.
+
+    One thread at a time computes a frame, the others wait; several sequences may be interleaved.
+    """
+
+    Options = UpscaleOptions
+
+    def __init__(
+        self,
+        *,
+        unet: nn.Module,
+        control: Control,
+        vae: TemporalAutoencoderTiny,
+        flow: FlowEstimator,
+        prompts: PromptEmbeddings,
+        scheduler_config: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        model: str,
+        traits: Traits = RELEASED,
+    ) -> None:
+        self.torch_networks = TorchNetworks(flow, unet, control, vae, traits.centred_flow)
+        self.torch_networks.prepare()
+        self.placement: Placement = FixedPlacement(device)
+        self.prompts, self.scheduler_config = prompts, scheduler_config
+        self.device, self.dtype, self.model, self.traits = device, dtype, model, traits
+        self.number_format = str(dtype).removeprefix("torch.")
+        self.needs = Needs(self.torch_networks, scheduler_config, dtype)
+        self._prepared: dict[object, tuple[Schedule, list[Tensor]]] = {}
+        self._lock = threading.Lock()
+
+    def quantize(self, kind: str) -> None:
+        """Have the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, an approximation.
+
+        To be called before the first frame, if at all. Raises `IncompatibleInputError` and
+        `ModuleNotFoundError` as `quantized.check`.
+        """
+        quantized.check(kind, self.device)
+        if kind != "none":
+            quantized.quantize(kind, self.torch_networks.unet, self.torch_networks.controlnet)
+            self.number_format += f", linear layers {kind}"
+
+    @property
+    def info(self) -> Info:
+        return Info(FAMILY, self.model, self.number_format, scales=(float(SCALE),), minimum=MINIMUM_SIDE)
+
+    @property
+    def stages(self) -> dict[str, nn.Module]:
+        """The networks by stage: flow, unet, controlnet, vae."""
+        return self.torch_networks.stages()
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return self.stages
+
+    @property
+    def flow(self) -> FlowEstimator:
+        return self.torch_networks.flow
+
+    @property
+    def vae(self) -> TemporalAutoencoderTiny:
+        return self.torch_networks.vae
+
+    @property
+    def control(self) -> Control:
+        return self.torch_networks.controlnet
+
+    @property
+    def planner(self) -> Planner:
+        """Tells what a frame of some size needs, and how it would be computed."""
+        return Planner(self.needs, self.needs.most, self.flow.methods, self.device)
+
+    def bytes_needed(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> int:
+        """Bytes beside the weights for an LQ frame (height, width), with nothing split."""
+        return self.planner.bytes_needed(size, options or UpscaleOptions(), Plan())
+
+    def provenance(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> Provenance:
+        options = options or UpscaleOptions()
+        return self._provenance(options, self.planner.plan(size, {}, options), size, {})
+
+    def session(
+        self,
+        options: UpscaleOptions | None = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> Sequence:
+        """Begin a sequence, or continue the one of `state`; `noise` (N, C, h', w') is of its frames."""
+        return Sequence(self, options or UpscaleOptions(), StreamDiffVSRState.of(state), on_step, noise)
+
+    def stream(
+        self,
+        frames: Iterable[Tensor],
+        options: UpscaleOptions | None = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> Iterator[FrameResult]:
+        """Upscale frame after frame; the next one is asked for only when the last result was taken."""
+        for result in upscaler.stream(self.session(options, state, on_step, noise), frames):
+            assert isinstance(result, FrameResult)
+            yield result
+
+    def __call__(
+        self,
+        frames: Tensor,
+        options: UpscaleOptions | None = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+    ) -> tuple[Tensor, StreamDiffVSRState]:
+        """Upscale a batch, (N, 3, h, w) -> (N, 3, 4h, 4w) float32 on the CPU; the batch is time."""
+        if not isinstance(frames, Tensor) or frames.ndim != 4:
+            got = tuple(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
+            raise IncompatibleInputError("frames (N, 3, h, w)", str(got))
+        last = StreamDiffVSRState.of(state)
+        count, _, height, width = frames.shape
+        hq = torch.empty((count, 3, SCALE * height, SCALE * width))
+        for index, result in enumerate(self.stream(frames.unsqueeze(1), options, last, on_step)):
+            hq[index] = result.hq[0]
+            last = result.state
+        return hq, last
+
+    def process_frame(
+        self,
+        lq: Tensor,
+        state: State | None = None,
+        options: UpscaleOptions | None = None,
+        latents: Tensor | None = None,
+        flow: Tensor | None = None,
+        on_step: OnStep | None = None,
+    ) -> FrameResult:
+        """Upscale one frame by 4.
+
+        `lq` (1, 3, h, w) float32 in model range; `latents` (1, C, h', w') instead of the seeded noise, at
+        the size padded to multiples of 4; `flow` (1, 2, 4h, 4w) pixels instead of an estimate, which then
+        guides even where the pipe estimates none.
+
+        Where memory runs out, `memory_plan` 'auto' repeats the frame with a lower plan, which the state then
+        records. A frame of half precision that is not finite is repeated in float32. Both are logged.
+        Raises `IncompatibleInputError`, and `VRAMError` where no plan suffices.
+        """
+        options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
+        with self._lock, torch.no_grad(), memory_outside(self, lq, options):
+            check_frame(lq)
+            frame = self._accept(lq, before, options, latents, flow, on_step or ignore)
+            hq, plan, dtype = attempt(self, frame, self._compile_mode(options))
+            details = dict(before.provenance.details)
+            if dtype != self.dtype:
+                details.setdefault(OVERFLOWED, str(before.frame_index))
+            after = StreamDiffVSRState(
+                previous_hq=hq,
+                previous_lq=lq.to(self.device, copy=True),
+                frame_index=before.frame_index + 1,
+                provenance=self._provenance(options, plan, frame.size, details),
+            )
+            return FrameResult(before.frame_index, hq, after)
+
+    def _accept(
+        self,
+        lq: Tensor,
+        state: StreamDiffVSRState,
+        options: UpscaleOptions,
+        latents: Tensor | None,
+        flow: Tensor | None,
+        on_step: OnStep,
+    ) -> Frame:
+        """Refuse what does not fit, tell which settings changed, and choose the memory plan."""
+        if options.flow_scale != 1 and not self.flow.any_size:
+            raise IncompatibleInputError("flow_scale 1 with a callable as flow", str(options.flow_scale))
+        state.check_fits(lq, self.model)
+        height, width = lq.shape[-2:]
+        if latents is not None:
+            check_shape(latents, (1, self.vae.latent_channels, *padded_size(height, width)), "latents")
+        if flow is not None:
+            check_shape(flow, (1, 2, SCALE * height, SCALE * width), "flow")
+        details = state.provenance.details
+        plan = self.planner.plan((height, width), details, options)
+        if state.has_previous:
+            now = self._provenance(options, plan, (height, width), {})
+            if changes := state.provenance.differences(now):
+                log.warning(
+                    "settings changed since frame %d (%s); the result will not match an uninterrupted run",
+                    state.frame_index,
+                    changes,
+                )
+        masked = (options.occlusion or self.traits.occlusion) == "mask"
+        return Frame(lq, state, options, plan, latents, flow, self.flow.estimates, masked, on_step)
+
+    def _provenance(
+        self, options: UpscaleOptions, plan: Plan, size: tuple[int, int], details: Mapping[str, str]
+    ) -> Provenance:
+        now = {"flow": self.flow.name, "compilation": self._compile_mode(options)}
+        return Provenance(
+            self.model,
+            self.number_format,
+            "torch",
+            asdict(options),
+            {**details, **now, **plan_details(plan, size)},
+        )
+
+    def _compile_mode(self, options: UpscaleOptions) -> str:
+        return compilation.in_force(options.compile_mode, self.device)
+
+    def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
+        """Tells the bytes that a stage needs beside the weights, for a placement that has to make room."""
+
+        def need(stage: str) -> int:
+            needs = self.needs(frame.size, frame.options, plan)
+            return needs["frames"] + (
+                max(needs["controlnet"], needs["unet"]) if stage == "unet" else needs[stage]
+            )
+
+        return need
+
+    def prepared(self, options: UpscaleOptions, dtype: torch.dtype) -> tuple[Schedule, list[Tensor]]:
+        """Schedule and prompt embeddings, which depend on the options alone; the newest few are kept."""
+        steps, spacing = options.num_inference_steps or self.traits.steps, options.timestep_spacing
+        texts = (options.negative_prompt, options.prompt) if options.guided else (options.prompt,)
+        key = (steps, spacing, texts, self.device, dtype)
+        if key not in self._prepared:
+            if len(self._prepared) >= KEPT:
+                self._prepared.pop(next(iter(self._prepared)))
+            schedule = Schedule.prepare(self.scheduler_config, steps, spacing, self.device)
+            self._prepared[key] = schedule, [self.prompts.get(text).to(self.device, dtype) for text in texts]
+        return self._prepared[key]
+
+
+class Sequence:
+    """A `Session` of Stream-DiffVSR: every frame gives its result at once, and every frame is a border."""
+
+    def __init__(
+        self,
+        pipe: StreamDiffVSRPipeline,
+        options: UpscaleOptions,
+        state: StreamDiffVSRState,
+        on_step: OnStep | None,
+        noise: Tensor | None,
+    ) -> None:
+        self._state = state
+        self._frame = partial(pipe.process_frame, options=options, on_step=on_step)
+        self._noise = [] if noise is None else list(noise.split(1))
+
+    def push(self, lq: Tensor) -> list[Upscaled]:
+        """Upscale the next frame, (1, 3, h, w) -> one result."""
+        result = self._frame(lq, self._state, latents=self._noise[0] if self._noise else None)
+        self._noise, self._state = self._noise[1:], result.state
+        return [result]
+
+    def finish(self) -> list[Upscaled]:
+        """Nothing is ever missing."""
+        return []
+
+    def state(self) -> StreamDiffVSRState:
+        """The state after the last frame."""
+        return self._state

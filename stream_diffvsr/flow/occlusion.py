@@ -1,0 +1,46 @@
+"""Where the previous frame can be believed: flow there and back agrees, and the frames match along it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..tensors import upsample
+
+AGREE_PIXELS, AGREE_SHARE = 1.0, 0.05
+"""Flow there and back may miss its start by so many HQ pixels, and by this share of both lengths besides."""
+
+MATCH = 0.06
+"""Largest difference of the two LQ frames along the flow, averaged over colours, in model range."""
+
+ERODE, FEATHER = 13, 13
+"""HQ pixels by which what is not believed grows, and over which trust then fades."""
+
+
+def mask(lq: Tensor, previous: Tensor, flow: Tensor, back: Tensor | None, scale: int) -> Tensor:
+    """Trust in each pixel of the warped previous frame, (1, 1, H, W) float32 in [0, 1]: 1 is full trust.
+
+    `lq` and `previous` (1, 3, h, w) in model range; `flow` (1, 2, H, W) from `lq` back to `previous`, in
+    pixels of the large frame (H = scale * h); `back` the one from `previous` to `lq`, or None where flow was
+    given: then only the frames are compared. What moved in from outside the picture is not trusted.
+    """
+    now, before = upsample(lq, scale), upsample(previous, scale)
+    height, width = flow.shape[-2:]
+    x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, :1]
+    y = torch.arange(height, device=flow.device, dtype=torch.float32)[:, None] + flow[:, 1:]
+    inside = (x > -1) & (x < width) & (y > -1) & (y < height)
+    grid = torch.cat([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=1).movedim(1, -1)
+
+    def along(picture: Tensor) -> Tensor:
+        return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+    good = inside & ((along(before) - now).abs().mean(1, keepdim=True) < MATCH)
+    if back is not None:
+        returned = along(back)
+        lengths = flow.square().sum(1, keepdim=True) + returned.square().sum(1, keepdim=True)
+        missed = (flow + returned).square().sum(1, keepdim=True)
+        good &= missed < AGREE_PIXELS**2 + AGREE_SHARE * lengths
+    # Eroded, since a network looks around each pixel; then faded, so that no edge shows.
+    bad = F.max_pool2d((~good).float(), 2 * ERODE + 1, 1, ERODE)
+    return 1 - F.avg_pool2d(bad, 2 * FEATHER + 1, 1, FEATHER, count_include_pad=False)
