@@ -87,6 +87,8 @@ def test_a_line_on_the_node_once_a_second(monkeypatch: pytest.MonkeyPatch) -> No
 class Recorder:
     """A placement that remembers what was asked of it, with the real one behind it."""
 
+    fixed = False
+
     def __init__(self, placement: Any) -> None:
         self.placement, self.asked = placement, []
 
@@ -113,19 +115,19 @@ def asked_first(pipe, monkeypatch: pytest.MonkeyPatch, name: str, **inputs: Any)
 
 def test_upscale_makes_room_for_the_whole_frame_before_it_plans(pipe, monkeypatch) -> None:
     asked = asked_first(pipe, monkeypatch, "Upscale", images=torch.rand(1, HEIGHT, WIDTH, 3))
-    assert asked == ("unet", pipe.planner.need((HEIGHT, WIDTH), UpscaleOptions(), Plan()))
+    assert asked == ("unet", pipe.planner.bytes_needed((HEIGHT, WIDTH), UpscaleOptions(), Plan()))
 
 
 def test_upscale_video_makes_room_for_the_whole_frame_before_it_plans(pipe, monkeypatch, tmp_path) -> None:
     clip = make_clip(tmp_path / "clip.mp4", 1, WIDTH, HEIGHT)
     asked = asked_first(pipe, monkeypatch, "UpscaleVideo", video_path=str(clip))
-    assert asked == ("unet", pipe.planner.need((HEIGHT, WIDTH), UpscaleOptions(), Plan()))
+    assert asked == ("unet", pipe.planner.bytes_needed((HEIGHT, WIDTH), UpscaleOptions(), Plan()))
 
 
 def test_process_frame_makes_room_too(pipe, monkeypatch) -> None:
     state = NODES["StreamDiffVSR_CreateState"]().execute()[0]
     asked = asked_first(pipe, monkeypatch, "ProcessFrame", image=torch.rand(1, HEIGHT, WIDTH, 3), state=state)
-    assert asked == ("unet", pipe.planner.need((HEIGHT, WIDTH), UpscaleOptions(), Plan()))
+    assert asked == ("unet", pipe.planner.bytes_needed((HEIGHT, WIDTH), UpscaleOptions(), Plan()))
 
 
 def test_a_plan_that_was_named_needs_no_room_beforehand(pipe, monkeypatch) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -99,22 +97,15 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
         plan = lower
 
 
-@contextmanager
-def memory_outside(pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions) -> Iterator[None]:
-    """Memory that runs out outside the networks is a `VRAMError`, as no plan helps there.
+def outside_the_networks(
+    pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions, message: str
+) -> VRAMError:
+    """The error of memory that ran out where no plan helps.
 
     That is while a frame comes to the device, and while a result is checked and kept for the next one.
     """
-    try:
-        yield
-        return
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        message = str(error).strip().partition("\n")[0]
-    # Here the error is gone, as above.
     release_caches(pipe.device)
-    raise _no_memory(
+    return _no_memory(
         pipe.planner.minimum_bytes(lq.shape[-2:], options),
         pipe.device,
         f"it ran out outside the networks ({message}), where memory_plan cannot help; "

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from ... import upscaler
 from ...errors import IncompatibleInputError
 from ...flow import FlowEstimator
+from ...memory import is_out_of_memory
 from ...runtimes.torch import compilation, quantized
 from ...tensors import MINIMUM_SIDE, SCALE, check_frame, check_shape, padded_size
 from ...upscaler import FixedPlacement, Info, OnStep, Placement, Provenance, State, Upscaled, ignore
-from .attempts import OVERFLOWED, attempt, memory_outside
+from .attempts import OVERFLOWED, attempt, outside_the_networks
 from .control import Control
 from .counted import Needs
 from .denoise import Schedule
@@ -189,20 +190,37 @@ class StreamDiffVSRPipeline:
         Raises `IncompatibleInputError`, and `VRAMError` where no plan suffices.
         """
         options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
-        with self._lock, torch.no_grad(), memory_outside(self, lq, options):
-            check_frame(lq)
-            frame = self._accept(lq, before, options, latents, flow, on_step or ignore)
-            hq, plan, dtype = attempt(self, frame, self._compile_mode(options))
-            details = dict(before.provenance.details)
-            if dtype != self.dtype:
-                details.setdefault(OVERFLOWED, str(before.frame_index))
-            after = StreamDiffVSRState(
-                previous_hq=hq,
-                previous_lq=lq.to(self.device, copy=True),
-                frame_index=before.frame_index + 1,
-                provenance=self._provenance(options, plan, frame.size, details),
-            )
-            return FrameResult(before.frame_index, hq, after)
+        try:
+            with self._lock, torch.no_grad():
+                return self._process(lq, before, options, latents, flow, on_step or ignore)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            message = str(error).strip().partition("\n")[0]
+        # Here the error is gone, and with it the tensors that its traceback held.
+        raise outside_the_networks(self, lq, options, message)
+
+    def _process(
+        self,
+        lq: Tensor,
+        before: StreamDiffVSRState,
+        options: UpscaleOptions,
+        latents: Tensor | None,
+        flow: Tensor | None,
+        on_step: OnStep,
+    ) -> FrameResult:
+        frame = self._accept(lq, before, options, latents, flow, on_step)
+        hq, plan, dtype = attempt(self, frame, self._compile_mode(options))
+        details = dict(before.provenance.details)
+        if dtype != self.dtype:
+            details.setdefault(OVERFLOWED, str(before.frame_index))
+        after = StreamDiffVSRState(
+            previous_hq=hq,
+            previous_lq=lq.to(self.device, copy=True),
+            frame_index=before.frame_index + 1,
+            provenance=self._provenance(options, plan, frame.size, details),
+        )
+        return FrameResult(before.frame_index, hq, after)
 
     def _accept(
         self,
@@ -214,6 +232,7 @@ class StreamDiffVSRPipeline:
         on_step: OnStep,
     ) -> Frame:
         """Refuse what does not fit, tell which settings changed, and choose the memory plan."""
+        check_frame(lq)
         if options.flow_scale != 1 and not self.flow.any_size:
             raise IncompatibleInputError("flow_scale 1 with a callable as flow", str(options.flow_scale))
         state.check_fits(lq, self.model)
