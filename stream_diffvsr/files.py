@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError
+
+log = logging.getLogger(__name__)
 
 HEADER_LENGTH = 8
 """A safetensors file begins with the length of its header, in so many bytes."""
@@ -152,3 +155,23 @@ def fingerprint(paths: Iterable[Path]) -> str:
 def _header_end(file: BinaryIO, size: int) -> int:
     file.seek(0)
     return min(HEADER_LENGTH + int.from_bytes(file.read(HEADER_LENGTH), "little"), size)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder last through a power loss, where the system can."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        log.debug("%s cannot be synced: %s", folder, error)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content last through a power loss."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())

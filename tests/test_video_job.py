@@ -19,7 +19,7 @@ import pytest
 from job_process import messages, start
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VideoError
-from stream_diffvsr.jobs.journal import Workplace
+from stream_diffvsr.jobs.journal import WorkFolder
 from stream_diffvsr.jobs.run import VideoJob, run
 
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
@@ -179,7 +179,7 @@ def test_a_damaged_journal_or_segment_is_said(source, guided, tmp_path) -> None:
     with pytest.raises(VideoError, match="not as the journal says"):
         finish(guided, job(source, output))
     segment.write_bytes(content)
-    Workplace(output).journal_file.write_text("{")
+    WorkFolder(output).journal_file.write_text("{")
     with pytest.raises(VideoError, match="--restart"):
         finish(guided, job(source, output, overwrite=True))
 
@@ -276,3 +276,54 @@ def test_too_little_room_is_said_before_it_is_used_up(source, guided, tmp_path, 
     with pytest.raises(OSError, match="MB are free"):
         finish(guided, job(source, tmp_path / "out.mp4"))
     assert not (tmp_path / "out.mp4").exists()
+
+
+def refuse_what_is_open(monkeypatch) -> None:
+    """As on Windows: what this process holds open can neither be deleted nor replaced."""
+    unlink, replace = os.unlink, os.replace
+
+    def is_open(path: Any) -> bool:
+        links = list(Path("/proc/self/fd").iterdir())
+        return any(link.exists() and link.samefile(path) for link in links)
+
+    def guarded(call: Any) -> Any:
+        def checked(*paths: Any, **others: Any) -> None:
+            if any(is_open(path) for path in paths if Path(path).exists()):
+                raise PermissionError(32, "used by another process", str(paths[0]))
+            call(*paths, **others)
+
+        return checked
+
+    for name, call in (("unlink", unlink), ("remove", unlink), ("replace", replace), ("rename", os.rename)):
+        monkeypatch.setattr(os, name, guarded(call))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to see what is open")
+@pytest.mark.parametrize("after", [None, 4])
+def test_nothing_open_is_deleted_or_replaced(source, whole, guided, tmp_path, monkeypatch, after) -> None:
+    refuse_what_is_open(monkeypatch)
+    with (tmp_path / "held").open("w"), pytest.raises(PermissionError):
+        (tmp_path / "held").unlink()
+    output = tmp_path / "out.mp4"
+    if after is not None:
+        with contextlib.closing(run(guided, job(source, output))) as steps:
+            for _ in range(after):
+                next(steps)
+        assert output.is_file()
+    finish(guided, job(source, output))
+    same_frames(output, whole)
+    assert not (tmp_path / "out.mp4.parts").exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['"text"', "[]", '{"format": 1}', '{"format": 1, "parts": [], "state": "../../x", "cuts": []}'],
+)
+def test_a_journal_that_is_none_is_one_sentence(source, guided, tmp_path, content) -> None:
+    output = tmp_path / "out.mp4"
+    WorkFolder(output).folder.mkdir()
+    WorkFolder(output).journal_file.write_text(content)
+    with pytest.raises(VideoError, match="--restart"):
+        finish(guided, job(source, output))
+    finish(guided, job(source, output, restart=True))
+    assert not WorkFolder(output).folder.exists()

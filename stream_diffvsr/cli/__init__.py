@@ -1,1 +1,8 @@
-"""The command `stream-diffvsr`: each subcommand is a module with `add_arguments` and `run`."""
+"""The command line: `stream-diffvsr`."""
+
+import os
+
+# How long torch's idle threads spin before they sleep, read once, when torch is imported. By default they
+# keep the cores busy: beside other work a frame then took eight times as long, and at times hardly moved.
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "2000"

@@ -5,6 +5,7 @@ Everything in it appears by fsync and rename, and the journal is written last: w
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,37 +14,21 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..errors import VideoError
-from ..files import atomic
+from ..files import atomic, sync_folder
+from ..media.join import Part
 from ..media.seek import Place
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-LOCK = "lock"
-OURS = re.compile(r"journal\.json|(main|compare|joined|state)-\w+\.\w+|\..*\.part")
+LOCK, OWNER = "lock", "owner"
+OWN_FILES = re.compile(r"journal\.json|(main|compare|joined|state)-\w+\.\w+|\..*\.part")
 """Names of the files that are written here, and may be deleted."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A finished segment."""
-
-    name: str
-    """File in the work folder; empty where the frames are pictures in the output folder."""
-    frames: int
-    size: int
-    first: int
-    """Timestamp of its first frame, in ticks of the source."""
-    end: int
-    """When its last frame ends, in the same ticks."""
-    depth: int = 0
-    """How many frames the encoder keeps back: decoding order against presentation order."""
-    compare: str = ""
-    """File of the split-screen video's segment."""
-    compare_depth: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,66 +60,58 @@ class Journal:
         return sum(part.frames for part in self.parts)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power loss, where the system can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        log.debug("%s cannot be synced: %s", folder, error)
-    finally:
-        os.close(descriptor)
+class WorkFolder:
+    """The work folder of one output, locked against a second run.
 
-
-def sync_file(path: Path) -> None:
-    """Make a file's content last through a power loss."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-class Workplace:
-    """The work folder of one output, locked against a second run."""
+    Nothing in it is deleted or replaced while it is open: some systems refuse that.
+    """
 
     def __init__(self, output: Path) -> None:
         self.folder = output.with_name(output.name + ".parts")
-        self._lock: IO[str] | None = None
 
     @property
     def journal_file(self) -> Path:
         return self.folder / "journal.json"
 
     @contextmanager
-    def locked(self) -> Iterator[Workplace]:
-        """Hold the lock; the system lets go of it however the process ends. Raises `VideoError`."""
+    def locked(self) -> Iterator[WorkFolder]:
+        """Hold the lock, which ends with the process. Raises `VideoError`.
+
+        Afterwards the folder is removed where nothing is left in it.
+        """
         try:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise VideoError(
                 f"{self.folder} cannot be made ({error.strerror}): choose another output."
             ) from error
-        lock = (self.folder / LOCK).open("a+")
+        lock, owner = FileLock(self.folder / LOCK, timeout=0), self.folder / OWNER
         try:
-            if not try_lock(lock):
-                lock.seek(0)
-                raise VideoError(
-                    f"another run (process {lock.read().strip() or 'unknown'}) is writing this output: wait "
-                    f"for it, or choose another output; its work is in {self.folder}."
-                )
-            lock.truncate(0)
-            lock.write(f"{os.getpid()}\n")
-            lock.flush()
+            lock.acquire()
+        except Timeout:
+            process = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "unknown"
+            raise VideoError(
+                f"another run (process {process}) is writing this output: wait for it, or choose another "
+                f"output; its work is in {self.folder}."
+            ) from None
+        try:
+            owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
             yield self
         finally:
-            lock.close()
-            self._remove_if_empty()
+            lock.release()
+            self._remove_if_done()
 
-    def _remove_if_empty(self) -> None:
-        """Nothing is kept where nothing was done."""
-        if self.folder.is_dir() and [file.name for file in self.folder.iterdir()] == [LOCK]:
-            self.remove()
+    def _remove_if_done(self) -> None:
+        if self.journal_file.is_file():
+            return
+        # A run that began in this moment holds the lock anew, and keeps the folder.
+        with contextlib.suppress(OSError):
+            for name in (OWNER, LOCK):
+                (self.folder / name).unlink(missing_ok=True)
+            if left := sorted(file.name for file in self.folder.iterdir()):
+                log.warning("%s stays: it holds %s", self.folder, ", ".join(left[:3]))
+            else:
+                self.folder.rmdir()
 
     def load(self) -> Journal | None:
         """The journal of an earlier run; raises `VideoError` where it cannot be read."""
@@ -142,13 +119,16 @@ class Workplace:
             return None
         try:
             content = json.loads(self.journal_file.read_text(encoding="utf-8"))
-            if content.pop("format") != FORMAT:
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
                 raise ValueError("of another version")
             parts = tuple(Part(**part) for part in content.pop("parts"))
             place = content.pop("place", None)
             place = None if place is None else Place(**place)
+            names = [content["state"], *(name for part in parts for name in (part.name, part.compare))]
+            if any(name and not OWN_FILES.fullmatch(name) for name in names):
+                raise ValueError("names of other files")
             return Journal(**{**content, "parts": parts, "cuts": tuple(content["cuts"]), "place": place})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise VideoError(
                 f"{self.journal_file} cannot be read ({error}): start over with --restart."
             ) from error
@@ -161,23 +141,14 @@ class Workplace:
 
     def _files(self) -> list[Path]:
         """What is ours in the folder, without the lock."""
-        return [file for file in self.folder.iterdir() if OURS.fullmatch(file.name)]
+        return [file for file in self.folder.iterdir() if OWN_FILES.fullmatch(file.name)]
 
     def clear(self) -> None:
         """Forget an earlier run."""
         for file in self._files():
             file.unlink()
 
-    def remove(self) -> None:
-        """The work is done and the folder goes, unless something foreign lies in it."""
-        self.clear()
-        (self.folder / LOCK).unlink(missing_ok=True)
-        try:
-            self.folder.rmdir()
-        except OSError as error:
-            log.warning("%s stays: %s", self.folder, error)
-
-    def tidy(self, journal: Journal) -> None:
+    def remove_leftovers(self, journal: Journal) -> None:
         """Delete what a killed run left half done."""
         known = {self.journal_file.name, journal.state}
         for part in journal.parts:
@@ -225,24 +196,3 @@ def continue_from(before: Journal, now: Journal, folder: Path) -> Journal:
     if before.versions != now.versions:
         log.warning("not an exact continuation: versions were %s, are %s", before.versions, now.versions)
     return before
-
-
-def try_lock(file: IO[str]) -> bool:
-    """Take the file's lock, which ends with the process; False if another holds it."""
-    try:
-        import fcntl
-    except ImportError:
-        import msvcrt
-
-        try:
-            # One byte far behind the text, which stays readable for others.
-            file.seek(1 << 20)
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -21,7 +21,8 @@ from ..errors import VideoError
 from ..families.diffvsr.denoise import OnStep
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.state import StreamDiffVSRState
-from ..media.join import join
+from ..files import sync_folder
+from ..media.join import Part, join
 from ..media.pictures import Picture
 from ..media.read import FolderSource, Source, SourceFrame, VideoSource
 from ..media.sizes import enlarge, split_screen
@@ -30,7 +31,7 @@ from ..media.write import container_of
 from ..tensors import SCALE, from_pixels
 from . import scenes
 from .job import FrameTime, JobProgress, Speed, VideoJob
-from .journal import Journal, Part, Workplace, continue_from, sync_folder
+from .journal import Journal, WorkFolder, continue_from
 from .overlap import Background, prefetch
 from .prepare import (
     check_paths,
@@ -73,7 +74,7 @@ class _Run:
         self.pipe, self.job, self.source, self.on_step = pipe, job, source, on_step
         self.sizes = job.sizes
         self.cut_rule = scenes.parse(job.scene_cut)
-        self.work = Workplace(job.output)
+        self.work = WorkFolder(job.output)
         self.videos = video_outputs(job, source.info)
         self.sinks = open_sinks(job, source, self.videos, self.work.folder)
         self.step = max(1, round(1 / (source.info.rate * source.info.time_base)))
@@ -123,7 +124,7 @@ class _Run:
             return now
         journal = continue_from(before, now, self.work.folder)
         self.work.check(journal)
-        self.work.tidy(journal)
+        self.work.remove_leftovers(journal)
         if journal.parts:
             log.info("continuing after %d frames done earlier", journal.frames)
         return journal
@@ -359,7 +360,7 @@ class _Run:
 
     def _clean_up(self) -> None:
         """Remove the work folder, and say what was repaired on the way."""
-        self.work.remove()
+        self.work.clear()
         for what, count in self.source.notes.items():
             if count:
                 log.warning("%s: %d %s", self.job.source, count, what)

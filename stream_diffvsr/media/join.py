@@ -6,13 +6,33 @@ import heapq
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..jobs.journal import Part, sync_file
+from ..files import sync_file
 from .codecs import Encoding
 from .read import open_container
 from .tracks import Window, add_tracks, copied_packets, copy_attachments, copy_chapters, kept_words
+
+
+@dataclass(frozen=True)
+class Part:
+    """A finished segment."""
+
+    name: str
+    """File in the work folder; empty where the frames are pictures in the output folder."""
+    frames: int
+    size: int
+    first: int
+    """Timestamp of its first frame, in ticks of the source."""
+    end: int
+    """When its last frame ends, in the same ticks."""
+    depth: int = 0
+    """How many frames the encoder keeps back: decoding order against presentation order."""
+    compare: str = ""
+    """File of the split-screen video's segment."""
+    compare_depth: int = 0
 
 
 def join(

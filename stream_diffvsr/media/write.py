@@ -12,7 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import VideoError
-from ..jobs.journal import sync_folder
+from ..files import sync_folder
 from . import pictures
 from .codecs import CONTAINERS, Encoding, open_encoder
 from .colour import planes_to_frame, samples, to_planes
