@@ -223,12 +223,14 @@ class FixedPlacement:
 class Upscaler(Protocol):
     """A loaded model. It keeps nothing about any video, and serves one thread at a time."""
 
-    info: Info
     Options: type
     """The family's frozen dataclass of options; see `options.option`."""
     placement: Placement
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def info(self) -> Info: ...
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..errors import VideoError
 from ..families.diffvsr.options import UpscaleOptions
-from ..families.diffvsr.state import StreamDiffVSRState
 from ..media.sizes import Sizes
 from ..media.span import Span, parse_position
+from ..upscaler import State
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,7 @@ class VideoJob:
     output: Path
     """A file (.mp4 .mov .mkv .webm, or a picture's suffix for one picture), else a folder of pictures."""
     options: UpscaleOptions = field(default_factory=UpscaleOptions)
-    state: StreamDiffVSRState | None = None
+    state: State | None = None
     """To continue from; None starts a sequence, at the source's own frame index."""
     state_out: Path | None = None
     """Where to save the state after the last frame."""

@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Journal:
     parts: tuple[Part, ...] = ()
     state: str = ""
     """File of the state after the last part."""
+    provenance: Mapping[str, str] = field(default_factory=dict)
+    """How the frames of all scenes are made, memory plan included."""
     cuts: tuple[int, ...] = ()
     """Indices of frames that begin a scene."""
     place: Place | None = None

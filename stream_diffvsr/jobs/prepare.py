@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VideoError
-from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
-from ..families.diffvsr.state import StreamDiffVSRState
 from ..files import fingerprint
 from ..media import pictures
 from ..media.codecs import CONTAINERS, Encoding, check_encoder, choose_encoding
 from ..media.read import FolderSource, Source, check_readable, open_source
 from ..media.streams import SourceInfo
 from ..media.write import PictureSink, Sink, VideoSink, check_folder, container_of
+from ..upscaler import State, Upscaler
 from . import scenes
 from .job import VideoJob
 
@@ -108,18 +107,18 @@ def identity(source: Path) -> dict[str, Any]:
 
 
 def settings(
-    pipe: StreamDiffVSRPipeline,
+    pipe: Upscaler,
     job: VideoJob,
     cuts: scenes.SceneCut,
     videos: Mapping[str, tuple[Path, Encoding]],
 ) -> dict[str, Any]:
     """All that changes the frames of the output, as plain JSON."""
+    made = pipe.provenance((pipe.info.minimum, pipe.info.minimum), job.options)
     return {
         **asdict(job.options),
-        "model": pipe.model,
+        **{key: text for key, text in made.to_texts().items() if key not in ("options", "plan", "size")},
+        "family": pipe.info.family,
         "device": pipe.device.type,
-        "dtype": pipe.number_format,
-        "flow": pipe.flow.name,
         "start": str(job.start),
         "end": str(job.end),
         "stream": job.stream,
@@ -131,9 +130,9 @@ def settings(
     }
 
 
-def state_key(state: StreamDiffVSRState) -> str:
+def state_key(state: State) -> str:
     """Tells states apart."""
-    digest = hashlib.sha256(str(state.frame_index).encode())
+    digest = hashlib.sha256(str(state.index).encode())
     for _, tensor in sorted(state.tensors.items()):
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]

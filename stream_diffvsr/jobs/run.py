@@ -4,13 +4,15 @@
         for step in progress:
             show(step.done, step.total, step.fps)
 
-Frames are decoded ahead and encoded behind in threads; the loop between them is the pipeline's own.
+Frames are decoded ahead and encoded behind in threads; the loop between them is `upscaler.stream`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +20,6 @@ from pathlib import Path
 from torch import Tensor
 
 from ..errors import VideoError
-from ..families.diffvsr.denoise import OnStep
-from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
-from ..families.diffvsr.state import StreamDiffVSRState
 from ..files import sync_folder
 from ..media.join import Part, join
 from ..media.pictures import Picture
@@ -29,6 +28,7 @@ from ..media.sizes import enlarge, split_screen
 from ..media.tracks import Window
 from ..media.write import container_of
 from ..tensors import SCALE, from_pixels
+from ..upscaler import OnStep, Provenance, State, Upscaler, stream
 from . import scenes
 from .job import FrameTime, JobProgress, Speed, VideoJob
 from .journal import Journal, WorkFolder, continue_from
@@ -52,9 +52,7 @@ WRITE_DEPTH = 4
 """Frames that may wait for the encoder."""
 
 
-def run(
-    pipe: StreamDiffVSRPipeline, job: VideoJob, on_step: OnStep | None = None
-) -> Generator[JobProgress, None, None]:
+def run(pipe: Upscaler, job: VideoJob, on_step: OnStep | None = None) -> Generator[JobProgress, None, None]:
     """Do a job, yielding after each frame; the output is there when it ends.
 
     Closing the generator, or an exception from `on_step`, cancels: what is done is left as a playable
@@ -68,9 +66,7 @@ def run(
 class _Run:
     """One run of a job: what was opened for it, and how far it is."""
 
-    def __init__(
-        self, pipe: StreamDiffVSRPipeline, job: VideoJob, source: Source, on_step: OnStep | None
-    ) -> None:
+    def __init__(self, pipe: Upscaler, job: VideoJob, source: Source, on_step: OnStep | None) -> None:
         self.pipe, self.job, self.source, self.on_step = pipe, job, source, on_step
         self.sizes = job.sizes
         self.cut_rule = scenes.parse(job.scene_cut)
@@ -82,6 +78,7 @@ class _Run:
         self.segment: list[FrameTime] = []
         self.last: SourceFrame | None = None
         self.cuts: list[int] = []
+        self.before: Tensor | None = None
         self.clock = Speed()
 
     @property
@@ -140,56 +137,87 @@ class _Run:
             raise VideoError(f"{output} exists: choose another with -o, or give --overwrite.")
 
     def _upscale(self) -> Iterator[JobProgress]:
-        """Upscale the frames that are left, segment by segment."""
+        """Upscale the frames that are left."""
         done = self.journal.frames
         span = self.job.span if not done else replace(self.job.span, start=self.journal.first_index + done)
         frames = prefetch(self.source.frames(span, self.journal.place), self.job.read_ahead)
-        state = self._first_state()
         with contextlib.closing(frames), Background(WRITE_DEPTH) as writer:
             try:
-                for frame in frames:
-                    if state is None:
-                        state = StreamDiffVSRState(frame_index=frame.index)
-                    state, progress = self._frame(frame, self._lq(frame), state, writer)
-                    yield progress
-                    if len(self.segment) == self.job.segment_frames:
-                        self._finish_segment(writer, state)
-                if self.segment and state is not None:
-                    self._finish_segment(writer, state)
+                yield from self._scenes(((frame, self._lq(frame)) for frame in frames), writer)
             except BaseException as error:
                 self._stop(writer, self.cancelled or isinstance(error, (GeneratorExit, KeyboardInterrupt)))
                 raise
         if not self.journal.parts:
             raise VideoError(f"{self.job.source} has no frame in the span asked for.")
 
-    def _first_state(self) -> StreamDiffVSRState | None:
+    def _scenes(
+        self, frames: Iterator[tuple[SourceFrame, Tensor]], writer: Background
+    ) -> Iterator[JobProgress]:
+        """Scene by scene, each in a session of its own; segments end where the model's state allows it.
+
+        Cuts are found while reading straight on. A scene inherits nothing of the one before it, but for how
+        all frames of the job are made.
+        """
+        state = self._first_state()
+        self.before = None if state is None else state.tensors.get("previous_lq")
+        for cut, scene in scenes.in_scenes(frames, self._begins_scene):
+            waiting: deque[tuple[SourceFrame, Tensor]] = deque()
+            seen = self._seen(scene, waiting)
+            first = next(seen)
+            if state is None or cut or not (state.has_previous or state.provenance.model):
+                index = waiting[0][0].index if state is None else state.index
+                state = State(index=index, provenance=self._fixed(first))
+            session = self.pipe.session(self.job.options, state, self._guarded)
+            for result in stream(session, itertools.chain([first], seen)):
+                yield self._frame(*waiting.popleft(), result.hq, cut, writer)
+                cut, border = False, session.state()
+                if border is None or border.index != result.index + 1:
+                    state = State(index=result.index + 1)
+                    continue
+                state = border
+                if len(self.segment) >= self.job.segment_frames:
+                    self._finish_segment(writer, state)
+        if self.segment and state is not None:
+            self._finish_segment(writer, state)
+
+    @staticmethod
+    def _seen(
+        scene: Iterator[tuple[SourceFrame, Tensor]], waiting: deque[tuple[SourceFrame, Tensor]]
+    ) -> Iterator[Tensor]:
+        """What the model sees of a scene; its frames wait until their results come."""
+        for frame, lq in scene:
+            waiting.append((frame, lq))
+            yield from_pixels(lq)
+
+    def _first_state(self) -> State | None:
         if self.journal.parts:
-            return StreamDiffVSRState.load(self.work.folder / self.journal.state)
+            return State.load(self.work.folder / self.journal.state)
         return self.job.state
+
+    def _fixed(self, lq: Tensor) -> Provenance:
+        """How all frames of the job are made, memory plan included: chosen once, and recorded."""
+        if not self.journal.provenance:
+            size = lq.shape[-2], lq.shape[-1]
+            made = self.pipe.provenance(size, self.job.options)
+            self.journal = replace(self.journal, provenance=made.to_texts())
+        return Provenance.from_texts(self.journal.provenance)
 
     def _lq(self, frame: SourceFrame) -> Tensor:
         """What the model sees of a frame, (1, 3, h, w) in [0, 1]."""
         return self.sizes.to_model(frame.rgb.to(self.pipe.device))
 
     def _frame(
-        self,
-        frame: SourceFrame,
-        lq: Tensor,
-        state: StreamDiffVSRState,
-        writer: Background,
-    ) -> tuple[StreamDiffVSRState, JobProgress]:
-        """Upscale one frame and hand it to the writing thread."""
+        self, frame: SourceFrame, lq: Tensor, hq: Tensor, cut: bool, writer: Background
+    ) -> JobProgress:
+        """Hand an upscaled frame to the writing thread."""
         if not self.segment:
             self._begin_segment(frame, writer)
-        before, seen = state, from_pixels(lq)
-        state = self._state_for(frame, state, seen)
-        result = self.pipe.process_frame(seen, state, self.job.options, on_step=self._guarded)
-        hq = self.sizes.to_output(result.hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
+        hq = self.sizes.to_output(hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
         self._write(frame, lq, hq, writer)
         self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))
         self.last = frame
         self.clock.tick()
-        progress = JobProgress(
+        return JobProgress(
             done=self.journal.frames + len(self.segment),
             total=self.job.span.count(self.source.info.frames, self.source.info.rate),
             fps=self.clock.fps,
@@ -197,9 +225,8 @@ class _Run:
             index=frame.index,
             lq=lq,
             hq=hq,
-            cut=state is not before,
+            cut=cut,
         )
-        return result.state, progress
 
     def _begin_segment(self, frame: SourceFrame, writer: Background) -> None:
         """Start the files of a segment while there is room for it, for its state and for the joined file."""
@@ -209,21 +236,23 @@ class _Run:
         for sink in self.sinks.values():
             writer.add(sink.begin, len(self.journal.parts))
 
-    def _state_for(self, frame: SourceFrame, state: StreamDiffVSRState, lq: Tensor) -> StreamDiffVSRState:
-        """The state that a frame continues from: an empty one where a scene begins."""
-        previous = state.previous_lq
+    def _begins_scene(
+        self, now: tuple[SourceFrame, Tensor] | None, following: tuple[SourceFrame, Tensor]
+    ) -> bool:
+        """Whether a scene begins with the frame that follows `now`, or what was done earlier."""
+        previous = self.before if now is None else from_pixels(now[1])
         if previous is None:
-            return state
+            return False
+        frame, lq = following[0], from_pixels(following[1])
         if previous.shape != lq.shape:
-            # Pictures of a folder may change their size; a state of another size is the pipeline's to refuse.
+            # Pictures of a folder may change their size; a frame of another size is the model's to refuse.
             cut = isinstance(self.source, FolderSource)
         else:
             cut = self.cut_rule.between(frame.index, previous, lq)
-        if not cut:
-            return state
-        self.cuts.append(frame.index)
-        log.info("a new scene begins at frame %d", frame.index)
-        return StreamDiffVSRState(frame_index=state.frame_index)
+        if cut:
+            self.cuts.append(frame.index)
+            log.info("a new scene begins at frame %d", frame.index)
+        return cut
 
     def _guarded(self, stage: str, index: int, total: int) -> None:
         """The caller's `on_step`; an exception from it means cancel."""
@@ -247,7 +276,7 @@ class _Run:
         for name, sink in self.sinks.items():
             writer.add(sink.add, prepared[name], frame.index, frame.time)
 
-    def _finish_segment(self, writer: Background, state: StreamDiffVSRState) -> None:
+    def _finish_segment(self, writer: Background, state: State) -> None:
         """Close the segment and save the state; only then the journal says that both are there."""
         part = self._close_part(writer)
         state_file = f"state-{len(self.journal.parts):06}.safetensors"
@@ -257,7 +286,7 @@ class _Run:
             self.journal,
             parts=(*self.journal.parts, part),
             state=state_file,
-            cuts=(*self.journal.cuts, *self.cuts),
+            cuts=tuple(sorted({*self.journal.cuts, *self.cuts})),  # one may be ahead of its scene
             place=None if self.last is None else self.source.place(self.last),
             first_index=self.journal.first_index if self.journal.parts else self.segment[0].index,
         )
@@ -352,7 +381,7 @@ class _Run:
         """Everything is done: give the output its name and the side files their content, then clean up."""
         last = self.journal.first_index + self.journal.frames - 1
         if self.job.state_out is not None:
-            StreamDiffVSRState.load(self.work.folder / self.journal.state).save(self.job.state_out)
+            State.load(self.work.folder / self.journal.state).save(self.job.state_out)
         if self.job.cuts_out is not None:
             scenes.write_list(self.job.cuts_out, self.journal.first_index, last, self.journal.cuts)
         self._give_names()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from torch import Tensor
 from ..errors import VideoError
 from ..files import atomic
 from ..tensors import to_pixels
+
+T = TypeVar("T")
 
 THRESHOLD = 27.0
 """PySceneDetect's default, of 255."""
@@ -39,6 +42,31 @@ class SceneCut:
         if self.threshold is None or previous_lq is None:
             return False
         return difference(previous_lq.to(lq.device), lq) >= self.threshold
+
+
+def in_scenes(
+    frames: Iterator[T], cut_before: Callable[[T | None, T], bool]
+) -> Iterator[tuple[bool, Iterator[T]]]:
+    """Group frames into scenes while reading straight on: (whether a cut begins it, its frames).
+
+    `cut_before` is asked once about each frame, with the one before it (None at the start). A scene has to be
+    read to its end before the next one is asked for; no frame is read before the last one was used.
+    """
+    following = next(frames, None)
+    cut = following is not None and cut_before(None, following)
+
+    def scene() -> Iterator[T]:
+        nonlocal following, cut
+        while following is not None:
+            now = following
+            yield now
+            following = next(frames, None)
+            cut = following is not None and cut_before(now, following)
+            if cut:
+                return
+
+    while following is not None:
+        yield cut, scene()
 
 
 def parse(text: str) -> SceneCut:
