@@ -112,8 +112,9 @@ def write_network(folder: Path, name: str, config: dict[str, Any], dtype: str) -
     import torch
     from safetensors.torch import save_file
 
-    from stream_diffvsr.families.diffvsr.build import build, shapes_of
+    from stream_diffvsr.families.diffvsr.build import build
     from stream_diffvsr.families.diffvsr.parts import STEMS, Part
+    from stream_diffvsr.weights.networks import shapes_of
 
     write_json(folder / "config.json", config)
     shapes = shapes_of(build(Part(name, config, folder / "config.json", folder, ())))

@@ -93,8 +93,8 @@ class Loader:
 
 def checkpoints() -> list[str]:
     """What the node offers: the two known models, then every complete folder by name."""
+    from ..stream_diffvsr.families.diffvsr.find import candidates
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
-    from ..stream_diffvsr.weights.find import candidates
 
     found = [
         name
@@ -128,7 +128,7 @@ def identity(folder: Path) -> str:
 
 def source_identity(source: str) -> str:
     """The same for a source by name; a fixed word while it is not on this machine."""
-    from ..stream_diffvsr.weights.find import resolve
+    from ..stream_diffvsr.families.diffvsr.find import resolve
 
     try:
         folder = resolve(source, host.model_folders())

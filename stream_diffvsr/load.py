@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .devices import resolve_device, resolve_dtype
-from .families.diffvsr.build import Shapes, build, fill, shapes_of
+from .families.diffvsr.build import build, fill
 from .families.diffvsr.check import (
     check_networks,
     check_text,
@@ -20,6 +20,8 @@ from .families.diffvsr.check import (
 )
 from .families.diffvsr.control import Control
 from .families.diffvsr.counted import Needs
+from .families.diffvsr.download import OnProgress, download
+from .families.diffvsr.find import models_folders, resolve
 from .families.diffvsr.options import UpscaleOptions
 from .families.diffvsr.parts import NETWORKS, SCHEDULER_CONFIG, Part, open_part
 from .families.diffvsr.pipeline import StreamDiffVSRPipeline
@@ -30,9 +32,8 @@ from .files import fingerprint, read_json
 from .flow import open_flow
 from .flow.open import open_flow_network
 from .runtimes.torch import quantized
-from .weights.download import OnProgress, download
-from .weights.find import models_folders, resolve
 from .weights.folders import user_cache
+from .weights.networks import Shapes, shapes_of
 
 
 def load_pipeline(

@@ -120,7 +120,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The user's models folder, not there yet; downloads do not wait long."""
     from huggingface_hub import constants
 
-    from stream_diffvsr.weights import download as downloading
+    from stream_diffvsr.families.diffvsr import download as downloading
 
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))

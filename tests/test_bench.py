@@ -89,7 +89,8 @@ def test_command(checkpoint, tmp_path, capsys):
 
 def test_released_sizes():
     """Counts of the real networks, built without weights."""
-    from stream_diffvsr.families.diffvsr.build import empty, from_config
+    from stream_diffvsr.families.diffvsr.build import from_config
+    from stream_diffvsr.weights.networks import empty
 
     counts = {"unet": 472_374_020, "controlnet": 207_699_264, "vae": 2_052_501}
     for name, count in counts.items():

@@ -97,7 +97,7 @@ def test_a_download_is_shown_on_the_node(hub: StandInHub, home: Path, monkeypatc
 
 
 def test_a_download_is_cancelled_and_goes_on(hub: StandInHub, home: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(part(PACK, "stream_diffvsr.weights.download"), "INTERVAL", 0)
+    monkeypatch.setattr(part(PACK, "stream_diffvsr.families.diffvsr.download"), "INTERVAL", 0)
     page = Page(monkeypatch)
     page.cancel_at = 0.5
     with pytest.raises(StoppedError):

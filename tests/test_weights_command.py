@@ -17,13 +17,13 @@ from stand_in_hub import Fault, Handler, StandInHub, cut_after, status
 from stream_diffvsr import find_checkpoints
 from stream_diffvsr.cli.main import main
 from stream_diffvsr.families.diffvsr.check import problem
-from stream_diffvsr.weights.download import download
-from stream_diffvsr.weights.find import VARIABLE
+from stream_diffvsr.families.diffvsr.download import download
+from stream_diffvsr.families.diffvsr.find import VARIABLE
 from stream_diffvsr.weights.hub import CHUNK
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 COMMAND = "import sys; from stream_diffvsr.cli.main import main; sys.exit(main(sys.argv[1:]))"
-CALL = "from stream_diffvsr.weights.download import download; print(download())"
+CALL = "from stream_diffvsr.families.diffvsr.download import download; print(download())"
 
 pytestmark = pytest.mark.usefixtures("home")
 

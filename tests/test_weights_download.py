@@ -11,9 +11,9 @@ import pytest
 from stand_in_hub import StandInHub, cut_after, ignoring_range, one_bit, status
 
 from stream_diffvsr import CheckpointError, ModelNotFoundError, find_checkpoints, load_pipeline
+from stream_diffvsr.families.diffvsr import download as downloading
 from stream_diffvsr.families.diffvsr.check import problem
-from stream_diffvsr.weights import download as downloading
-from stream_diffvsr.weights.download import download
+from stream_diffvsr.families.diffvsr.download import download
 from stream_diffvsr.weights.hub import CHUNK
 from stream_diffvsr.weights.released import REPOSITORY
 

@@ -23,10 +23,10 @@ from stream_diffvsr import (
     find_checkpoints,
     load_pipeline,
 )
+from stream_diffvsr.families.diffvsr import find
 from stream_diffvsr.families.diffvsr.check import problem
+from stream_diffvsr.families.diffvsr.find import models_folders, resolve
 from stream_diffvsr.files import fingerprint
-from stream_diffvsr.weights import find
-from stream_diffvsr.weights.find import models_folders, resolve
 from stream_diffvsr.weights.released import REPOSITORY
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
-from ..families.diffvsr.build import empty, from_config
+from ..families.diffvsr.build import from_config
 from ..families.diffvsr.control import Control, Residuals
 from ..families.diffvsr.folded import unfold
 from ..families.diffvsr.networks import TorchNetworks
@@ -21,6 +21,7 @@ from ..families.diffvsr.released import CONFIGS, untrained_flow
 from ..flow import open_flow
 from ..load import load_pipeline
 from ..tensors import SCALE
+from ..weights.networks import empty
 
 RANDOM = "random"
 """Name of the released architecture with random weights: their speed is that of the trained ones."""

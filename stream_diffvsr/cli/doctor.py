@@ -12,11 +12,11 @@ from pathlib import Path
 from .. import __version__
 from ..devices import available, resolve_device, resolve_dtype
 from ..errors import StreamDiffVSRError
+from ..families.diffvsr.download import targets
+from ..families.diffvsr.find import Found, find_checkpoints, models_folders, why_not
 from ..flow.open import BUNDLED, open_bundled
 from ..flow.raft_weights import RAFT, find_raft, hub_file, load_raft
-from ..weights.download import targets
-from ..weights.find import NANO, Found, find_checkpoints, models_folders, why_not
-from ..weights.folders import user_cache
+from ..weights.folders import NANO, user_cache
 from ..weights.hub import endpoint, offline
 from ..weights.released import RELEASED, REPOSITORY
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import IncompatibleInputError, ModelNotFoundError
+from ..families.diffvsr.download import OnProgress, download
+from ..families.diffvsr.find import models_folders, resolve
 from ..flow.raft_weights import download_raft, find_raft, load_raft
-from ..weights.download import OnProgress, download
-from ..weights.find import models_folders, resolve
 from ..weights.released import RELEASED
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..devices import resolve_device, resolve_dtype
 from ..errors import VideoError
+from ..families.diffvsr.find import resolve
 from ..families.diffvsr.options import (
     COMPILE_MODES,
     FLOW_SCALES,
@@ -30,7 +31,6 @@ from ..media import pictures
 from ..media.codecs import CODECS, CONTAINERS, check_opens
 from ..media.read import check_readable
 from ..tensors import from_pixels
-from ..weights.find import resolve
 from .allocator import keep_freed_memory
 from .model import add_model_arguments, open_model
 from .progress import follow

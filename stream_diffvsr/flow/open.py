@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from ..errors import CheckpointError, ModelNotFoundError
-from ..families.diffvsr.build import check_keys, empty, shapes_of
 from ..files import read_json, read_weights
-from ..weights.find import NANO
+from ..weights.folders import NANO
+from ..weights.networks import check_keys, empty, shapes_of
 from .bundled import FlowNetwork
 from .raft_weights import open_raft
 

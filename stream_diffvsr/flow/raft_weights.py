@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, ModelNotFoundError
-from ..families.diffvsr.build import check_keys, empty, shapes_of
 from ..files import read_weights
+from ..weights.networks import check_keys, empty, shapes_of
 
 RAFT = {"raft_large": "Raft_Large_Weights", "raft_small": "Raft_Small_Weights"}
 """Each estimator's weights in torchvision; DEFAULT of them is what the reference uses."""

@@ -8,6 +8,9 @@ from pathlib import Path
 
 NAME = "stream-diffvsr"
 
+NANO = Path(__file__).parent.parent / "nano"
+"""The bundled checkpoint."""
+
 
 def user_models() -> Path:
     """Where weights are downloaded to when no other folder is registered."""

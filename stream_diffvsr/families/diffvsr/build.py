@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import CheckpointError
+from ...weights.networks import Network, Shapes, check_keys, empty, place, shapes_of
 from .parts import TEXT_ENCODER, Part
 from .vae import TemporalAutoencoderTiny
-
-Network = TypeVar("Network", bound=nn.Module)
-Shapes = Mapping[str, tuple[int, ...]]
 
 BUFFERS = (".position_ids",)
 """Endings of keys that older files hold although they carry no weights."""
@@ -73,19 +70,6 @@ def from_config(name: str, config: dict[str, Any]) -> Any:
     return ControlNetModel.from_config(config)
 
 
-def empty(construct: Callable[[], Network]) -> Network:
-    """The network with all weights on the meta device: nothing is computed that would be overwritten."""
-    from accelerate import init_empty_weights
-
-    with torch.inference_mode(False), init_empty_weights(include_buffers=False):
-        return construct()
-
-
-def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What a network needs."""
-    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
-
-
 def fill(network: Network, part: Part, device: torch.device, dtype: torch.dtype) -> Network:
     """Give a network without weights those of its part, in eval mode; raises `CheckpointError`.
 
@@ -101,18 +85,6 @@ def fill(network: Network, part: Part, device: torch.device, dtype: torch.dtype)
     return network.to(device).eval().requires_grad_(False)
 
 
-def place(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move a weight; whole numbers keep their type.
-
-    What is copied anyway comes into the order that convolutions take, channels last.
-    """
-    dtype = dtype if tensor.is_floating_point() else tensor.dtype
-    if (tensor.device, tensor.dtype) == (device, dtype):
-        return tensor
-    order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-    return tensor.to(device, dtype, memory_format=order)
-
-
 Value = TypeVar("Value")
 
 
@@ -123,17 +95,3 @@ def named_for(part: Part, values: Mapping[str, Value], needed: Shapes) -> dict[s
     if prefix and not any(key.startswith(prefix) for key in needed):
         return {key.removeprefix(prefix): value for key, value in kept.items()}
     return kept
-
-
-def check_keys(path: Path, got: Shapes, needed: Shapes) -> None:
-    """Compare names and shapes; the error names the first that differs."""
-    problems = [f"lacks {key!r}" for key in needed if key not in got]
-    problems += [f"holds {key!r}, which this network has not" for key in got if key not in needed]
-    problems += [
-        f"has {key!r} of shape {got[key]}, its configuration says {needed[key]}"
-        for key in needed
-        if key in got and got[key] != needed[key]
-    ]
-    if problems:
-        more = f" ({len(problems) - 1} more such keys)" if len(problems) > 1 else ""
-        raise CheckpointError(f"{path} {problems[0]}{more}: it belongs to another model or version.")

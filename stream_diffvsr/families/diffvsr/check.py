@@ -14,7 +14,8 @@ from typing import Any
 from ...errors import CheckpointError, ModelNotFoundError, StreamDiffVSRError
 from ...files import atomic, read_json
 from ...weights.folders import user_cache
-from .build import Shapes, build, check_keys, named_for, shapes_of
+from ...weights.networks import Shapes, check_keys, shapes_of
+from .build import build, named_for
 from .parts import (
     CONFIG,
     INDEX,

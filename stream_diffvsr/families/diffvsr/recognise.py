@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .build import Shapes
+from ...weights.networks import Shapes
 from .parts import TEXT_ENCODER, Part
 
 LATENT, LATENT_AND_LQ, LATENT_AND_MASK = 4, 7, 9

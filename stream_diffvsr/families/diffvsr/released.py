@@ -9,7 +9,8 @@ from torch import nn
 
 from ...flow import FlowEstimator, open_flow
 from ...flow.open import open_bundled
-from .build import empty, from_config
+from ...weights.networks import empty
+from .build import from_config
 from .control import Control
 from .counted import Needs
 from .networks import TorchNetworks

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ..errors import ModelNotFoundError
-from ..families.diffvsr.check import EARLY, problem
-from ..families.diffvsr.parts import INDEX, NETWORKS
-from .folders import user_models
-from .released import RELEASED, RELEASED_NAMES, REPOSITORY
+from ...errors import ModelNotFoundError
+from ...weights.folders import NANO, user_models
+from ...weights.released import RELEASED, RELEASED_NAMES, REPOSITORY
+from .check import EARLY, problem
+from .parts import INDEX, NETWORKS
 
 log = logging.getLogger(__name__)
 
@@ -21,8 +21,6 @@ VARIABLE = "STREAM_DIFFVSR_MODELS"
 
 PARTIAL = ".partial"
 """Ending of the folder that a download grows in."""
-
-NANO = Path(__file__).parent.parent / "nano"
 
 
 class Found(NamedTuple):
@@ -65,7 +63,7 @@ def candidates(extra_folders: Iterable[str | Path] = ()) -> list[tuple[str, Path
 
 def models_folders(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
     """Folders that may be checkpoints, or hold checkpoints and flow weights."""
-    folders = [*registered(extra_folders), user_models(), *around(Path(__file__).parent)]
+    folders = [*registered(extra_folders), user_models(), *around(Path(__file__).parent.parent)]
     return list(dict.fromkeys(folders))
 
 

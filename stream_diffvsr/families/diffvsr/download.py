@@ -12,9 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from ..errors import ModelNotFoundError
-from ..families.diffvsr.check import check, problem
-from ..families.diffvsr.parts import (
+from ...errors import ModelNotFoundError
+from ...weights.folders import user_cache, user_models
+from ...weights.hub import HubError, RemoteFile, endpoint, list_files, offline, open_stream, with_size
+from ...weights.released import RELEASED, REPOSITORY, REVISION, REVISION_VARIABLE
+from .check import check, problem
+from .find import PARTIAL, VARIABLE, hub_snapshots, registered, released
+from .parts import (
     CONFIG,
     INDEX,
     NETWORKS,
@@ -24,11 +28,7 @@ from ..families.diffvsr.parts import (
     choose,
     shards,
 )
-from ..families.diffvsr.prompt import PromptEmbeddings
-from .find import PARTIAL, VARIABLE, hub_snapshots, registered, released
-from .folders import user_cache, user_models
-from .hub import HubError, RemoteFile, endpoint, list_files, offline, open_stream, with_size
-from .released import RELEASED, REPOSITORY, REVISION, REVISION_VARIABLE
+from .prompt import PromptEmbeddings
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,54 @@
+"""Networks built without initial weights, and their weights checked before they are filled in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+
+Network = TypeVar("Network", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def empty(construct: Callable[[], Network]) -> Network:
+    """The network with all weights on the meta device: nothing is computed that would be overwritten."""
+    from accelerate import init_empty_weights
+
+    with torch.inference_mode(False), init_empty_weights(include_buffers=False):
+        return construct()
+
+
+def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What a network needs."""
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def place(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Move a weight; whole numbers keep their type.
+
+    What is copied anyway comes into the order that convolutions take, channels last.
+    """
+    dtype = dtype if tensor.is_floating_point() else tensor.dtype
+    if (tensor.device, tensor.dtype) == (device, dtype):
+        return tensor
+    order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+    return tensor.to(device, dtype, memory_format=order)
+
+
+def check_keys(path: Path, got: Shapes, needed: Shapes) -> None:
+    """Compare names and shapes; the error names the first that differs."""
+    problems = [f"lacks {key!r}" for key in needed if key not in got]
+    problems += [f"holds {key!r}, which this network has not" for key in got if key not in needed]
+    problems += [
+        f"has {key!r} of shape {got[key]}, its configuration says {needed[key]}"
+        for key in needed
+        if key in got and got[key] != needed[key]
+    ]
+    if problems:
+        more = f" ({len(problems) - 1} more such keys)" if len(problems) > 1 else ""
+        raise CheckpointError(f"{path} {problems[0]}{more}: it belongs to another model or version.")
