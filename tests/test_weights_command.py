@@ -189,14 +189,14 @@ def test_doctor(
     nano, mine, broken, used, named_nano, second = says["Weights"]
     assert nano.startswith("nano: ") and nano.endswith(", bundled")
     assert mine == f"mine: {given / 'mine'}, complete, will be used"
-    assert broken.startswith(f"v1: {given / 'v1'}, does not count: ") and "vae/config.json" in broken
+    assert broken.startswith(f"v1: {given / 'v1'}, ignored: ") and "vae/config.json" in broken
     assert used == f"v1: {variable / 'v1'}, complete, will be used"
-    assert named_nano == f"nano: {home / 'nano'}, complete, but the one above is nano"
-    assert second == f"v1: {home / 'v1'}, complete, but the one above is v1"
+    assert named_nano == f"nano: {home / 'nano'}, complete, but shadowed by the nano above"
+    assert second == f"v1: {home / 'v1'}, complete, but shadowed by the v1 above"
     assert says["Folders"][:3] == [f"searched {folder}" for folder in (given, variable, home)]
     large, small, *_ = says["Flow"]
     assert large == f"raft_large: {raft}"
-    assert small.startswith("raft_small: does not count: ") and "raft_small.pth (3 bytes)" in small
+    assert small.startswith("raft_small: ignored: ") and "raft_small.pth (3 bytes)" in small
 
 
 def test_doctor_where_a_package_is_missing(
@@ -206,7 +206,7 @@ def test_doctor_where_a_package_is_missing(
     monkeypatch.setitem(sys.modules, "diffusers", None)  # type: ignore[arg-type]
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
-    assert "nano" in out and "does not count: " in out and "diffusers" in out and "Folders" in out
+    assert "nano" in out and "ignored: " in out and "diffusers" in out and "Folders" in out
 
 
 def test_doctor_on_an_empty_machine(

@@ -95,6 +95,13 @@ def test_environment_variable(checkpoint: Path, machine: Path, monkeypatch: pyte
     assert find_checkpoints() == [("v1", path, None)]
 
 
+def test_the_home_of_a_user_that_does_not_exist(checkpoint: Path, machine: Path):
+    copy(checkpoint, machine / "there" / "v1")
+    found = find_checkpoints(["~nobody-by-this-name/models", machine / "there"])
+    assert [(name, problem) for name, _, problem in found] == [("v1", None)]
+    assert find.registered(["~/models"]) == [Path.home() / "models"]
+
+
 @pytest.mark.parametrize("place", ["StreamDiffVSR/v1", "streamdiffvsr", "diffusers/Stream-DiffVSR"])
 def test_a_comfyui_around(checkpoint: Path, machine: Path, monkeypatch: pytest.MonkeyPatch, place: str):
     pack = machine / "ComfyUI" / "custom_nodes" / "pack" / "stream_diffvsr" / "weights"
@@ -428,19 +435,6 @@ def test_a_tokenizer_that_makes_no_sense(folder: Path, decoder: object):
     path = folder / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
     assert "fetch the folder again" in str(problem(folder))
-
-
-def test_the_layout_of_early_documents(folder: Path):
-    (folder / "controlnet").rename(folder / "artg")
-    (folder / "vae").rename(folder / "temporal_decoder")
-    error = str(problem(folder))
-    assert (
-        "artg, temporal_decoder" in error
-        and "controlnet, vae" in error
-        and "stream-diffvsr download" in error
-    )
-    (found,) = find_checkpoints([folder])
-    assert found.problem == error
 
 
 def split(part: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:

@@ -231,6 +231,54 @@ def test_flow_weights_from_a_models_folder(small_raft: nn.Module, tmp_path: Path
     assert_equal(open_raft("raft_small", folders), small_raft)
 
 
+def test_flow_weights_from_comfyui_s_folder(small_raft: nn.Module, tmp_path: Path):
+    """Which other packs fill too: what is not named as torchvision's file is left alone."""
+    shared, folders = tmp_path / "models" / "optical_flow", [tmp_path / "models" / "StreamDiffVSR"]
+    shared.mkdir(parents=True)
+    (shared / "raft_small-things.pth").write_bytes(b"another maker's")
+    assert find_raft("raft_small", folders) is None
+    path = shared / (raft.hub_file("raft_small").name.partition("-")[0] + ".pth")
+    torch.save(small_raft.state_dict(), path)
+    assert find_raft("raft_small", folders) == find_raft("raft_small", [tmp_path / "models"]) == path
+    assert find_raft("raft_large", folders) is None
+    assert_equal(open_raft("raft_small", folders), small_raft)
+    own = folders[0] / "flow" / "raft_small.pth"
+    own.parent.mkdir(parents=True)
+    path.rename(own)
+    assert find_raft("raft_small", folders) == own
+
+
+class Code:
+    """What a pickle that runs code holds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_downloaded_flow_weights_run_no_code(
+    small_raft: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    ran, served = tmp_path / "ran", tmp_path / "served" / "raft_small.pth"
+    served.parent.mkdir()
+    torch.save({"weight": Code(ran)}, served)
+    path = served.with_name(f"raft_small-{hashlib.sha256(served.read_bytes()).hexdigest()[:8]}.pth")
+    served.rename(path)
+    with serving(path.parent, "any/any") as hub:
+        member = raft._weights("raft_small")
+        member._value_ = dataclasses.replace(member.value, url=f"{hub.url}/cdn/{path.name}")
+        with pytest.raises(CheckpointError):
+            open_raft("raft_small")
+        assert len(hub.requests) == 1 and not ran.exists()
+    torch.load(path, weights_only=False)
+    assert ran.exists()  # it would have
+
+
 def test_a_pipeline_with_flow_weights_beside(small_raft: nn.Module, folder: Path, tmp_path: Path):
     (tmp_path / "models" / "flow").mkdir(parents=True)
     save_file(small_raft.state_dict(), tmp_path / "models" / "flow" / "raft_small.safetensors")
@@ -299,7 +347,7 @@ def test_flow_weights_offline(small_raft: nn.Module, tmp_path: Path):
 def test_flow_weights_are_downloaded(
     small_raft: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
 ):
-    """With torchvision's own check of the hash."""
+    """With a check of the hash in their name."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)

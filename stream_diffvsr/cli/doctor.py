@@ -68,7 +68,7 @@ def devices() -> Iterator[str]:
 def weights(folders: list[Path]) -> Iterator[str]:
     """Every checkpoint that was found, and what its name then means."""
     damage = why_not(NANO)
-    yield f"nano: {NANO}, {f'does not count: {damage}' if damage else 'bundled'}"
+    yield f"nano: {NANO}, {f'ignored: {damage}' if damage else 'bundled'}"
     used = {"nano"}
     for found in find_checkpoints(folders):
         yield f"{found.name}: {found.path}, {verdict(found, used)}"
@@ -80,8 +80,12 @@ def weights(folders: list[Path]) -> Iterator[str]:
 def verdict(found: Found, used: set[str]) -> str:
     """What becomes of a folder, given the names that earlier ones already have."""
     if found.problem:
-        return f"does not count: {found.problem}"
-    return f"complete, but the one above is {found.name}" if found.name in used else "complete, will be used"
+        return f"ignored: {found.problem}"
+    return (
+        f"complete, but shadowed by the {found.name} above"
+        if found.name in used
+        else "complete, will be used"
+    )
 
 
 def missing(folders: list[Path]) -> str:
@@ -118,7 +122,7 @@ def raft(name: str, folders: list[Path]) -> str:
     try:
         load_raft(name, path)
     except StreamDiffVSRError as error:
-        return f"does not count: {error}"
+        return f"ignored: {error}"
     return str(path)
 
 

@@ -1,4 +1,4 @@
-"""RAFT with torchvision's weights: from a models folder, from torch's hub cache, or downloaded."""
+"""RAFT with torchvision's weights: from a models folder, ComfyUI's or torch's hub cache, or downloaded."""
 
 from __future__ import annotations
 
@@ -21,12 +21,17 @@ RAFT = {"raft_large": "Raft_Large_Weights", "raft_small": "Raft_Small_Weights"}
 FOLDER = "flow"
 """Where in a models folder RAFT's weights lie, as .safetensors or .pth."""
 
+SHARED_FOLDER = "optical_flow"
+"""ComfyUI's folder for flow weights of any kind, in a models folder or beside it."""
+
+SUFFIXES = (".safetensors", ".pth")
+
 
 def open_raft(name: str, folders: Iterable[Path] = ()) -> nn.Module:
     """torchvision's network with its weights, on the CPU.
 
-    Looks in `flow/` of each folder, then in torch's hub cache, then downloads. Raises
-    `ModelNotFoundError` or `CheckpointError`.
+    Looks in `flow/` of each folder, in `optical_flow/` of each and beside each, in torch's hub cache, then
+    downloads. Raises `ModelNotFoundError` or `CheckpointError`.
     """
     return load_raft(name, find_raft(name, folders) or download_raft(name))
 
@@ -44,10 +49,20 @@ def load_raft(name: str, path: Path) -> nn.Module:
 
 def find_raft(name: str, folders: Iterable[Path] = ()) -> Path | None:
     """The file of RAFT's weights that is there, or None."""
-    here = [path for folder in folders for path in sorted((folder / FOLDER).glob(f"{name}*"))]
-    files = (path for path in here if path.suffix in (".safetensors", ".pth") and path.is_file())
-    path = next(files, None) or hub_file(name)  # torchvision is imported for the second only
-    return path if path.is_file() else None
+    folders = list(folders)
+    own = _files((folder / FOLDER for folder in folders), name)
+    if own:
+        return own[0]
+    published = hub_file(name)  # imports torchvision
+    shared = [place / SHARED_FOLDER for folder in folders for place in (folder, folder.parent)]
+    # Other programs keep RAFTs of other makers there: only names that torchvision's file has, or begins with.
+    known = [path for path in _files(shared, name) if published.stem.startswith(path.stem)]
+    return next((path for path in [*known, published] if path.is_file()), None)
+
+
+def _files(folders: Iterable[Path], name: str) -> list[Path]:
+    here = [path for folder in folders for path in sorted(folder.glob(f"{name}*"))]
+    return [path for path in here if path.suffix in SUFFIXES and path.is_file()]
 
 
 def hub_file(name: str) -> Path:
@@ -57,24 +72,25 @@ def hub_file(name: str) -> Path:
 
 def read_raft(path: Path) -> dict[str, Any]:
     """The weights of a file; torchvision's names end in the first digits of the file's SHA-256."""
-    hash_prefix = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
-    if hash_prefix and not _digest(path).startswith(hash_prefix[1]):
+    prefix = _hash_prefix(path)
+    if prefix and not _digest(path).startswith(prefix):
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is damaged: its SHA-256 does not begin with "
-            f"{hash_prefix[1]}, as its name says; delete it, and it is downloaded again."
+            f"{prefix}, as its name says; delete it, and it is downloaded again."
         )
     return read_weights(path)
 
 
 def download_raft(name: str) -> Path:
-    """Let torchvision download the weights, and check their hash."""
+    """Bring torchvision's file of weights and check its hash; it is not unpickled here."""
     from ..weights.hub import offline
 
     weights, path = _weights(name), hub_file(name)
     try:
         if offline():
             raise OSError("HF_HUB_OFFLINE is set")
-        weights.get_state_dict(progress=False, check_hash=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(weights.url, str(path), _hash_prefix(path), progress=False)
     except (OSError, RuntimeError) as error:
         raise ModelNotFoundError(
             f"flow weights of {name}",
@@ -89,6 +105,12 @@ def _weights(name: str) -> Any:
     from torchvision.models import optical_flow
 
     return getattr(optical_flow, RAFT[name]).DEFAULT
+
+
+def _hash_prefix(path: Path) -> str | None:
+    """The first digits of the file's SHA-256, where its name gives them."""
+    found = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
+    return found[1] if found else None
 
 
 def _digest(path: Path) -> str:

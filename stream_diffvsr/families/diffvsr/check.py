@@ -34,9 +34,6 @@ from .traits import Traits
 
 log = logging.getLogger(__name__)
 
-EARLY = ("artg", "temporal_decoder", "temporal_processor", "temporal_vae", "tpm", "tpm_decoder")
-"""Folders that early descriptions of the model have, and the released one has not."""
-
 NeededShapes = Callable[[Part], Shapes]
 """What the network of a part needs, by its configuration."""
 
@@ -64,7 +61,8 @@ def check(folder: Path) -> None:
 
 def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Part]:
     """The networks' parts, checked before any of them is loaded."""
-    check_layout(folder)
+    if not folder.is_dir():
+        raise ModelNotFoundError("checkpoint", folder, "Name a checkpoint folder, 'nano' or 'v1'.")
     parts = [open_part(folder, name) for name in NETWORKS]
     for part in parts:
         check_part(part, needed_shapes)
@@ -84,20 +82,6 @@ def check_part(part: Part, needed_shapes: NeededShapes) -> None:
         )
     needed = needed_shapes(part)
     check_keys(part.path, named_for(part, part.shapes, needed), needed)
-
-
-def check_layout(folder: Path) -> None:
-    """Name a folder that is not there, or laid out as early descriptions of the model say."""
-    if not folder.is_dir():
-        raise ModelNotFoundError("checkpoint", folder, "Name a checkpoint folder, 'nano' or 'v1'.")
-    early = [name for name in EARLY if (folder / name).is_dir()]
-    missing = [name for name in NETWORKS if not (folder / name).is_dir()]
-    if early and missing:
-        raise CheckpointError(
-            f"{folder} has the layout of early descriptions of the model ({', '.join(early)}) and lacks "
-            f"{', '.join(missing)}: the released weights are unet, controlnet, vae, text_encoder, tokenizer "
-            "and scheduler; fetch them with 'stream-diffvsr download'."
-        )
 
 
 def check_text(folder: Path, needed_shapes: NeededShapes) -> None:

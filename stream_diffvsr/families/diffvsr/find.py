@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ...errors import ModelNotFoundError
 from ...weights.folders import NANO, user_models
 from ...weights.released import RELEASED, RELEASED_NAMES, REPOSITORY
-from .check import EARLY, problem
+from .check import problem
 from .parts import INDEX, NETWORKS
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Found(NamedTuple):
     name: str
     path: Path
     problem: str | None
-    """Why it does not count; None where it is complete."""
+    """Why it is ignored; None where it is complete."""
 
 
 def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
@@ -44,7 +44,7 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
 
 
 def why_not(folder: Path) -> str | None:
-    """Why a folder does not count, in words; also where packages that tell are missing or broken."""
+    """Why a folder is ignored, in words; also where packages that tell are missing or broken."""
     try:
         error = problem(folder)
     except ImportError as missing:
@@ -70,7 +70,8 @@ def models_folders(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
 def registered(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
     """The folders that somebody named: the given ones, then the environment variable's."""
     named = [text for text in os.environ.get(VARIABLE, "").split(os.pathsep) if text]
-    return [Path(folder).expanduser() for folder in [*extra_folders, *named]]
+    # Of os.path, which leaves the ~ of a user that does not exist as it is: no such folder, and no error.
+    return [Path(os.path.expanduser(folder)) for folder in [*extra_folders, *named]]  # noqa: PTH111
 
 
 def around(start: Path) -> Iterator[Path]:
@@ -139,7 +140,7 @@ def _say(folder: Path) -> bool:
     """Whether a folder has a problem; it is logged, since the search goes on without it."""
     error = problem(folder)
     if error:
-        log.info("%s does not count as %s: %s", folder, RELEASED, error)
+        log.info("%s is ignored as %s: %s", folder, RELEASED, error)
     return error is not None
 
 
@@ -159,7 +160,7 @@ def _inside(folder: Path) -> Iterator[tuple[str, Path]]:
 def _looks_like_one(folder: Path) -> bool:
     """By what is in it; a folder that may not be looked into, as lost+found, does not."""
     try:
-        return (folder / INDEX).is_file() or any((folder / name).is_dir() for name in (*NETWORKS, *EARLY))
+        return (folder / INDEX).is_file() or any((folder / name).is_dir() for name in NETWORKS)
     except OSError:
         return False
 
