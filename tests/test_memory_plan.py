@@ -89,6 +89,15 @@ def test_plans_survive_their_record(flow, rows, tile):
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@given(st.integers(512, 1024), st.integers(0, 511))
+def test_smaller_tiles_overlap_by_less_than_half(tile, overlap):
+    plan: Plan | None = Plan("linear", 128, tile, min(overlap, (tile - 1) // 2))
+    while plan is not None:
+        assert plan.overlap * 2 < plan.tile
+        assert Plan.from_json(plan.to_json()) == plan
+        plan = plan.lower("unet", RAFT_METHODS)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -175,6 +175,13 @@ def test_odd_frames_are_padded_with_their_edges(pipe):
     assert torch.equal(pad_to(lq, 12, 16)[..., 9:, 14:], lq[..., 8:, 13:].expand(1, 3, 3, 2))
 
 
+def test_a_state_holds_no_more_than_its_frames(pipe):
+    """A view of the padded picture would keep all of that alive."""
+    state = pipe.process_frame(moving(1, 9, 14)).state
+    for tensor in (state.previous_hq, state.previous_lq):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
 SIZES = [(8, 8), (23, 37), (9, 13), (120, 212)]
 
 
