@@ -6,175 +6,73 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..stream_diffvsr.options import from_widgets
 from .sockets import ADVANCED, SETTINGS, Widget
 
 if TYPE_CHECKING:
     from ..stream_diffvsr import UpscaleOptions
 
-CHECKPOINT_SPACING = "checkpoint"
+ENGINE = (
+    "guidance_scale",
+    "prompt",
+    "negative_prompt",
+    "controlnet_conditioning_scale",
+    "control_guidance_start",
+    "control_guidance_end",
+    "use_tpm",
+    "flow_scale",
+    "memory_plan",
+    "compile_mode",
+)
+"""Options of the engine; their order on the node never changes, later ones are in LAST."""
+LAST = ("timestep_spacing", "occlusion")
+FILE = ("scene_cut", "scene_cut_threshold", "codec", "crf", "pix_fmt")
+"""How Upscale Video reads and writes."""
+CODECS = ("h264", "h265", "av1", "prores", "ffv1", "png")
+PIXEL_FORMATS = ("auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
 
-ENGINE_WIDGETS: dict[str, Widget] = {
-    "guidance_scale": (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
-            "max": 20.0,
-            "step": 0.1,
-            "tooltip": "Classifier-free guidance. Up to 1: none, as the model was made. Above, it doubles "
-            "the time of the U-Net.",
-        },
-    ),
-    "prompt": (
-        "STRING",
-        {
-            "default": "",
-            "multiline": True,
-            "tooltip": "What the picture shows. The model was made with the empty prompt; another one needs "
-            "its text encoder.",
-        },
-    ),
-    "negative_prompt": (
-        "STRING",
-        {
-            "default": "",
-            "multiline": True,
-            "tooltip": "What the picture shall not show. Counts only with a guidance_scale above 1.",
-        },
-    ),
-    "controlnet_conditioning_scale": (
-        "FLOAT",
-        {
-            "default": 1.0,
-            "min": 0.0,
-            "max": 2.0,
-            "step": 0.05,
-            "tooltip": "How strongly the frame before guides this one. Lower: less ghosting, more flicker.",
-        },
-    ),
-    "control_guidance_start": (
-        "FLOAT",
-        {
-            "default": 0.0,
-            "min": 0.0,
-            "max": 1.0,
-            "step": 0.05,
-            "tooltip": "Share of the denoising steps after which guidance by the frame before begins.",
-        },
-    ),
-    "control_guidance_end": (
-        "FLOAT",
-        {
-            "default": 1.0,
-            "min": 0.0,
-            "max": 1.0,
-            "step": 0.05,
-            "tooltip": "Share of the denoising steps after which guidance by the frame before ends.",
-        },
-    ),
-    "use_tpm": (
-        "BOOLEAN",
-        {
-            "default": True,
-            "tooltip": "Whether the decoder, too, sees the frame before (Temporal Processor Module). Off: "
-            "more flicker.",
-        },
-    ),
-    "flow_scale": (
-        [1.0, 0.5, 0.25],
-        {
-            "default": 1.0,
-            "tooltip": "Size at which motion is estimated, as a share of the result's. Below 1: faster, less "
-            "exact, and not what the model was made with.",
-        },
-    ),
-    "memory_plan": (
-        ["auto", "whole", "banded", "tiled"],
-        {
-            "default": "auto",
-            "tooltip": "How memory is saved. whole: nothing is split. banded: less memory, the same picture. "
-            "tiled: the least memory, the U-Net in tiles. auto: what fits, and the next one when memory "
-            "runs out.",
-        },
-    ),
-    "compile_mode": (
-        ["off", "auto", "max"],
-        {
-            "default": "off",
-            "tooltip": "torch.compile. auto: the first frame takes a minute or more, the others less time. "
-            "max: tries more ways, and starts more slowly still. The log says where it cannot work.",
-        },
-    ),
-}
 
-FILE_WIDGETS: dict[str, Widget] = {
-    "scene_cut": (
-        ["auto", "off"],
-        {
-            "default": "auto",
-            "tooltip": "auto: a new scene starts without memory of the one before. Acts in Upscale Video "
-            "only; a batch of images is taken as one scene.",
-        },
-    ),
-    "scene_cut_threshold": (
-        "FLOAT",
-        {
-            "default": 27.0,
-            "min": 0.0,
-            "max": 255.0,
-            "step": 0.5,
-            "tooltip": "Mean HSV difference of two frames (0-255) from which on they are two scenes.",
-        },
-    ),
-    "codec": (
-        ["h264", "h265", "av1", "prores", "ffv1", "png"],
-        {
-            "default": "h264",
-            "tooltip": "Codec of the file that Upscale Video writes. ffv1 and png lose nothing.",
-        },
-    ),
-    "crf": (
-        "INT",
-        {
-            "default": 18,
-            "min": 0,
-            "max": 63,
-            "tooltip": "Quality of the file that Upscale Video writes: a lower number is better and larger. "
-            "h264 and h265: 0-51, av1: 0-63; the other codecs have none.",
-        },
-    ),
-    "pix_fmt": (
-        ["auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le"],
-        {
-            "default": "auto",
-            "tooltip": "Pixel format of the file that Upscale Video writes. auto: the bit depth of the "
-            "source, 4:2:0 where the codec has that.",
-        },
-    ),
-}
+def file_widgets() -> dict[str, Widget]:
+    """Those of FILE."""
+    from ..stream_diffvsr.jobs.job import VideoJob
+    from ..stream_diffvsr.jobs.scenes import THRESHOLD
+    from ..stream_diffvsr.options import rules
 
-LAST_WIDGETS: dict[str, Widget] = {
-    "preset": (
-        ["exact", "balanced", "fast"],
-        {
-            "default": "exact",
-            "tooltip": "How exact the result is. exact: the reference's numbers. balanced: guidance by the "
-            "frame before is computed in every second step only. fast: only once for a frame, with motion at "
-            "half the size.",
-        },
-    ),
-    "timestep_spacing": (
-        [CHECKPOINT_SPACING, "trailing", "leading"],
-        {
-            "default": CHECKPOINT_SPACING,
-            "tooltip": "Which noise levels the steps visit. checkpoint: as its scheduler file says, leading "
-            "where that says nothing. The paper trained with 999, 749, 499, 249, which is trailing.",
-        },
-    ),
-}
+    told = {name: rule.help for name, rule in rules(VideoJob).items()}
+    made: dict[str, Widget] = {
+        "scene_cut": (
+            ["auto", "off"],
+            {
+                "default": "auto",
+                "tooltip": "auto: each scene starts without memory of the one before. Only Upscale Video "
+                "looks for scenes; a batch of images is treated as one scene.",
+            },
+        ),
+        "scene_cut_threshold": (
+            "FLOAT",
+            {
+                "default": THRESHOLD,
+                "min": 0.0,
+                "max": 255.0,
+                "step": 0.5,
+                "tooltip": "Mean HSV difference between two frames (0 to 255) from which a new scene begins.",
+            },
+        ),
+        "codec": (list(CODECS), {"default": "h264", "tooltip": told["codec"]}),
+        "crf": ("INT", {"default": 18, "min": 0, "max": 63, "tooltip": told["crf"]}),
+        "pix_fmt": (list(PIXEL_FORMATS), {"default": "auto", "tooltip": told["pix_fmt"]}),
+    }
+    return {name: (kind, {**about, "advanced": True}) for name, (kind, about) in made.items()}
 
-WIDGETS = {**ENGINE_WIDGETS, **FILE_WIDGETS, **LAST_WIDGETS}
-"""In the order of the node, which never changes."""
+
+def settings_widgets() -> dict[str, Widget]:
+    """All widgets of the node, in their order, which never changes."""
+    from ..stream_diffvsr.families.diffvsr.options import PRESET_HELP, PRESETS, UpscaleOptions
+    from ..stream_diffvsr.options import widgets
+
+    preset: Widget = (list(PRESETS), {"default": "exact", "tooltip": PRESET_HELP})
+    last = widgets(UpscaleOptions, LAST)
+    return {**widgets(UpscaleOptions, ENGINE), **file_widgets(), "preset": preset, **last}
 
 
 @dataclass(frozen=True)
@@ -184,20 +82,20 @@ class SettingsValue:
     engine: dict[str, Any] = field(default_factory=dict)
     """Fields of `UpscaleOptions`."""
     file: dict[str, Any] = field(default_factory=dict)
-    """How Upscale Video reads and writes: the names of FILE_WIDGETS."""
+    """How Upscale Video reads and writes: the names of FILE."""
 
     def options(self, **own: Any) -> UpscaleOptions:
         """The engine's options; what the node itself says wins."""
         from ..stream_diffvsr import UpscaleOptions
 
-        return UpscaleOptions(**{**self.engine, **own})
+        return UpscaleOptions(**{**self.engine, **from_widgets(UpscaleOptions, own)})
 
 
 class Settings:
     """Collects settings for the other nodes."""
 
     DESCRIPTION = (
-        "Further settings for the Stream-DiffVSR nodes. Defaults are the model's own; most need none."
+        "Further settings for the Stream-DiffVSR nodes. The defaults are the model's own and suit most runs."
     )
     SEARCH_ALIASES: ClassVar = ["stream diffvsr options", "video upscale settings", "upscaler settings"]
     CATEGORY = ADVANCED
@@ -208,17 +106,12 @@ class Settings:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"optional": WIDGETS}
+        return {"optional": settings_widgets()}
 
     def execute(self, **values: Any) -> tuple[SettingsValue]:
-        from ..stream_diffvsr.families.diffvsr.options import with_preset
+        from ..stream_diffvsr.families.diffvsr.options import UpscaleOptions, with_preset
 
-        values = {name: values.get(name, spec["default"]) for name, (_, spec) in WIDGETS.items()}
-        spacing = values["timestep_spacing"]
-        engine = {name: values[name] for name in ENGINE_WIDGETS}
-        engine |= {
-            "flow_scale": float(values["flow_scale"]),
-            "timestep_spacing": None if spacing == CHECKPOINT_SPACING else spacing,
-        }
-        engine = with_preset(values["preset"], engine)
-        return (SettingsValue(engine, {name: values[name] for name in FILE_WIDGETS}),)
+        values = {name: about["default"] for name, (_, about) in settings_widgets().items()} | values
+        engine = from_widgets(UpscaleOptions, {name: values[name] for name in (*ENGINE, *LAST)})
+        file = {name: values[name] for name in FILE}
+        return (SettingsValue(with_preset(values["preset"], engine), file),)

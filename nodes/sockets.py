@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..stream_diffvsr.families.diffvsr.options import UpscaleOptions
+from ..stream_diffvsr.options import widgets
+
 PIPE = "STREAM_DIFFVSR_PIPE"
 STATE = "STREAM_DIFFVSR_STATE"
 SETTINGS = "STREAM_DIFFVSR_SETTINGS"
@@ -16,30 +19,20 @@ Widget = tuple[Any, dict[str, Any]]
 PIPE_IN: Widget = (PIPE, {"tooltip": "The model, from Stream-DiffVSR Loader."})
 STATE_IN: Widget = (
     STATE,
-    {"tooltip": "What the frames before left behind; continues their sequence. Unlinked: a new sequence."},
+    {
+        "tooltip": "State after the previous frames. Leave unconnected to start a new sequence.",
+        "advanced": True,
+    },
 )
 SETTINGS_IN: Widget = (
     SETTINGS,
-    {"tooltip": "Everything this node has no widget for, from Stream-DiffVSR Settings. Unlinked: defaults."},
-)
-STEPS: Widget = (
-    "INT",
     {
-        "default": 4,
-        "min": 1,
-        "max": 50,
-        "tooltip": "Denoising steps per frame. The model was made for 4; more is slower and seldom better.",
+        "tooltip": "Further options from a Stream-DiffVSR Settings node. Leave unconnected for the defaults.",
+        "advanced": True,
     },
 )
-SEED: Widget = (
-    "INT",
-    {
-        "default": 0,
-        "min": 0,
-        "max": 2**64 - 1,
-        "control_after_generate": "fixed",
-        "tooltip": "Frame n gets its noise from seed + n, counted in the whole video, so that a video done "
-        "in parts equals one done at once.",
-    },
-)
-STATE_OUT = "What the next frames need: link it to the node that goes on, or save it."
+STATE_OUT = "State after the last frame: link it to the node that continues, or save it."
+
+_made = widgets(UpscaleOptions, ("num_inference_steps", "seed"))
+STEPS: Widget = _made["num_inference_steps"]
+SEED: Widget = (_made["seed"][0], {**_made["seed"][1], "control_after_generate": "fixed"})

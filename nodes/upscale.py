@@ -106,7 +106,7 @@ class Upscale:
         images: Tensor,
         state: StreamDiffVSRState | None = None,
         settings: SettingsValue | None = None,
-        num_inference_steps: int = 4,
+        num_inference_steps: int = 0,
         seed: int = 0,
         enable_tiling: bool = False,
         tile_size: int = 512,
@@ -156,7 +156,7 @@ class ProcessFrame:
         image: Tensor,
         state: StreamDiffVSRState,
         settings: SettingsValue | None = None,
-        num_inference_steps: int = 4,
+        num_inference_steps: int = 0,
         seed: int = 0,
     ) -> tuple[Tensor, StreamDiffVSRState]:
         options = (settings or SettingsValue()).options(num_inference_steps=num_inference_steps, seed=seed)

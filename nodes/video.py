@@ -191,7 +191,7 @@ def plan(
     frames_per_batch: int = 0,
     start_frame: int = 0,
     end_frame: int = LAST,
-    num_inference_steps: int = 4,
+    num_inference_steps: int = 0,
     seed: int = 0,
 ) -> VideoJob:
     """What to do, without where to."""

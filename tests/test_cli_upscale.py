@@ -137,12 +137,16 @@ def test_unreadable_by_a_failing_system(command, tmp_path: Path, monkeypatch) ->
         (["--target", "101x51"], "even sides"),
         (["--pre-scale", "0.1"], "too small"),
         (["--start", "100"], "no frame in the span"),
-        (["--start", "soon"], "no place in a video"),
         (["--stream", "5"], "no video stream 5"),
         (["--scene-cut", "{folder}/missing.csv"], "cannot be read"),
         (["--scene-cut", "300"], "from 0 to 255"),
         (["--state-in", "{folder}/missing.safetensors"], "saved state not found"),
-        (["--segment", "0"], "at least 1 frame"),
+        (["--scale", "nan"], "scale as a finite number"),
+        (["--scale", "0"], "scale as a finite number"),
+        (["--pre-scale", "inf"], "pre_scale as a finite number"),
+        (["--short-edge", "0"], "short_edge as a whole number"),
+        (["--target", "64x64", "--scale", "2"], "choose one way"),
+        (["--segment", "0"], "segment_frames as a whole number of at least 1"),
         (["--tile-size", "100", "--tile-overlap", "50"], "tile_overlap below half"),
     ],
 )
@@ -154,6 +158,24 @@ def test_bad_arguments(arguments: list[str], said: str, command, tmp_path: Path)
     assert said in error
     assert source.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["in.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--start", "soon"], "no place in a video"),
+        (["--target", "wide"], "no size such as 1920x1080"),
+        (["--fps", "1/0"], "rate as FRAMES_PER_SECOND"),
+        (["--fps", "0"], "rate as FRAMES_PER_SECOND"),
+        (["--codec", "divx"], "invalid choice"),
+    ],
+)
+def test_arguments_that_cannot_be_read(
+    arguments: list[str], said: str, command, tmp_path: Path, capsys
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command(tmp_path / "in.mp4", *arguments)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_read_only_output_folder(command, tmp_path: Path, monkeypatch) -> None:

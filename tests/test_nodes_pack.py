@@ -138,8 +138,8 @@ print(sorted(name for name in ours if not name.startswith("nodes")))
 print(sorted(name for name in new if not name.startswith(pack.__name__)))
 """
     ours, others = run_python(code).stdout.splitlines()
-    families = ["families", "families.diffvsr", "families.diffvsr.state"]
-    engine = ["", "devices", "errors", *families, "tensors", "upscaler"]
+    families = ["families", "families.diffvsr", "families.diffvsr.options", "families.diffvsr.state"]
+    engine = ["", "devices", "errors", *families, "options", "tensors", "upscaler"]
     assert ours == repr(["", *(f"stream_diffvsr.{name}".rstrip(".") for name in engine)])
     assert others == "[]"
 

@@ -204,8 +204,10 @@ def test_presets_and_compile_modes_are_the_engines() -> None:
         SETTINGS.INPUT_TYPES()["optional"],
     )
     assert widgets["preset"][0] == list(module.PRESETS)
-    for name, engine in [("compile_mode", module.COMPILE_MODES), ("memory_plan", module.MEMORY_PLANS)]:
-        assert widgets[name][0] == list(engine)
+    for name in ("compile_mode", "memory_plan", "flow_scale"):
+        assert widgets[name][0] == list(
+            part(PACK, "stream_diffvsr.options").rules(module.UpscaleOptions)[name].choices
+        )
 
 
 def test_settings_of_files_stay_apart() -> None:

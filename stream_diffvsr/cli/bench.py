@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from ..errors import IncompatibleInputError
-from ..families.diffvsr.options import COMPILE_MODES, PRESETS, UpscaleOptions, with_preset
+from ..families.diffvsr.options import PRESET_HELP, PRESETS, UpscaleOptions, with_preset
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
+from ..options import add_flag, given
 from .allocator import keep_freed_memory
 from .model import add_model_arguments
 
@@ -28,15 +29,21 @@ TOLD = ("model", "preset", "compile_mode", "device", "dtype", "flow", "threads",
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
-        "--size", action="append", help=f"LQ WIDTHxHEIGHT, may be repeated; all: {', '.join(SIZES)} ({SIZE})"
+        "--size",
+        action="append",
+        help=f"LQ size as WIDTHxHEIGHT, may be repeated; all: {', '.join(SIZES)}. Default: {SIZE}.",
     )
-    parser.add_argument("--frames", type=int, default=8, help="frames that count (default 8)")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--compile-mode", choices=COMPILE_MODES, default="off", help="torch.compile (off)")
-    parser.add_argument("--preset", choices=PRESETS, default="exact", help="approximations (exact: none)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--plain", action="store_true", help="compare with the reference's way of computing")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--frames", type=int, default=8, help="Frames to measure. Default: 8.")
+    for name in ("num_inference_steps", "compile_mode"):
+        add_flag(parser, UpscaleOptions, name)
+    parser.add_argument("--preset", choices=PRESETS, default="exact", help=f"{PRESET_HELP} Default: exact.")
+    parser.add_argument(
+        "--threads", type=int, help="CPU threads to compute with. Default: torch's own choice."
+    )
+    parser.add_argument(
+        "--plain", action="store_true", help="Compare with the reference's way of computing, too."
+    )
+    parser.add_argument("--json", type=Path, help="Write the figures to this file.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,13 +58,13 @@ def run(args: argparse.Namespace) -> int:
     pipe = open_model(args.model, args.device, args.dtype, args.flow)
     other = plain(pipe) if args.plain else None
     pipe.quantize(args.quantize)
-    own = {"num_inference_steps": args.steps, "compile_mode": args.compile_mode}
-    options = UpscaleOptions(**with_preset(args.preset, own))
+    options = UpscaleOptions(**with_preset(args.preset, given(args, UpscaleOptions)))
     results = []
     for width, height in sizes:
         print(f"measuring {width}x{height} ...", file=sys.stderr)
         results.append(measure(pipe, height, width, args.frames, options, other).to_json())
-    settings = {name: getattr(args, name) for name in ("model", "preset", "compile_mode", "steps")}
+    settings = {"model": args.model, "preset": args.preset, "compile_mode": options.compile_mode}
+    settings["steps"] = options.num_inference_steps or pipe.traits.steps
     rate = matrix_rate(pipe.device, pipe.dtype)
     report = {**environment(pipe), **settings, "matrix_rate": rate, "results": results}
     print(table(report))

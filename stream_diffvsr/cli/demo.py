@@ -25,7 +25,7 @@ from ..media.streams import SourceInfo
 from ..media.write import Segment
 from ..tensors import SCALE
 from .model import add_model_arguments, open_model
-from .progress import follow
+from .output import follow, side_by_side
 
 WIDTH, HEIGHT = 160, 90
 FRAMES = 12
@@ -34,7 +34,9 @@ WORDS = ("Stream-DiffVSR", "Every frame remembers", "the one before it.")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("-o", "--output", type=Path, default=Path("demo"), help="folder to write to (demo)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("demo"), help="Folder to write to. Default: demo."
+    )
     add_model_arguments(parser)
 
 
@@ -50,10 +52,12 @@ def run(args: argparse.Namespace) -> int:
     write_clip(clip)
     job = VideoJob(source=clip, output=result, overwrite=True, restart=True)
     with contextlib.closing(run_job(open_model(args), job)) as steps:
-        last = follow(steps)
+        last = follow(steps, args.progress)
     compare = folder / "compare.png"
     assert last is not None, "a restarted job has frames"
-    pictures.write(compare, Picture(side_by_side(last.lq, last.hq)))
+    size = (last.hq.shape[-2], last.hq.shape[-1])
+    nearest = F.interpolate(last.lq, size=size, mode="nearest")
+    pictures.write(compare, Picture(side_by_side(nearest, enlarge(last.lq, size), last.hq, gap=8)))
     print(f"clip:    {clip} ({WIDTH}x{HEIGHT}, {FRAMES} frames, generated)")
     print(f"result:  {result} ({SCALE * WIDTH}x{SCALE * HEIGHT})")
     print(f"compare: {compare} (nearest, bicubic, ours)")
@@ -113,11 +117,3 @@ def texture(phase: float) -> np.ndarray:
     waves = 0.5 + 0.5 * np.sin((x + 2 * shift) / 14 + np.sin(y / 23) * 2) * np.cos(y / 19)
     base = 0.35 * waves + 0.25 * grain
     return np.stack([0.15 + base, 0.25 + base * 0.9, 0.4 + base * 0.6], axis=-1).clip(0, 1)
-
-
-def side_by_side(lq: Tensor, hq: Tensor) -> Tensor:
-    """Nearest, bicubic and the result beside each other, with a white gap."""
-    size = (hq.shape[-2], hq.shape[-1])
-    gap = hq.new_ones(1, 3, size[0], 8)
-    nearest = F.interpolate(lq, size=size, mode="nearest")
-    return torch.cat([nearest, gap, enlarge(lq, size), gap, hq], dim=-1)

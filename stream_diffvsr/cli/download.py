@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
 
 from ..errors import IncompatibleInputError, ModelNotFoundError
-from ..families.diffvsr.download import OnProgress, download
+from ..families.diffvsr.download import download
 from ..families.diffvsr.find import models_folders, resolve
 from ..flow.raft_weights import download_raft, find_raft, load_raft
 from ..weights.released import RELEASED
+from .output import download_bar, fail
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,8 +33,6 @@ def run(args: argparse.Namespace) -> int:
         # RAFT's weights too, so that the model runs without a connection from now on.
         print(f"raft_large: {bring_raft([path, path.parent, *models_folders(folders)])}")
     except ModelNotFoundError as error:
-        from .main import fail
-
         return fail(args, str(error), 1)
     return 0
 
@@ -49,7 +45,7 @@ def present(folder: Path | None) -> Path | None:
 
 
 def fetch(folders: list[Path], revision: str | None) -> Path:
-    with bar() as on_progress:
+    with download_bar() as on_progress:
         return download(folders, revision=revision, on_progress=on_progress)
 
 
@@ -58,25 +54,3 @@ def bring_raft(folders: list[Path]) -> Path:
     path = find_raft("raft_large", folders) or download_raft("raft_large")
     load_raft("raft_large", path)
     return path
-
-
-@contextmanager
-def bar() -> Iterator[OnProgress]:
-    """A progress bar in bytes; it appears with the first byte, and begins where an earlier download ended."""
-    from tqdm import tqdm
-    from tqdm.contrib.logging import logging_redirect_tqdm
-
-    bars: list[tqdm[NoReturn]] = []
-
-    def show(done: int, total: int) -> None:
-        if total > 1 and not bars:
-            bars.append(tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=RELEASED))
-        if bars:
-            bars[0].update(done - bars[0].n)
-
-    try:
-        with logging_redirect_tqdm():
-            yield show
-    finally:
-        for each in bars:
-            each.close()

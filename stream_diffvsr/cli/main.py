@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
 from . import bench, demo, doctor, download, metrics, upscale
+from .output import fail
 
 COMMANDS = {
     "upscale": upscale,
@@ -44,14 +45,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(args, f"reading or writing failed: {reason or error}", 1)
     except Exception as error:
         return fail(args, f"{type(error).__name__}: {error}", 1)
-
-
-def fail(args: argparse.Namespace, message: str, code: int) -> int:
-    """Say what went wrong in one line; with --debug, where."""
-    if args.debug:
-        logging.exception(message)
-    print(f"stream-diffvsr: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -14,12 +14,14 @@ from ..errors import VideoError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("result", type=Path, help="video, or folder of pictures")
-    parser.add_argument("truth", type=Path, help="the same in full quality")
-    parser.add_argument("--border", type=int, default=0, help="pixels at each side that do not count")
-    parser.add_argument("--frames", type=int, help="compare at most so many frames")
-    parser.add_argument("--csv", type=Path, help="write the figures of each frame to this file")
-    parser.add_argument("--plot", type=Path, help="draw them into this PNG file")
+    parser.add_argument("result", type=Path, help="Video, or folder of pictures.")
+    parser.add_argument("truth", type=Path, help="The same in full quality.")
+    parser.add_argument(
+        "--border", type=int, default=0, help="Ignore this many pixels at each side. Default: 0."
+    )
+    parser.add_argument("--frames", type=int, help="Compare at most this many frames.")
+    parser.add_argument("--csv", type=Path, help="Write the figures of each frame to this CSV file.")
+    parser.add_argument("--plot", type=Path, help="Draw the figures into this PNG file.")
 
 
 def run(args: argparse.Namespace) -> int:

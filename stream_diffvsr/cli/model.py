@@ -9,25 +9,50 @@ from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..flow import FLOW_MODELS
 from ..load import load_pipeline
 from ..runtimes.torch.quantized import QUANTIZATIONS
-from .download import bar
+from .output import PROGRESS, download_bar
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype, --quantize, --flow."""
-    parser.add_argument("--model", default="nano", help="nano (default), v1, or a checkpoint folder")
-    parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    """--model, --device, --dtype, --quantize, --flow, --progress."""
     parser.add_argument(
-        "--dtype", default="auto", choices=["auto", *DTYPES], help="number format of the networks"
+        "--model",
+        default="nano",
+        help="nano (small, bundled), v1 (the released model, downloaded when first used), or a checkpoint "
+        "folder. Default: nano.",
     )
     parser.add_argument(
-        "--quantize", default="none", choices=QUANTIZATIONS, help="linear layers in 8 bits, by torchao (none)"
+        "--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps. Default: auto, the fastest."
     )
-    parser.add_argument("--flow", default="auto", choices=["auto", *FLOW_MODELS], help="optical flow")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", *DTYPES],
+        help="Number format of the networks. Default: auto, which is float16 on GPUs that do it well, else "
+        "float32.",
+    )
+    parser.add_argument(
+        "--quantize",
+        default="none",
+        choices=QUANTIZATIONS,
+        help="Run linear layers in 8 bits, an approximation that needs torchao. Default: none.",
+    )
+    parser.add_argument(
+        "--flow",
+        default="auto",
+        choices=["auto", *FLOW_MODELS],
+        help="How motion between frames is estimated. Default: auto, as the model was trained.",
+    )
+    parser.add_argument(
+        "--progress",
+        default="bar",
+        choices=PROGRESS,
+        help="A bar, a line of JSON per frame on standard output, or nothing. Default: bar.",
+    )
 
 
 def open_model(args: argparse.Namespace) -> StreamDiffVSRPipeline:
     """The pipeline that these options name."""
-    with bar() as on_progress:
+    with download_bar(args.progress) as on_progress:
         return load_pipeline(
             args.model,
             device=args.device,

@@ -13,9 +13,30 @@ from torch import Tensor
 
 from ..errors import VideoError
 from ..families.diffvsr.options import UpscaleOptions
+from ..media.codecs import CODECS
 from ..media.sizes import Sizes
 from ..media.span import Span, parse_position
+from ..options import check_options, option
 from ..upscaler import State
+
+SIZE = "size of the output"
+"""Title of the flags that set it."""
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`1920x1080` -> width and height."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise VideoError(f"{text!r} is no size such as 1920x1080.")
+    return int(width), int(height)
+
+
+def parse_rate(text: str) -> Fraction:
+    """`25`, `29.97` or `30000/1001` frames per second; raises `ValueError` or `ArithmeticError`."""
+    rate = Fraction(text)
+    if rate <= 0:
+        raise ValueError(f"no positive rate: {text}")
+    return rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,50 +50,129 @@ class VideoJob:
     options: UpscaleOptions = field(default_factory=UpscaleOptions)
     state: State | None = None
     """To continue from; None starts a sequence, at the source's own frame index."""
-    state_out: Path | None = None
-    """Where to save the state after the last frame."""
-    start: int | Fraction | str = 0
-    """First frame: an index, seconds as a Fraction, or text as the command line takes."""
-    end: int | Fraction | str | None = None
-    """Last frame, included; None: to the end."""
-    stream: int | None = None
-    """Index of the video stream in the file; None: the largest."""
-    rate: Fraction | None = None
-    """Frames per second of a folder of pictures; None: 25."""
-    pre_scale: float = 1.0
-    """The source is scaled by this before the model."""
-    target: tuple[int, int] | None = None
+    state_out: Path | None = option(
+        None, "Save the state after the last frame to this file.", parse=Path, metavar="FILE"
+    )
+    start: int | Fraction | str = option(
+        0,
+        "First frame to upscale: a frame number from 0, or a time as 12.5s or hh:mm:ss.",
+        parse=parse_position,
+        group="input",
+        metavar="POSITION",
+    )
+    """An index, or seconds as a Fraction; text is read as on the command line."""
+    end: int | Fraction | str | None = option(
+        None,
+        "Last frame to upscale, included.",
+        parse=parse_position,
+        group="input",
+        metavar="POSITION",
+        unset_help="the last one",
+    )
+    stream: int | None = option(
+        None,
+        "Index of the video stream in the file.",
+        kind=int,
+        low=0,
+        group="input",
+        metavar="N",
+        unset_help="the largest",
+    )
+    rate: Fraction | None = option(
+        None,
+        "Frames per second of a folder of pictures.",
+        parse=parse_rate,
+        flag="fps",
+        group="input",
+        metavar="FRAMES_PER_SECOND",
+        unset_help="25",
+    )
+    pre_scale: float = option(
+        1.0,
+        "Shrink the input to this fraction of its size before it is upscaled.",
+        low=0.01,
+        high=1.0,
+        group=SIZE,
+        metavar="FRACTION",
+    )
+    target: tuple[int, int] | None = option(
+        None,
+        "Exactly this size.",
+        parse=parse_size,
+        group=SIZE,
+        metavar="WxH",
+        unset_help="4x",
+    )
     """Width and height of the output; at most one of target, short_edge and scale."""
-    short_edge: int | None = None
-    scale: float | None = None
-    """Size of the output as a multiple of the source."""
-    codec: str | None = None
-    """A key of `codecs.CODECS`; None: h264, in WebM av1."""
-    crf: int | None = None
-    pix_fmt: str | None = None
-    scene_cut: str = "auto"
-    """auto, off, a threshold of 255, or a CSV file of first frames."""
-    cuts_out: Path | None = None
-    """Where to write the scenes that were found, as CSV."""
-    segment_frames: int = 120
-    """Frames of a segment: what a crash costs at most."""
-    read_ahead: int = 4
-    """Frames decoded ahead; never changes pixels."""
-    """Whether the next frame's flow is estimated beside the current frame; never changes pixels."""
-    audio: bool = True
-    """Whether sound and subtitles are copied."""
+    short_edge: int | None = option(
+        None, "Pixels of the shorter side.", kind=int, low=2, group=SIZE, metavar="N"
+    )
+    scale: float | None = option(
+        None, "Multiple of the input's size.", kind=float, low=0.01, group=SIZE, metavar="FACTOR"
+    )
+    codec: str | None = option(
+        None,
+        "Codec of the video file. ffv1 and png lose nothing.",
+        kind=str,
+        choices=CODECS,
+        group="output",
+        unset_help="h264, and av1 for WebM",
+    )
+    crf: int | None = option(
+        None,
+        "Quality of the video file: a lower number is better and larger. h264 and h265: 0 to 51, av1: 0 to "
+        "63; prores, ffv1 and png have none.",
+        kind=int,
+        group="output",
+        metavar="N",
+        unset_help="18, and 24 for av1",
+    )
+    pix_fmt: str | None = option(
+        None,
+        "Pixel format of the video file, such as yuv420p10le.",
+        kind=str,
+        unset="auto",
+        group="output",
+        metavar="NAME",
+        unset_help="the bit depth of the source, 4:2:0 where the codec has that",
+    )
+    scene_cut: str = option(
+        "auto",
+        "How scenes are found; each starts without memory of the one before. auto, off, a threshold from 0 "
+        "to 255 (auto is 27), or a CSV file listing the first frame of each scene.",
+        group="input",
+        metavar="HOW",
+    )
+    cuts_out: Path | None = option(
+        None, "Write the scenes that were found to this CSV file.", parse=Path, group="input", metavar="FILE"
+    )
+    segment_frames: int = option(
+        120,
+        "Frames per segment; at most this many are lost in a crash.",
+        low=1,
+        flag="segment",
+        group="output",
+        expert=True,
+        metavar="N",
+    )
+    read_ahead: int = option(
+        4, "Frames decoded ahead. Never changes pixels.", low=1, group="input", expert=True, metavar="N"
+    )
+    audio: bool = option(True, "Copy audio and subtitles.", group="output")
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Written into the output beside the source's own."""
-    overwrite: bool = False
-    """Whether a finished output may be replaced."""
-    restart: bool = False
-    """Whether to throw away the unfinished work of an earlier run."""
-    compare: Path | None = None
-    """A split-screen video to write: bicubic on the left, the result on the right."""
+    overwrite: bool = option(False, "Replace a finished output.")
+    restart: bool = option(False, "Discard the unfinished work of an earlier run.")
+    compare: Path | None = option(
+        None,
+        "Also write a split-screen video: bicubic on the left, the result on the right.",
+        parse=Path,
+        group="output",
+        metavar="FILE",
+    )
 
     def __post_init__(self) -> None:
-        if self.segment_frames < 1:
-            raise VideoError(f"a segment has at least 1 frame, got {self.segment_frames}.")
+        check_options(self)
         for name in ("source", "output", "state_out", "cuts_out", "compare"):
             value = getattr(self, name)
             object.__setattr__(self, name, None if value is None else Path(value))

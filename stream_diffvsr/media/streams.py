@@ -33,7 +33,7 @@ class SourceInfo:
     """Nominal frames per second."""
     frames: int | None
     """Number of frames, as far as the file says."""
-    colour: Colour = Colour(RGB, True, BT709, BT709)  # noqa: RUF009
+    colour: Colour = Colour(RGB, True, BT709, BT709)
     aspect: Fraction | None = None
     """Width of a sample by its height, where it is said and is not 1."""
     has_alpha: bool = False

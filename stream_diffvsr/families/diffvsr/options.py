@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...errors import IncompatibleInputError
-
-TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-MEMORY_PLANS = ("auto", "whole", "banded", "tiled")
-COMPILE_MODES = ("off", "auto", "max")
-FLOW_SCALES = (1.0, 0.5, 0.25)
-
+from ...options import check_options, defaults, option
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -23,88 +17,174 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Names for sets of approximations; README.md tells the error and the time of each."""
 
+PRESET_HELP = (
+    "exact: the reference's numbers. balanced: guidance by the previous frame is computed in every second "
+    "step only. fast: only once per frame, with motion estimated at half the size."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
     """How frames are upscaled. Frozen; wrong values raise `IncompatibleInputError` here and nowhere else."""
 
-    num_inference_steps: int | None = None
-    """Denoising steps, 1 to 1000; None: the checkpoint's own number, 4 for released ones."""
-    seed: int = 0
-    """Noise of frame n comes from (seed + n) mod 2**64."""
-    guidance_scale: float = 0.0
-    """Classifier-free guidance; 1 or less means none."""
-    prompt: str = ""
-    negative_prompt: str = ""
-    controlnet_conditioning_scale: float = 1.0
-    """Strength of the guidance by the previous frame."""
-    control_guidance_start: float = 0.0
-    """Share of the steps, from 0 to 1, before which the ControlNet is off."""
-    control_guidance_end: float = 1.0
-    """Share of the steps after which the ControlNet is off."""
-    timestep_spacing: str | None = None
-    """None: the checkpoint's own; else 'leading', 'trailing' or 'linspace'."""
-    use_tpm: bool = True
-    """Whether the decoder sees the previous frame."""
-    flow_scale: float = 1.0
-    """Size at which flow is estimated, as a share of the output's: 1, 0.5 or 0.25."""
-    memory_plan: str = "auto"
-    tile_size: int | None = None
-    """Side of the U-Net's tiles in HQ pixels; None: chosen by the memory plan."""
-    tile_overlap: int = 64
-    """Overlap of the tiles in HQ pixels, below half of `tile_size`."""
-    compile_mode: str = "off"
-    """torch.compile: 'off', 'auto', or 'max', which tries more ways and starts more slowly."""
-    control_every: int = 1
-    """Of how many steps one computes the ControlNet, for the others too; an approximation above 1."""
-    occlusion: str | None = None
-    """'mask': guidance fades where the previous frame cannot be believed; 'off'; None: the checkpoint's."""
+    num_inference_steps: int | None = option(
+        None,
+        "Denoising steps per frame. 0: as the model was trained, which is 4 for the released one; more is "
+        "slower and seldom better.",
+        kind=int,
+        low=1,
+        high=1000,
+        usual=(1, 50),
+        unset=0,
+        unset_help="as the model was trained",
+        flag="steps",
+        metavar="N",
+    )
+    seed: int = option(
+        0,
+        "Noise seed. Frame n of the whole video uses seed + n, so a video upscaled in parts equals one "
+        "upscaled at once.",
+        low=-(2**63),
+        high=2**64 - 1,
+        usual=(0, 2**64 - 1),
+        metavar="N",
+    )
+    guidance_scale: float = option(
+        0.0,
+        "Classifier-free guidance. Up to 1 there is none, as the model was trained; above 1 the U-Net takes "
+        "twice the time.",
+        low=0,
+        usual=(0.0, 20.0),
+        step=0.1,
+        expert=True,
+        metavar="G",
+    )
+    prompt: str = option(
+        "",
+        "What the picture shows. The model was trained with the empty prompt; any other needs its text "
+        "encoder.",
+        multiline=True,
+        expert=True,
+    )
+    negative_prompt: str = option(
+        "",
+        "What the picture should not show. Only used when guidance_scale is above 1.",
+        multiline=True,
+        expert=True,
+    )
+    controlnet_conditioning_scale: float = option(
+        1.0,
+        "How strongly the previous frame guides this one. Lower: less ghosting, more flicker.",
+        low=0,
+        usual=(0.0, 2.0),
+        step=0.05,
+        expert=True,
+        metavar="S",
+    )
+    control_guidance_start: float = option(
+        0.0,
+        "Fraction of the denoising steps after which guidance by the previous frame begins.",
+        low=0.0,
+        high=1.0,
+        step=0.05,
+        expert=True,
+        metavar="F",
+    )
+    control_guidance_end: float = option(
+        1.0,
+        "Fraction of the denoising steps after which guidance by the previous frame ends.",
+        low=0.0,
+        high=1.0,
+        step=0.05,
+        expert=True,
+        metavar="F",
+    )
+    timestep_spacing: str | None = option(
+        None,
+        "Which noise levels the steps visit. checkpoint: as its scheduler file says, or leading where that "
+        "says nothing. The paper trained with 999, 749, 499, 249, which is trailing.",
+        kind=str,
+        choices=("trailing", "leading", "linspace"),
+        unset="checkpoint",
+        unset_help="checkpoint",
+        expert=True,
+    )
+    use_tpm: bool = option(
+        True,
+        "Show the previous frame to the decoder, too (Temporal Processor Module). Off: more flicker.",
+        expert=True,
+    )
+    flow_scale: float = option(
+        1.0,
+        "Resolution of motion estimation, as a fraction of the output. Below 1 it is faster and less "
+        "accurate; the model was trained with 1.",
+        choices=(1.0, 0.5, 0.25),
+        group="speed",
+        expert=True,
+    )
+    memory_plan: str = option(
+        "auto",
+        "How memory is saved. whole: nothing is split. banded: less memory, the same picture. tiled: least "
+        "memory, with the U-Net in tiles and a slightly different picture. auto: the first of them that "
+        "fits, and the next one when memory runs out.",
+        choices=("auto", "whole", "banded", "tiled"),
+        group="memory",
+        expert=True,
+    )
+    tile_size: int | None = option(
+        None,
+        "Tile size in output pixels. Only used with tiles.",
+        kind=int,
+        low=64,
+        high=2**20,
+        unset_help="chosen by the memory plan",
+        group="memory",
+        expert=True,
+        metavar="N",
+    )
+    tile_overlap: int = option(
+        64,
+        "Overlap of the tiles in output pixels, below half of the tile size.",
+        low=0,
+        high=2**20,
+        group="memory",
+        expert=True,
+        metavar="N",
+    )
+    compile_mode: str = option(
+        "off",
+        "Use torch.compile. auto: the first frame takes a minute or more, the others are faster. max: tries "
+        "more ways, and starts even more slowly. A warning is logged where it cannot work.",
+        choices=("off", "auto", "max"),
+        group="speed",
+        expert=True,
+    )
+    control_every: int = option(
+        1,
+        "Run the ControlNet every N steps and reuse it in between, an approximation.",
+        low=1,
+        high=1000,
+        group="speed",
+        expert=True,
+        metavar="N",
+    )
+    occlusion: str | None = option(
+        None,
+        "Guidance where the previous frame does not show what is there now. mask: it fades out. off: it "
+        "stays, as in the paper. checkpoint: as the model was trained.",
+        kind=str,
+        choices=("off", "mask"),
+        unset="checkpoint",
+        unset_help="checkpoint",
+        expert=True,
+    )
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps is not None:
-            self._check_whole("num_inference_steps", self.num_inference_steps, 1, 1000)
-        self._check_whole("seed", self.seed, -(2**63), 2**64 - 1)
-        self._check_number("guidance_scale", self.guidance_scale, 0, math.inf)
-        self._check_number("controlnet_conditioning_scale", self.controlnet_conditioning_scale, 0, math.inf)
-        self._check_number("control_guidance_start", self.control_guidance_start, 0, 1)
-        self._check_number("control_guidance_end", self.control_guidance_end, 0, 1)
-        self._check_choice("timestep_spacing", self.timestep_spacing, (None, *TIMESTEP_SPACINGS))
-        self._check_choice("flow_scale", self.flow_scale, FLOW_SCALES)
-        self._check_choice("memory_plan", self.memory_plan, MEMORY_PLANS)
-        self._check_choice("compile_mode", self.compile_mode, COMPILE_MODES)
-        self._check_choice("use_tpm", self.use_tpm, (True, False))
-        self._check_whole("control_every", self.control_every, 1, 1000)
-        self._check_choice("occlusion", self.occlusion, (None, "off", "mask"))
-        self._check_tiles()
-        for name in ("prompt", "negative_prompt"):
-            if not isinstance(getattr(self, name), str):
-                raise IncompatibleInputError(f"{name} as text", repr(getattr(self, name)))
-
-    def _check_tiles(self) -> None:
-        if self.tile_size is not None:
-            self._check_whole("tile_size", self.tile_size, 64, 2**20)
-        self._check_whole("tile_overlap", self.tile_overlap, 0, 2**20)
+        check_options(self)
         if self.tile_size is not None and self.tile_overlap * 2 >= self.tile_size:
             raise IncompatibleInputError(
                 f"tile_overlap below half of tile_size {self.tile_size}", str(self.tile_overlap)
             )
-
-    @staticmethod
-    def _check_whole(name: str, value: Any, low: int, high: int) -> None:
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise IncompatibleInputError(f"{name} as a whole number from {low} to {high}", repr(value))
-
-    @staticmethod
-    def _check_number(name: str, value: Any, low: float, high: float) -> None:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or not low <= value <= high:
-            limits = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
-            raise IncompatibleInputError(f"{name} as a finite number {limits}", repr(value))
-
-    @staticmethod
-    def _check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
-        if value not in choices:
-            raise IncompatibleInputError(f"{name} as one of {', '.join(map(repr, choices))}", repr(value))
 
     @property
     def guided(self) -> bool:
@@ -120,10 +200,6 @@ def with_preset(preset: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `UpscaleOptions`: one of PRESETS, and `own`, which wins where it is not the default."""
     if preset not in PRESETS:
         raise IncompatibleInputError(f"preset as one of {', '.join(PRESETS)}", repr(preset))
-    defaults = {each.name: each.default for each in fields(UpscaleOptions)}
-    left = {
-        name: value
-        for name, value in PRESETS[preset].items()
-        if own.get(name, defaults[name]) == defaults[name]
-    }
+    default, fields = defaults(UpscaleOptions), PRESETS[preset].items()
+    left = {name: value for name, value in fields if own.get(name, default[name]) == default[name]}
     return {**own, **left}

@@ -1,0 +1,109 @@
+"""What the commands show: errors, progress, and pictures to compare."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..families.diffvsr.download import OnProgress
+from ..jobs.job import JobProgress
+from ..media import pictures
+from ..media.pictures import Picture
+from ..media.sizes import enlarge
+
+PROGRESS = ("bar", "json", "none")
+
+
+def fail(args: argparse.Namespace, message: str, code: int) -> int:
+    """Say what went wrong in one line; with --debug, where. Returns the exit code."""
+    if args.debug:
+        logging.exception(message)
+    print(f"stream-diffvsr: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+def follow(
+    steps: Iterable[JobProgress], progress: str = "bar", preview: Path | None = None, every: int = 0
+) -> JobProgress | None:
+    """Run a job to its end; returns the last report, None where everything had been done before.
+
+    `progress` is one of PROGRESS: a bar on standard error, a line of JSON per frame on standard output, or
+    nothing. With `preview`, that picture is written anew every so many frames: bicubic and the result.
+    """
+    step = None
+    shown = {"bar": _bar, "json": _json_lines, "none": iter}[progress]
+    for step in shown(steps):
+        if preview is not None and step.done % every == 0:
+            size = (step.hq.shape[-2], step.hq.shape[-1])
+            pictures.write(preview, Picture(side_by_side(enlarge(step.lq, size), step.hq)))
+    return step
+
+
+def _bar(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
+    from tqdm import tqdm
+
+    with tqdm(unit="frame", dynamic_ncols=True) as bar:
+        for step in steps:
+            if bar.total is None:
+                bar.reset(step.total)
+                bar.initial = bar.n = step.done - 1
+            bar.set_postfix_str(f"segment {step.segment + 1}", refresh=False)
+            bar.update()
+            yield step
+
+
+def _json_lines(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
+    """The numbers of each frame, for a program that runs the command."""
+    for step in steps:
+        left = step.seconds_left
+        numbers = {
+            "done": step.done,
+            "total": step.total,
+            "fps": round(step.fps, 3),
+            "seconds_left": None if left is None else round(left, 1),
+            "frame": step.index,
+        }
+        print(json.dumps(numbers), flush=True)
+        yield step
+
+
+@contextmanager
+def download_bar(progress: str = "bar") -> Iterator[OnProgress]:
+    """Shows a download in bytes; it begins with the first byte, where an earlier download ended."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    bars: list[tqdm[NoReturn]] = []
+
+    def show(done: int, total: int) -> None:
+        if progress == "json":
+            print(json.dumps({"downloaded": done, "bytes": total}), flush=True)
+        if progress != "bar":
+            return
+        if total > 1 and not bars:
+            bars.append(tqdm(total=total, initial=done, unit="B", unit_scale=True, desc="download"))
+        if bars:
+            bars[0].update(done - bars[0].n)
+
+    try:
+        with logging_redirect_tqdm():
+            yield show
+    finally:
+        for each in bars:
+            each.close()
+
+
+def side_by_side(*shown: Tensor, gap: int = 0) -> Tensor:
+    """Pictures (1, 3, H, W) in [0, 1] beside each other, with white gaps of so many pixels."""
+    white = shown[0].new_ones(1, 3, shown[0].shape[-2], gap)
+    pieces = [piece for picture in shown for piece in (white, picture)]
+    return torch.cat(pieces[1:], dim=-1)
