@@ -37,8 +37,8 @@ class CreateState:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         frame = "An upscaled frame that the next one shall follow; its sides are multiples of 4."
         lq = (
-            "The same frame before upscaling, a quarter as wide and high. Unlinked: initial_frame reduced by "
-            "4 with area averaging."
+            "The same frame before upscaling, a quarter as wide and high. Leave unconnected to use "
+            "initial_frame reduced by 4 with area averaging."
         )
         return {
             "optional": {
@@ -74,7 +74,7 @@ class ExtractState:
         "The last upscaled frame; on an empty state one black picture of 8x8.",
         "How many frames of the video were done.",
         "Whether there is a frame to continue from.",
-        "The same in words, with the model and the settings in force.",
+        "The same in words, with the model and the settings used.",
     )
 
     @classmethod

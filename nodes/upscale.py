@@ -75,7 +75,7 @@ class Upscale:
                         "min": 256,
                         "max": 1024,
                         "step": 64,
-                        "tooltip": "Side of a tile in pixels of the result. Counts only with enable_tiling.",
+                        "tooltip": "Tile size in output pixels. Only used when enable_tiling is on.",
                     },
                 ),
                 "tile_overlap": (
@@ -86,7 +86,7 @@ class Upscale:
                         "max": 256,
                         "step": 16,
                         "tooltip": "Overlap of the tiles in pixels of the result, below half of tile_size. "
-                        "Counts only with enable_tiling.",
+                        "Only used when enable_tiling is on.",
                     },
                 ),
                 "meta_batch": (

@@ -70,7 +70,7 @@ def download(
     """Bring the released weights to the first registered folder, else the user's data folder; return theirs.
 
     Whatever is already there and right is kept, of whichever `revision` it is. Raises `ModelNotFoundError`
-    with what to do by hand, and leaves what has come so far in a folder that the next call goes on with.
+    with what to do by hand, and leaves what has come so far in a folder where the next call continues.
     """
     target, progress = target_folder(extra_folders), Progress(on_progress)
     log.info("downloading %s to %s", REPOSITORY, target)

@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError, IncompatibleInputError, ModelNotFoundError
 from ...files import fingerprint, read_json, read_shapes, read_weights
+from ...weights.networks import Shapes, check_keys, shapes_of
 from .decoders import TinyDecoder
 from .method import FlashVSR
 from .projection import VERSIONS, Projection
 from .transformer import prepare
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 TRANSFORMER, PROJECTION, TINY, FULL, PROMPT = "transformer", "projection", "tiny", "full", "prompt"
 
@@ -220,18 +219,7 @@ def _compare(path: Path, name: str, shapes: Shapes, network: nn.Module) -> None:
             name, {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
         ).items()
     }
-    needed = {key: tuple(value.shape) for key, value in network.state_dict().items()}
-    wrong = [f"lacks {key!r}" for key in needed if key not in got]
-    wrong += [f"holds {key!r}, which this network has not" for key in got if key not in needed]
-    wrong += [
-        f"has {key!r} of shape {got[key]} where {needed[key]} is needed"
-        for key in needed
-        if key in got and got[key] != needed[key]
-    ]
-    if wrong:
-        raise CheckpointError(
-            f"{path} {wrong[0]}: it is damaged or belongs to another model; fetch it again."
-        )
+    check_keys(path, got, shapes_of(network))
 
 
 def _fill(part: _Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
