@@ -17,6 +17,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..wan.transformer import projected
+
 log = logging.getLogger(__name__)
 
 LATENTS, SIDE = 2, 8
@@ -177,9 +179,7 @@ class SparseAttention:
     ) -> Tensor:
         assert rotary_emb is not None
         reach, x = rotary_emb, hidden_states[0]
-        q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
-        q, k, v = (each.unflatten(-1, (attn.heads, -1)) for each in (q, k, v))
-        q, k = (rotate(each, reach.cos, reach.sin) for each in (q, k))
+        q, k, v = projected(attn, x, reach.cos, reach.sin)
         q, k, v = (rearrange(each, "(w t) h d -> h w t d", t=TOKENS).contiguous() for each in (q, k, v))
         n = len(reach.selection.near)
         # Pairs have memory of their own, so that one can be dropped.
@@ -191,9 +191,3 @@ class SparseAttention:
         found = attend(q, k, v, select(q, k, reach.selection))
         found = rearrange(found, "h w t d -> 1 (w t) (h d)")
         return attn.to_out[1](attn.to_out[0](found))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn consecutive channels of (tokens, heads, head size) as pairs, in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)

@@ -9,43 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..wan.taehv import Memory, Squash, conv, decoded, enlarging
+
 CONDITION = 8
 """The condition's frames are unshuffled by this factor."""
-
-Memory = dict[int, Tensor]
-"""By place in the network, what its layers saw of the latents before; empty at the start."""
-
-
-class MemoryBlock(nn.Module):
-    """Three convolutions over a picture's features and those of the picture before."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        sizes = 2 * channels, channels, channels
-        convs = [nn.Conv2d(size, channels, 3, padding=1) for size in sizes]
-        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
-
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        return F.relu(self.conv(torch.cat([x, before], 1)) + x)
-
-
-class Grow(nn.Module):
-    """One picture's features become those of several: channels, earlier pictures first."""
-
-    def __init__(self, channels: int, out: int, pictures: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, out * pictures, 1, bias=False)
-        self.pictures = pictures
-
-    def forward(self, x: Tensor) -> Sequence[Tensor]:
-        return self.conv(x).chunk(self.pictures, 1)
-
-
-class Squash(nn.Module):
-    """Keep values within 3 of 0, smoothly."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 3 * torch.tanh(x / 3)
 
 
 class TinyDecoder(nn.Module):
@@ -53,20 +20,10 @@ class TinyDecoder(nn.Module):
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
-        a, b, c, d = channels
+        first, last = channels[0], channels[-1]
         into = 16 + 3 * 4 * CONDITION**2
-
-        def conv(n: int, out: int, bias: bool = False) -> nn.Module:
-            return nn.Conv2d(n, out, 3, padding=1, bias=bias)
-
-        def blocks(n: int) -> list[nn.Module]:
-            return [MemoryBlock(n) for _ in range(3)]
-
-        twice = nn.Upsample(scale_factor=2)
-        layers = [Squash(), conv(into, a, True), nn.ReLU(), conv(a, a), nn.ReLU(), *blocks(a)]
-        layers += [twice, Grow(a, a, 1), conv(a, b), *blocks(b)]
-        layers += [twice, Grow(b, b, 2), conv(b, c), *blocks(c)]
-        layers += [twice, Grow(c, c, 2), conv(c, d), nn.ReLU(), conv(d, d), nn.ReLU(), conv(d, 3, True)]
+        layers = [Squash(), conv(into, first, True), nn.ReLU(), conv(first, first), nn.ReLU()]
+        layers += [*enlarging(channels), conv(last, last), nn.ReLU(), conv(last, 3, True)]
         self.decoder = nn.ModuleList(layers)
 
     def forward(self, latent: Tensor, frames: Tensor, memory: Memory) -> Iterator[Tensor]:
@@ -76,23 +33,8 @@ class TinyDecoder(nn.Module):
         """
         n, c, h, w = frames.shape
         condition = F.pixel_unshuffle(frames.transpose(0, 1).reshape(1, c * n, h, w), CONDITION)
-        for picture in self._from(0, torch.cat([condition, latent[:, :, 0]], 1), memory):
+        for picture in decoded(list(self.decoder), torch.cat([condition, latent[:, :, 0]], 1), memory):
             yield 2 * picture - 1
-
-    def _from(self, start: int, x: Tensor, memory: Memory) -> Iterator[Tensor]:
-        """Depth first: the earlier of two pictures is finished before the later one is begun."""
-        for index, layer in enumerate(self.decoder[start:], start):
-            if isinstance(layer, Grow):
-                for part in layer(x):
-                    yield from self._from(index + 1, part, memory)
-                return
-            if isinstance(layer, MemoryBlock):
-                before = memory.get(index)
-                memory[index] = x
-                x = layer(x, torch.zeros_like(x) if before is None else before)
-            else:
-                x = layer(x)
-        yield x
 
 
 def decode_full(vae: Any, latent: Tensor, memory: Memory) -> Iterator[Tensor]:

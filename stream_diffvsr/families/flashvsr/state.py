@@ -7,14 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ...errors import IncompatibleInputError
 from ...upscaler import Provenance, State
-from .decoders import Memory as DecoderMemory
+from ..wan.state import frames_before, packed, unpacked
+from ..wan.taehv import Memory as DecoderMemory
 from .projection import Past
 from .transformer import Pairs
 
 FAMILY = "flashvsr"
-POSITION = "position"
 
 FIRST, CHUNK, AHEAD = 25, 8, 4
 """Frames that a scene's first chunk takes, what each later one adds, and what is seen but not yet decoded."""
@@ -41,21 +40,24 @@ class Memory:
         return self.start + frames_before(self.latents)
 
     @property
+    def ahead(self) -> int:
+        """Frames from `index` on that the projection has seen."""
+        return AHEAD if self.latents else 0
+
+    @property
     def frames(self) -> int:
         """How many frames from `index` on the next chunk takes."""
         return AHEAD + CHUNK if self.latents else FIRST
 
     def to_state(self, size: tuple[int, int], provenance: Provenance) -> State:
         """A state after frame `index` - 1; the next frame to push is `index`."""
-        if not self.latents:
-            return State(FAMILY, self.index, {}, provenance)
-        tensors = {POSITION: torch.tensor([self.start, self.latents, *size])}
+        tensors: dict[str, Tensor] = {}
         for block, pairs in enumerate(self.pairs):
             for age, (keys, values) in enumerate(pairs):
                 tensors |= {f"keys.{block}.{age}": keys, f"values.{block}.{age}": values}
         tensors |= {f"projection.{index}": value for index, value in enumerate(self.projection)}
         tensors |= {f"decoder.{index}": value for index, value in self.decoder.items()}
-        return State(FAMILY, self.index, tensors, provenance)
+        return packed(FAMILY, self.start, self.latents, size, provenance, tensors)
 
     @classmethod
     def of(cls, state: State | None, device: torch.device, dtype: torch.dtype) -> Memory:
@@ -63,14 +65,7 @@ class Memory:
         state = state or State()
         if not state.has_previous:
             return cls(start=state.index)
-        if state.family != FAMILY or POSITION not in state.tensors:
-            raise IncompatibleInputError(f"a state of {FAMILY}", f"one of {state.family or 'another family'}")
-        start, latents, *_ = state.tensors[POSITION].tolist()
-        held: dict[str, dict[tuple[int, ...], Tensor]] = {}
-        for name, value in state.tensors.items():
-            kind, *numbers = name.split(".")
-            if kind != POSITION:
-                held.setdefault(kind, {})[tuple(map(int, numbers))] = value.to(device, dtype)
+        start, latents, held = unpacked(state, FAMILY, device, dtype)
         keys, values = held["keys"], held["values"]
         blocks = 1 + max(block for block, _ in keys)
         pairs = tuple(
@@ -84,14 +79,3 @@ class Memory:
             pairs=pairs,
             decoder={at[0]: value for at, value in held["decoder"].items()},
         )
-
-
-def size_of(state: State) -> tuple[int, int]:
-    """(height, width) of the low-quality frames before a state with tensors."""
-    _, _, height, width = state.tensors[POSITION].tolist()
-    return height, width
-
-
-def frames_before(latents: int) -> int:
-    """Frames that so many latents from the scene's start decode to."""
-    return max(4 * latents - 3, 0)

@@ -9,10 +9,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from ..wan.transformer import THETA, TIMESTEP, conditions, rotations, run, turns
 from .attention import Pair, Reach, Selection, SparseAttention, from_windows, to_windows
-
-TIMESTEP = 1000.0
-THETA = 10_000.0
 
 Pairs = tuple[tuple[Pair, ...], ...]
 """By block, oldest first."""
@@ -46,45 +44,20 @@ def denoise(
     x = transformer.patch_embedding(noise.to(tokens.dtype))
     rows, columns = x.shape[-2:]
     x = to_windows(rearrange(x, "1 c f h w -> f h w c") + tokens)[None]
-    time, modulation, prompt = _conditions(transformer, prompt)
-    angles = to_windows(
-        rotations(
-            x.shape[1] // (rows * columns), rows, columns, position, transformer.config.attention_head_dim
-        )
+    angles = rotations(
+        len(x[0]) // (rows * columns), rows, columns, position, transformer.config.attention_head_dim
     )
-    cos, sin = (each.to(x.device, torch.float32)[:, None] for each in (angles.cos(), angles.sin()))
-    pairs = []
-    for index, block in enumerate(transformer.blocks):
-        reach = Reach(cos, sin, selection, past[index] if past else ())
-        x = block(x, prompt, modulation, reach)
-        together = (*reach.past, *reach.own)
-        pairs.append(together[1:] if len(together) > kept else together)
-        on_block(index + 1, len(transformer.blocks))
-    shift, scale = (transformer.scale_shift_table.to(x.device) + time[:, None]).chunk(2, 1)
-    x = transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))
-    x = from_windows(x[0], rows, columns)
-    return noise - rearrange(x, "f h w (a b c) -> 1 c f (h a) (w b)", a=2, b=2).float(), tuple(pairs)
+    cos, sin = turns(to_windows(angles), x.device)
+    reaches = [Reach(cos, sin, selection, each) for each in past or ((),) * len(transformer.blocks)]
+    x = run(transformer, x, _conditions(transformer, prompt), reaches, on_block)
+    together = [(*reach.past, *reach.own) for reach in reaches]
+    pairs = tuple(each[1:] if len(each) > kept else each for each in together)
+    x = from_windows(x, rows, columns)
+    return noise - rearrange(x, "f h w (a b c) -> 1 c f (h a) (w b)", a=2, b=2).float(), pairs
 
 
 def _conditions(transformer: Any, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings of the time, which is the same in every chunk, and of the prompt."""
-    embed = transformer.condition_embedder
     half = transformer.config.freq_dim // 2
     # In float64: in float32 the angles of 1000 are off by more than anything else here.
-    angle = TIMESTEP * 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
-    time = embed.time_embedder(torch.cat([angle.cos(), angle.sin()])[None].to(prompt.device, prompt.dtype))
-    modulation = embed.time_proj(embed.act_fn(time)).unflatten(1, (6, -1))
-    return time, modulation, embed.text_embedder(prompt)
-
-
-def rotations(latents: int, rows: int, columns: int, position: int, head: int) -> Tensor:
-    """(latents, rows, columns, head / 2) angles in float64; latents stand at `position` and on."""
-    across = 2 * (head // 6)
-    axes = (latents, position, head - 2 * across), (rows, 0, across), (columns, 0, across)
-    parts = []
-    for axis, (count, start, channels) in enumerate(axes):
-        speed = THETA ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-        angle = torch.outer(torch.arange(start, start + count, dtype=torch.float64), speed)
-        shape = [count if i == axis else 1 for i in range(3)]
-        parts.append(angle.view(*shape, -1).expand(latents, rows, columns, -1))
-    return torch.cat(parts, -1)
+    angle = TIMESTEP * THETA ** (-torch.arange(half, dtype=torch.float64) / half)
+    return conditions(transformer, prompt, torch.cat([angle.cos(), angle.sin()])[None])

@@ -1,0 +1,1 @@
+"""SwiftVR: one-step restoration of latents, with self-attention in shifted windows; no noise."""

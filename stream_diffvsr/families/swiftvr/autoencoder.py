@@ -1,0 +1,64 @@
+"""SwiftVR's autoencoder: four frames are one latent, a sixteenth as high and wide."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..wan.taehv import Memory, MemoryBlock, Pool, Squash, blocks, conv, decoded, enlarging
+
+UNSHUFFLE = 2
+PIXELS = 3 * UNSHUFFLE**2
+
+
+class Encoder(nn.Module):
+    """Parameters as in the published file."""
+
+    def __init__(self, width: int, channels: int) -> None:
+        super().__init__()
+        layers = [conv(PIXELS, width, True), nn.ReLU()]
+        for pictures in (2, 2, 1):
+            layers += [Pool(width, pictures), conv(width, width, stride=2), *blocks(width)]
+        self.encoder = nn.ModuleList([*layers, conv(width, channels, True)])
+
+    def forward(self, frames: Tensor, memory: Memory) -> Tensor:
+        """(4, 3, H, W) in [0, 1] -> (1, C, H/16, W/16); `memory` is brought up to date."""
+        x = F.pixel_unshuffle(frames, UNSHUFFLE)
+        for index, layer in enumerate(self.encoder):
+            x = layer.remembering(x, memory, index) if isinstance(layer, MemoryBlock) else layer(x)
+        return x
+
+
+class Decoder(nn.Module):
+    """Parameters as in the published file, but for `converted`'s."""
+
+    def __init__(self, widths: Sequence[int], channels: int) -> None:
+        super().__init__()
+        layers = [Squash(), conv(channels, widths[0], True), nn.ReLU(), *enlarging(widths)]
+        self.decoder = nn.ModuleList([*layers, conv(widths[-1], PIXELS, True)])
+
+    def forward(self, latent: Tensor, memory: Memory) -> Iterator[Tensor]:
+        """The 4 pictures (1, 3, H, W) of (1, C, H/16, W/16), nominal [0, 1], not clamped.
+
+        Those of latent n are frames 4n - 3 to 4n; `memory` is brought up to date.
+        """
+        for picture in decoded(list(self.decoder), latent, memory):
+            yield F.pixel_shuffle(picture, UNSHUFFLE)
+
+
+def converted(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The decoder's published weights under the names that it has here.
+
+    Where one picture becomes two, the published network repeats it and convolves in time over the two alone,
+    padded by zeros: for each of them that is a 1x1 convolution with the sum of two taps.
+    """
+    kept = {}
+    for name, value in values.items():
+        if name.endswith(".conv3d.weight"):
+            before, now, after = value[..., 0, 0].unbind(-1)
+            value = torch.cat([now + after, before + now])[..., None, None]
+        kept[name.replace(".conv3d.", ".conv.").replace(".proj.", ".conv.")] = value
+    return kept

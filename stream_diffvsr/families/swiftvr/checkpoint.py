@@ -1,0 +1,147 @@
+"""SwiftVR's files: which they are, what they hold, and the networks filled from them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CheckpointError, ModelNotFoundError, StreamDiffVSRError
+from ...files import fingerprint, read_json, read_shapes, read_weights
+from ...weights.networks import Shapes, check_keys, empty, shapes_of
+from ..wan.transformer import transformer
+from .autoencoder import Decoder, Encoder, converted
+from .method import SwiftVR
+from .transformer import WINDOW, prepare
+
+TRANSFORMER, AUTOENCODER, PROMPT, CONFIG = "transformer", "autoencoder", "prompt", "transformer's config"
+
+FILES = {
+    TRANSFORMER: (
+        "transformer/diffusion_pytorch_model.safetensors",
+        "transformer/diffusion_pytorch_model.bin",
+    ),
+    AUTOENCODER: ("reae.safetensors",),
+    PROMPT: ("prompt_embedding.safetensors",),
+    CONFIG: ("transformer/config.json",),
+}
+"""By part: the published name first; the second is diffusers' own for pickled weights."""
+
+PROMPT_KEY = "prompt_emb"
+WINDOW_KEY = "self_attn_window_hw"
+
+
+def find(folder: Path, part: str) -> Path | None:
+    """The file of a part; None where there is none."""
+    return next((path for name in FILES[part] if (path := folder / name).is_file()), None)
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a folder is meant to hold SwiftVR: its autoencoder or its prompt is there by name."""
+    return find(folder, AUTOENCODER) is not None or find(folder, PROMPT) is not None
+
+
+def problem(folder: Path) -> StreamDiffVSRError | None:
+    """Why a folder cannot be opened; None where all that its files say is right."""
+    try:
+        _read(folder)
+    except StreamDiffVSRError as error:
+        return error
+    return None
+
+
+def needed(names: Collection[str], folder: Path) -> list[str]:
+    """Of all published names those that run the model."""
+    chosen = [next((name for name in FILES[part] if name in names), None) for part in FILES]
+    return [name for name in chosen if name]
+
+
+def open_swiftvr(folder: str | Path, device: torch.device, dtype: torch.dtype) -> SwiftVR:
+    """Load a folder, each weight straight to its device and number format.
+
+    Raises `ModelNotFoundError` or `CheckpointError`.
+    """
+    folder = Path(folder)
+    networks, prompt = _read(folder)
+    paths = [_required(folder, part) for part in (TRANSFORMER, AUTOENCODER, PROMPT)]
+    autoencoder = converted(read_weights(paths[1]))
+    values = {name: _own(name, autoencoder) for name in ("encoder", "decoder")}
+    values[TRANSFORMER] = read_weights(paths[0])
+    for name, network in networks.items():
+        filling = {key: value.to(device, dtype) for key, value in values.pop(name).items()}
+        network.load_state_dict(filling, assign=True)
+        network.to(device).eval().requires_grad_(False)
+    return SwiftVR(
+        networks=networks,
+        prompt=prompt.to(device, dtype),
+        device=device,
+        dtype=dtype,
+        model=fingerprint(paths),
+    )
+
+
+def build(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, nn.Module]:
+    """The networks of an autoencoder's published shapes and a transformer's configuration, without weights.
+
+    Raises `KeyError`, `IndexError`, `TypeError` or `ValueError` where they make no sense.
+    """
+    height, width = config.get(WINDOW_KEY) or WINDOW
+    encoder = shapes["encoder.0.weight"][0], shapes["encoder.17.weight"][0]
+    decoder = [shapes[f"decoder.{index}.weight"][0] for index in (1, 8, 14, 20)]
+    channels = shapes["decoder.1.weight"][1]
+    return {
+        "encoder": empty(lambda: Encoder(*encoder)),
+        TRANSFORMER: prepare(empty(lambda: transformer(config)), (height, width)),
+        "decoder": empty(lambda: Decoder(decoder, channels)),
+    }
+
+
+def read_prompt(folder: Path) -> Tensor:
+    """The prompt's embedding, (1, tokens, width), rows of zeros included; raises `CheckpointError`."""
+    path = _required(folder, PROMPT)
+    prompt = read_weights(path).get(PROMPT_KEY)
+    if prompt is None or prompt.ndim < 2 or not prompt.numel():
+        raise CheckpointError(f"{path} holds no embedding named {PROMPT_KEY!r}; fetch it again.")
+    prompt = prompt.reshape(-1, *prompt.shape[-2:])[:1]
+    if not bool(torch.isfinite(prompt).all()):
+        raise CheckpointError(f"{path} holds NaN, which would make every frame black; fetch it again.")
+    return prompt
+
+
+def _read(folder: Path) -> tuple[dict[str, nn.Module], Tensor]:
+    """All networks of a folder, empty, their names and shapes compared with the files, and the prompt."""
+    paths = {part: _required(folder, part) for part in FILES}
+    prompt, config, shapes = read_prompt(folder), read_json(paths[CONFIG]), read_shapes(paths[AUTOENCODER])
+    try:
+        networks = build(shapes, config)
+        meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        got = {name: tuple(value.shape) for name, value in converted(meta).items()}
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{paths[AUTOENCODER]} or {paths[CONFIG]} is not SwiftVR's ({error!r}); fetch both again."
+        ) from error
+    check_keys(paths[AUTOENCODER], got, shapes_of(networks["encoder"]) | shapes_of(networks["decoder"]))
+    check_keys(paths[TRANSFORMER], read_shapes(paths[TRANSFORMER]), shapes_of(networks[TRANSFORMER]))
+    network: Any = networks[TRANSFORMER]
+    ends = network.config.in_channels, network.config.text_dim
+    if ends != (shapes["encoder.17.weight"][0], prompt.shape[-1]):
+        raise CheckpointError(
+            f"{folder} mixes parts of several models: the transformer takes {ends[0]} channels and a prompt "
+            f"of width {ends[1]}, its files give {shapes['encoder.17.weight'][0]} and {prompt.shape[-1]}."
+        )
+    return networks, prompt
+
+
+def _own(name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in values.items() if key.startswith(f"{name}.")}
+
+
+def _required(folder: Path, part: str) -> Path:
+    path = find(folder, part)
+    if path is None:
+        remedy = "It is published with SwiftVR's weights (Hugging Face: H-oliday/SwiftVR)."
+        raise ModelNotFoundError(f"SwiftVR's {part}", folder / FILES[part][0], remedy)
+    return path

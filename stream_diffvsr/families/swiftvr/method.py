@@ -1,0 +1,166 @@
+"""SwiftVR: one step of a transformer restores the latents of a clip of frames.
+
+    lq frames -> bilinear, padded -> encoder, 4 frames at a time -> latents z
+    z, and a few of the clip before -> transformer (windows, a fixed prompt) -> velocity v
+    z - v -> decoder, picture by picture -> hq
+
+Nothing is drawn. The decoder is 3 frames behind: latents 0 to n give frames 0 to 4n. Protocol file: a scene's
+first clip is 28 frames, then 24 each, and the last is filled up to 7 latents in front with latents of the
+clip before, or zeros. Protocol session: 24 frames each, less at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import IncompatibleInputError
+from ...tensors import from_pixels, padded_size
+from ...upscaler import Info, OnStep, State
+from ..wan.chunks import ChunkSession, ChunkUpscaler
+from ..wan.taehv import Memory as Past
+from .options import CLIP, GROUP, SwiftVROptions
+from .state import AHEAD, FAMILY, Memory
+from .transformer import denoise
+
+MULTIPLE = 32
+"""Sides that the networks see: tokens of 2 latent pixels of 16 pixels."""
+
+
+class SwiftVR(ChunkUpscaler):
+    """A loaded SwiftVR."""
+
+    Options = SwiftVROptions
+    Memory = Memory
+    remedy = "use smaller frames, a smaller scale or a smaller clip_len"
+    fixed = ("scale", "protocol", "clip_len")
+
+    def __init__(
+        self,
+        *,
+        networks: Mapping[str, nn.Module],
+        prompt: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        model: str,
+    ) -> None:
+        """`networks`: encoder, transformer, decoder; `prompt`: (1, tokens, width)."""
+        super().__init__(networks=networks, prompt=prompt, device=device, dtype=dtype, model=model)
+        # What `clip_len` is at most: smaller ones take and look ahead at less.
+        self.info = Info(
+            family=FAMILY,
+            model=model,
+            number_format=self.number_format,
+            scales=None,
+            first=CLIP + GROUP,
+            chunk=CLIP,
+            look_ahead=CLIP + GROUP - 1,  # a clip's frames see each other
+        )
+
+    def session(
+        self,
+        options: SwiftVROptions | None = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> ChunkSession:
+        """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`.
+
+        The first 25 results come with frame 28 of a scene, then 24 with each 24 frames. There is no noise.
+        """
+        if noise is not None:
+            raise IncompatibleInputError("no noise, since SwiftVR starts from the frames alone", "noise")
+        return super().session(options, state, on_step)
+
+    def whole(self, memory: Memory, options: SwiftVROptions) -> int:
+        extra = GROUP if options.protocol == "file" and not memory.latents else 0
+        return memory.ahead + options.clip_len + extra
+
+    def filled(self, frames: list[Tensor], memory: Memory, options: SwiftVROptions) -> list[Tensor]:
+        """The last frame is repeated until their number is a multiple of 4 and one: only such have an end."""
+        new = len(frames) - memory.ahead
+        frames = [*frames, *[frames[-1]] * ((1 - new) % GROUP)]
+        whole, new = self.whole(memory, options), len(frames) - memory.ahead
+        if len(frames) >= whole:
+            return frames[:whole]
+        if options.protocol == "session" and new > 1:
+            return frames[:-1]
+        return frames
+
+    def _chunk(
+        self,
+        frames: Sequence[Tensor],
+        memory: Memory,
+        options: SwiftVROptions,
+        on_step: OnStep,
+        noise: Tensor | None,
+    ) -> tuple[list[Tensor], Memory]:
+        """One frame more than a multiple of 4 is the last of the scene, and stands for 4."""
+        new = list(frames[memory.ahead :])
+        last = len(new) % GROUP == 1
+        z, encoder = self._encode(new + new[-1:] * (-len(new) % GROUP), memory, options, on_step)
+        count = z.shape[2]
+        before = _before(z, memory.lq, options, last)
+        restored = denoise(
+            self._acquire("transformer", new[0], options),
+            torch.cat([before, z], 2),
+            self.prompt.to(z.device),
+            partial(on_step, "denoise"),
+        )[:, :, -count:]
+        hq, decoder = self._decode(restored.to(self.dtype), new[0], memory, options, on_step)
+        lq = z[:, :, max(count - options.kept, 0) :].clone()
+        return hq, Memory(memory.start, memory.latents + count, encoder, decoder, lq)
+
+    def _encode(
+        self, frames: Sequence[Tensor], memory: Memory, options: SwiftVROptions, on_step: OnStep
+    ) -> tuple[Tensor, Past]:
+        """(1, C, n, H/16, W/16) of 4n frames, and the encoder's memory after them."""
+        network, past, latents = self._acquire("encoder", frames[0], options), dict(memory.encoder), []
+        for at in range(0, len(frames), GROUP):
+            four = torch.cat([prepared(lq, options.scale) for lq in frames[at : at + GROUP]])
+            latents.append(network(four.to(self.dtype), past))
+            on_step("encode", len(latents), len(frames) // GROUP)
+        return torch.stack(latents, 2), past
+
+    def _decode(
+        self, latents: Tensor, lq: Tensor, memory: Memory, options: SwiftVROptions, on_step: OnStep
+    ) -> tuple[list[Tensor], Past]:
+        """The pictures of the latents, cut, and the decoder's memory after them."""
+        network, past, hq = self._acquire("decoder", lq, options), dict(memory.decoder), []
+        height, width = scaled(lq, options.scale)
+        total = GROUP * latents.shape[2] - AHEAD * (not memory.latents)
+        for latent in latents.unbind(2):
+            # Of a scene's first latent, 3 pictures would lie before its first frame.
+            for picture in islice(network(latent, past), 0 if past else AHEAD, None):
+                picture = picture[..., :height, :width].to(self.device, torch.float32)
+                hq.append(self._checked(from_pixels(picture)))
+                on_step("decode", len(hq), total)
+        return hq, past
+
+
+def scaled(lq: Tensor, scale: float) -> tuple[int, int]:
+    """Height and width of a frame's result."""
+    return round(lq.shape[-2] * scale), round(lq.shape[-1] * scale)
+
+
+def prepared(lq: Tensor, scale: float) -> Tensor:
+    """A frame as the encoder sees it: as large as its result, in [0, 1], black up to multiples of 32."""
+    size = scaled(lq, scale)
+    if size != (lq.shape[-2], lq.shape[-1]):
+        lq = F.interpolate(lq, size=size, mode="bilinear", align_corners=False)
+    height, width = padded_size(*size, MULTIPLE)
+    return F.pad(lq / 2 + 0.5, (0, width - size[1], 0, height - size[0]))
+
+
+def _before(z: Tensor, past: Tensor | None, options: SwiftVROptions, last: bool) -> Tensor:
+    """(1, C, n, h, w): what the transformer sees in front of a chunk's latents."""
+    fills = last and options.protocol == "file"
+    count = options.clip_len // GROUP + 1 - z.shape[2] if fills else options.context
+    past = z[:, :, :0] if past is None else past
+    past = past[:, :, max(past.shape[2] - count, 0) :]
+    return F.pad(past, (0, 0, 0, 0, count - past.shape[2], 0)) if fills else past

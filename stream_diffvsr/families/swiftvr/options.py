@@ -1,0 +1,66 @@
+"""What a user can set for SwiftVR."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import IncompatibleInputError
+from ...options import check_options, option
+
+GROUP = 4
+"""Frames that become one latent."""
+
+CLIP = 24
+"""Frames of a chunk, as published; the most there may be, since it decides how far is looked ahead."""
+
+PRESETS: dict[str, dict[str, int]] = {"exact": {}, "balanced": {}, "fast": {}}
+"""All as published: there is no setting that makes it faster."""
+
+OWN = "SwiftVR"
+"""Title of the flags that no other family has."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwiftVROptions:
+    """Settings of one sequence, checked once; the defaults are the published ones."""
+
+    scale: float = option(4.0, "How many times larger the result is on each side.", low=1, high=4, step=0.5)
+    protocol: str = option(
+        "file",
+        "file takes 4 more frames first and fills up the last clip, as the published measures were made; "
+        "session takes equal clips from the start and waits 4 frames less.",
+        choices=("file", "session"),
+        expert=True,
+        group=OWN,
+    )
+    clip_len: int = option(
+        CLIP, "Frames restored together, a multiple of 4; fewer come sooner, with less memory and quality.",
+        low=GROUP, high=CLIP, step=GROUP, expert=True, group=OWN,
+    )  # fmt: skip
+    overlap: int | None = option(
+        None, "Groups of 4 earlier frames that a clip sees again.",
+        kind=int, low=0, high=CLIP // GROUP, unset=-1, expert=True, group=OWN,
+        unset_help="0 for protocol file, 1 for session",
+    )  # fmt: skip
+    memory_plan: str = option(
+        "auto",
+        "offload keeps the transformer in system memory between uses; auto does so when memory runs out.",
+        choices=("auto", "whole", "offload"),
+        expert=True,
+        group="memory",
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.clip_len % GROUP:
+            raise IncompatibleInputError(f"clip_len as a multiple of {GROUP}", repr(self.clip_len))
+
+    @property
+    def context(self) -> int:
+        """Latents that a clip sees again."""
+        return int(self.protocol == "session") if self.overlap is None else self.overlap
+
+    @property
+    def kept(self) -> int:
+        """Latents that are remembered: protocol file fills up the last clip with them."""
+        return max(self.context, self.clip_len // GROUP if self.protocol == "file" else 0)

@@ -1,0 +1,117 @@
+"""The transformer's part in one chunk: restored latents, with self-attention in shifted windows.
+
+A window is all latents of the chunk within 16 x 16 tokens (512 x 512 pixels). Windows keep their size and
+overlap at the far edge; nothing wraps around and nothing is masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..wan.transformer import TIMESTEP, conditions, projected, rotations, run, turns
+
+WINDOW = 16, 16
+"""(height, width) in tokens, where the configuration does not say otherwise."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How a chunk's tokens lie; takes the place of the rotary embedding."""
+
+    cos: Tensor
+    sin: Tensor
+    """(tokens, 1, half of the head size), float32."""
+    rows: int
+    columns: int
+
+
+def starts(count: int, side: int, shift: int) -> list[int]:
+    """Where windows begin along an axis of `count` tokens."""
+    if side >= count:
+        return [0]
+    wanted = range(-shift, count + 2 * side, side)
+    clamped = sorted({min(max(start, 0), count - side) for start in wanted})
+    kept = clamped[:1]
+    for start, following in zip(clamped[1:], [*clamped[2:], None], strict=True):
+        # One whose neighbours touch has nothing of its own.
+        if following is None or kept[-1] + side < following:
+            kept.append(start)
+    return kept
+
+
+def prepare(transformer: Any, window: tuple[int, int]) -> Any:
+    """Give a `WanTransformer3DModel` the self-attention of this family."""
+    for index, block in enumerate(transformer.blocks):
+        block.attn1.set_processor(WindowAttention(window, shifted=bool(index % 2)))
+    return transformer
+
+
+class WindowAttention:
+    """Takes the place of a Wan block's self-attention."""
+
+    def __init__(self, window: tuple[int, int], shifted: bool) -> None:
+        self.window, self.shifted = window, shifted
+
+    def corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
+        """Of the windows, in the order in which they are written: where they overlap, the last one counts.
+
+        That is the first of all, or the last in shifted layers.
+        """
+        height, width = self.window
+        down, across = (height // 2, width // 2) if self.shifted else (0, 0)
+        found = list(product(starts(rows, height, down), starts(columns, width, across)))
+        return found if self.shifted else found[::-1]
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Grid | None = None,
+    ) -> Tensor:
+        assert rotary_emb is not None
+        grid = rotary_emb
+        q, k, v = (
+            rearrange(each, "(t r c) h d -> t r c h d", r=grid.rows, c=grid.columns)
+            for each in projected(attn, hidden_states[0], grid.cos, grid.sin)
+        )
+        height, width = min(self.window[0], grid.rows), min(self.window[1], grid.columns)
+        found = torch.empty_like(v)
+        for row, column in self.corners(grid.rows, grid.columns):
+            area = slice(None), slice(row, row + height), slice(column, column + width)
+            own = [rearrange(each[area], "t r c h d -> 1 h (t r c) d") for each in (q, k, v)]
+            one = F.scaled_dot_product_attention(own[0], own[1], own[2])
+            found[area] = rearrange(one, "1 h (t r c) d -> t r c h d", r=height, c=width)
+        found = rearrange(found, "t r c h d -> 1 (t r c) (h d)")
+        return attn.to_out[1](attn.to_out[0](found))
+
+
+def denoise(
+    transformer: Any,
+    latents: Tensor,
+    prompt: Tensor,
+    on_block: Callable[[int, int], None],
+) -> Tensor:
+    """Restored latents, (1, C, f, h, w) float32, of those of low quality; h and w are even.
+
+    They stand at 0 and on in time, whatever their place in the scene: attention knows differences only, and
+    nothing outside the chunk.
+    """
+    x = transformer.patch_embedding(latents)
+    count, rows, columns = x.shape[-3:]
+    angles = rotations(count, rows, columns, 0, transformer.config.attention_head_dim)
+    grid = Grid(*turns(angles.flatten(0, 2), x.device), rows, columns)
+    time = transformer.condition_embedder.timesteps_proj(torch.tensor([TIMESTEP], device=x.device))
+    x = rearrange(x, "1 c f h w -> 1 (f h w) c")
+    x = run(transformer, x, conditions(transformer, prompt, time), [grid] * len(transformer.blocks), on_block)
+    x = rearrange(x, "(f h w) (a b c) -> 1 c f (h a) (w b)", f=count, h=rows, a=2, b=2)
+    return latents.float() - x.float()

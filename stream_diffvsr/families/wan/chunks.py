@@ -1,0 +1,294 @@
+"""A model that takes frames in chunks, and a sequence on its way through it."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import lru_cache, partial
+from threading import Lock
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...devices import repeatable
+from ...errors import CheckpointError, IncompatibleInputError, VRAMError
+from ...memory import LiveTensors, free_memory, is_out_of_memory, on_meta, release_caches
+from ...tensors import check_frame, is_finite
+from ...upscaler import (
+    FixedPlacement,
+    Info,
+    OnStep,
+    Placement,
+    Provenance,
+    State,
+    Upscaled,
+    ignore,
+    stream,
+)
+from .state import size_of
+
+log = logging.getLogger(__name__)
+
+MEGABYTE = 2**20
+
+
+class Memory(Protocol):
+    """What is remembered after whole chunks; never changed, so that a chunk that fails leaves it alone."""
+
+    @property
+    def index(self) -> int:
+        """Frames done so far, counted in the video."""
+        ...
+
+    @property
+    def ahead(self) -> int:
+        """Frames from `index` on that the chunks before have seen."""
+        ...
+
+    def to_state(self, size: tuple[int, int], provenance: Provenance) -> State:
+        """A state after frame `index` - 1; the next frame to push is `index`."""
+        ...
+
+
+class ChunkUpscaler(ABC):
+    """What the families that take chunks do alike; a family says how a chunk is computed."""
+
+    Options: ClassVar[Any]
+    Memory: ClassVar[Any]
+    """Has `of(state, device, dtype)`; `Memory()` begins a scene."""
+    remedy: ClassVar[str]
+    """What to do where memory ends."""
+    fixed: ClassVar[tuple[str, ...]]
+    """Options that a state's frames and those after it must have in common."""
+    info: Info
+
+    def __init__(
+        self,
+        *,
+        networks: Mapping[str, nn.Module],
+        prompt: Tensor,
+        device: torch.device,
+        dtype: torch.dtype,
+        model: str,
+    ) -> None:
+        """`networks`: by stage; `prompt`: (1, tokens, width); `model`: fingerprint."""
+        self.networks, self.prompt, self.device, self.dtype = networks, prompt, device, dtype
+        self.placement: Placement = FixedPlacement(device)
+        self.model, self.number_format = model, str(dtype).removeprefix("torch.")
+        self._offloaded = False
+        self._needs = lru_cache(maxsize=64)(self._count)
+        self._lock = Lock()
+
+    @abstractmethod
+    def whole(self, memory: Any, options: Any) -> int:
+        """How many frames from `memory.index` on the next chunk takes."""
+
+    @abstractmethod
+    def filled(self, frames: list[Tensor], memory: Any, options: Any) -> list[Tensor]:
+        """The frames of the next chunk where the sequence ends with `frames`."""
+
+    @abstractmethod
+    def _chunk(
+        self,
+        frames: Sequence[Tensor],
+        memory: Any,
+        options: Any,
+        on_step: OnStep,
+        noise: Tensor | None,
+    ) -> tuple[list[Tensor], Any]:
+        """The results of frames from `memory.index` on, and what is remembered."""
+
+    def session(
+        self,
+        options: Any = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> ChunkSession:
+        """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`."""
+        return ChunkSession(self, options or self.Options(), state, on_step or ignore, noise)
+
+    def stream(
+        self,
+        frames: Iterable[Tensor],
+        options: Any = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> Iterator[Upscaled]:
+        """Upscale frame after frame, lazily; see `upscaler.stream`."""
+        return stream(self.session(options, state, on_step, noise), frames)
+
+    def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
+        """How frames are made now; no memory plan changes them."""
+        settings = asdict(options or self.Options())
+        del settings["memory_plan"]
+        return Provenance(self.info.model, self.info.number_format, self.info.runtime, settings)
+
+    def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
+        """Bytes that LQ frames of `size` (height, width) take beside the weights.
+
+        Counted over a scene's first two chunks, on the meta device.
+        """
+        return self._needs(tuple(size), options or self.Options())
+
+    @torch.no_grad()
+    def chunk(
+        self,
+        frames: Sequence[Tensor],
+        memory: Any,
+        options: Any,
+        on_step: OnStep,
+        noise: Tensor | None = None,
+    ) -> tuple[list[Tensor], Any]:
+        """The results of LQ frames, and what is remembered; with less memory where it ends.
+
+        Nothing that is handed in is changed, whatever happens.
+        """
+        with self._lock:
+            if options.memory_plan == "offload":
+                self._offload()
+            compute = partial(self._chunk, frames, memory, options, on_step, noise)
+            while True:
+                try:
+                    with repeatable():
+                        return compute()
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    message = str(error).strip().partition("\n")[0]
+                # Here the error is gone, and with it the tensors that its traceback held.
+                release_caches(self.device)
+                if options.memory_plan == "whole" or not self._offload():
+                    need = self.bytes_needed((frames[0].shape[-2], frames[0].shape[-1]), options)
+                    remedy = f"it ran out ({message}); {self.remedy}"
+                    raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
+                log.warning("out of memory (%s): the transformer's blocks wait in system memory now", message)
+
+    def _acquire(self, stage: str, lq: Tensor, options: Any) -> Any:
+        """A network, brought to the device."""
+        if not self.placement.fixed:
+            self.placement.acquire(stage, self.bytes_needed((lq.shape[-2], lq.shape[-1]), options))
+        return self.networks[stage]
+
+    def _checked(self, hq: Tensor) -> Tensor:
+        """A finished frame; refused where it is none."""
+        if not hq.is_meta and not is_finite(hq):
+            raise CheckpointError(
+                f"a frame came out with values that are not finite in {self.number_format}: "
+                "use bfloat16 or float32; where that does not help, the weights are damaged."
+            )
+        return hq.contiguous()
+
+    def _offload(self) -> bool:
+        """Have the transformer's blocks wait in system memory; whether that changed anything."""
+        if self._offloaded or not self.placement.fixed or self.device.type != "cuda":
+            return False
+        from diffusers.hooks import apply_group_offloading
+
+        transformer: Any = self.networks["transformer"]
+        for block in transformer.blocks:
+            apply_group_offloading(
+                block, self.device, torch.device("cpu"), "block_level", num_blocks_per_group=1
+            )
+        self._offloaded = True
+        return True
+
+    def _count(self, size: tuple[int, int], options: Any) -> int:
+        empty = type(self)(
+            networks={name: on_meta(network) for name, network in self.networks.items()},
+            prompt=torch.empty_like(self.prompt, device="meta"),
+            device=torch.device("meta"),
+            dtype=self.dtype,
+            model=self.model,
+        )
+        memory = self.Memory()
+        with torch.no_grad(), LiveTensors([]) as live:
+            for _ in range(2):
+                count = self.whole(memory, options)
+                frames = [torch.empty((1, 3, *size), device="meta") for _ in range(count)]
+                _, memory = empty._chunk(frames, memory, options, ignore, None)
+        return live.peak
+
+
+class ChunkSession:
+    """One sequence: frames are collected until a chunk is whole, and the last chunk is filled up.
+
+    A session that continues from a state is fed from frame `state.index` on: the frames that the state's
+    last chunk looked ahead at come again.
+    """
+
+    def __init__(
+        self,
+        upscaler: ChunkUpscaler,
+        options: Any,
+        state: State | None,
+        on_step: OnStep,
+        noise: Tensor | None,
+    ) -> None:
+        self._upscaler, self._options, self._on_step, self._noise = upscaler, options, on_step, noise
+        self._memory: Memory = upscaler.Memory.of(state, upscaler.device, upscaler.dtype)
+        self._frames: list[Tensor] = []
+        """From the first one without a result on."""
+        self._size = size_of(state) if state and state.has_previous else None
+        self._finished = False
+        if state and state.has_previous:
+            self._check(state)
+
+    def push(self, lq: Tensor) -> list[Upscaled]:
+        """The next frame, (1, 3, h, w) float32; the frames finished by it: none, or those of a chunk."""
+        if self._finished:
+            raise IncompatibleInputError(
+                "no frame after the end of a sequence", "another one: begin a session"
+            )
+        check_frame(lq)
+        size = lq.shape[-2], lq.shape[-1]
+        if size != (self._size or size):
+            raise IncompatibleInputError(
+                f"a frame of the sequence's size {self._size} (height, width)", str(size)
+            )
+        frames = [*self._frames, lq.to(self._upscaler.device, copy=True)]
+        if len(frames) < self._upscaler.whole(self._memory, self._options):
+            self._frames, self._size = frames, size
+            return []
+        results, self._memory = self._chunk(frames, self._memory)
+        self._frames, self._size = frames[len(results) :], size
+        return results
+
+    def finish(self) -> list[Upscaled]:
+        """The rest: the last frame is repeated until its result is there, and what is beyond is cut off."""
+        memory, frames, results = self._memory, self._frames, []
+        last = memory.index + len(frames)
+        while memory.index < last:
+            chunk = self._upscaler.filled(frames, memory, self._options)
+            finished, memory = self._chunk(chunk, memory)
+            frames = frames[len(finished) :]
+            results += finished
+        self._finished, self._frames = True, []
+        return [result for result in results if result.index < last]
+
+    def state(self) -> State | None:
+        """After a whole chunk, or where nothing was pushed; None in between, and at the end."""
+        if self._finished or len(self._frames) > self._memory.ahead:
+            return None
+        provenance = self._upscaler.provenance(self._size or (0, 0), self._options)
+        return self._memory.to_state(self._size or (0, 0), provenance)
+
+    def _chunk(self, frames: list[Tensor], memory: Memory) -> tuple[list[Upscaled], Memory]:
+        hq, after = self._upscaler.chunk(frames, memory, self._options, self._on_step, self._noise)
+        return [Upscaled(memory.index + offset, each) for offset, each in enumerate(hq)], after
+
+    def _check(self, state: State) -> None:
+        """Refuse a state that does not fit, and say where it was made otherwise."""
+        before, now = state.provenance, self._upscaler.provenance(size_of(state), self._options)
+        if before.model not in ("", now.model):
+            raise IncompatibleInputError(f"a state of model {now.model}", f"one of model {before.model}")
+        for name in self._upscaler.fixed:
+            old, new = before.options.get(name, now.options[name]), now.options[name]
+            if old != new:
+                raise IncompatibleInputError(f"{name} {old!r}, as in the state's frames", repr(new))
+        if differences := before.differences(now):
+            log.warning("not an exact continuation of frame %d: %s", state.index, differences)

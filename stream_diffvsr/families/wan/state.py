@@ -1,0 +1,57 @@
+"""What a sequence remembers between chunks becomes a State, and comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ...errors import IncompatibleInputError
+from ...upscaler import Provenance, State
+
+POSITION = "position"
+
+Numbered = dict[tuple[int, ...], Tensor]
+"""Tensors of one kind by their numbers."""
+
+
+def frames_before(latents: int) -> int:
+    """Frames that so many latents from the scene's start decode to."""
+    return max(4 * latents - 3, 0)
+
+
+def packed(
+    family: str,
+    start: int,
+    latents: int,
+    size: tuple[int, int],
+    provenance: Provenance,
+    tensors: Mapping[str, Tensor],
+) -> State:
+    """A state after `latents` of the scene that began at frame `start`; `tensors`: 'kind.number...' each."""
+    index = start + frames_before(latents)
+    if not latents:
+        return State(family, index, {}, provenance)
+    return State(family, index, {POSITION: torch.tensor([start, latents, *size]), **tensors}, provenance)
+
+
+def unpacked(
+    state: State, family: str, device: torch.device, dtype: torch.dtype
+) -> tuple[int, int, dict[str, Numbered]]:
+    """Start, latents, and tensors by kind, of what `packed` gave; raises `IncompatibleInputError`."""
+    if state.family != family or POSITION not in state.tensors:
+        raise IncompatibleInputError(f"a state of {family}", f"one of {state.family or 'another family'}")
+    start, latents, *_ = state.tensors[POSITION].tolist()
+    held: dict[str, Numbered] = {}
+    for name, value in state.tensors.items():
+        kind, *numbers = name.split(".")
+        if kind != POSITION:
+            held.setdefault(kind, {})[tuple(map(int, numbers))] = value.to(device, dtype)
+    return start, latents, held
+
+
+def size_of(state: State) -> tuple[int, int]:
+    """(height, width) of the low-quality frames before a state with tensors."""
+    _, _, height, width = state.tensors[POSITION].tolist()
+    return height, width

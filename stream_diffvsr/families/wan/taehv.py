@@ -1,0 +1,96 @@
+"""Blocks of TAEHV, a small autoencoder for video (github.com/madebyollin/taehv), and the way through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Memory = dict[int, Tensor]
+"""By place in the network, what its layers saw last; empty at the start."""
+
+
+class MemoryBlock(nn.Module):
+    """Three convolutions over a picture's features and those of the picture before."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        sizes = 2 * channels, channels, channels
+        convs = [nn.Conv2d(size, channels, 3, padding=1) for size in sizes]
+        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+
+    def forward(self, x: Tensor, before: Tensor) -> Tensor:
+        return F.relu(self.conv(torch.cat([x, before], 1)) + x)
+
+    def remembering(self, x: Tensor, memory: Memory, index: int) -> Tensor:
+        """(pictures, C, h, w) of consecutive pictures; `memory[index]` is that of the one before."""
+        before = memory.get(index)
+        earlier = torch.zeros_like(x[:1]) if before is None else before
+        memory[index] = x[-1:].clone() if len(x) > 1 else x
+        return self(x, torch.cat([earlier, x[:-1]]) if len(x) > 1 else earlier)
+
+
+class Pool(nn.Module):
+    """The features of several consecutive pictures, the older first, become those of one."""
+
+    def __init__(self, channels: int, pictures: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels * pictures, channels, 1, bias=False)
+        self.pictures = pictures
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x.reshape(len(x) // self.pictures, -1, *x.shape[2:]))
+
+
+class Grow(nn.Module):
+    """One picture's features become those of several, the earlier first, each twice as large.
+
+    Published networks enlarge first, which gives the same numbers from four times the work.
+    """
+
+    def __init__(self, channels: int, out: int, pictures: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out * pictures, 1, bias=False)
+        self.pictures = pictures
+
+    def forward(self, x: Tensor) -> Iterator[Tensor]:
+        for part in self.conv(x).chunk(self.pictures, 1):
+            yield F.interpolate(part, scale_factor=2)
+
+
+class Squash(nn.Module):
+    """Keep values within 3 of 0, smoothly."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * torch.tanh(x / 3)
+
+
+def conv(channels: int, out: int, bias: bool = False, stride: int = 1) -> nn.Module:
+    """3x3, by default without a bias."""
+    return nn.Conv2d(channels, out, 3, padding=1, bias=bias, stride=stride)
+
+
+def blocks(channels: int) -> list[nn.Module]:
+    """Three with memory."""
+    return [MemoryBlock(channels) for _ in range(3)]
+
+
+def enlarging(channels: Sequence[int]) -> list[nn.Module]:
+    """The middle of a decoder: 8 times as large, 4 pictures of one; `channels` of its four sizes."""
+    layers: list[nn.Module] = []
+    for now, then, pictures in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
+        layers += [*blocks(now), nn.Identity(), Grow(now, now, pictures), conv(now, then)]
+    return [*layers, nn.ReLU()]
+
+
+def decoded(layers: Sequence[nn.Module], x: Tensor, memory: Memory, start: int = 0) -> Iterator[Tensor]:
+    """The pictures of (1, C, h, w), one finished before the next is begun; `memory` comes up to date."""
+    for index, layer in enumerate(layers[start:], start):
+        if isinstance(layer, Grow):
+            for part in layer(x):
+                yield from decoded(layers, part, memory, index + 1)
+            return
+        x = layer.remembering(x, memory, index) if isinstance(layer, MemoryBlock) else layer(x)
+    yield x
