@@ -7,7 +7,7 @@ load, upscale, video, state, settings        the nodes
 """
 
 from .load import Loader
-from .settings import Settings
+from .settings import FlashVSRSettings, Settings
 from .state import CreateState, ExtractState, LoadState, SaveState
 from .upscale import ProcessFrame, Upscale
 from .video import UpscaleVideo
@@ -22,6 +22,7 @@ NODES = {
     "SaveState": (SaveState, "Save State"),
     "LoadState": (LoadState, "Load State"),
     "Settings": (Settings, "Settings"),
+    "FlashVSRSettings": (FlashVSRSettings, "FlashVSR Settings"),
 }
 
 NODE_CLASS_MAPPINGS = {f"StreamDiffVSR_{name}": node for name, (node, _) in NODES.items()}

@@ -18,7 +18,7 @@ from ..stream_diffvsr import devices
 from ..stream_diffvsr.errors import IncompatibleInputError
 
 if TYPE_CHECKING:
-    from ..stream_diffvsr import StreamDiffVSRPipeline, UpscaleOptions
+    from ..stream_diffvsr.upscaler import Upscaler
 
 PREVIEW_SIDE = 512
 PREVIEW_SECONDS = 0.2
@@ -119,31 +119,34 @@ class ManagedPlacement:
         return patcher.load_device
 
 
-def manage(pipe: StreamDiffVSRPipeline, device: torch.device) -> None:
+def manage(pipe: Upscaler, device: torch.device) -> None:
     """Hand the networks of `pipe`, which lie on the CPU, to ComfyUI's memory management."""
     pipe.device = device
     mm = management()
     if mm is None:
-        for network in pipe.stages.values():
+        for network in pipe.networks.values():
             network.to(device)
         return
     # With little memory each stage comes and goes by itself; U-Net and ControlNet alternate in every step.
     short = mm.vram_state in (mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
-    groups = [("flow",), ("unet", "controlnet"), ("vae",)] if short else [tuple(pipe.stages)]
+    names, together = list(pipe.networks), ("unet", "controlnet")
+    apart = [together, *((name,) for name in names if name not in together)]
+    groups = [group for group in apart if group[0] in names] if short else [tuple(names)]
     patchers = {}
     for names in groups:
-        patcher = _patcher({name: pipe.stages[name] for name in names}, device)
+        patcher = _patcher({name: pipe.networks[name] for name in names}, device)
         patchers |= dict.fromkeys(names, patcher)
     pipe.placement = ManagedPlacement(patchers)
 
 
-def make_room(pipe: StreamDiffVSRPipeline, size: tuple[int, int], options: UpscaleOptions) -> None:
+def make_room(pipe: Upscaler, size: tuple[int, int], options: Any) -> None:
     """Have other models give way before a run, so that the memory plan is made for the room there can be.
 
     `size` is the height and width of a frame before upscaling.
     """
-    if options.memory_plan == "auto":
-        pipe.placement.acquire("unet", pipe.bytes_needed(size, options))
+    if getattr(options, "memory_plan", "auto") == "auto":
+        largest = "unet" if "unet" in pipe.networks else next(iter(pipe.networks))
+        pipe.placement.acquire(largest, pipe.bytes_needed(size, options))
 
 
 def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..stream_diffvsr.errors import IncompatibleInputError, VRAMError
-from ..stream_diffvsr.tensors import SCALE, from_pixels, to_pixels, upsample
+from ..stream_diffvsr.media.sizes import enlarge
+from ..stream_diffvsr.tensors import from_pixels, to_pixels
 from .host import install_line
 
 COLOURS = 3
@@ -46,31 +47,30 @@ def lq_frames(images: Tensor) -> Iterator[Tensor]:
         yield from_pixels(to_frame(image[..., :COLOURS]))
 
 
-def empty_result(images: Tensor, device: torch.device) -> Tensor:
-    """Room for the upscaled batch, (N, 4H, 4W, C) float32.
+def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
+    """Room for the upscaled batch, (N, H, W, C) float32, of `size` (H, W).
 
     Raises `VRAMError` where there is none: a system gives memory that it has not, and ends ComfyUI later.
     """
     from ..stream_diffvsr.memory import free_memory
 
-    count, height, width, channels = images.shape
-    size = (count, SCALE * height, SCALE * width, channels)
-    needed, free = math.prod(size) * torch.float32.itemsize, free_memory(device)
+    shape = (len(images), *size, images.shape[-1])
+    needed, free = math.prod(shape) * torch.float32.itemsize, free_memory(device)
     if needed > free:
         remedy = (
             "take fewer frames at once, link VideoHelperSuite's Meta Batch Manager to meta_batch, or use "
             "Stream-DiffVSR Upscale Video"
         )
         raise VRAMError(needed // MEGABYTE, free // MEGABYTE, remedy)
-    return torch.empty(size, device=device)
+    return torch.empty(shape, device=device)
 
 
 def put(result: Tensor, index: int, hq: Tensor, image: Tensor) -> None:
     """Write frame `index` of a result: colours from `hq`, alpha (if there is one) enlarged from `image`."""
     result[index, ..., :COLOURS] = to_image(to_pixels(hq))
     if image.shape[-1] > COLOURS:
-        alpha = upsample(to_frame(image[..., COLOURS:]))
-        result[index, ..., COLOURS:] = to_image(alpha.clamp(0, 1))
+        alpha = enlarge(to_frame(image[..., COLOURS:]), (hq.shape[-2], hq.shape[-1]))
+        result[index, ..., COLOURS:] = to_image(alpha)
 
 
 def from_hq(hq: Tensor) -> Tensor:

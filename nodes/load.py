@@ -17,17 +17,16 @@ from . import files, host
 from .sockets import CATEGORY, PIPE
 
 if TYPE_CHECKING:
-    from ..stream_diffvsr import StreamDiffVSRPipeline
-
-BUILT_IN = ("v1", "nano")
+    from ..stream_diffvsr.upscaler import Upscaler
+    from ..stream_diffvsr.weights.find import Candidate
 
 
 class Loader:
     """Loads a model, and leaves its place in memory to ComfyUI."""
 
     DESCRIPTION = (
-        "Loads a Stream-DiffVSR model. v1 is the released one, downloaded where it is not found; nano is a "
-        "small one that comes with this pack and runs on a CPU."
+        "Loads a model. v1 is the released Stream-DiffVSR, downloaded where it is not found; nano is a small "
+        "one that comes with this pack and runs on a CPU; FlashVSR is for real footage on a GPU."
     )
     SEARCH_ALIASES: ClassVar = ["load stream diffvsr", "vsr model loader", "video upscale model"]
     CATEGORY = CATEGORY
@@ -39,15 +38,18 @@ class Loader:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         from ..stream_diffvsr.flow.estimators import FLOW_MODELS
+        from ..stream_diffvsr.weights.released import RELEASES
 
+        sizes = ", ".join(f"{each.name} {each.gigabytes} GB" for each in RELEASES.values())
         return {
             "required": {
                 "model_version": (
                     checkpoints(),
                     {
                         "default": "v1",
-                        "tooltip": "v1: the released weights, about 4 GB. nano: the small model that comes "
-                        "with this pack. Then every complete checkpoint in the model folders.",
+                        "tooltip": "nano: the small model that comes with this pack. The others are "
+                        f"downloaded when first used: {sizes}. Then every complete checkpoint in the model "
+                        "folders.",
                     },
                 ),
                 "device": (
@@ -71,10 +73,10 @@ class Loader:
                     ["auto", *FLOW_MODELS],
                     {
                         "default": "auto",
-                        "tooltip": "How motion between frames is estimated. auto: what the model was made "
-                        "with. raft_large, raft_small: torchvision's RAFT. bundled: the small network that "
-                        "comes with this pack. dis: OpenCV's, for CPUs. none: no guidance by the frame "
-                        "before, so the result flickers.",
+                        "tooltip": "Only for Stream-DiffVSR: how motion between frames is estimated. auto: "
+                        "what the model was made with. raft_large, raft_small: torchvision's RAFT. bundled: "
+                        "the small network that comes with this pack. dis: OpenCV's, for CPUs. none: no "
+                        "guidance by the frame before, so the result flickers.",
                     },
                 ),
             },
@@ -86,49 +88,55 @@ class Loader:
 
     def execute(
         self, model_version: str, device: str, dtype: str, flow_model: str = "auto"
-    ) -> tuple[StreamDiffVSRPipeline]:
+    ) -> tuple[Upscaler]:
         place = host.resolve_device(device)
         return (shared_pipe(model_version, place, host.resolve_dtype(dtype, place), flow_model),)
 
 
 def checkpoints() -> list[str]:
-    """What the node offers: the two known models, then every complete folder by name."""
-    from ..stream_diffvsr.families.diffvsr.find import candidates
+    """What the node offers: the known models, then every complete folder by name."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
+    from ..stream_diffvsr.load import family_of
+    from ..stream_diffvsr.weights.find import candidates
+    from ..stream_diffvsr.weights.released import RELEASES
 
     found = [
-        name
-        for name, path in candidates(host.model_folders())
-        if is_complete(path, identity(path) + files.identity(path / FILE))
+        each.name
+        for each in candidates(host.model_folders(), family_of)
+        if is_complete(each, identity(each.path) + files.identity(each.path / FILE))
     ]
-    return list(dict.fromkeys([*BUILT_IN, *found]))
+    v1, *others = RELEASES
+    return list(dict.fromkeys([v1, "nano", *others, *found]))
 
 
 @lru_cache(maxsize=64)
-def is_complete(folder: Path, files_identity: str) -> bool:
+def is_complete(candidate: Candidate, files_identity: str) -> bool:
     """Whether a folder is a whole checkpoint, looked into again only when its files change.
 
     Where packages that tell are missing it may be one; running it then says what to install.
     """
-    from ..stream_diffvsr.families.diffvsr.check import problem
+    from ..stream_diffvsr.load import FAMILIES
 
     try:
-        return problem(folder) is None
+        return FAMILIES[candidate.family].problem(candidate.path) is None
     except ImportError:
         return True
 
 
 def identity(folder: Path) -> str:
     """A short text that changes with the files of a checkpoint folder, but for the prompts kept there."""
-    from ..stream_diffvsr.families.diffvsr.parts import INDEX
+    from ..stream_diffvsr.families.diffvsr.prompt import FILE
 
-    parts = sorted(files.identity(path) for path in [folder / INDEX, *folder.glob("*/*")])
+    inside = [
+        path for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file() and path.name != FILE
+    ]
+    parts = sorted(files.identity(path) for path in inside)
     return hashlib.sha256("\n".join([str(folder), *parts]).encode()).hexdigest()[:16]
 
 
 def source_identity(source: str) -> str:
     """The same for a source by name; a fixed word while it is not on this machine."""
-    from ..stream_diffvsr.families.diffvsr.find import resolve
+    from ..stream_diffvsr.load import resolve
 
     try:
         folder = resolve(source, host.model_folders())
@@ -154,11 +162,11 @@ class Downloading:
             self._since, self._before, self._whole = time.monotonic(), done, whole
 
 
-_open: WeakValueDictionary[tuple[Any, ...], StreamDiffVSRPipeline] = WeakValueDictionary()
+_open: WeakValueDictionary[tuple[Any, ...], Upscaler] = WeakValueDictionary()
 """Pipes in use, so that two loaders with equal settings hold one."""
 
 
-def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str) -> StreamDiffVSRPipeline:
+def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str) -> Upscaler:
     """A pipe with these settings: the one that is in use, or a new one."""
     from ..stream_diffvsr import load_pipeline
 

@@ -3,14 +3,16 @@
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.options import from_widgets
 from .sockets import ADVANCED, SETTINGS, Widget
 
 if TYPE_CHECKING:
-    from ..stream_diffvsr import UpscaleOptions
+    from ..stream_diffvsr.upscaler import Upscaler
 
 ENGINE = (
     "guidance_scale",
@@ -80,15 +82,28 @@ class SettingsValue:
     """What travels on the settings socket; empty means all defaults."""
 
     engine: dict[str, Any] = field(default_factory=dict)
-    """Fields of `UpscaleOptions`."""
+    """Fields of the family's options."""
     file: dict[str, Any] = field(default_factory=dict)
     """How Upscale Video reads and writes: the names of FILE."""
 
-    def options(self, **own: Any) -> UpscaleOptions:
-        """The engine's options; what the node itself says wins."""
-        from ..stream_diffvsr import UpscaleOptions
+    family: str = "diffvsr"
 
-        return UpscaleOptions(**{**self.engine, **from_widgets(UpscaleOptions, own)})
+    def options(self, pipe: Upscaler | None = None, **own: Any) -> Any:
+        """The options of a model's family (default: Stream-DiffVSR's); what the node itself says wins.
+
+        What the family does not know of that is left out. Raises `IncompatibleInputError` for settings of
+        another family.
+        """
+        from ..stream_diffvsr.load import FAMILIES
+        from ..stream_diffvsr.options import rules
+
+        family = pipe.info.family if pipe else "diffvsr"
+        cls = FAMILIES[family].options
+        if self.engine and self.family != family:
+            expected = f"settings of {FAMILIES[family].title}, as the model is"
+            raise IncompatibleInputError(expected, f"settings of {FAMILIES[self.family].title}")
+        known = {name: value for name, value in own.items() if name in rules(cls)}
+        return cls(**{**self.engine, **from_widgets(cls, known)})
 
 
 class Settings:
@@ -109,9 +124,50 @@ class Settings:
         return {"optional": settings_widgets()}
 
     def execute(self, **values: Any) -> tuple[SettingsValue]:
-        from ..stream_diffvsr.families.diffvsr.options import UpscaleOptions, with_preset
+        from ..stream_diffvsr.families.diffvsr.options import PRESETS, UpscaleOptions
+        from ..stream_diffvsr.options import defaults, with_preset
 
         values = {name: about["default"] for name, (_, about) in settings_widgets().items()} | values
         engine = from_widgets(UpscaleOptions, {name: values[name] for name in (*ENGINE, *LAST)})
         file = {name: values[name] for name in FILE}
-        return (SettingsValue(with_preset(values["preset"], engine), file),)
+        # Widgets always have a value: the preset's is taken where it stands at the default.
+        default = defaults(UpscaleOptions)
+        changed = {name: value for name, value in engine.items() if value != default[name]}
+        return (SettingsValue(with_preset(PRESETS, values["preset"], changed), file),)
+
+
+class FlashVSRSettings:
+    """Settings of FlashVSR."""
+
+    DESCRIPTION = "Settings for a FlashVSR model. The defaults are the published ones and suit most runs."
+    SEARCH_ALIASES: ClassVar = ["flashvsr options", "flash vsr settings"]
+    CATEGORY = ADVANCED
+    FUNCTION = "execute"
+    RETURN_TYPES = (SETTINGS,)
+    RETURN_NAMES = ("settings",)
+    OUTPUT_TOOLTIPS = ("For the settings input of Upscale and Upscale Video.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"optional": family_widgets("flashvsr")}
+
+    def execute(self, **values: Any) -> tuple[SettingsValue]:
+        return (family_settings("flashvsr", values),)
+
+
+def family_widgets(family: str) -> dict[str, Widget]:
+    """A widget for each option of a family that the working nodes have none for, then how files are made."""
+    from ..stream_diffvsr.load import FAMILIES
+    from ..stream_diffvsr.options import rules, widgets
+
+    options = FAMILIES[family].options
+    return {**widgets(options, [name for name in rules(options) if name != "seed"]), **file_widgets()}
+
+
+def family_settings(family: str, values: Mapping[str, Any]) -> SettingsValue:
+    """What the widgets of `family_widgets` say."""
+    from ..stream_diffvsr.load import FAMILIES
+
+    given = {name: about["default"] for name, (_, about) in family_widgets(family).items()} | dict(values)
+    file = {name: given.pop(name) for name in FILE}
+    return SettingsValue(from_widgets(FAMILIES[family].options, given), file, family)

@@ -11,6 +11,9 @@ PIPE = "STREAM_DIFFVSR_PIPE"
 STATE = "STREAM_DIFFVSR_STATE"
 SETTINGS = "STREAM_DIFFVSR_SETTINGS"
 
+SINCE = "frames_since"
+"""In the tensors of a state between two borders: the frames since the border, (N, 3, h, w)."""
+
 CATEGORY = "StreamDiffVSR"
 ADVANCED = "StreamDiffVSR/Advanced"
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F
 from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.families.diffvsr.state import StreamDiffVSRState
 from ..stream_diffvsr.tensors import SCALE
+from ..stream_diffvsr.upscaler import State
 from . import files, layout
-from .sockets import ADVANCED, STATE, STATE_OUT
+from .sockets import ADVANCED, SINCE, STATE, STATE_OUT
 
 BLACK_SIDE = 8
 """An empty state shows a black picture of this side."""
@@ -81,12 +82,13 @@ class ExtractState:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"required": {"state": (STATE, {"tooltip": "The state to look into."})}}
 
-    def execute(self, state: StreamDiffVSRState) -> tuple[Tensor, int, bool, str]:
-        if state.previous_hq is None:
+    def execute(self, state: State) -> tuple[Tensor, int, bool, str]:
+        hq = state.tensors.get("previous_hq")
+        if hq is None:
             frame = torch.zeros((1, BLACK_SIDE, BLACK_SIDE, layout.COLOURS))
         else:
-            frame = layout.from_hq(state.previous_hq.cpu())
-        return frame, state.frame_index, state.has_previous, describe(state)
+            frame = layout.from_hq(hq.cpu())
+        return frame, state.index, state.has_previous, describe(state)
 
 
 class SaveState:
@@ -116,7 +118,7 @@ class SaveState:
             }
         }
 
-    def execute(self, state: StreamDiffVSRState, filename_prefix: str) -> dict[str, Any]:
+    def execute(self, state: State, filename_prefix: str) -> dict[str, Any]:
         path = files.numbered(filename_prefix, files.STATE_SUFFIX)
         state.save(path)
         return {"ui": {"text": [str(path)]}, "result": (str(path),)}
@@ -152,8 +154,8 @@ class LoadState:
             or f"No saved state {path}: run Stream-DiffVSR Save State first, or choose another."
         )
 
-    def execute(self, state_file: str) -> tuple[StreamDiffVSRState]:
-        return (StreamDiffVSRState.load(files.state_path(state_file)),)
+    def execute(self, state_file: str) -> tuple[State]:
+        return (State.load(files.state_path(state_file)),)
 
 
 def one_picture(image: Tensor, name: str) -> Tensor:
@@ -172,12 +174,21 @@ def reduced(hq: Tensor) -> Tensor:
     return F.avg_pool2d(hq, SCALE)
 
 
-def describe(state: StreamDiffVSRState) -> str:
+def describe(state: State) -> str:
     """A state in a few lines of text."""
-    if state.previous_lq is None:
-        frame = f"no previous frame: the picture is black, {BLACK_SIDE}x{BLACK_SIDE}"
-    else:
-        height, width = state.previous_lq.shape[-2:]
+    lq, since = state.tensors.get("previous_lq"), state.tensors.get(SINCE)
+    if lq is not None:
+        height, width = lq.shape[-2:]
         frame = f"previous frame {width}x{height}, upscaled {SCALE * width}x{SCALE * height}"
-    settings = [f"{key}: {value}" for key, value in sorted(state.metadata.items())]
-    return "\n".join([f"frames done: {state.frame_index}", frame, *settings])
+    elif state.has_previous:
+        frame = f"memory of {state.family}, {state.nbytes / 1e6:.1f} MB; the picture is black"
+    else:
+        frame = f"no previous frame: the picture is black, {BLACK_SIDE}x{BLACK_SIDE}"
+    lines = [f"frames done: {state.index}", frame]
+    if since is not None:
+        lines.append(
+            f"The last {len(since)} frames came after a border of chunks: they are done again before the "
+            "next batch, and only their earlier results, which are already out, could differ."
+        )
+    texts = sorted(state.provenance.to_texts().items())
+    return "\n".join([*lines, *(f"{key}: {value}" for key, value in texts)])

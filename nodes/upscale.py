@@ -3,22 +3,25 @@
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
-from ..stream_diffvsr.families.diffvsr.state import StreamDiffVSRState
+from ..stream_diffvsr.errors import IncompatibleInputError
+from ..stream_diffvsr.upscaler import State, stream
 from . import host, layout
 from .settings import SettingsValue
-from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STATE, STATE_IN, STATE_OUT, STEPS
+from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, SINCE, STATE, STATE_IN, STATE_OUT, STEPS
 from .state import one_picture
 
 if TYPE_CHECKING:
-    from ..stream_diffvsr import StreamDiffVSRPipeline, UpscaleOptions
+    from ..stream_diffvsr.upscaler import Upscaler
 
 log = logging.getLogger(__name__)
 
@@ -102,9 +105,9 @@ class Upscale:
 
     def execute(
         self,
-        pipe: StreamDiffVSRPipeline,
+        pipe: Upscaler,
         images: Tensor,
-        state: StreamDiffVSRState | None = None,
+        state: State | None = None,
         settings: SettingsValue | None = None,
         num_inference_steps: int = 0,
         seed: int = 0,
@@ -114,15 +117,14 @@ class Upscale:
         meta_batch: Any = None,
         unique_id: str | None = None,
         prompt: Mapping[str, Any] | None = None,
-    ) -> tuple[Tensor, StreamDiffVSRState]:
+    ) -> tuple[Tensor, State]:
         own: dict[str, Any] = {"num_inference_steps": num_inference_steps, "seed": seed}
         if enable_tiling:
             own |= {"memory_plan": "tiled", "tile_size": tile_size, "tile_overlap": tile_overlap}
         number = host.meta_batch_number(prompt, unique_id)
         batch = MetaBatch(self if meta_batch is None else meta_batch, unique_id, number)
-        result, state = upscale(
-            pipe, images, batch.resume(state), (settings or SettingsValue()).options(**own)
-        )
+        options = (settings or SettingsValue()).options(pipe, **own)
+        result, state = upscale(pipe, images, batch.resume(state), options)
         batch.keep(state)
         return result, state
 
@@ -152,37 +154,73 @@ class ProcessFrame:
 
     def execute(
         self,
-        pipe: StreamDiffVSRPipeline,
+        pipe: Upscaler,
         image: Tensor,
-        state: StreamDiffVSRState,
+        state: State,
         settings: SettingsValue | None = None,
         num_inference_steps: int = 0,
         seed: int = 0,
-    ) -> tuple[Tensor, StreamDiffVSRState]:
-        options = (settings or SettingsValue()).options(num_inference_steps=num_inference_steps, seed=seed)
+    ) -> tuple[Tensor, State]:
+        if not pipe.info.frame_by_frame:
+            raise IncompatibleInputError(
+                "a model that takes one frame at a time, such as nano or v1",
+                f"{pipe.info.family}, which takes {pipe.info.first} frames before its first result: use "
+                "Stream-DiffVSR Upscale",
+            )
+        own = {"num_inference_steps": num_inference_steps, "seed": seed}
+        options = (settings or SettingsValue()).options(pipe, **own)
         return upscale(
             pipe, one_picture(image, "image; a batch is for Stream-DiffVSR Upscale"), state, options
         )
 
 
-def upscale(
-    pipe: StreamDiffVSRPipeline, images: Tensor, state: StreamDiffVSRState | None, options: UpscaleOptions
-) -> tuple[Tensor, StreamDiffVSRState]:
-    """(N, H, W, C) in [0, 1] -> (N, 4H, 4W, C), and the state after the last frame."""
+def upscale(pipe: Upscaler, images: Tensor, state: State | None, options: Any) -> tuple[Tensor, State]:
+    """(N, H, W, C) in [0, 1] -> (N, 4H, 4W, C), and the state after the last frame.
+
+    A model that takes frames in chunks finishes the batch as if the video ended there. Its state is the one
+    at the last border of chunks, with the frames since, which the next batch does again: all but the end of
+    a batch thus equals one run over all frames.
+    """
     layout.check_images(images)
     device = host.intermediate_device()
-    result = layout.empty_result(images, device)
-    progress = host.Progress(len(images))
-    state = state or StreamDiffVSRState()
+    border, since = opened(state or State())
+    start = border.index + len(since)
     host.make_room(pipe, (images.shape[1], images.shape[2]), options)
-    for index, step in enumerate(pipe.stream(layout.lq_frames(images), options, state, host.check_interrupt)):
+    session, progress = pipe.session(options, border, host.check_interrupt), host.Progress(len(images))
+    result: Tensor | None = None
+    for step in stream(session, itertools.chain(since, layout.lq_frames(images))):
+        border = session.state() or border
+        index = step.index - start
+        if index < 0:
+            continue  # handed on by the batch before
+        if result is None:
+            result = layout.empty_result(images, (step.hq.shape[-2], step.hq.shape[-1]), device)
         layout.put(result, index, step.hq, images[index])
         progress.show(index + 1, result[index])
-        state = step.state
-    return result, state.to(device)
+    assert result is not None  # N frames in, N frames out
+    left = start + len(images) - border.index
+    frames = [*since, *layout.lq_frames(images[max(0, len(images) - left) :])]
+    return result, closed(border, frames[len(frames) - left :], device)
 
 
-_sequences: WeakKeyDictionary[Any, dict[str | None, tuple[int, StreamDiffVSRState]]] = WeakKeyDictionary()
+def opened(state: State) -> tuple[State, list[Tensor]]:
+    """The state at the last border, and the frames since."""
+    if SINCE not in state.tensors:
+        return state, []
+    tensors = dict(state.tensors)
+    frames = list(tensors.pop(SINCE).split(1))
+    return replace(state, index=state.index - len(frames), tensors=tensors), frames
+
+
+def closed(border: State, since: list[Tensor], device: torch.device) -> State:
+    """The reverse of `opened`, on `device`."""
+    if since:
+        tensors = {**border.tensors, SINCE: torch.cat(since)}
+        border = replace(border, index=border.index + len(since), tensors=tensors)
+    return border.to(device)
+
+
+_sequences: WeakKeyDictionary[Any, dict[str | None, tuple[int, State]]] = WeakKeyDictionary()
 """What each node of a running meta-batch goes on from; gone with the batch manager or the node."""
 
 
@@ -196,7 +234,7 @@ class MetaBatch:
     number: int | None
     """Which batch this is, from 0; None outside of meta-batches."""
 
-    def resume(self, given: StreamDiffVSRState | None) -> StreamDiffVSRState | None:
+    def resume(self, given: State | None) -> State | None:
         """The state after the batch before; `given` in the first batch, and outside of meta-batches."""
         if not self.number:
             return given
@@ -206,7 +244,7 @@ class MetaBatch:
         log.warning("meta-batch %d does not follow one of this node: a new sequence starts", self.number)
         return given
 
-    def keep(self, state: StreamDiffVSRState) -> None:
+    def keep(self, state: State) -> None:
         """Remember the state for the next batch; forget it after the last one."""
         kept = _sequences.setdefault(self.holder, {})
         kept.pop(self.node_id, None)

@@ -19,8 +19,8 @@ from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STEPS
 if TYPE_CHECKING:
     from fractions import Fraction
 
-    from ..stream_diffvsr import StreamDiffVSRPipeline
     from ..stream_diffvsr.jobs.run import JobProgress, VideoJob
+    from ..stream_diffvsr.upscaler import Upscaler
 
 READ_AHEAD = 4
 """Frames decoded ahead where the node says 0."""
@@ -123,7 +123,7 @@ class UpscaleVideo:
 
     def execute(
         self,
-        pipe: StreamDiffVSRPipeline,
+        pipe: Upscaler,
         video_path: str = "",
         video: Any = None,
         output_path: str = "",
@@ -134,7 +134,7 @@ class UpscaleVideo:
         **widgets: Any,
     ) -> dict[str, Any]:
         with host.install_line():
-            job = plan(choose_source(video_path, video), settings or SettingsValue(), **widgets)
+            job = plan(pipe, choose_source(video_path, video), settings or SettingsValue(), **widgets)
             job = replace(job, metadata=host.workflow_metadata(prompt, extra_pnginfo))
             host.make_room(pipe, frame_size(job), job.options)
             names = outputs(job.source, clean(output_path), job.output.name)
@@ -186,6 +186,7 @@ def video_source(video: Any) -> Path:
 
 
 def plan(
+    pipe: Upscaler,
     source: tuple[Path, Fraction, Fraction | None],
     settings: SettingsValue,
     frames_per_batch: int = 0,
@@ -207,7 +208,7 @@ def plan(
     return VideoJob(
         source=path,
         output=Path(SUFFIXES.get(codec, ".mp4")),
-        options=settings.options(num_inference_steps=num_inference_steps, seed=seed),
+        options=settings.options(pipe, num_inference_steps=num_inference_steps, seed=seed),
         start=start if trimmed else start_frame,
         end=end if trimmed or end_frame == LAST else end_frame,
         codec=codec,
@@ -237,7 +238,7 @@ def outputs(source: Path, output: str, suffix: str) -> Iterator[Path]:
         yield base.with_name(f"{base.name}_{number:05}_{suffix}")
 
 
-def do(pipe: StreamDiffVSRPipeline, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
+def do(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
     """Do the job under the first name that is free, or that it was cancelled under; returns the file."""
     for job in jobs:
         begun = job.output.with_name(job.output.name + ".parts").exists()
@@ -246,7 +247,7 @@ def do(pipe: StreamDiffVSRPipeline, jobs: Iterable[VideoJob], node_id: str | Non
     raise AssertionError("names never end")
 
 
-def finish(pipe: StreamDiffVSRPipeline, job: VideoJob, begun: bool, node_id: str | None) -> bool:
+def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None) -> bool:
     """Run a job with bar, picture and cancel button; False if what was `begun` there is another job."""
     from ..stream_diffvsr.jobs.run import run
 

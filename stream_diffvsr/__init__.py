@@ -19,11 +19,10 @@ if TYPE_CHECKING:
         VideoError,
         VRAMError,
     )
-    from .families.diffvsr.find import find_checkpoints
     from .families.diffvsr.options import UpscaleOptions
     from .families.diffvsr.pipeline import FrameResult, StreamDiffVSRPipeline
     from .families.diffvsr.state import StreamDiffVSRState
-    from .load import estimate_memory, load_pipeline
+    from .load import estimate_memory, find_checkpoints, load_pipeline
     from .tensors import from_pixels, to_pixels
 
 __version__ = "0.1.0"
@@ -52,7 +51,7 @@ _HOMES = {
     "StreamDiffVSRState": "families.diffvsr.state",
     "UpscaleOptions": "families.diffvsr.options",
     "estimate_memory": "load",
-    "find_checkpoints": "families.diffvsr.find",
+    "find_checkpoints": "load",
     "from_pixels": "tensors",
     "load_pipeline": "load",
     "to_pixels": "tensors",

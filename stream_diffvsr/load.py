@@ -1,41 +1,113 @@
-"""From a checkpoint folder to a pipeline."""
+"""From a name to a model: the only place that knows all families."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from .devices import resolve_device, resolve_dtype
-from .families.diffvsr.build import build, fill
-from .families.diffvsr.check import (
-    check_networks,
-    check_text,
-    default_flow,
-    remembered_shapes,
-    traits,
-)
-from .families.diffvsr.control import Control
+from .errors import IncompatibleInputError, ModelNotFoundError, StreamDiffVSRError
+from .families.diffvsr import checkpoint as diffvsr
+from .families.diffvsr import options as diffvsr_options
+from .families.diffvsr.check import default_flow
+from .families.diffvsr.check import problem as diffvsr_problem
 from .families.diffvsr.counted import Needs
-from .families.diffvsr.download import OnProgress, download
-from .families.diffvsr.find import models_folders, resolve
 from .families.diffvsr.options import UpscaleOptions
-from .families.diffvsr.parts import NETWORKS, SCHEDULER_CONFIG, Part, open_part
+from .families.diffvsr.parts import NETWORKS, SCHEDULER_CONFIG, open_part
 from .families.diffvsr.pipeline import StreamDiffVSRPipeline
 from .families.diffvsr.plan import requested_plan
-from .families.diffvsr.prompt import PromptEmbeddings
 from .families.diffvsr.released import CONFIGS, untrained_flow, without_weights
-from .files import fingerprint, read_json
+from .families.flashvsr import checkpoint as flashvsr
+from .families.flashvsr import options as flashvsr_options
+from .families.flashvsr.options import FlashVSROptions
+from .files import read_json
 from .flow import open_flow
-from .flow.open import open_flow_network
 from .runtimes.torch import quantized
-from .weights.folders import user_cache
-from .weights.networks import Shapes, shapes_of
+from .upscaler import Upscaler
+from .weights.fetch import OnProgress, fetch, usual_targets
+from .weights.find import Candidate, candidates, hub_snapshots, inside, models_folders
+from .weights.folders import NANO
+from .weights.released import RELEASED, RELEASES, release_named
+
+log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Family:
+    """What is asked of a family's files."""
+
+    recognise: Callable[[Path], bool]
+    """Whether a folder is meant to hold such a model."""
+    problem: Callable[[Path], StreamDiffVSRError | None]
+    """Why it cannot be opened; None where it can."""
+    needed: Callable[[Collection[str], Path], Collection[str]]
+    """Of all published names those that a folder needs to be whole."""
+    options: type
+    presets: Mapping[str, Mapping[str, Any]]
+    title: str
+    """Its name, as people know it."""
+
+
+FAMILIES = {
+    "flashvsr": Family(
+        flashvsr.recognise,
+        flashvsr.problem,
+        flashvsr.needed,
+        FlashVSROptions,
+        flashvsr_options.PRESETS,
+        "FlashVSR",
+    ),
+    "diffvsr": Family(
+        diffvsr.recognise,
+        diffvsr_problem,
+        diffvsr.needed,
+        UpscaleOptions,
+        diffvsr_options.PRESETS,
+        "Stream-DiffVSR",
+    ),
+}
+"""By name, in the order in which a folder is looked at."""
+
+
+class Found(NamedTuple):
+    """A folder that is meant to be a checkpoint."""
+
+    name: str
+    path: Path
+    problem: str | None
+    """Why it is ignored; None where it is complete."""
+
+
+@overload
+def load_pipeline(
+    source: Literal["nano", "v1", "mix"] = "nano",
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
+    quantize: str = "none",
+    version: str | None = None,
+    extra_folders: Iterable[str | Path] = (),
+    on_progress: OnProgress | None = None,
+) -> StreamDiffVSRPipeline: ...
+@overload
+def load_pipeline(
+    source: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
+    quantize: str = "none",
+    version: str | None = None,
+    extra_folders: Iterable[str | Path] = (),
+    on_progress: OnProgress | None = None,
+) -> Upscaler: ...
 def load_pipeline(
     source: str | Path = "nano",
     *,
@@ -43,57 +115,152 @@ def load_pipeline(
     dtype: str | torch.dtype = "auto",
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
     quantize: str = "none",
+    version: str | None = None,
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
-) -> StreamDiffVSRPipeline:
-    """Open a checkpoint and make it ready to run.
+) -> Upscaler:
+    """Open a model and make it ready to run.
 
-    `source`: 'nano' (bundled), 'v1' (the released weights, found on this machine or downloaded), the
-    name of a checkpoint that `find_checkpoints(extra_folders)` lists, or a checkpoint folder. `dtype` is
-    that of the networks; frames, flow, warp, state and scheduler arithmetic are float32 always.
-    `quantize` 'int8' and 'fp8' approximate linear layers in 8 bits (they need torchao, 'fp8' also a GPU that
-    has it); 'none' leaves them as they are.
+    `source`: 'nano' (bundled), a released model by name ('v1', 'mix', 'flashvsr-v1', 'flashvsr-v1.1': found
+    on this machine or downloaded), the name of a checkpoint that `find_checkpoints(extra_folders)` lists, or
+    a checkpoint folder, whose files tell the family. `version` 'v1' or 'v1.1' is needed for a folder of
+    FlashVSR with another name than the published one. `dtype` is that of the networks; frames, flow, warp,
+    state and scheduler arithmetic are float32 always. `flow` and `quantize` are Stream-DiffVSR's: `quantize`
+    'int8' and 'fp8' approximate linear layers in 8 bits (they need torchao, 'fp8' also a GPU that has it).
     `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
-    download, which goes on from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
+    download, which resumes from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
     """
     chosen_device = resolve_device(device)
     quantized.check(quantize, chosen_device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     folders = list(extra_folders)
-    folder = resolve(source, folders) or download(folders, on_progress=on_progress)
-    networks, prompts, parts = _Networks(), PromptEmbeddings(folder, user_cache()), []
-    with torch.inference_mode(False):
-        parts = check_networks(folder, networks.shapes)
-        check_text(folder, remembered_shapes)
-        # Before the networks, so that the text encoder is gone when they come.
-        prompts.get("")
-        filled = {part.name: fill(networks[part.name], part, chosen_device, chosen_dtype) for part in parts}
-        chosen_flow = default_flow(folder) if flow == "auto" else flow
-        raft_folders = [folder, folder.parent, *models_folders(folders)]
-        estimator = open_flow(chosen_flow, partial(open_flow_network, folders=raft_folders)).to(chosen_device)
-    pipe = StreamDiffVSRPipeline(
-        unet=filled["unet"],
-        control=Control(filled["controlnet"]),
-        vae=filled["vae"],  # type: ignore[arg-type]
-        flow=estimator,
-        prompts=prompts,
-        scheduler_config=read_json(folder / SCHEDULER_CONFIG),
-        device=chosen_device,
-        dtype=chosen_dtype,
-        model=fingerprint(file for part in parts for file in part.files),
-        traits=traits(folder),
-    )
+    folder = resolve(source, folders) or download(str(source), folders, on_progress=on_progress)
+    family = family_of(folder) or "diffvsr"  # which tells a folder that is none what it lacks
+    if family == "flashvsr":
+        release = RELEASES.get(str(source)) or release_named(folder.name)
+        told = version or (release.version if release and release.family == family else None)
+        _refuse_own_settings("FlashVSR", flow, quantize)
+        return flashvsr.open_flashvsr(folder, told, chosen_device, chosen_dtype)
+    pipe = diffvsr.open_diffvsr(folder, chosen_device, chosen_dtype, flow, models_folders(folders))
     pipe.quantize(quantize)
     return pipe
 
 
-class _Networks(dict[str, torch.nn.Module]):
-    """Networks built without weights: first to compare them with their files, then to be filled."""
+def _refuse_own_settings(model: str, flow: object, quantize: str) -> None:
+    """Stream-DiffVSR's settings, which another family has not."""
+    for name, value, usual in (("flow", flow, "auto"), ("quantize", quantize, "none")):
+        if value != usual:
+            raise IncompatibleInputError(f"{name} {usual!r}, as {model} has none", repr(value))
 
-    def shapes(self, part: Part) -> Shapes:
-        self[part.name] = build(part)
-        return shapes_of(self[part.name])
+
+def family_of(folder: Path) -> str | None:
+    """The family that a folder's files are meant for; None where it looks like no checkpoint."""
+    try:
+        return next((name for name, family in FAMILIES.items() if family.recognise(folder)), None)
+    except OSError:  # a folder that may not be looked into, as lost+found
+        return None
+
+
+def family_named(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> str:
+    """The family of a source; raises `ModelNotFoundError` as `resolve` does."""
+    if str(source) in RELEASES:
+        return RELEASES[str(source)].family
+    folder = resolve(source, extra_folders)
+    return (folder and family_of(folder)) or "diffvsr"
+
+
+def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
+    """Every checkpoint folder of this machine as (name, path, problem or None), in the order of search.
+
+    Searched are `extra_folders` (ComfyUI's, where there is one), those that the environment variable
+    STREAM_DIFFVSR_MODELS names, the user's data folder, a ComfyUI around this package, and the cache of
+    huggingface_hub; each may hold a checkpoint itself or checkpoints in folders. A released name such as 'v1'
+    means the first complete folder so named. Nothing is loaded, and nothing is raised for damaged folders.
+    """
+    return [Found(each.name, each.path, why_not(each)) for each in candidates(extra_folders, family_of)]
+
+
+def why_not(candidate: Candidate) -> str | None:
+    """Why a folder is ignored, in words; also where packages that tell are missing or broken."""
+    try:
+        error = FAMILIES[candidate.family].problem(candidate.path)
+    except ImportError as missing:
+        return str(missing)
+    return str(error) if error else None
+
+
+def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Path | None:
+    """The folder of a source; None where released weights are not there, and so are to be downloaded.
+
+    Raises `ModelNotFoundError` for a name that nothing has, and for a folder of checkpoints.
+    """
+    if source == "nano":
+        return NANO
+    if Path(source).is_dir() and source not in RELEASES:
+        if among := inside(Path(source), family_of):
+            named = " or ".join(map(str, among))
+            raise ModelNotFoundError(
+                "checkpoint", Path(source), f"That is a folder of checkpoints: name {named}."
+            )
+        return Path(source)
+    found = [each for each in candidates(extra_folders, family_of) if each.name == str(source)]
+    if source in RELEASES:
+        return next((each.path for each in found if not _is_damaged(each)), None)
+    if not found:
+        known = [each.name for each in candidates(extra_folders, family_of)]
+        names = ", ".join(dict.fromkeys(["nano", *RELEASES, *known]))
+        raise ModelNotFoundError(
+            f"checkpoint {str(source)!r}", Path(source).absolute(), f"Name a folder, or one of {names}."
+        )
+    return found[0].path
+
+
+def _is_damaged(candidate: Candidate) -> bool:
+    """Whether a folder has a problem; it is logged, since the search goes on without it."""
+    error = FAMILIES[candidate.family].problem(candidate.path)
+    if error is not None:
+        log.info("%s is ignored as %s: %s", candidate.path, candidate.name, error)
+    return error is not None
+
+
+def download(
+    name: str,
+    extra_folders: Iterable[str | Path] = (),
+    *,
+    revision: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Bring a released model to the first registered folder, else the user's data folder; return its folder.
+
+    Raises `ModelNotFoundError` with what to do by hand.
+    """
+    release, family, folders = RELEASES[name], FAMILIES[RELEASES[name].family], list(extra_folders)
+    folder = fetch(
+        release,
+        download_targets(name, folders),
+        family.needed,
+        lambda folder: family.recognise(folder) and family.problem(folder) is None,
+        revision=revision,
+        on_progress=on_progress,
+    )
+    if error := family.problem(folder):
+        raise error
+    return folder
+
+
+def download_targets(name: str, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
+    """Where a released model goes, best first.
+
+    A folder that lacks only Stream-DiffVSR's text encoder or tokenizer is completed where it is, but for the
+    hub's cache, in which nobody else may put files.
+    """
+    release, folders = RELEASES[name], list(extra_folders)
+    cached = hub_snapshots(release.repository)
+    there = [each.path for each in candidates(folders, family_of) if each.name == name]
+    nearly = [path for path in there if path not in cached and diffvsr.lacks_text_only(path)]
+    usual = usual_targets(release, folders)
+    return [*(path.resolve() for path in nearly if release.family == "diffvsr"), *usual]
 
 
 def estimate_memory(
@@ -107,13 +274,12 @@ def estimate_memory(
 
     Keys: 'weights', 'frames', the activations of 'flow', 'controlnet', 'unet' and 'vae', and 'peak', which is
     what all of it takes at the worst moment. With `memory_plan` 'auto' it is the need with nothing split.
-    `model`: 'v1', 'nano' or a checkpoint folder.
+    `model`: 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
     """
     options = options or UpscaleOptions()
     configs, flow = CONFIGS, "raft_large"
-    if model != "v1":
-        folder = resolve(model, [])
-        assert folder is not None  # only 'v1' may be absent
+    folder = None if model == RELEASED else resolve(model)
+    if folder is not None:
         configs = {name: open_part(folder, name).config for name in NETWORKS}
         configs["scheduler"], flow = read_json(folder / SCHEDULER_CONFIG), default_flow(folder)
     estimator = open_flow(flow, untrained_flow)

@@ -173,16 +173,23 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type, titles: Sequence[
     """Add the flag of every option, in groups with these `titles`; returns the groups by title.
 
     What has no group goes to the parser itself, or, where it is for experts, to a group of its own at the
-    end. A flag that was not given leaves no attribute; `given` finds the others.
+    end. A flag that was not given leaves no attribute; `given` finds the others. A name that several classes
+    have is one flag, with the help of the first and the choices of all.
     """
     groups: dict[str, Any] = {title: parser.add_argument_group(title) for title in (*titles, EXPERTS)}
+    made: dict[str, argparse.Action] = {}
     for cls in classes:
         for name, rule in rules(cls).items():
-            add_flag(groups.get(rule.group or (EXPERTS if rule.expert else ""), parser), cls, name)
+            if name in made:
+                choices = dict.fromkeys([*(made[name].choices or ()), *rule.choices])
+                made[name].choices = list(choices) or None
+                continue
+            title = EXPERTS if rule.expert and not rule.group else rule.group
+            made[name] = add_flag(groups.get(title, parser), cls, name)
     return groups
 
 
-def add_flag(group: argparse._ActionsContainer, cls: type, name: str) -> None:
+def add_flag(group: argparse._ActionsContainer, cls: type, name: str) -> argparse.Action:
     """Add the flag of one option."""
     rule, default = rules(cls)[name], defaults(cls)[name]
     flag = "--" + (rule.flag or name).replace("_", "-")
@@ -194,10 +201,9 @@ def add_flag(group: argparse._ActionsContainer, cls: type, name: str) -> None:
     }
     if rule.kind is bool and rule.parse is None:
         action = argparse.BooleanOptionalAction if default else "store_true"
-        group.add_argument(flag, action=action, **about)
-        return
+        return group.add_argument(flag, action=action, **about)
     about["type"] = partial(_from_argument, name, rule) if rule.parse else rule.kind
-    group.add_argument(flag, choices=rule.choices or None, metavar=rule.metavar, **about)
+    return group.add_argument(flag, choices=rule.choices or None, metavar=rule.metavar, **about)
 
 
 def _from_argument(name: str, rule: Rule, text: str) -> Any:
@@ -210,6 +216,15 @@ def _from_argument(name: str, rule: Rule, text: str) -> Any:
 def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The options of a class that the command line names."""
     return {name: value for name, value in vars(args).items() if name in rules(cls)}
+
+
+def with_preset(
+    presets: Mapping[str, Mapping[str, Any]], name: str, own: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields of a family's options: those of a preset, and `own`, which wins."""
+    if name not in presets:
+        raise IncompatibleInputError(f"preset as one of {', '.join(presets)}", repr(name))
+    return {**presets[name], **own}
 
 
 def widgets(cls: type, names: Iterable[str]) -> dict[str, tuple[Any, dict[str, Any]]]:

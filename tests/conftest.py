@@ -19,7 +19,7 @@ from samples import shift_flow
 from stand_in_hub import StandInHub, serving
 
 from stream_diffvsr import StreamDiffVSRPipeline, load_pipeline
-from stream_diffvsr.weights.released import REPOSITORY
+from stream_diffvsr.weights.released import RELEASES
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("project")
@@ -108,7 +108,7 @@ def published(checkpoint: Path, tmp_path: Path) -> Path:
 def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub]:
     from huggingface_hub import constants, file_download
 
-    with serving(published, REPOSITORY) as hub:
+    with serving(published, RELEASES["v1"].repository) as hub:
         # What HF_ENDPOINT sets when huggingface_hub is imported; the processes below use the variable.
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -120,14 +120,10 @@ def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StandInHub
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The user's models folder, not there yet; downloads do not wait long."""
+    """The user's models folder, not there yet."""
     from huggingface_hub import constants
-
-    from stream_diffvsr.families.diffvsr import download as downloading
 
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.delenv("STREAM_DIFFVSR_MODELS", raising=False)
-    monkeypatch.setattr(downloading, "PAUSE", 0.01)
-    monkeypatch.setattr(downloading, "INTERVAL", 0.01)
     return tmp_path / "data" / "stream-diffvsr" / "models"

@@ -52,11 +52,13 @@ class StandInHub:
         self.faults[ending] += faults
 
     def gets(self, ending: str = "") -> list[Request]:
-        """The requests for content, to files with that ending."""
+        """The requests for content, to files with that ending; large ones come from the other host."""
         return [
             r
             for r in self.requests
-            if r.method == "GET" and "/resolve/" in r.path and r.path.endswith(ending)
+            if r.method == "GET"
+            and r.path.endswith(ending)
+            and ("/cdn/" in r.path if r.path.endswith(LARGE) else "/resolve/" in r.path)
         ]
 
     def files(self) -> list[str]:

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, estimate_memory, load_pipeline
 from stream_diffvsr.errors import CheckpointError, ModelNotFoundError
-from stream_diffvsr.families.diffvsr.find import NANO
 from stream_diffvsr.flow import BundledFlow, open_flow
 from stream_diffvsr.flow.bundled import (
     FlowNetwork,
@@ -31,6 +30,7 @@ from stream_diffvsr.flow.bundled import (
 )
 from stream_diffvsr.flow.open import BUNDLED, open_bundled, open_flow_network
 from stream_diffvsr.tensors import upsample
+from stream_diffvsr.weights.folders import NANO
 
 SCALE = 4
 

@@ -11,7 +11,8 @@ import torch
 from samples import moving
 
 from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
-from stream_diffvsr.families.diffvsr.options import PRESETS, with_preset
+from stream_diffvsr.families.diffvsr.options import PRESETS
+from stream_diffvsr.options import with_preset
 
 
 def control_calls(pipe, options: UpscaleOptions, clip: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -47,7 +48,7 @@ def test_tiles_keep_nothing(guided):
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_continuity(pipe_with_dis, preset, tmp_path):
-    options, clip = UpscaleOptions(**with_preset(preset, {"num_inference_steps": 2})), moving(4)
+    options, clip = UpscaleOptions(**with_preset(PRESETS, preset, {"num_inference_steps": 2})), moving(4)
     whole, _ = pipe_with_dis(clip, options)
     first, state = pipe_with_dis(clip[:2], options)
     state.save(tmp_path / "state.safetensors")
@@ -61,15 +62,15 @@ def pipe_with_dis(checkpoint):
 
 
 def test_what_is_given_wins_over_a_preset():
-    assert with_preset("exact", {}) == {}
-    assert with_preset("fast", {"flow_scale": 0.25, "seed": 3}) == {
+    assert with_preset(PRESETS, "exact", {}) == {}
+    assert with_preset(PRESETS, "fast", {"flow_scale": 0.25, "seed": 3}) == {
         "flow_scale": 0.25,
         "seed": 3,
         "control_every": PRESETS["fast"]["control_every"],
     }
-    assert UpscaleOptions(**with_preset("fast", {"flow_scale": 1.0})).flow_scale == 0.5
+    assert UpscaleOptions(**with_preset(PRESETS, "fast", {"flow_scale": 1.0})).flow_scale == 1.0
     with pytest.raises(IncompatibleInputError, match="exact, balanced, fast"):
-        with_preset("best", {})
+        with_preset(PRESETS, "best", {})
     for fields in PRESETS.values():
         UpscaleOptions(**fields)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
+from ..errors import IncompatibleInputError
 from ..families.diffvsr.build import from_config
 from ..families.diffvsr.control import Control, Residuals
 from ..families.diffvsr.folded import unfold
@@ -38,7 +39,10 @@ class RandomPrompts:
 def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
     """The pipeline to measure."""
     if model != RANDOM:
-        return load_pipeline(model, device=device, dtype=dtype, flow=flow)
+        pipe = load_pipeline(model, device=device, dtype=dtype, flow=flow)
+        if not isinstance(pipe, StreamDiffVSRPipeline):
+            raise IncompatibleInputError("a model of Stream-DiffVSR, which alone is measured", str(model))
+        return pipe
     chosen = resolve_device(device)
     number = resolve_dtype(dtype, chosen)
     nets = {name: random_network(name, CONFIGS[name], chosen, number) for name in NETWORKS}

@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 
 from ..errors import IncompatibleInputError
-from ..families.diffvsr.options import PRESET_HELP, PRESETS, UpscaleOptions, with_preset
+from ..families.diffvsr.options import PRESET_HELP, PRESETS, UpscaleOptions
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
-from ..options import add_flag, given
+from ..options import add_flag, given, with_preset
 from .allocator import keep_freed_memory
 from .model import add_model_arguments
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = open_model(args.model, args.device, args.dtype, args.flow)
     other = plain(pipe) if args.plain else None
     pipe.quantize(args.quantize)
-    options = UpscaleOptions(**with_preset(args.preset, given(args, UpscaleOptions)))
+    options = UpscaleOptions(**with_preset(PRESETS, args.preset, given(args, UpscaleOptions)))
     results = []
     for width, height in sizes:
         print(f"measuring {width}x{height} ...", file=sys.stderr)

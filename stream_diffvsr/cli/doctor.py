@@ -12,18 +12,21 @@ from pathlib import Path
 from .. import __version__
 from ..devices import available, resolve_device, resolve_dtype
 from ..errors import StreamDiffVSRError
-from ..families.diffvsr.download import targets
-from ..families.diffvsr.find import Found, find_checkpoints, models_folders, why_not
 from ..flow.open import BUNDLED, open_bundled
 from ..flow.raft_weights import RAFT, find_raft, hub_file, load_raft
+from ..load import Found, download_targets, find_checkpoints, why_not
+from ..weights.fetch import endpoint, offline
+from ..weights.find import Candidate, models_folders
 from ..weights.folders import NANO, user_cache
-from ..weights.hub import endpoint, offline
-from ..weights.released import RELEASED, REPOSITORY
+from ..weights.released import RELEASES
 
 PACKAGES = (
     "torch", "torchvision", "diffusers", "transformers", "accelerate", "safetensors", "huggingface_hub",
     "einops", "numpy", "av", "Pillow", "tqdm", "opencv-python-headless", "opencv-python",
 )  # fmt: skip
+
+
+BUNDLED_MODEL = Candidate("nano", NANO, "diffvsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{title}")
         for line in lines:
             print(f"  {line}")
-    return 0 if why_not(NANO) is None else 1
+    return 0 if why_not(BUNDLED_MODEL) is None else 1
 
 
 def packages() -> Iterator[str]:
@@ -67,14 +70,13 @@ def devices() -> Iterator[str]:
 
 def weights(folders: list[Path]) -> Iterator[str]:
     """Every checkpoint that was found, and what its name then means."""
-    damage = why_not(NANO)
+    damage = why_not(BUNDLED_MODEL)
     yield f"nano: {NANO}, {f'ignored: {damage}' if damage else 'bundled'}"
     used = {"nano"}
     for found in find_checkpoints(folders):
         yield f"{found.name}: {found.path}, {verdict(found, used)}"
         used |= {found.name} if found.problem is None else set()
-    if RELEASED not in used:
-        yield missing(folders)
+    yield from (missing(name, folders) for name in RELEASES if name not in used)
 
 
 def verdict(found: Found, used: set[str]) -> str:
@@ -88,13 +90,13 @@ def verdict(found: Found, used: set[str]) -> str:
     )
 
 
-def missing(folders: list[Path]) -> str:
-    """What will happen when the released weights are asked for."""
-    target = targets(folders)[0]
+def missing(name: str, folders: list[Path]) -> str:
+    """What will happen when released weights are asked for."""
+    target, release = download_targets(name, folders)[0], RELEASES[name]
     there = next(parent for parent in target.absolute().parents if parent.is_dir())
-    free = f"{shutil.disk_usage(there).free / 1e9:.1f} GB free"
-    how = "but HF_HUB_OFFLINE forbids it" if offline() else f"from {endpoint()}/{REPOSITORY}"
-    return f"{RELEASED}: not here; would be downloaded to {target} ({free}), {how}"
+    free = f"{release.gigabytes} GB needed, {shutil.disk_usage(there).free / 1e9:.1f} GB free"
+    how = "but HF_HUB_OFFLINE forbids it" if offline() else f"from {endpoint()}/{release.repository}"
+    return f"{name}: not here; would be downloaded to {target} ({free}), {how}"
 
 
 def flow(folders: list[Path]) -> Iterator[str]:

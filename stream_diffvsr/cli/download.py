@@ -1,4 +1,4 @@
-"""Download the released weights, or what is missing of them."""
+"""Download released weights, or what is missing of them."""
 
 from __future__ import annotations
 
@@ -6,47 +6,56 @@ import argparse
 from pathlib import Path
 
 from ..errors import IncompatibleInputError, ModelNotFoundError
-from ..families.diffvsr.download import download
-from ..families.diffvsr.find import models_folders, resolve
 from ..flow.raft_weights import download_raft, find_raft, load_raft
-from ..weights.released import RELEASED
+from ..load import download, resolve
+from ..weights.find import models_folders
+from ..weights.released import RELEASED, RELEASES
 from .output import download_bar, fail
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        default=RELEASED,
+        choices=RELEASES,
+        help=f"{', '.join(f'{name} ({each.gigabytes} GB)' for name, each in RELEASES.items())}. "
+        f"Default: {RELEASED}.",
+    )
     parser.add_argument("--folder", type=Path, help="models folder to use instead of the usual one")
     parser.add_argument("--revision", help="branch, tag or commit of the published repository")
 
 
 def run(args: argparse.Namespace) -> int:
     folders = [args.folder] if args.folder else []
-    there = present(args.folder)
+    there = present(args.model, args.folder)
     if there and args.revision:
         raise IncompatibleInputError(
-            f"no whole {RELEASED} where revision {args.revision!r} is to go (rename that folder, or name "
+            f"no whole {args.model} where revision {args.revision!r} is to go (rename that folder, or name "
             "another with --folder)",
             str(there),
         )
     try:
-        path = there or fetch(folders, args.revision)
-        print(f"{RELEASED}: {path}")
-        # RAFT's weights too, so that the model runs without a connection from now on.
-        print(f"raft_large: {bring_raft([path, path.parent, *models_folders(folders)])}")
+        path = there or fetch(args.model, folders, args.revision)
+        print(f"{args.model}: {path}")
+        if RELEASES[args.model].family == "diffvsr":
+            # RAFT's weights too, so that the model runs without a connection from now on.
+            print(f"raft_large: {bring_raft([path, path.parent, *models_folders(folders)])}")
     except ModelNotFoundError as error:
         return fail(args, str(error), 1)
     return 0
 
 
-def present(folder: Path | None) -> Path | None:
-    """The released weights where they are whole already; with a folder named, only those in it count."""
-    path = resolve(RELEASED, [folder] if folder else [])
+def present(name: str, folder: Path | None) -> Path | None:
+    """The released weights where they are whole already; with a folder named, only those in it."""
+    path = resolve(name, [folder] if folder else [])
     inside = path and (folder is None or folder.resolve() in [path.resolve(), *path.resolve().parents])
     return path if inside else None
 
 
-def fetch(folders: list[Path], revision: str | None) -> Path:
+def fetch(name: str, folders: list[Path], revision: str | None) -> Path:
     with download_bar() as on_progress:
-        return download(folders, revision=revision, on_progress=on_progress)
+        return download(name, folders, revision=revision, on_progress=on_progress)
 
 
 def bring_raft(folders: list[Path]) -> Path:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 
 from ..devices import DTYPES
-from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..flow import FLOW_MODELS
 from ..load import load_pipeline
 from ..runtimes.torch.quantized import QUANTIZATIONS
+from ..upscaler import Upscaler
+from ..weights.released import RELEASES
 from .output import PROGRESS, download_bar
 
 
@@ -17,8 +18,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="nano",
-        help="nano (small, bundled), v1 (the released model, downloaded when first used), or a checkpoint "
-        "folder. Default: nano.",
+        help=f"nano (small, bundled), a released model, downloaded when first used ({', '.join(RELEASES)}), "
+        "or a checkpoint folder. Default: nano.",
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps. Default: auto, the fastest."
@@ -50,8 +51,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_model(args: argparse.Namespace) -> StreamDiffVSRPipeline:
-    """The pipeline that these options name."""
+def open_model(args: argparse.Namespace) -> Upscaler:
+    """The model that these options name."""
     with download_bar(args.progress) as on_progress:
         return load_pipeline(
             args.model,

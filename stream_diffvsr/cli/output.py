@@ -14,11 +14,11 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..families.diffvsr.download import OnProgress
 from ..jobs.job import JobProgress
 from ..media import pictures
 from ..media.pictures import Picture
 from ..media.sizes import enlarge
+from ..weights.fetch import OnProgress
 
 PROGRESS = ("bar", "json", "none")
 

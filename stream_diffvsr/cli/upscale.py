@@ -9,22 +9,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..devices import resolve_device, resolve_dtype
-from ..errors import VideoError
-from ..families.diffvsr.find import resolve
-from ..families.diffvsr.options import PRESET_HELP, PRESETS, UpscaleOptions, with_preset
-from ..families.diffvsr.plan import Planner
+from ..errors import IncompatibleInputError, VideoError
+from ..families.diffvsr.options import PRESET_HELP, UpscaleOptions
+from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.released import released_planner
-from ..families.diffvsr.state import StreamDiffVSRState
-from ..jobs.job import SIZE
+from ..jobs.job import SIZE, fitted
 from ..jobs.prepare import check_paths, open_job_source
 from ..jobs.report import report, report_time
 from ..jobs.run import VideoJob
 from ..jobs.run import run as run_job
+from ..load import FAMILIES, family_named, resolve
 from ..media import pictures
 from ..media.codecs import CONTAINERS, check_opens
 from ..media.read import check_readable
-from ..options import add_flags, given
+from ..options import add_flags, given, rules, with_preset
 from ..tensors import from_pixels
+from ..upscaler import Info, State
 from .allocator import keep_freed_memory
 from .model import add_model_arguments, open_model
 from .output import follow
@@ -37,9 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     parser.add_argument("--state-in", type=Path, metavar="FILE", help="Continue from a saved state.")
-    groups = add_flags(parser, UpscaleOptions, VideoJob, titles=("speed", "memory", "input", SIZE, "output"))
+    families = [family.options for family in FAMILIES.values()]
+    titles = ("speed", "memory", "input", SIZE, "output", *(family.title for family in FAMILIES.values()))
+    groups = add_flags(parser, UpscaleOptions, VideoJob, *families, titles=titles)
     groups["speed"].add_argument(
-        "--preset", choices=PRESETS, default="exact", help=f"{PRESET_HELP} Default: exact."
+        "--preset",
+        choices=("exact", "balanced", "fast"),
+        default="exact",
+        help=f"Of Stream-DiffVSR: {PRESET_HELP} Default: exact.",
     )
     groups["memory"].add_argument(
         "--plan", action="store_true", help="Estimate memory, disk space and time, then exit."
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace, job: VideoJob) -> Iterator[str]:
-    """What the job would take, in lines; two frames are made to tell the time.
+    """What the job would take, in lines; a few frames are made to tell the time.
 
     Released weights are not downloaded for it: without them the time stays untold.
     """
@@ -78,30 +83,52 @@ def plan(args: argparse.Namespace, job: VideoJob) -> Iterator[str]:
     first = next(source.frames(job.span), None)
     if first is None:
         raise VideoError(f"{job.source} has no frame between --start and --end.")
+    frames = job.span.count(source.info.frames, source.info.rate)
+    size = (source.info.height, source.info.width)
+    if resolve(args.model) is None:
+        yield from plan_without_weights(args, job, size, frames)
+        return
+    pipe = open_model(args)
+    job = fitted(job, pipe.info, pipe.Options, *size)
     lq = from_pixels(job.sizes.to_model(first.rgb))
-    frames, size = job.span.count(source.info.frames, source.info.rate), lq.shape[-2:]
-    pipe = None if resolve(args.model) is None else open_model(args)
-    planner = planner_without_weights(args) if pipe is None else pipe.planner
-    chosen = planner.plan(size, {} if job.state is None else job.state.provenance.details, job.options)
-    folder, codec = job.output.absolute().parent, job.codec or "h264"
-    yield from report(planner, chosen, size, job.options, frames=frames, folder=folder, codec=codec)
-    if pipe is None:
-        yield "time: told when the released weights are here ('stream-diffvsr download')"
-    else:
-        yield report_time(pipe, chosen, lq, job.options, frames)
+    shape = (lq.shape[-2], lq.shape[-1])
+    made = pipe.provenance(shape, job.options)
+    chosen, needs = "", {"peak": pipe.bytes_needed(shape, job.options)}
+    if isinstance(pipe, StreamDiffVSRPipeline):
+        plan = pipe.planner.plan(shape, made.details, job.options)
+        chosen, needs = str(plan), pipe.planner.needs(shape, job.options, plan)
+    yield from report(job, size, frames, plan=chosen, needs=needs, device=pipe.device)
+    yield report_time(pipe, lq, job.options, State(provenance=made), frames)
 
 
-def planner_without_weights(args: argparse.Namespace) -> Planner:
-    """For the released networks."""
+def plan_without_weights(
+    args: argparse.Namespace, job: VideoJob, size: tuple[int, int], frames: int | None
+) -> Iterator[str]:
+    """The same for released networks that are not here, as far as their configurations tell it."""
+    if family_named(args.model) != "diffvsr":
+        raise IncompatibleInputError("a model that is here (run 'stream-diffvsr download')", args.model)
     device = resolve_device(args.device)
-    return released_planner(args.flow, resolve_dtype(args.dtype, device), device)
+    planner = released_planner(args.flow, resolve_dtype(args.dtype, device), device)
+    job = fitted(job, Info("diffvsr", "", ""), UpscaleOptions, *size)
+    shape = job.sizes.model(*size)
+    chosen = planner.plan(shape, {} if job.state is None else job.state.provenance.details, job.options)
+    needs = planner.needs(shape, job.options, chosen)
+    yield from report(job, size, frames, plan=str(chosen), needs=needs, device=device)
+    yield f"time: told when the weights of {args.model} are here ('stream-diffvsr download {args.model}')"
 
 
 def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
     """The job that the options describe."""
-    options = UpscaleOptions(**with_preset(args.preset, given(args, UpscaleOptions)))
-    state = None if args.state_in is None else StreamDiffVSRState.load(args.state_in)
-    return VideoJob(source=args.input, output=output, options=options, state=state, **given(args, VideoJob))
+    name = family_named(args.model)
+    family, asked = FAMILIES[name], given(args, VideoJob)
+    known = {key for each in FAMILIES.values() for key in rules(each.options)} - rules(VideoJob).keys()
+    own = {key: value for key, value in vars(args).items() if key in known}
+    if foreign := sorted(own.keys() - rules(family.options).keys()):
+        flags = ", ".join(f"--{key.replace('_', '-')}" for key in foreign)
+        raise IncompatibleInputError(f"options of {family.title}, the family of {args.model}", flags)
+    options = family.options(**with_preset(family.presets, args.preset, own))
+    state = None if args.state_in is None else State.load(args.state_in)
+    return VideoJob(source=args.input, output=output, options=options, state=state, **asked)
 
 
 def default_output(source: Path) -> Path:

@@ -83,7 +83,7 @@ def read_raft(path: Path) -> dict[str, Any]:
 
 def download_raft(name: str) -> Path:
     """Bring torchvision's file of weights and check its hash; it is not unpickled here."""
-    from ..weights.hub import offline
+    from ..weights.fetch import offline
 
     weights, path = _weights(name), hub_file(name)
     try:

@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import VideoError
-from ..families.diffvsr.options import UpscaleOptions
 from ..media.codecs import CODECS
 from ..media.sizes import Sizes
 from ..media.span import Span, parse_position
 from ..options import check_options, option
-from ..upscaler import State
+from ..tensors import SCALE
+from ..upscaler import Info, State
 
 SIZE = "size of the output"
 """Title of the flags that set it."""
@@ -47,7 +48,10 @@ class VideoJob:
     """A video, an animated GIF, WebP or PNG, a picture, or a folder of pictures."""
     output: Path
     """A file (.mp4 .mov .mkv .webm, or a picture's suffix for one picture), else a folder of pictures."""
-    options: UpscaleOptions = field(default_factory=UpscaleOptions)
+    options: Any = None
+    """The family's options; None: its defaults."""
+    model_scale: float = SCALE
+    """How many times larger the model makes a frame; `fitted` sets it."""
     state: State | None = None
     """To continue from; None starts a sequence, at the source's own frame index."""
     state_out: Path | None = option(
@@ -184,12 +188,25 @@ class VideoJob:
     @property
     def sizes(self) -> Sizes:
         """The sizes that were asked for."""
-        return Sizes(self.pre_scale, self.target, self.short_edge, self.scale)
+        return Sizes(self.pre_scale, self.target, self.short_edge, self.scale, self.model_scale)
 
     @property
     def span(self) -> Span:
         """The frames that are wanted."""
         return Span(self.start, self.end)  # type: ignore[arg-type]
+
+
+def fitted(job: VideoJob, info: Info, options: type, height: int, width: int) -> VideoJob:
+    """The job with what the model and the source, of `height` x `width`, settle.
+
+    A family with any scale makes the size asked for itself, so that nothing is resampled after it.
+    """
+    own = options() if job.options is None else job.options
+    if info.scales is not None:
+        return replace(job, options=own, model_scale=info.scales[0])
+    asked = (job.target, job.short_edge, job.scale) != (None, None, None)
+    scale = job.sizes.model_scale_for(height, width) if asked else own.scale
+    return replace(job, options=replace(own, scale=scale), model_scale=scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,73 +4,69 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..devices import synchronize
-from ..families.diffvsr.options import UpscaleOptions
-from ..families.diffvsr.plan import GIGABYTE, Plan, Planner, plan_details
-from ..families.diffvsr.state import StreamDiffVSRState
 from ..memory import free_memory
-from ..tensors import SCALE
+from ..upscaler import State, Upscaler
+from .job import VideoJob
 
-if TYPE_CHECKING:
-    from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
+GIGABYTE = 1e9
 
 BYTES_PER_PIXEL = {"h264": 0.15, "h265": 0.1, "av1": 0.1, "prores": 0.7, "ffv1": 1.5, "png": 2.0}
 """What output pixels commonly take in a file; noise takes more, flat pictures less."""
 
 
 def report(
-    planner: Planner,
-    plan: Plan,
+    job: VideoJob,
     size: Sequence[int],
-    options: UpscaleOptions,
-    *,
     frames: int | None,
-    folder: Path,
-    codec: str = "h264",
+    *,
+    plan: str,
+    needs: Mapping[str, int],
+    device: torch.device,
 ) -> Iterator[str]:
     """Lines about plan, memory and disk space.
 
-    `size` is the LQ frames' (height, width), `frames` their number if it is known, `folder` where the
-    output goes.
+    `size` is the source's (height, width), `frames` their number if it is known, `needs` bytes by stage, of
+    which 'peak' is what they take together.
     """
-    height, width = size
+    (height, width), (out_height, out_width) = job.sizes.model(*size), job.sizes.output(*size)
     count = f"{frames} frames" if frames else "an unknown number of frames"
-    yield f"size: {width}x{height} to {SCALE * width}x{SCALE * height}, {count}"
-    yield f"plan: {plan}"
-    needs = planner.needs(size, options, plan)
+    yield f"size: {width}x{height} to {out_width}x{out_height}, {count}"
+    if plan:
+        yield f"plan: {plan}"
     stages = ", ".join(f"{name} {_gigabytes(needs[name])}" for name in needs if name != "peak")
-    free = free_memory(planner.device)
-    yield f"memory: about {_gigabytes(needs['peak'])} ({stages}); {_gigabytes(free)} free"
-    room = (frames or 1) * height * width * SCALE**2 * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
+    told = f" ({stages})" if stages else " beside the weights"
+    yield f"memory: about {_gigabytes(needs['peak'])}{told}; {_gigabytes(free_memory(device))} free"
+    codec, folder = job.codec or "h264", job.output.absolute().parent
+    room = (frames or 1) * out_height * out_width * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
     share = "" if frames else " per frame"
     yield f"disk: about {_gigabytes(room)}{share} as {codec}; {_gigabytes(_disk_free(folder))} free"
 
 
-def report_time(
-    pipe: StreamDiffVSRPipeline, plan: Plan, lq: Tensor, options: UpscaleOptions, frames: int | None
-) -> str:
-    """The line about time, after two frames made for it; `lq` is a frame of the video."""
-    state = StreamDiffVSRState(metadata=plan_details(plan, lq.shape[-2:]))
-    seconds = seconds_per_frame(pipe, lq, state, options)
+def report_time(pipe: Upscaler, lq: Tensor, options: Any, state: State, frames: int | None) -> str:
+    """The line about time, after a few frames made for it; `lq` is a frame of the video."""
+    seconds = seconds_per_frame(pipe, lq, options, state)
     return f"time: {seconds:.2f} s per frame" + (f", {_duration(seconds * frames)} in all" if frames else "")
 
 
-def seconds_per_frame(
-    pipe: StreamDiffVSRPipeline, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
-) -> float:
-    """Time of one guided frame, after one that warms up."""
-    state = pipe.process_frame(lq, state, options).state
+def seconds_per_frame(pipe: Upscaler, lq: Tensor, options: Any, state: State | None = None) -> float:
+    """Time of one frame further on in a sequence, after the first results, which warm up."""
+    session = pipe.session(options, state)
+    for _ in range(pipe.info.first):
+        session.push(lq)
     synchronize(pipe.device)
-    begin = time.perf_counter()
-    pipe.process_frame(lq, state, options)
+    begin, made = time.perf_counter(), 0
+    for _ in range(pipe.info.chunk):
+        made += len(session.push(lq))
     synchronize(pipe.device)
-    return time.perf_counter() - begin
+    return (time.perf_counter() - begin) / max(1, made)
 
 
 def _gigabytes(count: float) -> str:

@@ -30,7 +30,7 @@ from ..media.write import container_of
 from ..tensors import SCALE, from_pixels
 from ..upscaler import OnStep, Provenance, State, Upscaler, stream
 from . import scenes
-from .job import FrameTime, JobProgress, Speed, VideoJob
+from .job import FrameTime, JobProgress, Speed, VideoJob, fitted
 from .journal import Journal, WorkFolder, continue_from
 from .overlap import Background, prefetch
 from .prepare import (
@@ -60,7 +60,9 @@ def run(pipe: Upscaler, job: VideoJob, on_step: OnStep | None = None) -> Generat
     asked, `OSError` where reading or writing fails on the way (finished segments are kept).
     """
     check_paths(job)
-    yield from _Run(pipe, job, open_job_source(job), on_step).steps()
+    source = open_job_source(job)
+    job = fitted(job, pipe.info, pipe.Options, source.info.height, source.info.width)
+    yield from _Run(pipe, job, source, on_step).steps()
 
 
 class _Run:

@@ -14,13 +14,15 @@ from ..tensors import MINIMUM_SIDE, SCALE, to_pixels
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the output's size shall be; at most one of target, short_edge and scale, else 4x of the LQ."""
+    """What the output's size shall be; at most one of target, short_edge and scale, else the model's own."""
 
     pre_scale: float = 1.0
     target: tuple[int, int] | None = None
     """(width, height)"""
     short_edge: int | None = None
     scale: float | None = None
+    model_scale: float = SCALE
+    """How many times larger the model makes a frame."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("target", "short_edge", "scale") if getattr(self, name) is not None]
@@ -49,8 +51,15 @@ class Sizes:
             factor = self.scale
         else:
             height, width = self.model(height, width)
-            return SCALE * height, SCALE * width
+            return round(self.model_scale * height), round(self.model_scale * width)
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
+
+    def model_scale_for(self, height: int, width: int) -> float:
+        """From 1 to 4: what makes the output of a source of that size without a second resampling."""
+        wanted = max(
+            a / b for a, b in zip(self.output(height, width), self.model(height, width), strict=True)
+        )
+        return min(4.0, max(1.0, wanted))
 
     def to_model(self, rgb: Tensor) -> Tensor:
         """(1, 3, h, w) in [0, 1] -> the frame that the model sees, in [0, 1]."""

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ...errors import IncompatibleInputError
-from ...options import check_options, defaults, option
+from ...options import check_options, option
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -194,12 +193,3 @@ class UpscaleOptions:
     def to_json(self) -> str:
         """One line of JSON, keys sorted, for a state's metadata and a video's journal."""
         return json.dumps(asdict(self), sort_keys=True)
-
-
-def with_preset(preset: str, own: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `UpscaleOptions`: one of PRESETS, and `own`, which wins where it is not the default."""
-    if preset not in PRESETS:
-        raise IncompatibleInputError(f"preset as one of {', '.join(PRESETS)}", repr(preset))
-    default, fields = defaults(UpscaleOptions), PRESETS[preset].items()
-    left = {name: value for name, value in fields if own.get(name, default[name]) == default[name]}
-    return {**own, **left}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import CheckpointError, IncompatibleInputError, ModelNotFoundError
+from ...errors import CheckpointError, IncompatibleInputError, ModelNotFoundError, StreamDiffVSRError
 from ...files import fingerprint, read_json, read_shapes, read_weights
 from ...weights.networks import Shapes, check_keys, shapes_of
 from .decoders import TinyDecoder
@@ -54,13 +54,19 @@ def recognise(folder: Path) -> bool:
     return find(folder, TRANSFORMER) is not None or find(folder, PROJECTION) is not None
 
 
-def problem(folder: Path) -> str | None:
-    """Why a folder cannot be opened, in one sentence; None where all that its files say is right."""
+def problem(folder: Path) -> StreamDiffVSRError | None:
+    """Why a folder cannot be opened; None where all that its files say is right."""
     try:
         _read(folder, VERSIONS[0])
     except (CheckpointError, ModelNotFoundError) as error:
-        return str(error)
+        return error
     return None
+
+
+def needed(names: Collection[str], folder: Path) -> list[str]:
+    """Of all published names those that run the model; the prompt is published elsewhere."""
+    chosen = [next((name for name in FILES[part] if name in names), None) for part in FILES]
+    return [name for name in chosen if name]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,12 @@ from ...options import check_options, option
 
 DECODERS = ("tiny", "full")
 
+PRESETS: dict[str, dict[str, float]] = {"exact": {}, "balanced": {}, "fast": {"sparse_ratio": 1.5}}
+"""exact and balanced: as published. fast: the published faster setting."""
+
+OWN = "FlashVSR"
+"""Title of the flags that no other family has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FlashVSROptions:
@@ -16,29 +22,39 @@ class FlashVSROptions:
     scale: float = option(4.0, "How many times larger the result is on each side.", low=1, high=4, step=0.5)
     seed: int = option(0, "Number that the noise is drawn from.", low=0, high=2**64 - 1)
     decoder: str = option(
-        "tiny", "tiny is fast and sees the low-quality frames; full is Wan's own decoder.", choices=DECODERS
+        "tiny",
+        "tiny is fast and sees the low-quality frames; full is Wan's own decoder.",
+        choices=DECODERS,
+        group=OWN,
     )
     colour_fix: str = option(
         "adain",
         "adain gives each frame the mean and contrast per channel of its low-quality frame.",
         choices=("adain", "none"),
+        group=OWN,
     )
     sparse_ratio: float = option(
         2.0, "How much each window attends to; 1.5 is faster, 2 steadier.", low=0.01, high=10, step=0.1,
-        expert=True,
+        expert=True, group=OWN,
     )  # fmt: skip
     kv_ratio: int = option(
-        3, "How many earlier pairs of latents are attended to and kept in memory.", low=1, high=8, expert=True
+        3,
+        "How many earlier pairs of latents are attended to and kept in memory.",
+        low=1,
+        high=8,
+        expert=True,
+        group=OWN,
     )
     local_range: int = option(
         11, "Side, in windows of 128 pixels, of the area that a window may attend to; 9 is sharper.",
-        low=1, high=99, expert=True,
+        low=1, high=99, expert=True, group=OWN,
     )  # fmt: skip
     memory_plan: str = option(
         "auto",
         "offload keeps the transformer in system memory between uses; auto does so when memory runs out.",
         choices=("auto", "whole", "offload"),
         expert=True,
+        group="memory",
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,108 @@
+"""A folder of Stream-DiffVSR: whether it is one, what it needs to be whole, and the pipeline made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...errors import CheckpointError, ModelNotFoundError
+from ...files import fingerprint, read_json
+from ...flow import open_flow
+from ...flow.open import open_flow_network
+from ...weights.folders import user_cache
+from ...weights.networks import Shapes, shapes_of
+from .build import build, fill
+from .check import check_networks, check_text, default_flow, problem, remembered_shapes, traits
+from .control import Control
+from .parts import (
+    CONFIG,
+    INDEX,
+    NETWORKS,
+    SCHEDULER_CONFIG,
+    TEXT_ENCODER,
+    TOKENIZER,
+    Part,
+    choose,
+    shards,
+)
+from .pipeline import StreamDiffVSRPipeline
+from .prompt import PromptEmbeddings
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt", "tokenizer.json",
+)  # fmt: skip
+
+
+def recognise(folder: Path) -> bool:
+    """Whether a folder is meant to hold Stream-DiffVSR, by what is in it."""
+    return (folder / INDEX).is_file() or any((folder / name).is_dir() for name in NETWORKS)
+
+
+def needed(names: Collection[str], folder: Path) -> list[str]:
+    """Of all published names those that run the model: each part once, in its best form."""
+    text = not PromptEmbeddings(folder, user_cache()).has("")
+    wanted = {INDEX, SCHEDULER_CONFIG.as_posix()}
+    for part in [*NETWORKS, *([TEXT_ENCODER] if text else [])]:
+        inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
+        chosen = choose(inside, part)
+        if chosen is None:
+            raise CheckpointError(f"What is published there holds no weights of {part}.")
+        files = [CONFIG, chosen, *(shards(inside, chosen) if chosen.endswith(".json") else [])]
+        wanted |= {f"{part}/{name}" for name in files}
+    if text:
+        wanted |= {f"{TOKENIZER}/{name}" for name in TOKENIZER_FILES}
+    return [name for name in names if name in wanted]
+
+
+def lacks_text_only(folder: Path) -> bool:
+    """Whether nothing but the text encoder or the tokenizer is missing."""
+    error = problem(folder)
+    return isinstance(error, ModelNotFoundError) and error.component.startswith((TEXT_ENCODER, TOKENIZER))
+
+
+def open_diffvsr(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    flow: str | Callable[[Tensor, Tensor], Tensor],
+    flow_folders: Iterable[Path],
+) -> StreamDiffVSRPipeline:
+    """Load a folder, each weight straight to its device and number format, strictly.
+
+    `flow_folders`: where RAFT's weights are looked for, too. Raises `ModelNotFoundError` or
+    `CheckpointError`.
+    """
+    networks, prompts = _Networks(), PromptEmbeddings(folder, user_cache())
+    with torch.inference_mode(False):
+        parts = check_networks(folder, networks.shapes)
+        check_text(folder, remembered_shapes)
+        # Before the networks, so that the text encoder is gone when they come.
+        prompts.get("")
+        filled = {part.name: fill(networks[part.name], part, device, dtype) for part in parts}
+        chosen_flow = default_flow(folder) if flow == "auto" else flow
+        raft_folders = [folder, folder.parent, *flow_folders]
+        estimator = open_flow(chosen_flow, partial(open_flow_network, folders=raft_folders)).to(device)
+    return StreamDiffVSRPipeline(
+        unet=filled["unet"],
+        control=Control(filled["controlnet"]),
+        vae=filled["vae"],  # type: ignore[arg-type]
+        flow=estimator,
+        prompts=prompts,
+        scheduler_config=read_json(folder / SCHEDULER_CONFIG),
+        device=device,
+        dtype=dtype,
+        model=fingerprint(file for part in parts for file in part.files),
+        traits=traits(folder),
+    )
+
+
+class _Networks(dict[str, torch.nn.Module]):
+    """Networks built without weights: first to compare them with their files, then to be filled."""
+
+    def shapes(self, part: Part) -> Shapes:
+        self[part.name] = build(part)
+        return shapes_of(self[part.name])

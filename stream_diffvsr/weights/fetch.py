@@ -1,0 +1,287 @@
+"""Released weights, onto this machine: only what is needed, resumed, and whole or not there.
+
+huggingface_hub downloads, in a process of its own: that can be ended at once, and what it has written
+tells how far it is, with every version of the library.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryFile
+
+from ..errors import ModelNotFoundError, StreamDiffVSRError
+from .find import PARTIAL, VARIABLE, registered
+from .folders import user_models
+from .released import REVISION_VARIABLE, Release
+
+log = logging.getLogger(__name__)
+
+OnProgress = Callable[[int, int], None]
+"""(done_bytes, total_bytes); (0, 1) while the total is not known yet.
+
+An exception from it ends the download, which resumes from there next time.
+"""
+
+Needed = Callable[[Collection[str], Path], Collection[str]]
+"""Of all published names those that a folder needs to be whole."""
+
+SPARE = 1 << 26
+"""Bytes to leave free on the disk."""
+
+INTERVAL = 0.1
+"""Seconds between two calls of `on_progress`."""
+
+LIFELINE = """
+import json, os, sys, threading
+sys.path = [path for path in sys.path if path]
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(3)), daemon=True).start()
+"""
+"""Ends a child with its parent, however that ends."""
+
+LIST = """
+from huggingface_hub import HfApi
+info = HfApi().model_info(sys.argv[1], revision=sys.argv[2], files_metadata=True, timeout=30)
+print(json.dumps([info.sha, {file.rfilename: file.size for file in info.siblings}]))
+"""
+
+CHUNK = 1 << 16
+"""Bytes between two writes; the library's own 10 MB, which a cancel loses, are minutes on a slow line."""
+
+BRING = f"""
+from huggingface_hub import constants, snapshot_download
+constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}
+repository, revision, folder, names = sys.argv[1:]
+snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=json.loads(names))
+"""
+
+
+class FetchError(StreamDiffVSRError):
+    """The hub said no, or could not be reached."""
+
+
+def offline() -> bool:
+    """Whether the user forbids traffic, by HF_HUB_OFFLINE."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
+
+
+def endpoint() -> str:
+    """The hub's address, as HF_ENDPOINT says."""
+    from huggingface_hub import constants
+
+    return constants.ENDPOINT
+
+
+def fetch(
+    release: Release,
+    targets: Sequence[Path],
+    needed: Needed,
+    whole: Callable[[Path], bool],
+    *,
+    revision: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> Path:
+    """Bring a release to the first of `targets` that can be written; return that folder.
+
+    Files that are there in the published size are kept. Raises `ModelNotFoundError` with what to do by
+    hand; what has come so far stays beside the folder, where the next call continues.
+    """
+    target = next((target for target in targets if _can_bring_to(target)), None)
+    if target is None:
+        hint = f"No models folder can be written; name one in {VARIABLE}."
+        raise ModelNotFoundError(f"weights of {release.name}", targets[-1], hint)
+    tell = on_progress or (lambda done, total: None)
+    log.info("downloading %s to %s", release.repository, target)
+    try:
+        with _alone(target, tell):
+            if not whole(target):
+                _bring(release, target, needed, revision or os.environ.get(REVISION_VARIABLE) or "main", tell)
+    except FetchError as error:
+        raise by_hand(release, target, str(error)) from error
+    except OSError as error:
+        raise by_hand(release, target, f"{error.strerror or error} ({error.filename or target})") from error
+    return target
+
+
+def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
+    """One sentence for those who have to do it themselves."""
+    return ModelNotFoundError(
+        f"weights of {release.name}",
+        target,
+        f"They could not be downloaded: {reason}; try again later, or get the files of "
+        f"{endpoint()}/{release.repository} in another way and put them into {target}.",
+    )
+
+
+def usual_targets(release: Release, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
+    """Where a release goes, best first: the folders that somebody named, then the user's own.
+
+    Links are followed: what comes must lie on the same disk.
+    """
+    return [(root / release.name).resolve() for root in [*registered(extra_folders), user_models()]]
+
+
+def _can_bring_to(target: Path) -> bool:
+    return _can_write(target.parent) and (not target.exists() or _can_write(target))
+
+
+def _can_write(folder: Path) -> bool:
+    """Tried, not asked: what the system says about permissions is not the whole truth on shared disks."""
+    probe = folder / f".{os.getpid()}.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def _alone(target: Path, tell: OnProgress) -> Iterator[None]:
+    """Only one process downloads to a folder; others wait, and may be cancelled while they do."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(target.parent / f".{target.name}.lock")
+    while not lock.is_locked:
+        try:
+            lock.acquire(timeout=INTERVAL)
+        except Timeout:
+            tell(0, 1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _bring(release: Release, target: Path, needed: Needed, revision: str, tell: OnProgress) -> None:
+    """Fetch what the folder lacks beside it, and put it there when all of it has its size."""
+    if offline():
+        raise FetchError("HF_HUB_OFFLINE is set")
+    commit, sizes = _listed(release.repository, revision, tell)
+    wanted = needed(list(sizes), target)
+    missing = [name for name in wanted if sizes[name] == 0 or _size(target / name) != sizes[name]]
+    work = target.with_name(target.name + PARTIAL)
+    _check_space(work, sum(sizes[name] for name in missing))
+    total = sum(sizes[name] for name in wanted)
+    there = total - sum(sizes[name] for name in missing)
+    arguments = [release.repository, commit, str(work), json.dumps(missing)]
+    while missing:
+        before = _bytes_in(work)
+        try:
+            _child(BRING, arguments, lambda: tell(min(there + _bytes_in(work), total), total))
+            break
+        except FetchError as error:
+            if _bytes_in(work) <= before:
+                raise
+            log.info("%s; continuing", error)
+    for name in missing:
+        if _size(work / name) != sizes[name] > 0:
+            got = f"{_size(work / name)} of {sizes[name]} bytes of {name}"
+            raise FetchError(f"only {got} came")
+    shutil.rmtree(work / ".cache", ignore_errors=True)
+    if missing and not target.exists():
+        work.replace(target)
+    else:
+        for name in missing:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).replace(target / name)
+        shutil.rmtree(work, ignore_errors=True)
+    tell(total, total)
+
+
+def _listed(repository: str, revision: str, tell: OnProgress) -> tuple[str, dict[str, int]]:
+    """A revision's commit, and the size of each of its files by name; 0 where a mirror does not tell."""
+    try:
+        answer = json.loads(_child(LIST, [repository, revision], lambda: tell(0, 1)))
+    except FetchError as error:
+        raise FetchError(f"{repository} at revision {revision!r}: {error}") from error
+    commit, sizes = answer
+    if not (commit and sizes):
+        raise FetchError(_ANOTHER_ANSWERS.format(endpoint()))
+    return commit, {name: size or 0 for name, size in sizes.items()}
+
+
+_ANOTHER_ANSWERS = (
+    "{} answered with something else than a list of files: another server answers in its place "
+    "(a login page of the network, or a wrong HF_ENDPOINT)"
+)
+
+
+def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
+    """What a short program prints; `look` is called while it runs, and an exception from it ends it."""
+    settings = {
+        "HF_ENDPOINT": endpoint(),
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        # Its downloads are not resumed from a file, nor does one tell how far they are.
+        "HF_HUB_DISABLE_XET": "1",
+    }
+    command = [sys.executable, "-c", LIFELINE + program, *arguments]
+    with TemporaryFile() as out, TemporaryFile() as err:
+        child = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=out, stderr=err, env={**os.environ, **settings}
+        )
+        try:
+            while child.poll() is None:
+                look()
+                with suppress(subprocess.TimeoutExpired):
+                    child.wait(INTERVAL)
+        finally:
+            child.kill()
+            child.communicate()
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+    if child.returncode:
+        raise FetchError(_reason(texts[1]))
+    return texts[0]
+
+
+def _reason(trace: str) -> str:
+    """What a child's last error says, for the person who waits for it."""
+    lines = [line.strip() for line in trace.splitlines() if line.strip()] or ["it ended without a word"]
+    last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
+    kinds = {
+        ("401 ", "403 ", "GatedRepo"): f"{endpoint()} refuses it: it does not exist there, or needs a login "
+        "(set HF_TOKEN, or run 'hf auth login')",
+        ("404 ", "NotFoundError"): f"{endpoint()} does not have it",
+        ("No space left", "[Errno 28]"): "No space left on the disk",
+        ("JSONDecodeError", "KeyError", "TypeError"): _ANOTHER_ANSWERS.format(endpoint()),
+        ("Connect", "Timeout", "resolve host", "Protocol"): f"the connection to {endpoint()} failed",
+    }
+    told = next((text for signs, text in kinds.items() if any(sign in trace for sign in signs)), "")
+    return f"{told} ({last[:200]})" if told else last[:300]
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where there is none."""
+    try:
+        return path.stat().st_size if path.is_file() else -1
+    except OSError:  # just renamed
+        return -1
+
+
+def _bytes_in(folder: Path) -> int:
+    """Bytes that have come so far."""
+    return sum(max(0, _size(path)) for path in folder.rglob("*"))
+
+
+def _check_space(work: Path, needed: int) -> None:
+    lacking = needed - _bytes_in(work) + SPARE
+    free = shutil.disk_usage(work.parent).free
+    if needed and free < lacking:
+        raise FetchError(
+            f"the disk of {work.parent} has {free / 1e9:.2f} GB free, {lacking / 1e9:.2f} GB are needed; "
+            f"make room, or name a folder on another disk in {VARIABLE}"
+        )
