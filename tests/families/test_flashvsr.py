@@ -559,7 +559,7 @@ def test_memory_of_the_real_networks(real):
 
 def test_no_run_takes_more_than_bytes_needed(upscaler):
     options = FlashVSROptions(scale=4, sparse_ratio=0.4)
-    with LiveTensors() as live:
+    with LiveTensors(upscaler.weights()) as live:
         for result in upscaler.stream(clip(29, 32, 64), options):
             del result
     assert live.peak < 1.1 * upscaler.bytes_needed((32, 64), options)

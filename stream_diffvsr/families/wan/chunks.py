@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import lru_cache, partial
+from itertools import chain
 from threading import Lock
 from typing import Any, ClassVar, Protocol
 
@@ -168,6 +169,11 @@ class ChunkUpscaler(ABC):
                     raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
                 log.warning("out of memory (%s): the transformer's blocks wait in system memory now", message)
 
+    def weights(self) -> list[Tensor]:
+        """All tensors that it holds whatever it computes."""
+        held = (chain(network.parameters(), network.buffers()) for network in self.networks.values())
+        return [*chain.from_iterable(held), self.prompt]
+
     def _acquire(self, stage: str, lq: Tensor, options: Any) -> Any:
         """A network, brought to the device."""
         if not self.placement.fixed:
@@ -206,7 +212,7 @@ class ChunkUpscaler(ABC):
             model=self.model,
         )
         memory = self.Memory()
-        with torch.no_grad(), LiveTensors([]) as live:
+        with torch.no_grad(), LiveTensors(empty.weights()) as live:
             for _ in range(2):
                 count = self.whole(memory, options)
                 frames = [torch.empty((1, 3, *size), device="meta") for _ in range(count)]
