@@ -93,16 +93,21 @@ def _what_instead(path: Path) -> str:
 
 
 def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
-    """A state dict saved by torch, opened without running anything that it may hold."""
-    try:
-        state = torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
-    except Exception as error:  # damaged content makes the unpickler fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _damaged(path, f"is no whole file of weights alone ({reason})") from error
+    """A state dict saved by torch."""
+    state = read_pickled(path, device)
     state = {"": state} if isinstance(state, Tensor) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise _damaged(path, "holds something else than named weights")
     return state
+
+
+def read_pickled(path: Path, device: str = "cpu") -> Any:
+    """What torch saved, opened without running anything that it may hold; raises `CheckpointError`."""
+    try:
+        return torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
+    except Exception as error:  # damaged content makes the unpickler fail in any way
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise _damaged(path, f"is no whole file of weights alone ({reason})") from error
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:

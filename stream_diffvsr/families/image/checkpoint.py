@@ -1,0 +1,126 @@
+"""Files of single-image models: which they are, and the upscaler made of one."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...devices import resolve_device, resolve_dtype
+from ...errors import CheckpointError, ModelNotFoundError
+from ...files import fingerprint, read_pickled, read_shapes, read_tensors
+from ...flow.open import open_bundled
+from .method import ImageModel
+from .network import CHANNELS, ImageNetwork
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt")
+
+SCALES = range(1, 9)
+
+OTHER_USE = {
+    "LaMa": "fills in masked parts",
+    "GFPGAN": "needs aligned faces",
+    "RestoreFormer": "needs aligned faces",
+}
+"""Architectures of spandrel's that do not take a frame and give it larger or cleaner."""
+
+
+def recognise(path: str | Path) -> str:
+    """The architecture of a file's model by its names and shapes; no weights are read, and nothing is run.
+
+    Raises `ModelNotFoundError`, or `CheckpointError` where it is no model of this family.
+    """
+    path = Path(path)
+    _check_name(path)
+    return _architecture(path, _read(path, "meta"))
+
+
+def problem(path: str | Path) -> str | None:
+    """Why a file cannot be opened, in one sentence; None where all that its names and shapes say is right."""
+    try:
+        recognise(path)
+    except (CheckpointError, ModelNotFoundError) as error:
+        return str(error)
+    return None
+
+
+def open_image_model(
+    path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
+) -> ImageModel:
+    """Load a model's file; half precision becomes float32, which is logged, where the model does not bear it.
+
+    Raises `ModelNotFoundError`, `CheckpointError` or, for a wrong device or dtype, `IncompatibleInputError`.
+    """
+    from spandrel import MAIN_REGISTRY, ImageModelDescriptor
+
+    path, device = Path(path), resolve_device(device)
+    dtype = resolve_dtype(dtype, device)
+    _check_name(path)
+    with torch.inference_mode(False):
+        weights = _read(path, "cpu")
+        name = _architecture(path, weights)
+        try:
+            descriptor = MAIN_REGISTRY.load(weights)
+        except Exception as error:  # each architecture reads its settings out of the weights in its own way
+            reason = (str(error).strip().splitlines() or [repr(error)])[0]
+            raise CheckpointError(
+                f"{path} looks like {name}, but does not fit it ({reason}): it is damaged, or newer."
+            ) from error
+        channels = descriptor.input_channels, descriptor.output_channels
+        if not isinstance(descriptor, ImageModelDescriptor) or channels not in CHANNELS:
+            raise CheckpointError(
+                f"{path} ({name}) takes {channels[0]} channels and gives {channels[1]}; "
+                "choose a model of colour or grey pictures."
+            )
+        if descriptor.scale not in SCALES:
+            raise CheckpointError(
+                f"{path} ({name}) enlarges {descriptor.scale} times; choose one of 1 to 8 times."
+            )
+        if {torch.float16: descriptor.supports_half, torch.bfloat16: descriptor.supports_bfloat16}.get(
+            dtype, True
+        ) is False:
+            log.warning("%s is not made for %s; it runs in float32", name, str(dtype).removeprefix("torch."))
+            dtype = torch.float32
+        network = ImageNetwork(descriptor).to(device, dtype).eval().requires_grad_(False)
+        flow = open_bundled().to(device)
+    return ImageModel(network, flow, device, dtype, fingerprint([path]))
+
+
+def _check_name(path: Path) -> None:
+    if not path.is_file():
+        raise ModelNotFoundError("single-image model", path, "Check the path.")
+    if path.suffix.lower() not in SUFFIXES:
+        raise CheckpointError(f"{path} is no model file: its name must end in {', '.join(SUFFIXES)}.")
+
+
+def _read(path: Path, device: str) -> dict[str, Any]:
+    """Weights by name, free of what training wrapped them in; on 'meta' without their numbers."""
+    from spandrel import canonicalize_state_dict
+
+    if path.suffix.lower() != ".safetensors":
+        weights = read_pickled(path, device)
+    elif device == "meta":
+        weights = {name: torch.empty(shape, device=device) for name, shape in read_shapes(path).items()}
+    else:
+        weights = read_tensors(path)[0]
+    weights = canonicalize_state_dict(weights) if isinstance(weights, dict) else {}
+    return {name: value for name, value in weights.items() if isinstance(name, str)}
+
+
+def _architecture(path: Path, weights: dict[str, Any]) -> str:
+    from spandrel import MAIN_REGISTRY
+
+    for each in MAIN_REGISTRY.architectures("detection"):
+        if each.detect(weights):
+            if use := OTHER_USE.get(each.architecture.id):
+                raise CheckpointError(
+                    f"{path} ({each.architecture.name}) {use}; choose a model for upscaling."
+                )
+            return each.architecture.name
+    raise CheckpointError(
+        f"{path} holds no super-resolution or restoration model that spandrel knows; choose another file."
+    )

@@ -1,0 +1,237 @@
+"""A single-image model as an `Upscaler`: frame by frame, each in less memory where it does not fit."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...devices import repeatable
+from ...errors import CheckpointError, IncompatibleInputError, VRAMError
+from ...flow.bundled import FlowNetwork
+from ...memory import count_bytes, free_memory, is_out_of_memory, on_meta, release_caches
+from ...tensors import MINIMUM_SIDE, check_frame, check_shape, is_finite
+from ...upscaler import FixedPlacement, Info, OnStep, Placement, Provenance, State, Upscaled, ignore, stream
+from .network import ImageNetwork
+from .options import ImageOptions
+from .steady import steadied
+
+log = logging.getLogger(__name__)
+
+FAMILY = "image"
+
+HQ, LQ = "previous_hq", "previous_lq"
+
+TILES = "tiles"
+"""In a state's details: 'whole', or the side in output pixels of the tiles that memory allowed."""
+
+WHOLE = "whole"
+LADDER = (2048, 1024, 512, 256)
+"""Sides of tiles, in output pixels, that are tried one after the other where memory runs out."""
+
+ROUGH = 512
+"""Numbers per pixel, of both the frame and its result, that a model is taken to need where none can be
+counted: a few feature maps of 64 channels at once, and as many again to spare."""
+
+MEGABYTE = 2**20
+
+
+class ImageModel:
+    """A loaded single-image model; it keeps nothing about any video."""
+
+    Options = ImageOptions
+
+    def __init__(
+        self, network: ImageNetwork, flow: FlowNetwork, device: torch.device, dtype: torch.dtype, model: str
+    ) -> None:
+        self.network, self.flow, self.device, self.dtype = network, flow, device, dtype
+        self.networks = {"image": network, "flow": flow}
+        self.placement: Placement = FixedPlacement(device)
+        # Smaller frames than the model's own minimum are padded, so that the minimum is that of all families.
+        self.info = Info(
+            FAMILY,
+            model,
+            str(dtype).removeprefix("torch."),
+            scales=(float(network.scale),),
+            minimum=MINIMUM_SIDE,
+        )
+        self._lock = threading.Lock()
+        self._needs = lru_cache(maxsize=64)(self._count)
+
+    def session(
+        self,
+        options: ImageOptions | None = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> ImageSession:
+        """Begin a sequence, or continue the one of `state`; there is no `noise` in these models."""
+        if noise is not None:
+            raise IncompatibleInputError("no noise, as single-image models draw none", "a tensor of it")
+        return ImageSession(self, options or ImageOptions(), state or State(), on_step or ignore)
+
+    def stream(
+        self,
+        frames: Iterable[Tensor],
+        options: ImageOptions | None = None,
+        state: State | None = None,
+        on_step: OnStep | None = None,
+        noise: Tensor | None = None,
+    ) -> Iterator[Upscaled]:
+        """Upscale frame after frame, lazily; see `upscaler.stream`."""
+        return stream(self.session(options, state, on_step, noise), frames)
+
+    def provenance(self, size: tuple[int, int], options: ImageOptions | None = None) -> Provenance:
+        """How frames are made now: in tiles only where they are asked for, or where memory ran out."""
+        options = options or ImageOptions()
+        return self._provenance(options, options.tile_size)
+
+    def bytes_needed(self, size: tuple[int, int], options: ImageOptions | None = None) -> int:
+        """Bytes that an LQ frame of `size` (height, width) takes beside the weights.
+
+        Counted on the meta device; where a model's code does not run there, ROUGH numbers per pixel of the
+        frame and of its result.
+        """
+        options = options or ImageOptions()
+        return self._needs(tuple(size), options.tile_size, options.tile_overlap, options.steady > 0)
+
+    def process(
+        self, lq: Tensor, before: State, options: ImageOptions, on_step: OnStep
+    ) -> tuple[Upscaled, State]:
+        """One frame (1, 3, h, w) and the state before it -> its result and the state after it.
+
+        Nothing that is handed in is changed, whatever happens. Where memory runs out and no `tile_size` is
+        given, the frame is repeated in tiles, and the sequence goes on so; that is logged and recorded.
+        Raises `IncompatibleInputError`, `VRAMError` where no tile is small enough, `CheckpointError` where
+        the result is not finite.
+        """
+        with self._lock, torch.no_grad():
+            tile = self._accept(lq, before, options)
+            while True:
+                try:
+                    with repeatable():
+                        hq, kept = self._compute(lq, before, options, tile, on_step)
+                    break
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    message = str(error).strip().partition("\n")[0]
+                # Here the error is gone, and with it the tensors that its traceback held.
+                tile = self._smaller(tile, lq, options, message)
+        after = State(FAMILY, before.index + 1, kept, self._provenance(options, tile))
+        return Upscaled(before.index, hq), after
+
+    def _accept(self, lq: Tensor, before: State, options: ImageOptions) -> int | None:
+        """Refuse what does not fit, tell which settings changed; the tile size in force."""
+        check_frame(lq)
+        if before.family not in ("", FAMILY) or set(before.tensors) not in (set(), {HQ, LQ}):
+            raise IncompatibleInputError("a state of a single-image model", f"one of {before.family or '?'}")
+        old, recorded = before.provenance, before.provenance.details.get(TILES, WHOLE)
+        if old.model not in ("", self.info.model):
+            raise IncompatibleInputError(f"a state of model {self.info.model}", f"one of model {old.model}")
+        if before.has_previous:
+            was, now = (f"{x.shape[-1]}x{x.shape[-2]}" for x in (before.tensors[LQ], lq))
+            if was != now:
+                raise IncompatibleInputError(f"a frame of {was}, the size of the state", now)
+            large = (self.network.scale * side for side in lq.shape[-2:])
+            check_shape(before.tensors[HQ], (1, 3, *large), HQ)
+        fallen = int(recorded) if options.tile_size is None and recorded.isdecimal() else None
+        tile = options.tile_size or fallen
+        if changes := old.differences(self._provenance(options, tile)):
+            log.warning("not an exact continuation of frame %d: %s", before.index, changes)
+        return tile
+
+    def _compute(
+        self, lq: Tensor, before: State, options: ImageOptions, tile: int | None, on_step: OnStep
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The frame's hq and the tensors that the next one needs, both on the upscaler's device."""
+        size = lq.shape[-2], lq.shape[-1]
+        device = self._acquire("image", size, options)
+        lq = lq.to(device)
+        hq = self.network.upscale(lq, tile, options.tile_overlap, on_step)
+        if before.has_previous and options.steady > 0:
+            device = self._acquire("flow", size, options)
+            previous = before.to(device).tensors
+            hq = steadied(
+                hq.to(device), lq.to(device), (previous[HQ], previous[LQ]), self.flow, options.steady
+            )
+            on_step("steady", 1, 1)
+        hq = hq.to(self.device)
+        if not is_finite(hq):
+            raise CheckpointError(
+                f"a frame came out with values that are not finite in {self.info.number_format}: "
+                "use float32; where that does not help, the weights are damaged."
+            )
+        kept = {HQ: hq, LQ: lq.to(self.device, copy=True)}
+        return hq, kept if options.steady > 0 else {}
+
+    def _acquire(self, stage: str, size: tuple[int, int], options: ImageOptions) -> torch.device:
+        """Bring a network to the device where it runs."""
+        if self.placement.fixed:
+            return self.device
+        return self.placement.acquire(stage, self.bytes_needed(size, options))
+
+    def _smaller(self, tile: int | None, lq: Tensor, options: ImageOptions, message: str) -> int:
+        """The next smaller tiles, after memory ran out; raises `VRAMError` where there are none."""
+        release_caches(self.device)
+        longest = max(lq.shape[-2:]) * self.network.scale
+        lower = [each for each in LADDER if each < (tile or longest)]
+        if options.tile_size is not None or not lower:
+            need = self.bytes_needed((lq.shape[-2], lq.shape[-1]), options)
+            remedy = f"it ran out ({message}); use smaller frames, a smaller tile_size or dtype float16"
+            raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
+        log.warning(
+            "out of memory (%s): this frame and those after it are computed in tiles of %d output pixels, "
+            "an approximation",
+            message,
+            lower[0],
+        )
+        return lower[0]
+
+    def _provenance(self, options: ImageOptions, tile: int | None) -> Provenance:
+        details = {TILES: str(tile or WHOLE)}
+        return Provenance(
+            self.info.model, self.info.number_format, self.info.runtime, asdict(options), details
+        )
+
+    def _count(self, size: tuple[int, int], tile: int | None, overlap: int, steady: bool) -> int:
+        network, flow = on_meta(self.network), on_meta(self.flow)
+
+        def frame() -> Tensor:
+            lq = torch.empty((1, 3, *size))
+            hq = network.upscale(lq, tile, overlap, ignore)
+            before = torch.empty_like(hq), torch.empty_like(lq)
+            return steadied(hq, lq, before, flow, 1.0) if steady else hq
+
+        try:
+            return count_bytes(frame, [*network.state_dict().values(), *flow.state_dict().values()])
+        except Exception as error:  # some models' code asks for numbers, which the meta device has not
+            log.debug("the memory of this model cannot be counted: %r", error)
+            scale = self.network.scale
+            height, width = (min(side, (tile or side * scale) // scale + 1) for side in size)
+            return ROUGH * self.dtype.itemsize * height * width * (1 + scale**2)
+
+
+class ImageSession:
+    """A `Session` of a single-image model: every frame gives its result at once, every frame is a border."""
+
+    def __init__(self, upscaler: ImageModel, options: ImageOptions, state: State, on_step: OnStep) -> None:
+        self._upscaler, self._options, self._state, self._on_step = upscaler, options, state, on_step
+
+    def push(self, lq: Tensor) -> list[Upscaled]:
+        """Upscale the next frame, (1, 3, h, w) -> one result."""
+        result, self._state = self._upscaler.process(lq, self._state, self._options, self._on_step)
+        return [result]
+
+    def finish(self) -> list[Upscaled]:
+        """Nothing is ever missing."""
+        return []
+
+    def state(self) -> State:
+        """The state after the last frame; with `steady` 0 it holds a number and no pictures."""
+        return self._state

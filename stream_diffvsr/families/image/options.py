@@ -1,0 +1,39 @@
+"""What a user can set for a single-image model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...errors import IncompatibleInputError
+from ...options import check_options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """Settings of one sequence, checked once."""
+
+    steady: float = option(
+        0.0,
+        "How strongly a result is held to the one before, moved along, where both frames show the same. "
+        "0: every frame by itself, as the model makes it. Higher: less flicker, a little softer.",
+        low=0, high=1, step=0.05,
+    )  # fmt: skip
+    tile_size: int | None = option(
+        None,
+        "Side, in output pixels, of the tiles that a frame is computed in; it takes less memory and changes "
+        "the picture slightly. Unset: the whole frame at once, and in tiles only where memory runs out.",
+        kind=int, low=64, high=2**20, unset=0, unset_help="the whole frame", group="memory", expert=True,
+        metavar="N",
+    )  # fmt: skip
+    tile_overlap: int = option(
+        64,
+        "Overlap of the tiles in output pixels, below half of the tile size.",
+        low=0, high=2**20, group="memory", expert=True, metavar="N",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.tile_size is not None and self.tile_overlap * 2 >= self.tile_size:
+            raise IncompatibleInputError(
+                f"tile_overlap below half of tile_size {self.tile_size}", str(self.tile_overlap)
+            )

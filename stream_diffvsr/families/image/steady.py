@@ -1,0 +1,46 @@
+"""A result held to the one before: a recursive mean along the motion, where both frames show the same."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...flow.bundled import FlowNetwork, enlarged_and_reduced, pull
+
+MOST = 0.9
+"""Share of the previous result at `steady` 1: nothing stays for ever."""
+
+MATCH = 0.12
+"""Difference of the two LQ frames, in model range, at which trust has fallen to a third."""
+
+AGREE_PIXELS, AGREE_SHARE = 0.5, 0.05
+"""Flow there and back may miss its start by so many LQ pixels, and by this share of both lengths besides."""
+
+WINDOW = 5
+"""Side, in LQ pixels, over which differences are averaged and trust is faded."""
+
+
+def steadied(
+    hq: Tensor, lq: Tensor, before: tuple[Tensor, Tensor], flow: FlowNetwork, steady: float
+) -> Tensor:
+    """`hq` (1, 3, H, W) blended with the previous result; `before` are the previous hq and lq."""
+    previous_hq, previous_lq = before
+    scale = hq.shape[-1] // lq.shape[-1]
+    now, then = enlarged_and_reduced(lq), enlarged_and_reduced(previous_lq)
+    there, back = flow(now, then), flow(then, now)
+    moved, inside = pull(torch.cat([previous_lq, back], 1), there)
+    returned = moved[:, 3:]
+    lengths = (there.square() + returned.square()).sum(1, keepdim=True)
+    missed = (there + returned).square().sum(1, keepdim=True)
+    agrees = inside * (missed < AGREE_PIXELS**2 + AGREE_SHARE * lengths)
+    agrees = -F.max_pool2d(-agrees, 3, 1, 1)
+    difference = mean((moved[:, :3] - lq).abs().mean(1, keepdim=True))
+    trust = mean(agrees) * agrees * torch.exp(-(difference / MATCH).square())
+    large = F.interpolate(torch.cat([there * scale, trust], 1), scale_factor=scale, mode="bilinear")
+    warped, _ = pull(previous_hq, large[:, :2])
+    return hq + MOST * steady * large[:, 2:] * (warped - hq)
+
+
+def mean(picture: Tensor) -> Tensor:
+    return F.avg_pool2d(picture, WINDOW, 1, WINDOW // 2, count_include_pad=False)
