@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import tarfile
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -104,7 +105,12 @@ def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
 def read_pickled(path: Path, device: str = "cpu") -> Any:
     """What torch saved, opened without running anything that it may hold; raises `CheckpointError`."""
     try:
-        return torch.load(path, map_location=device, mmap=zipfile.is_zipfile(path), weights_only=True)
+        zipped = zipfile.is_zipfile(path)
+        names = zipfile.ZipFile(path).namelist() if zipped else []
+        # Before 2.6 torch runs programs in these two kinds of archive, whatever weights_only says.
+        if tarfile.is_tarfile(path) or any(name.endswith("/constants.pkl") for name in names):
+            raise ValueError("it is a TorchScript program or torch's oldest format: save the weights alone")
+        return torch.load(path, map_location=device, mmap=zipped, weights_only=True)
     except Exception as error:  # damaged content makes the unpickler fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _damaged(path, f"is no whole file of weights alone ({reason})") from error

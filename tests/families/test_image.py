@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import tarfile
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -343,6 +344,7 @@ def test_files_that_are_no_model(tmp_path, monkeypatch, path):
             lambda path: torch.jit.script(nn.Conv2d(3, 3, 1)).save(path),
             "no whole file of weights",
         ),
+        "old.pth": (lambda path: tarfile.open(path, "w").close(), "torch's oldest format"),
         "lama.ckpt": (lambda path: torch.save(lama, path), "fills in masked parts"),
     }
     for name, (write, sentence) in cases.items():
