@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import CheckpointError, IncompatibleInputError, ModelNotFoundError, StreamDiffVSRError
 from ...files import fingerprint, read_json, read_shapes, read_weights
 from ...weights.networks import Shapes, check_keys, shapes_of
+from ..wan.transformer import transformer
 from .decoders import TinyDecoder
 from .method import FlashVSR
 from .projection import VERSIONS, Projection
@@ -58,7 +59,7 @@ def problem(folder: Path) -> StreamDiffVSRError | None:
     """Why a folder cannot be opened; None where all that its files say is right."""
     try:
         _read(folder, VERSIONS[0])
-    except (CheckpointError, ModelNotFoundError) as error:
+    except StreamDiffVSRError as error:
         return error
     return None
 
@@ -131,23 +132,20 @@ def build(shapes: Mapping[str, Shapes], version: str, head: int = HEAD) -> dict[
 
 
 def _transformer(shapes: Shapes, version: str, head: int) -> nn.Module:
-    from diffusers import WanTransformer3DModel
-
     width, channels, *patch = shapes["patch_embedding.weight"]
     layers = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
-    network = WanTransformer3DModel(
-        patch_size=tuple(patch),
-        num_attention_heads=width // head,
-        attention_head_dim=head,
-        in_channels=channels,
-        out_channels=channels,
-        text_dim=shapes["text_embedding.0.weight"][1],
-        freq_dim=shapes["time_embedding.0.weight"][1],
-        ffn_dim=shapes["blocks.0.ffn.0.weight"][0],
-        num_layers=len(layers),
-    )
-    del network.rope  # positions have no end here
-    return prepare(network)
+    config = {
+        "patch_size": tuple(patch),
+        "num_attention_heads": width // head,
+        "attention_head_dim": head,
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": shapes["text_embedding.0.weight"][1],
+        "freq_dim": shapes["time_embedding.0.weight"][1],
+        "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
+        "num_layers": len(layers),
+    }
+    return prepare(transformer(config))
 
 
 def _projection(shapes: Shapes, version: str, head: int) -> nn.Module:
