@@ -15,8 +15,10 @@ import logging
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..errors import VideoError
@@ -24,6 +26,7 @@ from ..files import sync_folder
 from ..media.join import Part, join
 from ..media.pictures import Picture
 from ..media.read import FolderSource, Source, SourceFrame, VideoSource
+from ..media.sides import RefusedError, Side, make_sides
 from ..media.sizes import enlarge, split_screen
 from ..media.tracks import Window
 from ..media.write import container_of
@@ -50,6 +53,8 @@ log = logging.getLogger(__name__)
 
 WRITE_DEPTH = 4
 """Frames that may wait for the encoder."""
+REHEARSAL = 999_999
+"""Number of the segment that is made to try, and thrown away."""
 
 
 def run(pipe: Upscaler, job: VideoJob, on_step: OnStep | None = None) -> Generator[JobProgress, None, None]:
@@ -82,6 +87,7 @@ class _Run:
         self.cuts: list[int] = []
         self.before: Tensor | None = None
         self.clock = Speed()
+        self.sides: list[Side] = []
 
     @property
     def writes_folder(self) -> bool:
@@ -138,8 +144,32 @@ class _Run:
         if taken and not self.job.overwrite:
             raise VideoError(f"{output} exists: choose another with -o, or give --overwrite.")
 
+    def _rehearse(self) -> None:
+        """Put a black frame together with all that goes beside the picture, as the output will be.
+
+        What a container refuses shows here and not after hours of work. Raises `VideoError` where it
+        refuses the picture itself.
+        """
+        if "main" in self.videos and self.job.audio and isinstance(self.source, VideoSource):
+            form = container_of(self.job.output) or ""
+            self.sides = make_sides(self.job.source, form, self.work.folder)
+        for name, (_, encoding) in self.videos.items():
+            sink = self.sinks[name]
+            sink.begin(REHEARSAL)
+            try:
+                black = sink.prepare(Picture(torch.zeros(1, 3, encoding.height, encoding.width)))
+                sink.add(black, 0, 0)
+                file, size, depth = sink.finish()
+            finally:
+                sink.abort()
+            part = Part(file, 1, size, 0, self.step, depth, file, depth)
+            self._join_one(name, (part,), "rehearsed")
+            (self.work.folder / file).unlink()
+            self._joined(name).unlink()
+
     def _upscale(self) -> Iterator[JobProgress]:
         """Upscale the frames that are left."""
+        self._rehearse()
         done = self.journal.frames
         span = self.job.span if not done else replace(self.job.span, start=self.journal.first_index + done)
         frames = prefetch(self.source.frames(span, self.journal.place), self.job.read_ahead)
@@ -342,35 +372,59 @@ class _Run:
         self.work.save(self.journal)
 
     def _join_one(self, name: str, parts: tuple[Part, ...], kind: str) -> None:
+        """Write one joined file; what the container does not take of the other streams is left out."""
         path, encoding = self.videos[name]
         main = name == "main"
         if not main:
             parts = tuple(replace(part, name=part.compare, depth=part.compare_depth) for part in parts)
         copies = main and self.job.audio and isinstance(self.source, VideoSource)
-        join(
-            self._joined(name),
-            container_of(path) or "",
-            [self.work.folder / part.name for part in parts],
-            parts,
-            encoding,
-            source=self.job.source if copies else None,
-            metadata=self.job.metadata if main else {},
-            window=self._window(parts, kind),
-        )
+        sides = self.sides if main else []
+        while True:
+            try:
+                return join(
+                    self._joined(name),
+                    container_of(path) or "",
+                    [self.work.folder / part.name for part in parts],
+                    parts,
+                    encoding,
+                    source=self.job.source if copies else None,
+                    sides=sides,
+                    metadata=self.job.metadata if main else {},
+                    window=self._window(parts, kind),
+                )
+            except RefusedError as refused:
+                if sides:
+                    # Each was taken by itself: it is the last that is one too many.
+                    *sides, last = sides
+                    self.sides = sides
+                    log.warning("stream %d is left out: %s (an output .mkv keeps it)", last.index, refused)
+                elif copies:
+                    copies = False
+                    log.warning("chapters, words and attached files are left out: %s", refused)
+                else:
+                    raise VideoError(
+                        f"{path.name} cannot be written ({refused}): choose another --codec or suffix."
+                    ) from refused
 
     def _sound_bytes(self) -> int:
         """The most that the source's other streams can take."""
         return self.job.source.stat().st_size if self.job.audio and self.job.source.is_file() else 0
 
     def _window(self, parts: tuple[Part, ...], kind: str) -> Window:
-        """The time of the source that the parts cover; a job that starts later has its start at 0."""
+        """The time of the source that the parts cover; a job that starts later has its start at 0.
+
+        So has a source whose times begin anywhere, or before 0, where players would hide it.
+        """
         base = self.source.info.time_base
-        low, high = parts[0].first * base, parts[-1].end * base
-        if kind == "finished" and self.job.end is None:
+        low, high = parts[0].first * base, float(parts[-1].end * base)
+        if kind == "rehearsed" or (kind == "finished" and self.job.end is None):
             high = float("inf")
-        if self.job.start == 0:
-            return Window(high=float(high))
-        return Window(float(low), float(high), low)
+        if self.job.start != 0 and kind != "rehearsed":
+            return Window(float(low), high, low)
+        earliest = min([low, *(side.first for side in self.sides)])
+        return Window(
+            high=high, shift=earliest if self.source.info.free_start else min(earliest, Fraction(0))
+        )
 
     def _give_names(self) -> None:
         """The joined files become the outputs."""

@@ -13,7 +13,8 @@ from typing import Any
 from ..files import sync_file
 from .codecs import Encoding
 from .read import open_container
-from .tracks import Window, add_tracks, copied_packets, copy_attachments, copy_chapters, kept_words
+from .sides import Side, refusals, side_packets
+from .tracks import Window, copy_attachments, copy_chapters, kept_words
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,15 @@ def join(
     encoding: Encoding,
     *,
     source: Path | None,
+    sides: Sequence[Side] = (),
     metadata: Mapping[str, str],
     window: Window,
 ) -> None:
-    """Write `target` from the segments, with the other streams of `source` unless that is None.
+    """Write `target` from the segments, with the words, chapters and files of `source` unless that is None,
+    and with what was made ready of its sound and subtitles.
 
-    `target` is synced to the disk. Raises `OSError` where reading or writing fails.
+    `target` is synced to the disk. Raises `RefusedError` where the container does not take it, `OSError`
+    where reading or writing fails.
     """
     import av
 
@@ -58,7 +62,7 @@ def join(
         ticks = str(encoding.time_base.denominator)
         options = {"movflags": "+use_metadata_tags+faststart"}
         options |= {"video_track_timescale": ticks, "movie_timescale": ticks}
-    with ExitStack() as stack:
+    with refusals(), ExitStack() as stack:
         out = stack.enter_context(
             av.open(str(target), "w", format=container_format, container_options=options)
         )
@@ -67,7 +71,8 @@ def join(
         if source is not None:
             original = stack.enter_context(open_container(source))
             out.metadata.update(kept_words(original.metadata))
-            streams.append(copied_packets(original, add_tracks(out, original), window))
+            found = (side_packets(out, original, side, window) for side in sides)
+            streams += [packets for packets in found if packets is not None]
             copy_attachments(out, original)
             copy_chapters(out, original, window)
         out.metadata.update(metadata)

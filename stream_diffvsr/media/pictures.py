@@ -75,7 +75,8 @@ def is_picture(path: Path) -> bool:
 
     try:
         with Image.open(path) as image:
-            return getattr(image, "n_frames", 1) == 1
+            # Pillow knows an MPEG stream by its first bytes, and cannot read it.
+            return image.format != "MPEG" and getattr(image, "n_frames", 1) == 1
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
         return False
 

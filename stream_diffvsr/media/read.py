@@ -7,7 +7,7 @@ whole source and its timestamp. What was repaired on the way is counted in `note
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -21,7 +21,8 @@ from . import pictures
 from .colour import frame_to_rgb
 from .seek import DoubtError, Place, check_counted, count_to, digest, frames_from
 from .span import Span
-from .streams import DEFAULT_RATE, SourceInfo, choose_stream, describe, display_matrix, upright
+from .streams import DEFAULT_RATE, SourceInfo, choose_stream, describe, display_matrix, named_frames, upright
+from .timeline import UNTIMED, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +98,7 @@ class VideoSource:
         self._steady = True
         with open_container(path) as container:
             chosen = choose_stream(container, path, stream)
-            self.stream_index, self._named = chosen.index, chosen.frames
+            self.stream_index, self._named = chosen.index, named_frames(chosen)
             first = next(self._decode(container, chosen), None)
             if first is None:
                 raise VideoError(f"{path} has a video stream, but no frame of it can be decoded.")
@@ -184,11 +185,12 @@ class VideoSource:
         duration = getattr(frame, "duration", None) or None
         return SourceFrame(index, time, duration, rgb, alpha, self.info.bits)
 
-    def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
-        """Every frame that can be decoded."""
+    def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
+        """The stream's packets on one line of time, until the file cannot be read on."""
         import av
 
-        packets = container.demux(stream)
+        line = Timeline(container)
+        packets = container.demux(line.streams(container, stream))
         while True:
             try:
                 packet = next(packets, None)
@@ -198,16 +200,35 @@ class VideoSource:
                 return
             if packet is None:
                 return
-            self.packets += 1
-            # Without timestamps of its own, a frame's is guessed from those before it.
-            self._steady &= not packet.size or packet.pts is not None
+            self.notes["breaks taken out of its timestamps"] += line.straighten(packet)
+            if packet.stream.index == stream.index:
+                self.packets += 1
+                # Without timestamps of its own, a frame's is guessed from those before it.
+                self._steady &= not packet.size or packet.pts is not None
+                yield packet
+
+    def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
+        """Every frame that can be decoded."""
+        import av
+
+        untimed = bool(container.format.flags & UNTIMED)
+        # AVI counts packets and knows no times: the first frame shown takes the first packet's, and so on.
+        times: deque[int | None] | None = deque() if container.format.name == "avi" else None
+        for packet in self._packets(container, stream):
+            if times is not None and packet.size:
+                times.append(packet.dts)
             try:
                 frames = packet.decode()
             except av.FFmpegError:
                 self.notes["damaged packets skipped"] += 1
+                if times:
+                    times.pop()
                 continue
             self.notes["damaged frames used"] += sum(frame.is_corrupt for frame in frames)
-            yield from frames
+            for frame in frames:
+                if untimed or times is not None:
+                    frame.pts = times.popleft() if times else None
+                yield frame
 
 
 class Clock:
@@ -217,6 +238,7 @@ class Clock:
         self.step = max(1, round(1 / (info.rate * info.time_base)))
         self.notes = notes
         self.last = last
+        self.timed = info.timed
 
     def tick(self, pts: int | None) -> int:
         """The next frame's time: its own where it has one that rises."""
@@ -224,7 +246,7 @@ class Clock:
             self.last = pts or 0
             return self.last
         if pts is None or pts <= self.last:
-            self.notes["timestamps missing or not rising"] += 1
+            self.notes["timestamps missing or not rising"] += self.timed
             pts = self.last + (self.step if pts is None else 1)
         self.last = pts
         return pts

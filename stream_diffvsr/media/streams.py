@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import VideoError
 from .colour import BT709, FULL_RANGE, LIMITED_RANGE, RGB, UNSPECIFIED, Colour
+from .timeline import MAY_JUMP, UNTIMED
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ class SourceInfo:
     interlaced: bool = False
     side_data: dict[str, bytes] = field(default_factory=dict)
     """HDR10 data of the first frame, by name, as FFmpeg lays it out."""
+    timed: bool = True
+    """Whether frames have timestamps; else they follow each other at the rate."""
+    free_start: bool = False
+    """Whether its times begin anywhere, as in broadcasts, so that the output begins at 0."""
 
 
 def choose_stream(container: Any, path: Path, wanted: int | None) -> Any:
@@ -69,7 +74,13 @@ def describe(stream: Any, frame: Any) -> SourceInfo:
     matrix = display_matrix(frame)
     turned = matrix is not None and matrix[0] == 0
     width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
-    rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
+    flags = stream.container.format.flags
+    untimed = bool(flags & UNTIMED)
+    rates = [stream.average_rate, stream.guessed_rate]
+    if untimed or stream.container.format.name == "avi":
+        # The demuxer's own default, or a count of empty packets too.
+        rates.reverse()
+    rate = next(filter(None, rates), DEFAULT_RATE)
     length = stream.duration * stream.time_base if stream.duration else None
     if length is None and stream.container.duration:
         length = Fraction(stream.container.duration, 1_000_000)
@@ -80,13 +91,23 @@ def describe(stream: Any, frame: Any) -> SourceInfo:
         bits=max(c.bits for c in frame.format.components),
         time_base=stream.time_base,
         rate=rate,
-        frames=stream.frames or (round(length * rate) if length else None),
+        frames=named_frames(stream) or (round(length * rate) if length else None),
         colour=colour_of(frame, context),
         aspect=None if aspect in (None, 1) else (1 / aspect if turned else aspect),
         has_alpha=frame.format.components[-1].is_alpha or frame.format.has_palette,
         interlaced=bool(frame.interlaced_frame),
         side_data=hdr_data(frame),
+        timed=not untimed,
+        free_start=bool(flags & MAY_JUMP),
     )
+
+
+def named_frames(stream: Any) -> int:
+    """How many frames a stream's index names, 0 where that is not known."""
+    # Older PyAV shows no index; AVI has entries for nothing at all, MP4 some that are not shown.
+    if (entries := getattr(stream, "index_entries", None)) is None or not stream.frames:
+        return stream.frames
+    return min(stream.frames, sum(1 for e in entries if e.size and not getattr(e, "is_discard", False)))
 
 
 def colour_of(frame: Any, context: Any) -> Colour:

@@ -1,0 +1,57 @@
+"""Text subtitles from one codec's form to another's.
+
+SubRip and WebVTT write styles as tags, ASS in braces; MP4's timed text is plain, with styles beside it.
+Bold, italic and underlined text is kept between those that have tags; all other markup is taken off.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+
+KNOWN = ("mov_text", "subrip", "srt", "webvtt", "text", "ass", "ssa")
+"""FFmpeg's names of the text subtitles that are translated."""
+TAG = re.compile(r"</?(?:[ibuscv]|ruby|rt|lang|font|\d+:\d+)(?:[ .:][^<>\n]*)?>", re.IGNORECASE)
+STYLE = re.compile(r"</?[ibu]>", re.IGNORECASE)
+OPEN, CLOSE = "\1", "\2"
+"""Stand for the brackets of tags that stay, while those that are text are escaped."""
+STAYING = re.compile(f"{OPEN}/?[ibu]{CLOSE}")
+BRACES = re.compile(r"\{[^{}]*\\[^{}]*\}")
+DRAWING = re.compile(r"\{[^{}]*\\p[1-9][^{}]*\}.*?(?:\{[^{}]*\\p0[^{}]*\}|$)", re.DOTALL)
+ASS_STYLE = re.compile(r"\\([ibu])([01])(?!\d)")
+
+
+def translate(data: bytes, before: str, after: str) -> bytes:
+    """A subtitle packet's content in the form of another codec; empty where it shows nothing."""
+    if before == "mov_text":
+        data = data[2 : 2 + int.from_bytes(data[:2], "big")]
+    text = data.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").strip("\n\0")
+    if before in ("ass", "ssa"):
+        text = _from_ass(text)
+    if before in ("subrip", "srt"):
+        text = BRACES.sub("", text)
+    if before in ("subrip", "srt", "webvtt"):
+        text = TAG.sub(_staying, text)
+    if before == "webvtt":
+        text = html.unescape(text)
+    if after == "webvtt":
+        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    if after == "mov_text":
+        encoded = STAYING.sub("", text).encode()[:65535].decode(errors="ignore").encode()
+        return len(encoded).to_bytes(2, "big") + encoded if encoded.strip() else b""
+    return text.replace(OPEN, "<").replace(CLOSE, ">").encode() if STAYING.sub("", text).strip() else b""
+
+
+def _staying(tag: re.Match[str]) -> str:
+    return f"{OPEN}{tag[0][1:-1].lower()}{CLOSE}" if STYLE.fullmatch(tag[0]) else ""
+
+
+def _from_ass(text: str) -> str:
+    """The text of an event as Matroska stores it: eight fields, then the text."""
+
+    def styles(braces: re.Match[str]) -> str:
+        found = ASS_STYLE.findall(braces[0])
+        return "".join(f"{OPEN}{'' if on == '1' else '/'}{name}{CLOSE}" for name, on in found)
+
+    text = re.sub(r"\{[^{}]*\}", styles, DRAWING.sub("", text.split(",", 8)[-1]))
+    return text.replace(r"\N", "\n").replace(r"\n", "\n").replace(r"\h", "\u00a0")

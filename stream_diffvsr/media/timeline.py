@@ -1,0 +1,77 @@
+"""One line of time for all streams of a file whose timestamps start over, jump or wrap on the way.
+
+Broadcasts, recordings in pieces and files joined byte by byte have such timestamps; formats that may say so
+themselves. As in FFmpeg's command, a break is a step back, or one forward by more than ten seconds that no
+other stream shares. What reads the picture and what reads the sound each walk through all packets in the
+order of the file, so that both take off the same.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+MAY_JUMP, UNTIMED = 0x0200, 0x0080
+"""FFmpeg's AVFMT_TS_DISCONT and AVFMT_NOTIMESTAMPS."""
+BACK, FORWARD = 0.1, 10.0
+"""Seconds that are no break yet."""
+
+
+@dataclass
+class _Track:
+    offset: Fraction
+    last: float | None = None
+    after: Fraction = Fraction(0)
+    """When its next packet is due."""
+
+
+class Timeline:
+    """Takes breaks out of the timestamps of one reading of a file."""
+
+    def __init__(self, container: Any) -> None:
+        self.jumps = bool(container.format.flags & MAY_JUMP)
+        """Whether this format may have breaks; else nothing is changed."""
+        self._offset, self._now = Fraction(0), float("-inf")
+        self._tracks: dict[int, _Track] = {}
+
+    def streams(self, container: Any, *wanted: Any) -> list[Any]:
+        """What is to be demuxed for these streams: sound and picture all tell of breaks."""
+        others = [*container.streams.video, *container.streams.audio] if self.jumps else []
+        return sorted({stream.index: stream for stream in [*wanted, *others]}.values(), key=lambda s: s.index)
+
+    def straighten(self, packet: Any) -> bool:
+        """Set the packet's timestamps to the continuous line; packets come in the order of the file.
+
+        Returns whether a break was found here.
+        """
+        found = False
+        moment = packet.dts if packet.dts is not None else packet.pts
+        if not self.jumps or moment is None:
+            return False
+        time = moment * packet.time_base
+        track = self._tracks.setdefault(packet.stream.index, _Track(self._offset))
+        if packet.stream.type in ("audio", "video"):
+            if self._is_break(time + track.offset, track):
+                if self._is_break(time + self._offset, track):
+                    found = True
+                    self._offset = (track.after if track.last is not None else Fraction(self._now)) - time
+                track.offset = self._offset
+            now = time + track.offset
+            track.last, track.after = float(now), now + (packet.duration or 0) * packet.time_base
+            self._now = max(self._now, track.last)
+        else:
+            track.offset = min(track.offset, self._offset, key=lambda o: abs(float(time + o) - self._now))
+        shift = round(track.offset / packet.time_base)
+        if shift:
+            packet.pts = None if packet.pts is None else packet.pts + shift
+            packet.dts = None if packet.dts is None else packet.dts + shift
+        return found
+
+    def _is_break(self, time: Fraction, track: _Track) -> bool:
+        now = float(time)
+        if track.last is not None:
+            return now < track.last - BACK or now > self._now + FORWARD
+        # The first packet of a stream, measured by the others.
+        return math.isfinite(self._now) and abs(now - self._now) > FORWARD
