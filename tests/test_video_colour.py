@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from pathlib import Path
+
 import av
+import av.filter
+import clips
 import numpy as np
 import pytest
 import torch
@@ -13,6 +18,7 @@ from stream_diffvsr.errors import VideoError
 from stream_diffvsr.media.colour import (
     LAYOUTS,
     LUMA_WEIGHTS,
+    SITINGS,
     Colour,
     frame_to_rgb,
     planar,
@@ -150,11 +156,80 @@ def test_ten_bits_are_not_cut() -> None:
     assert len(rgb[0, 0].unique()) == 256
 
 
-def test_untagged_video_is_taken_by_its_lines() -> None:
-    assert Colour().resolved(480) == Colour(6, False, 6, 6)
-    assert Colour().resolved(719).matrix == 6
-    assert Colour().resolved(720) == Colour(1, False, 1, 1)
-    assert Colour(primaries=9).resolved(480) == Colour(6, False, 9, 2)
-    assert Colour(9, True, 9, 16).resolved(100) == Colour(9, True, 9, 16)
+def test_untagged_video_is_taken_by_its_size() -> None:
+    assert Colour().resolved(720, 480) == Colour(6, False, 6, 6)
+    assert Colour().resolved(1279, 576).matrix == 6
+    assert Colour().resolved(1280, 544) == Colour(1, False, 1, 1)
+    assert Colour().resolved(960, 577).matrix == 1
+    assert Colour(primaries=9).resolved(720, 480) == Colour(6, False, 9, 2)
+    assert Colour(9, True, 9, 16).resolved(100, 100) == Colour(9, True, 9, 16)
     with pytest.raises(VideoError, match="matrix 8"):
-        Colour(8).resolved(480)
+        Colour(8).resolved(720, 480)
+
+
+def edges(height: int = 32, width: int = 48) -> torch.Tensor:
+    """Patches of strong colours with edges at odd and even places, (1, 3, h, w)."""
+    generator = torch.Generator().manual_seed(1)
+    patches = torch.rand(3, 8, 8, generator=generator) * 0.6 + 0.2
+    rows, columns = torch.arange(height) * 7 // 33, torch.arange(width) * 7 // 47
+    return patches[:, rows][:, :, columns][None]
+
+
+def scaled(frame: av.VideoFrame, options: str, pix_fmt: str) -> np.ndarray:
+    """FFmpeg's scale filter, with the arithmetic that it does best."""
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1)
+    )
+    exact = "flags=bilinear+accurate_rnd+full_chroma_int+full_chroma_inp"
+    steps = [
+        graph.add("scale", f"{exact}:{options}"),
+        graph.add("format", pix_fmt),
+        graph.add("buffersink"),
+    ]
+    graph.link_nodes(source, *steps).configure()
+    frame.pts, frame.time_base = 0, Fraction(1)
+    graph.push(frame)
+    return graph.pull().to_ndarray()
+
+
+@pytest.mark.parametrize("siting", SITINGS)
+def test_chroma_is_read_where_it_sits_as_swscale_has_it(siting: str) -> None:
+    """At colour edges; any other siting is many times further away."""
+    frame = planes_to_frame(rgb_to_planes(edges(), "yuv420p", Colour(1)), "yuv420p")
+    ranges = "in_color_matrix=bt709:in_range=limited:out_range=full"
+    theirs = scaled(frame, f"{ranges}:in_chroma_loc={siting}", "gbrp").astype(np.float32)
+    planes = [theirs[2], theirs[0], theirs[1]] if theirs.shape[0] == 3 else list(np.moveaxis(theirs, -1, 0))
+
+    def error(name: str) -> float:
+        ours, _ = frame_to_rgb(frame, Colour(1, siting=name))
+        return float(np.abs(ours[0].numpy() * 255 - np.stack(planes)).mean())
+
+    errors = {name: error(name) for name in SITINGS}
+    assert errors[siting] < 1, errors
+    assert min(value for name, value in errors.items() if name != siting) > 2 * errors[siting], errors
+
+
+def test_chroma_is_written_at_the_left_with_one_two_one() -> None:
+    """A colour edge, by hand: each sample is a weighted mean around its even column, and of two rows."""
+    rgb = torch.zeros(1, 3, 4, 8)
+    rgb[:, 2, :, 3:] = 1
+    blue = rgb_to_planes(rgb, "yuv420p", Colour(1))[1]
+    full, none = (224 * 0.5 + 128), 128
+    share = [0, (0 + 0 + 1) / 4, 1, 1]  # columns 0, 2, 4 and 6: two's right neighbour is blue
+    wanted = [none + (full - none) * s for s in share]
+    assert np.abs(blue - np.array(wanted)[None]).max() <= 0.5
+    row = torch.zeros(1, 3, 4, 8)
+    row[:, 2, 1:] = 1
+    assert np.abs(rgb_to_planes(row, "yuv420p", Colour(1))[1][0] - (none + (full - none) / 2)).max() <= 0.5
+
+
+def test_the_siting_that_a_file_names_is_found(tmp_path: Path) -> None:
+    from stream_diffvsr.media.read import VideoSource
+
+    for number, name in enumerate(("left", "center", "topleft", "top", "bottomleft", "bottom")):
+        options = {"x264-params": f"chromaloc={number}"}
+        path = clips.write_video(tmp_path / f"{name}.mp4", 1, options=options)
+        assert VideoSource(path).info.colour.siting == name
+    jpeg = clips.write_video(tmp_path / "a.avi", 1, codec="mjpeg", pix_fmt="yuvj420p")
+    assert VideoSource(jpeg).info.colour.siting == "center"

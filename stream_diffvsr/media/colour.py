@@ -1,12 +1,13 @@
 """Code values <-> RGB, with the arithmetic in float32: nothing is cut to 8 bits on the way.
 
 PyAV hands over planes of integers; the matrix, the range and the chroma positions are applied here, on
-whatever device the tensors are. Chroma samples sit at the left of their luma pair, as in H.264.
+whatever device the tensors are. Chroma samples are read where the stream says that they sit, and written at
+the left of their luma pair, as H.264 and H.265 mean it where nothing is said.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,17 @@ from ..errors import VideoError
 RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
 """Matrices and primaries by their numbers in FFmpeg and in ITU-T H.273."""
 FULL_RANGE, LIMITED_RANGE = 2, 1
-HD_LINES = 720
-"""Untagged video below so many lines is taken as BT.601, else as BT.709."""
+HD_WIDTH, SD_LINES = 1280, 576
+"""Untagged video at least so wide, or of more lines, is taken as BT.709, else as BT.601, as players do."""
+SITINGS = {
+    "left": (0, 0.5),
+    "center": (0.5, 0.5),
+    "topleft": (0, 0),
+    "top": (0.5, 0),
+    "bottomleft": (0, 1),
+    "bottom": (0.5, 1),
+}
+"""FFmpeg's names of where a chroma sample sits among its luma samples: shares of the way across and down."""
 
 LUMA_WEIGHTS = {
     1: (0.2126, 0.0722),
@@ -42,11 +52,13 @@ class Colour:
     full_range: bool = False
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
+    siting: str = field(default="left", repr=False)
+    """Where chroma samples sit when they are read, a name of `SITINGS`."""
 
-    def resolved(self, lines: int) -> Colour:
+    def resolved(self, width: int, height: int) -> Colour:
         """With the matrix filled in where nothing was said; raises `VideoError` for one we do not know."""
         if self.matrix == UNSPECIFIED:
-            guess = BT709 if lines >= HD_LINES else BT601
+            guess = BT709 if width >= HD_WIDTH or height > SD_LINES else BT601
             untagged = self.primaries == self.transfer == UNSPECIFIED
             return replace(
                 self,
@@ -149,7 +161,7 @@ def yuv_to_rgb(planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int
     if not chroma:
         return luma.expand(-1, 3, -1, -1)
     span = 2**bits - 1 if colour.full_range else 224 * step
-    blue, red = ((upsample_chroma(plane, size) - 128 * step) / span for plane, _ in chroma)
+    blue, red = ((upsample_chroma(p, size, colour.siting) - 128 * step) / span for p, _ in chroma)
     weight_red, weight_blue = LUMA_WEIGHTS[colour.matrix]
     red = luma + 2 * (1 - weight_red) * red
     blue = luma + 2 * (1 - weight_blue) * blue
@@ -157,12 +169,13 @@ def yuv_to_rgb(planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int
     return torch.cat([red, green, blue], dim=1)
 
 
-def upsample_chroma(plane: Tensor, size: tuple[int, int]) -> Tensor:
-    """(1, 1, h', w') -> (1, 1, *size): linear; cosited across, centred down."""
+def upsample_chroma(plane: Tensor, size: tuple[int, int], siting: str = "left") -> Tensor:
+    """(1, 1, h', w') -> (1, 1, *size): linear between where the samples sit."""
     height, width = size
     down, across = -(-height // plane.shape[-2]), -(-width // plane.shape[-1])
-    rows = (torch.arange(height) + 0.5) / down - 0.5
-    columns = torch.arange(width) / across
+    x, y = SITINGS[siting]
+    rows = (torch.arange(height) - y * (down - 1)) / down
+    columns = (torch.arange(width) - x * (across - 1)) / across
     return _lerp(_lerp(plane, rows, -2), columns, -1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import struct
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -12,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import VideoError
-from .colour import BT709, FULL_RANGE, LIMITED_RANGE, RGB, UNSPECIFIED, Colour
+from .colour import BT709, FULL_RANGE, LIMITED_RANGE, RGB, SITINGS, UNSPECIFIED, Colour
 from .timeline import MAY_JUMP, UNTIMED
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,29 @@ def named_frames(stream: Any) -> int:
     return min(stream.frames, sum(1 for e in entries if e.size and not getattr(e, "is_discard", False)))
 
 
+def siting_of(frame: Any) -> str:
+    """Where a frame says that its chroma samples sit, left where it does not.
+
+    PyAV has no name for it: FFmpeg's filter `showinfo` tells it, in the log.
+    """
+    import av.filter
+    import av.logging
+
+    graph, level = av.filter.Graph(), av.logging.get_level()
+    size = {"width": frame.width, "height": frame.height, "format": frame.format}
+    source = graph.add_buffer(**size, time_base=Fraction(1, 25))
+    graph.link_nodes(source, graph.add("showinfo"), graph.add("buffersink")).configure()
+    av.logging.set_level(av.logging.INFO)
+    try:
+        with av.logging.Capture() as logs:
+            graph.push(frame)
+            graph.pull()
+    finally:
+        av.logging.set_level(level)
+    found = re.search(r" cl:(\w+)", "".join(text for _, _, text in logs))
+    return found[1] if found and found[1] in SITINGS else "left"
+
+
 def colour_of(frame: Any, context: Any) -> Colour:
     """The colour tags of a stream, with what is missing filled in."""
     if frame.format.is_rgb or frame.format.has_palette:
@@ -120,7 +144,7 @@ def colour_of(frame: Any, context: Any) -> Colour:
     full = said == FULL_RANGE or grey or frame.format.name.startswith("yuvj")
     tags = [int(value) or UNSPECIFIED for value in (context.color_primaries, context.color_trc)]
     matrix = int(frame.colorspace) or UNSPECIFIED
-    return Colour(matrix, full, *tags).resolved(frame.height)
+    return Colour(matrix, full, *tags, siting=siting_of(frame)).resolved(frame.width, frame.height)
 
 
 HDR_DATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
