@@ -6,6 +6,7 @@ import errno
 import hashlib
 import importlib.metadata
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from fractions import Fraction
@@ -16,13 +17,16 @@ from ..errors import VideoError
 from ..files import fingerprint
 from ..media import pictures
 from ..media.codecs import CONTAINERS, Encoding, check_encoder, choose_encoding
-from ..media.read import FolderSource, Source, check_readable, open_source
+from ..media.read import FolderSource, Source, VideoSource, check_readable, open_source
 from ..media.streams import SourceInfo
 from ..media.write import PictureSink, Sink, VideoSink, check_folder, container_of
 from ..upscaler import State, Upscaler
 from . import scenes
 from .job import VideoJob
+from .journal import WorkFolder
 
+MEDIA_FORMATS = ("avi", "asf", "flv", "gif", "mp4", "mov", "mpeg", "mpegts", "ogg", "webm", "matroska", "3gp")
+"""FFmpeg's names of containers whose suffixes no folder of pictures has by chance."""
 SPARE_BYTES = 32 << 20
 """Room that is left on a disk."""
 
@@ -30,15 +34,21 @@ SPARE_BYTES = 32 << 20
 def check_paths(job: VideoJob) -> None:
     """Raise `VideoError` for a source that cannot be read, or an output that cannot be written."""
     check_readable(job.source)
-    for path in (job.output, job.state_out, job.cuts_out, job.compare):
-        if path is None:
-            continue
+    paths = [path for path in (job.output, job.compare, job.state_out, job.cuts_out) if path is not None]
+    begun = WorkFolder(job.output).journal_file.is_file()
+    for number, path in enumerate(paths):
         check_folder(path)
+        if path.resolve() in [other.resolve() for other in paths[:number]]:
+            raise VideoError(f"{path} is named for two outputs: give each a name of its own.")
+        if number and path.exists() and not (begun or job.overwrite):
+            raise VideoError(f"{path} exists: choose another name, or give --overwrite.")
         if path.resolve() == job.source.resolve():
             raise VideoError(f"{path} is the source itself: choose another output.")
     if job.compare is not None and container_of(job.compare) is None:
         raise VideoError(f"{job.compare.name} is no video file: a comparison is {', '.join(CONTAINERS)}.")
-    if job.output.suffix and container_of(job.output) is None and not job.output.is_dir():
+    # A folder may have a dot in its name, but not look like a file that is not written here.
+    folder = job.output.is_dir() or (job.source.is_dir() and not known_suffix(job.output.suffix))
+    if job.output.suffix and container_of(job.output) is None and not folder:
         single = job.source.is_file() and pictures.is_picture(job.source)
         known = pictures.WRITABLE if single else CONTAINERS
         if job.output.suffix.lower() not in known:
@@ -48,11 +58,24 @@ def check_paths(job: VideoJob) -> None:
             )
 
 
+def known_suffix(suffix: str) -> bool:
+    """Whether a suffix is one of a picture or of a video."""
+    import av
+
+    lower = suffix.lower().removeprefix(".")
+    return f".{lower}" in pictures.SUFFIXES or any(
+        lower in av.ContainerFormat(name).extensions for name in MEDIA_FORMATS
+    )
+
+
 def open_job_source(job: VideoJob) -> Source:
     """The source of a job; a single picture is a folder of one."""
     if job.source.is_file() and pictures.is_picture(job.source):
         return FolderSource(job.source, job.rate or Fraction(1))
-    return open_source(job.source, job.stream, job.rate)
+    source = open_source(job.source, job.stream, job.rate)
+    if isinstance(source, VideoSource) and job.start != 0:
+        source.look_at(job.span)
+    return source
 
 
 def video_outputs(job: VideoJob, info: SourceInfo) -> dict[str, tuple[Path, Encoding]]:
@@ -80,6 +103,8 @@ def open_sinks(
 ) -> dict[str, Sink]:
     """The writers of a job, by their part in it; the output itself comes first."""
     sinks: dict[str, Sink] = {}
+    if videos and isinstance(source, FolderSource):
+        check_sizes(job, source)
     if "main" not in videos:
         named = isinstance(source, FolderSource)
         sinks["main"] = PictureSink(picture_names(job, source)) if named else PictureSink({}, job.output)
@@ -93,7 +118,25 @@ def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
     if job.source.is_file():
         return {0: job.output}
     names = [pictures.writable_name(file.name) for file in source.files]
+    times = Counter(name.lower() for name in names)
+    for index, file in enumerate(source.files):
+        if times[names[index].lower()] > 1 and names[index] != file.name:
+            names[index] = f"{file.name}.png"
+    twice = [name for name, count in Counter(name.lower() for name in names).items() if count > 1]
+    if twice:
+        raise VideoError(f"two pictures would both become {twice[0]}: rename one of them.")
     return {index: job.output / name for index, name in enumerate(names)}
+
+
+def check_sizes(job: VideoJob, source: FolderSource) -> None:
+    """Raise `VideoError` where the pictures of a video are of several sizes and none was asked for."""
+    first = (source.info.width, source.info.height)
+    for file in source.files if job.target is None else ():
+        if (size := pictures.size_of(file)) != first:
+            raise VideoError(
+                f"{file.name} is {size[0]}x{size[1]}, {source.files[0].name} is {first[0]}x{first[1]}: "
+                "a video has one size, so write to a folder, or give --target."
+            )
 
 
 def identity(source: Path) -> dict[str, Any]:

@@ -177,7 +177,8 @@ class _Run:
             try:
                 yield from self._scenes(((frame, self._lq(frame)) for frame in frames), writer)
             except BaseException as error:
-                self._stop(writer, self.cancelled or isinstance(error, (GeneratorExit, KeyboardInterrupt)))
+                stops = (GeneratorExit, KeyboardInterrupt, VideoError)
+                self._stop(writer, self.cancelled or isinstance(error, stops))
                 raise
         if not self.journal.parts:
             raise VideoError(f"{self.job.source} has no frame in the span asked for.")
@@ -388,6 +389,7 @@ class _Run:
                     parts,
                     encoding,
                     source=self.job.source if copies else None,
+                    stream=self.source.stream_index if isinstance(self.source, VideoSource) else None,
                     sides=sides,
                     metadata=self.job.metadata if main else {},
                     window=self._window(parts, kind),

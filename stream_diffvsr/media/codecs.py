@@ -151,8 +151,19 @@ def choose_encoding(
         rate=info.rate,
         time_base=info.time_base,
         colour=output_colour(info.colour, codec, layout.rgb),
-        aspect=info.aspect,
+        aspect=kept_aspect(info, width, height),
     )
+
+
+def kept_aspect(info: SourceInfo, width: int, height: int) -> Fraction | None:
+    """Width of a sample by its height with which the source keeps its shape at another size; None: square.
+
+    What rounding to whole pixels changes is no other shape.
+    """
+    if abs(width * info.height - height * info.width) <= 2 * max(info.width, info.height):
+        return info.aspect
+    aspect = Fraction(info.width * height, info.height * width) * (info.aspect or 1)
+    return None if aspect == 1 else aspect.limit_denominator(1000)
 
 
 def default_format(spec: Codec, bits: int) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import heapq
+import logging
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -15,6 +17,8 @@ from .codecs import Encoding
 from .read import open_container
 from .sides import Side, refusals, side_packets
 from .tracks import Window, copy_attachments, copy_chapters, kept_words
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,13 @@ def join(
     encoding: Encoding,
     *,
     source: Path | None,
+    stream: int | None = None,
     sides: Sequence[Side] = (),
     metadata: Mapping[str, str],
     window: Window,
 ) -> None:
     """Write `target` from the segments, with the words, chapters and files of `source` unless that is None,
-    and with what was made ready of its sound and subtitles.
+    and with what was made ready of its sound and subtitles; `stream` is its picture's.
 
     `target` is synced to the disk. Raises `RefusedError` where the container does not take it, `OSError`
     where reading or writing fails.
@@ -64,13 +69,15 @@ def join(
         options |= {"video_track_timescale": ticks, "movie_timescale": ticks}
     with refusals(), ExitStack() as stack:
         out = stack.enter_context(
-            av.open(str(target), "w", format=container_format, container_options=options)
+            av.open(str(target.absolute()), "w", format=container_format, container_options=options)
         )
         video = add_video(out, files[0], encoding)
         streams = [video_packets(files, parts, encoding, video, window.ticks(encoding.time_base))]
         if source is not None:
             original = stack.enter_context(open_container(source))
             out.metadata.update(kept_words(original.metadata))
+            if stream is not None:
+                keep_words_of_video(video, original.streams[stream], window)
             found = (side_packets(out, original, side, window) for side in sides)
             streams += [packets for packets in found if packets is not None]
             copy_attachments(out, original)
@@ -78,6 +85,18 @@ def join(
         out.metadata.update(metadata)
         mux(out, streams)
     sync_file(target)
+
+
+def keep_words_of_video(video: Any, original: Any, window: Window) -> None:
+    """Title, language, time code and flags of the picture's stream."""
+    words = kept_words(original.metadata)
+    for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
+        del words[key]
+    if "timecode" in words and math.isfinite(window.low):
+        log.warning("the time code is left out: it is that of the first frame, not of --start")
+        del words["timecode"]
+    video.metadata.update(words)
+    video.disposition = original.disposition.value
 
 
 def mux(out: Any, streams: Iterable[Iterator[tuple[float, Any]]]) -> None:

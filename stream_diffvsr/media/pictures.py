@@ -5,7 +5,11 @@ Pillow does the work; PyAV where Pillow would cut 16 bits to 8.
 
 from __future__ import annotations
 
+import logging
+import mmap
 import re
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -18,13 +22,20 @@ from torch import Tensor
 
 from ..errors import VideoError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".ppm", ".tga")
+log = logging.getLogger(__name__)
+
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".ppm", ".tga"),
+    *(".avif", ".jfif", ".heic", ".heif"),
+)
 """Files that count as pictures in a folder."""
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".tga")
 ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
 """Formats that hold alpha, and 16 bits, when we write them."""
-ANIMATED = ("GIF", "WEBP", "PNG")
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
+"""What a HEIC file calls itself in its first bytes."""
 DEFAULT_MILLISECONDS = 100
 """What viewers use for an animation's frame without a duration."""
 SAVE_OPTIONS = {
@@ -54,6 +65,13 @@ def list_folder(folder: Path) -> list[Path]:
     files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
     if not files:
         raise VideoError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).")
+    others = {
+        f.suffix.lower() or f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")
+    }
+    if left_out := sorted(others - set(SUFFIXES)):
+        log.warning(
+            "files of %s in %s are left out: they are not read as pictures", ", ".join(left_out), folder
+        )
     return sorted(files, key=lambda file: natural_key(file.name))
 
 
@@ -69,40 +87,89 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts if part]
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a file is a still picture, by its content."""
-    from PIL import Image, UnidentifiedImageError
+def open_picture(path: Path) -> Any:
+    """Pillow's image of a file, not loaded yet. Raises `VideoError` for what is known and not read here."""
+    from PIL import Image
 
+    with path.open("rb") as file:
+        head = file.read(64)
+    if head[4:8] == b"ftyp" and any(brand in head[8:] for brand in HEIC_BRANDS):
+        try:
+            from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
+        except ImportError as error:
+            raise VideoError(
+                f"{path} is a HEIC picture, which the package pillow-heif reads: pip install pillow-heif, or "
+                "save it as JPEG."
+            ) from error
+        register_heif_opener()
     try:
-        with Image.open(path) as image:
+        return Image.open(path)
+    except Image.DecompressionBombError as error:
+        raise VideoError(
+            f"{path} has more pixels than are read in one picture ({2 * (Image.MAX_IMAGE_PIXELS or 0):,}): "
+            "cut it into parts, or make it smaller."
+        ) from error
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a still picture, by its content; of several pages the first is meant."""
+    try:
+        with open_picture(path) as image:
             # Pillow knows an MPEG stream by its first bytes, and cannot read it.
-            return image.format != "MPEG" and getattr(image, "n_frames", 1) == 1
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+            if image.format == "MPEG" or _animated(image):
+                return False
+            return image.format != "JPEG" or path.suffix.lower() in SUFFIXES or not _goes_on(path)
+    except (OSError, ValueError, SyntaxError):
         return False
 
 
 def is_animated(path: Path) -> bool:
-    """Whether a file is an animated GIF, WebP or PNG."""
-    from PIL import Image, UnidentifiedImageError
-
+    """Whether a file is an animated GIF, WebP, PNG or AVIF."""
     try:
-        with Image.open(path) as image:
-            return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+        with open_picture(path) as image:
+            return _animated(image)
+    except (OSError, ValueError, SyntaxError):
         return False
+
+
+def _animated(image: Any) -> bool:
+    return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
+
+
+def _goes_on(path: Path) -> bool:
+    """Whether another JPEG picture follows the first: then it is a stream of them."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        place = 2
+        while data[place : place + 1] == b"\xff" and data[place : place + 2] != b"\xff\xda":
+            place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+        end = data.find(b"\xff\xd9", place)
+        following = data.find(b"\xff", end + 2)
+        return 0 <= end < following and data[following : following + 3] == b"\xff\xd8\xff"
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Width and height of a picture as it is shown, without reading its pixels. Raises `VideoError`."""
+    try:
+        with open_picture(path) as image:
+            turned = image.getexif().get(ORIENTATION, 1) >= 5
+            return image.size[::-1] if turned else image.size
+    except (OSError, ValueError, SyntaxError) as error:
+        raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
 
 
 def read(path: Path) -> Picture:
     """A still picture as RGB and alpha; EXIF rotation is applied. Raises `VideoError`."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
-        with Image.open(path) as image:
+        with open_picture(path) as image:
+            if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
+                log.warning("%s has %d pages: only the first is read", path, pages)
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
             image.load()
             return from_pillow(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError) as error:
         raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
 
 
@@ -117,20 +184,21 @@ def sample_bits(image: Any, path: Path) -> int:
 
 def _read_deep(path: Path, image: Any) -> Picture:
     """A 16-bit picture through PyAV, with the colours and alpha that it has."""
-    from PIL import ExifTags
-
     from .colour import Colour, frame_to_rgb
     from .read import open_container
     from .streams import upright
 
-    with open_container(path) as container:
+    # By its format: a per cent sign in the name would be taken for a numbered series.
+    with open_container(path, f"{image.format.lower()}_pipe") as container:
         frame = next(container.decode(video=0))
     rgb, alpha = frame_to_rgb(frame, Colour(full_range=True))
-    matrix = EXIF_TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    matrix = EXIF_TURNS.get(image.getexif().get(ORIENTATION, 1))
     rgb, alpha = upright(rgb, matrix), None if alpha is None else upright(alpha, matrix)
     return Picture(rgb, alpha, 16, _profile(image))
 
 
+ORIENTATION = 0x0112
+"""EXIF's tag for it."""
 EXIF_TURNS = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),
@@ -184,7 +252,8 @@ def write(path: Path, picture: Picture) -> None:
     values = (pixels[0].movedim(0, -1) * top).round().clamp(0, top).cpu().numpy()
     with atomic(path) as file:
         if deep:
-            file.write(_encode_deep(values.astype(np.uint16), suffix))
+            write_deep = _with_png_profile if suffix == ".png" else _with_tiff_profile
+            file.write(write_deep(_encode_deep(values.astype(np.uint16), suffix), picture.profile))
         else:
             _save(file, values.astype(np.uint8), suffix, picture.profile)
 
@@ -211,6 +280,45 @@ def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
     encoder.width, encoder.height, encoder.pix_fmt = width, height, name
     encoder.time_base = Fraction(1, 25)
     return b"".join(bytes(packet) for packet in [*encoder.encode(frame), *encoder.encode(None)])
+
+
+def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
+    """A PNG file with an ICC profile and a resolution, as chunks behind its header."""
+    chunks = []
+    if icc := profile.get("icc_profile"):
+        chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc)))
+    if dpi := profile.get("dpi"):
+        chunks.append((b"pHYs", struct.pack(">IIB", *(round(float(side) / 0.0254) for side in dpi), 1)))
+    packed = b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        for kind, body in chunks
+    )
+    # PyAV writes a pHYs of its own, which is the shape of a sample.
+    rest, own = data[33:], data.find(b"pHYs")
+    if profile.get("dpi") and own > 0:
+        rest = data[33 : own - 4] + data[own + 17 :]
+    return data[:33] + packed + rest
+
+
+def _with_tiff_profile(data: bytes, profile: dict[str, Any]) -> bytes:
+    """A little-endian TIFF file with an ICC profile and a resolution: a new directory at its end."""
+    start = struct.unpack_from("<I", data, 4)[0]
+    count = struct.unpack_from("<H", data, start)[0]
+    entries = {
+        struct.unpack_from("<H", data, start + 2 + 12 * number)[0]: data[start + 2 + 12 * number :][:12]
+        for number in range(count)
+    }
+    data += b"\0" * (len(data) % 2)
+    if icc := profile.get("icc_profile"):
+        entries[34675] = struct.pack("<HHII", 34675, 7, len(icc), len(data))
+        data += icc + b"\0" * (len(icc) % 2)
+    if dpi := profile.get("dpi"):
+        for tag, side in zip((282, 283), dpi, strict=True):
+            entries[tag] = struct.pack("<HHII", tag, 5, 1, len(data))
+            data += struct.pack("<II", round(float(side) * 1000), 1000)
+        entries[296] = struct.pack("<HHIHH", 296, 3, 1, 2, 0)
+    directory = struct.pack("<H", len(entries)) + b"".join(entries[tag] for tag in sorted(entries))
+    return data[:4] + struct.pack("<I", len(data)) + data[8:] + directory + bytes(4)
 
 
 def describe_animation(path: Path) -> tuple[int, tuple[int, int], int, bool]:

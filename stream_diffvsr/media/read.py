@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,16 @@ from . import pictures
 from .colour import frame_to_rgb
 from .seek import DoubtError, Place, check_counted, count_to, digest, frames_from
 from .span import Span
-from .streams import DEFAULT_RATE, SourceInfo, choose_stream, describe, display_matrix, named_frames, upright
+from .streams import (
+    DEFAULT_RATE,
+    SourceInfo,
+    choose_stream,
+    describe,
+    display_matrix,
+    named_frames,
+    turned_size,
+    upright,
+)
 from .timeline import UNTIMED, Timeline
 
 log = logging.getLogger(__name__)
@@ -79,6 +88,10 @@ def check_readable(path: Path) -> None:
         if path.is_dir():
             next(path.iterdir(), None)
             return
+        if not path.is_file():
+            raise VideoError(
+                f"{path} is a pipe or a device, which is read only once: save it as a file first."
+            )
         with path.open("rb") as file:
             empty = not file.read(1)
     except OSError as error:
@@ -122,6 +135,16 @@ class VideoSource:
                 yield self._convert(frame, index, time)
         # Damage that the demuxer steps over by itself shows only here.
         self.notes["frames fewer than its index names"] += max(0, self._named - index - 1)
+
+    def look_at(self, span: Span) -> None:
+        """Take the size from the first frame of the span: some broadcasts change it on the way."""
+        for index, time, frame in self._numbered(span, None):
+            if not span.before(index, (time - self._first) * self.info.time_base):
+                size = turned_size(frame)
+                if size != (self.info.width, self.info.height):
+                    self.info = replace(self.info, width=size[0], height=size[1])
+                break
+        self.notes.clear()
 
     def place(self, frame: SourceFrame) -> Place | None:
         """By what to go on after a frame; it is not sought where anything was out of order."""
@@ -179,8 +202,9 @@ class VideoSource:
         rgb, alpha = upright(rgb, matrix), None if alpha is None else upright(alpha, matrix)
         if rgb.shape[-2:] != (self.info.height, self.info.width):
             raise VideoError(
-                f"frame {index} of {self.path} is {rgb.shape[-1]}x{rgb.shape[-2]}, the video began with "
-                f"{self.info.width}x{self.info.height}: split it there, with --end {index - 1}."
+                f"frame {index} of {self.path} is {rgb.shape[-1]}x{rgb.shape[-2]}, those before it are "
+                f"{self.info.width}x{self.info.height}: do the rest by itself, with --start {index} and "
+                "another output."
             )
         duration = getattr(frame, "duration", None) or None
         return SourceFrame(index, time, duration, rgb, alpha, self.info.bits)
@@ -214,11 +238,14 @@ class VideoSource:
         untimed = bool(container.format.flags & UNTIMED)
         # AVI counts packets and knows no times: the first frame shown takes the first packet's, and so on.
         times: deque[int | None] | None = deque() if container.format.name == "avi" else None
+        decoder = alpha_decoder(stream)
         for packet in self._packets(container, stream):
             if times is not None and packet.size:
                 times.append(packet.dts)
             try:
-                frames = packet.decode()
+                frames = (
+                    packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
+                )
             except av.FFmpegError:
                 self.notes["damaged packets skipped"] += 1
                 if times:
@@ -229,6 +256,20 @@ class VideoSource:
                 if untimed or times is not None:
                     frame.pts = times.popleft() if times else None
                 yield frame
+
+
+def alpha_decoder(stream: Any) -> Any:
+    """A decoder for the alpha of WebM, which FFmpeg's own leave out; None where there is none."""
+    import av
+
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
+    if name is None or stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) != "1":
+        return None
+    try:
+        return av.CodecContext.create(name, "r")
+    except ValueError:
+        log.warning("the transparency of stream %d is left out: this PyAV has no %s", stream.index, name)
+        return None
 
 
 class Clock:
@@ -304,12 +345,13 @@ class FolderSource:
                 yield SourceFrame(index, index, 1, picture.rgb, picture.alpha, picture.bits, picture.profile)
 
 
-def open_container(path: Path) -> Any:
-    """An open `av` container for reading; raises `VideoError` with the reason."""
+def open_container(path: Path, form: str | None = None) -> Any:
+    """An open `av` container for reading, of a format if it is known; raises `VideoError` with the reason."""
     import av
 
     try:
-        return av.open(str(path), metadata_errors="ignore")
+        # Absolute: what stands before a colon would be taken for a protocol.
+        return av.open(str(path.absolute()), format=form, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(

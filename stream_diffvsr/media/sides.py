@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from .read import open_container
+from .streams import is_cover
 from .texts import KNOWN, translate
 from .timeline import Timeline
 from .tracks import Window, kept_words
@@ -232,7 +233,7 @@ class Making:
         scale = stream.rate or 1000 if stream.type == "audio" else 1000
         options = {"movie_timescale": str(scale)} if container_format in ("mp4", "mov") else {}
         with refusals():
-            self.out = av.open(str(path), "w", format=container_format, container_options=options)
+            self.out = av.open(str(path.absolute()), "w", format=container_format, container_options=options)
             self.way: Way = way(self.out, stream)
 
     def feed(self, packet: Any) -> None:
@@ -304,9 +305,7 @@ def make_sides(source: Path, container_format: str, folder: Path) -> list[Side]:
     """
     with open_container(source) as original:
         wanted = [s for s in original.streams if s.type in ("audio", "subtitle") and s.codec_context]
-        left_out = [s for s in original.streams if s.type in ("audio", "subtitle") and not s.codec_context]
-        for stream in left_out:
-            log.warning("%s stream %d is left out: its codec is not known", stream.type, stream.index)
+        say_what_is_lost(original, container_format)
         ways = {stream.index: ways_of(stream) for stream in wanted}
         names = {
             stream.index: f"{stream.type} stream {stream.index} ({stream.codec_context.name})"
@@ -346,6 +345,22 @@ def make_sides(source: Path, container_format: str, folder: Path) -> list[Side]:
             keeps(container_format),
         )
     return [side for _, side in sorted(done.items()) if side is not None]
+
+
+def say_what_is_lost(original: Any, container_format: str) -> None:
+    """Log the streams that are not copied at all."""
+    for stream in original.streams:
+        why = None
+        if stream.type in ("audio", "subtitle") and not stream.codec_context:
+            why = "its codec is not known"
+        elif stream.type == "data" and "timecode" not in stream.metadata:
+            why = "its packets are not copied"
+        elif stream.type == "video" and stream.codec_context and is_cover(stream):
+            why = "cover pictures are not copied"
+        elif stream.type == "attachment" and container_format != "matroska":
+            why = "only .mkv holds attached files"
+        if why:
+            log.warning("%s stream %d is left out: %s", stream.type, stream.index, why)
 
 
 def keeps(container_format: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import struct
+from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -72,9 +73,8 @@ def is_cover(stream: Any) -> bool:
 def describe(stream: Any, frame: Any) -> SourceInfo:
     """What a stream and its first frame say about themselves."""
     context = stream.codec_context
-    matrix = display_matrix(frame)
-    turned = matrix is not None and matrix[0] == 0
-    width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
+    width, height = turned_size(frame)
+    turned = (width, height) != (frame.width, frame.height)
     flags = stream.container.format.flags
     untimed = bool(flags & UNTIMED)
     rates = [stream.average_rate, stream.guessed_rate]
@@ -101,6 +101,22 @@ def describe(stream: Any, frame: Any) -> SourceInfo:
         timed=not untimed,
         free_start=bool(flags & MAY_JUMP),
     )
+
+
+def turned_size(frame: Any) -> tuple[int, int]:
+    """Width and height of a frame as it is shown."""
+    matrix = display_matrix(frame)
+    turned = matrix is not None and matrix[0] == 0
+    return (frame.height, frame.width) if turned else (frame.width, frame.height)
+
+
+def side_data(frame: Any) -> dict[str, bytes]:
+    """A frame's side data by FFmpeg's names; PyAV has none for the newest kinds."""
+    found = {}
+    for data in frame.side_data:
+        with suppress(ValueError):
+            found[data.type.name] = bytes(data)
+    return found
 
 
 def named_frames(stream: Any) -> int:
@@ -148,14 +164,22 @@ def colour_of(frame: Any, context: Any) -> Colour:
 
 
 HDR_DATA = ("MASTERING_DISPLAY_METADATA", "CONTENT_LIGHT_LEVEL")
-LOST_DATA = ("DYNAMIC_HDR_PLUS", "DYNAMIC_HDR_VIVID", "DOVI_METADATA", "AMBIENT_VIEWING_ENVIRONMENT")
-"""What changes with the scene, or no encoder here takes."""
+LOST_DATA = {
+    "DYNAMIC_HDR_PLUS": "DYNAMIC_HDR_PLUS",
+    "DYNAMIC_HDR_VIVID": "DYNAMIC_HDR_VIVID",
+    "DOVI_METADATA": "DOVI_METADATA",
+    "AMBIENT_VIEWING_ENVIRONMENT": "AMBIENT_VIEWING_ENVIRONMENT",
+    "A53_CC": "closed captions in the picture",
+    "SPHERICAL": "360 degree projection",
+    "STEREO3D": "3D arrangement",
+}
+"""What changes with the scene, or no encoder here takes, and what it is called."""
 
 
 def hdr_data(frame: Any) -> dict[str, bytes]:
     """HDR10 side data of a frame, where it is complete; what cannot be carried on is logged."""
-    found = {data.type.name: bytes(data) for data in frame.side_data}
-    if lost := [name for name in LOST_DATA if name in found]:
+    found = side_data(frame)
+    if lost := [words for name, words in LOST_DATA.items() if name in found]:
         log.warning("the source's %s cannot be carried on and is left out", " and ".join(lost))
     display = found.get(HDR_DATA[0])
     # Its last two numbers say whether the chromaticities and the luminances are known.
@@ -170,15 +194,14 @@ def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
 
     A pixel (x, y) is shown at (a x + c y, b x + d y); only quarter turns and mirrors count.
     """
-    for data in frame.side_data:
-        if data.type.name == "DISPLAYMATRIX":
-            import numpy as np
+    import numpy as np
 
-            values = np.frombuffer(bytes(data), np.int32)
-            a, b, c, d = (int(np.sign(values[i]) if abs(values[i]) > 1 << 15 else 0) for i in (0, 1, 3, 4))
-            upright = (a, b, c, d) == (1, 0, 0, 1)
-            return None if upright or abs(a * d - b * c) != 1 else (a, b, c, d)
-    return None
+    if (data := side_data(frame).get("DISPLAYMATRIX")) is None:
+        return None
+    values = np.frombuffer(data, np.int32)
+    a, b, c, d = (int(np.sign(values[i]) if abs(values[i]) > 1 << 15 else 0) for i in (0, 1, 3, 4))
+    upright = (a, b, c, d) == (1, 0, 0, 1)
+    return None if upright or abs(a * d - b * c) != 1 else (a, b, c, d)
 
 
 def upright(x: Tensor, matrix: tuple[int, int, int, int] | None) -> Tensor:

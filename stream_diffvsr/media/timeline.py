@@ -1,8 +1,8 @@
 """One line of time for all streams of a file whose timestamps start over, jump or wrap on the way.
 
 Broadcasts, recordings in pieces and files joined byte by byte have such timestamps; formats that may say so
-themselves. As in FFmpeg's command, a break is a step back, or one forward by more than ten seconds that no
-other stream shares. What reads the picture and what reads the sound each walk through all packets in the
+themselves. As in FFmpeg's command, a break is a step back in decoding order, or one forward by more than ten
+seconds that no other stream shares. What reads the picture and what reads the sound each walk through all packets in the
 order of the file, so that both take off the same.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 MAY_JUMP, UNTIMED = 0x0200, 0x0080
 """FFmpeg's AVFMT_TS_DISCONT and AVFMT_NOTIMESTAMPS."""
-BACK, FORWARD = 0.1, 10.0
+BACK, FORWARD = 0.02, 10.0
 """Seconds that are no break yet."""
 
 
