@@ -189,6 +189,110 @@ def test_profiles_are_kept(pipe, tmp_path: Path) -> None:
         assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_sixteen_bits_keep_profile_and_resolution(suffix: str, tmp_path: Path) -> None:
+    from PIL import ImageCms
+
+    icc = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    rgb = torch.from_numpy(DEEP.astype(np.float32) / 65535).movedim(-1, 0)[None]
+    path = tmp_path / f"a{suffix}"
+    pictures.write(path, Picture(rgb, None, 16, {"icc_profile": icc, "dpi": (300, 300)}))
+    back = pictures.read(path)
+    assert back.bits == 16 and np.array_equal(values(back.rgb, 65535), DEEP)
+    assert back.profile["icc_profile"] == icc
+    assert [float(side) for side in back.profile["dpi"]] == pytest.approx([300, 300], abs=0.1)
+
+
+def test_a_picture_with_more_inside_is_a_picture(tmp_path: Path, caplog) -> None:
+    """A phone's JPEG with a second picture, upright, and a TIFF with pages."""
+    first, second = Image.fromarray(RGB), Image.fromarray(RGB[::-1])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second], exif=exif)
+    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    with Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "MPO" and image.n_frames == 2
+    assert pictures.is_picture(tmp_path / "a.jpg") and not pictures.is_animated(tmp_path / "a.jpg")
+    assert pictures.read(tmp_path / "a.jpg").rgb.shape[-2:] == (clips.WIDTH, clips.HEIGHT)
+    assert pictures.size_of(tmp_path / "a.jpg") == (clips.HEIGHT, clips.WIDTH)
+    assert pictures.is_picture(tmp_path / "a.tif")
+    assert np.array_equal(values(pictures.read(tmp_path / "a.tif").rgb), RGB)
+    assert "2 pages: only the first" in caplog.text
+
+
+def test_streams_of_pictures_are_videos(pipe, tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.mjpeg"), "w") as out:
+        stream = out.add_stream("mjpeg", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuvj420p"
+        for index in range(3):
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(clips.picture(index, 16, 16), format="rgb24")))
+        out.mux(stream.encode(None))
+    assert not pictures.is_picture(tmp_path / "a.mjpeg")
+    assert len(clips.frames_of(upscale(pipe, tmp_path / "a.mjpeg", tmp_path / "a.mp4"))) == 3
+    Image.fromarray(RGB).save(tmp_path / "one.mjpeg", format="JPEG")
+    assert pictures.is_picture(tmp_path / "one.mjpeg")
+
+
+def test_what_is_no_picture_here_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
+    import os
+    import sys
+
+    from stream_diffvsr.media.read import check_readable
+
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(100))
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(VideoError, match="pip install pillow-heif"):
+        pictures.is_picture(tmp_path / "a.heic")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    Image.fromarray(RGB).save(tmp_path / "huge.png")
+    with pytest.raises(VideoError, match="more pixels than are read"):
+        pictures.is_picture(tmp_path / "huge.png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(VideoError, match="save it as a file first"):
+            check_readable(tmp_path / "pipe")
+
+
+def test_names_with_signs_of_their_own(pipe, tmp_path: Path, monkeypatch) -> None:
+    """A colon is no protocol, a per cent sign no numbered series, a dot in a folder's name no format."""
+    monkeypatch.chdir(tmp_path)
+    clips.write_video(tmp_path / "Ep1: pilot.mp4", 2, size=(16, 16), audio=1)
+    assert len(clips.frames_of(tmp_path / upscale(pipe, Path("Ep1: pilot.mp4"), Path("Ep: 2.mp4")))) == 2
+    save_deep(tmp_path / "a: %03d.png", DEEP)
+    assert pictures.read(Path("a: %03d.png")).bits == 16
+    folder = tmp_path / "shots_2024.05.01"
+    folder.mkdir()
+    for name in ("a.png", "a.gif", "b.avif", "notes.txt"):
+        if name.endswith("txt"):
+            (folder / name).write_text("x")
+        else:
+            Image.fromarray(RGB).save(folder / name)
+    output = upscale(pipe, folder, tmp_path / "shots_2024.05.01_4x")
+    assert sorted(file.name for file in output.iterdir()) == ["a.gif.png", "a.png", "b.png"]
+    with pytest.raises(VideoError, match="names no format"):
+        upscale(pipe, folder, tmp_path / "out.avi")
+
+
+def test_pictures_of_several_sizes_are_no_video(pipe, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(RGB).save(folder / "1.png")
+    Image.fromarray(clips.picture(0, 24, 16)).save(folder / "2.png")
+    with pytest.raises(VideoError, match=r"2.png is 24x16, 1.png is 32x24: a video has one size"):
+        upscale(pipe, folder, tmp_path / "out.mp4")
+
+
+def test_no_other_output_is_replaced(pipe, tmp_path: Path) -> None:
+    source = clips.write_video(tmp_path / "in.mp4", 1)
+    (tmp_path / "precious.mp4").write_text("x")
+    for name in ("compare", "state_out", "cuts_out"):
+        for path, said in (("precious.mp4", "exists"), ("out.mp4", "named for two outputs")):
+            task = VideoJob(source=source, output=tmp_path / "out.mp4", **{name: tmp_path / path})
+            with pytest.raises(VideoError, match=said):
+                next(run(pipe, task))
+    assert (tmp_path / "precious.mp4").read_text() == "x"
+
+
 def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
     Image.fromarray(RGB[..., 0].astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(VideoError, match="no known range"):

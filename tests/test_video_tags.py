@@ -185,3 +185,70 @@ def test_dynamic_hdr_is_said_to_be_lost(caplog) -> None:
         assert set(hdr_data(types.SimpleNamespace(side_data=side_data))) == {"CONTENT_LIGHT_LEVEL"}
     assert "DYNAMIC_HDR_PLUS cannot be carried on" in caplog.text
     assert "described in part only" in caplog.text
+
+
+def test_what_a_frame_says_and_nobody_can_carry_on_is_said(caplog) -> None:
+    from stream_diffvsr.media.streams import display_matrix, hdr_data
+
+    class Unknown:
+        """Side data of a kind that PyAV has no name for yet, such as EXIF."""
+
+        @property
+        def type(self) -> None:
+            raise ValueError("99 is not a valid Type")
+
+    class Sphere:
+        type = types.SimpleNamespace(name="SPHERICAL")
+
+        def __bytes__(self) -> bytes:
+            return b"x"
+
+    frame = types.SimpleNamespace(side_data=[Unknown(), Sphere()])
+    assert display_matrix(frame) is None and hdr_data(frame) == {}
+    assert "360 degree projection cannot be carried on" in caplog.text
+
+
+def test_words_of_the_picture_and_its_time_code_are_kept(pipe, tmp_path: Path, caplog) -> None:
+    plain = clips.write_video(tmp_path / "plain.mov", 3)
+    with av.open(str(plain)) as before, av.open(str(tmp_path / "a.mov"), "w") as out:
+        stream = out.add_stream_from_template(before.streams.video[0], opaque=True)
+        stream.metadata.update({"timecode": "01:00:00:00", "language": "deu"})
+        for packet in before.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    with av.open(str(upscale(pipe, tmp_path / "a.mov", tmp_path / "b.mov"))) as container:
+        words = container.streams.video[0].metadata
+    assert (words["timecode"], words["language"]) == ("01:00:00:00", "deu")
+    upscale(pipe, tmp_path / "a.mov", tmp_path / "c.mov", start=1)
+    assert "the time code is left out" in caplog.text
+
+
+def test_the_shape_shown_stays_at_any_size(pipe, tmp_path: Path) -> None:
+    source = clips.write_video(tmp_path / "a.mp4", 1, size=(36, 28), aspect=Fraction(64, 45))
+    for number, target in enumerate([(128, 72), (144, 112)]):
+        output = upscale(pipe, source, tmp_path / f"{number}.mp4", target=target)
+        with av.open(str(output)) as container:
+            stream = container.streams.video[0]
+            shape = Fraction(stream.width, stream.height) * (stream.sample_aspect_ratio or 1)
+        assert shape == Fraction(36, 28) * Fraction(64, 45)
+
+
+def test_the_alpha_of_webm_is_read(tmp_path: Path) -> None:
+    from stream_diffvsr.media.read import Span, VideoSource
+
+    if "libvpx-vp9" not in av.codecs_available:
+        pytest.skip("no encoder")
+    with av.open(str(tmp_path / "a.webm"), "w") as out:
+        stream = out.add_stream("libvpx-vp9", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuva420p"
+        stream.metadata["alpha_mode"] = "1"
+        picture = np.full((32, 32, 4), 200, np.uint8)
+        picture[:, 16:, 3] = 0
+        frame = av.VideoFrame.from_ndarray(picture, format="rgba").reformat(format="yuva420p")
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode(None))
+    source = VideoSource(tmp_path / "a.webm")
+    alpha = next(source.frames(Span())).alpha
+    assert source.info.has_alpha and alpha is not None
+    assert float(alpha[..., :12].min()) > 0.9 and float(alpha[..., 20:].max()) < 0.1

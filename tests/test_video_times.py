@@ -11,6 +11,7 @@ import clips
 import pytest
 from test_video_sides import SIZE, heard, upscale, write
 
+from stream_diffvsr import VideoError
 from stream_diffvsr.media.read import Span, VideoSource
 
 
@@ -107,3 +108,19 @@ def test_frames_of_a_joined_file_are_the_same_from_any_start(tmp_path: Path) -> 
     frames = list(VideoSource(source).frames(Span()))
     later = list(VideoSource(source).frames(Span(start=7)))
     assert [(f.index, f.time) for f in later] == [(f.index, f.time) for f in frames[7:]]
+
+
+def test_a_size_that_changes_ends_one_file_and_begins_another(pipe, tmp_path: Path) -> None:
+    def part(size: tuple[int, int]) -> bytes:
+        clips.write_video(tmp_path / "part.ts", 4, size=size, codec="mpeg2video")
+        return (tmp_path / "part.ts").read_bytes()
+
+    source = tmp_path / "a.ts"
+    source.write_bytes(part((32, 32)) + part((48, 48)))
+    with pytest.raises(VideoError, match="with --start 4 and another output"):
+        upscale(pipe, source, tmp_path / "first.mp4")
+    assert len(clips.frames_of(tmp_path / "first.mp4")) == 4
+    output = upscale(pipe, source, tmp_path / "second.mp4", start=4)
+    frames = clips.frames_of(output)
+    assert [picture.shape[:2] for _, picture in frames] == [(192, 192)] * 4
+    assert [float(time) for time, _ in frames] == pytest.approx([0, 0.04, 0.08, 0.12], abs=0.01)

@@ -7,7 +7,7 @@ whole source and its timestamp. What was repaired on the way is counted in `note
 from __future__ import annotations
 
 import logging
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -28,10 +28,11 @@ from .streams import (
     describe,
     display_matrix,
     named_frames,
+    side_data,
     turned_size,
     upright,
 )
-from .timeline import UNTIMED, Timeline
+from .timeline import UNTIMED, ShownTimes, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ class VideoSource:
         self.notes: Counter[str] = Counter()
         self.packets = 0
         """Packets decoded so far."""
-        self._steady = True
+        self._steady, self._captioned = True, False
         with open_container(path) as container:
             chosen = choose_stream(container, path, stream)
             self.stream_index, self._named = chosen.index, named_frames(chosen)
@@ -206,6 +207,9 @@ class VideoSource:
                 f"{self.info.width}x{self.info.height}: do the rest by itself, with --start {index} and "
                 "another output."
             )
+        if not self._captioned and "A53_CC" in side_data(frame):
+            self._captioned = True
+            log.warning("%s has closed captions in its picture, which are left out", self.path)
         duration = getattr(frame, "duration", None) or None
         return SourceFrame(index, time, duration, rgb, alpha, self.info.bits)
 
@@ -235,41 +239,40 @@ class VideoSource:
         """Every frame that can be decoded."""
         import av
 
-        untimed = bool(container.format.flags & UNTIMED)
-        # AVI counts packets and knows no times: the first frame shown takes the first packet's, and so on.
-        times: deque[int | None] | None = deque() if container.format.name == "avi" else None
-        decoder = alpha_decoder(stream)
+        untimed, avi = bool(container.format.flags & UNTIMED), container.format.name == "avi"
+        shown = ShownTimes(by_order=avi)
+        decode = alpha_decoder(stream) or (lambda packet: packet.decode())
         for packet in self._packets(container, stream):
-            if times is not None and packet.size:
-                times.append(packet.dts)
+            # AVI counts packets, and knows no other times.
+            time = packet.dts if avi or packet.pts is None else packet.pts
+            if packet.size and not packet.is_discard:
+                shown.read(time)
             try:
-                frames = (
-                    packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
-                )
+                frames = decode(packet)
             except av.FFmpegError:
                 self.notes["damaged packets skipped"] += 1
-                if times:
-                    times.pop()
+                shown.lose(time)
                 continue
             self.notes["damaged frames used"] += sum(frame.is_corrupt for frame in frames)
             for frame in frames:
-                if untimed or times is not None:
-                    frame.pts = times.popleft() if times else None
+                frame.pts = None if untimed else shown.show(frame.pts)
+                self._steady &= avi or not shown.by_order
                 yield frame
 
 
 def alpha_decoder(stream: Any) -> Any:
-    """A decoder for the alpha of WebM, which FFmpeg's own leave out; None where there is none."""
+    """Packet -> frames with the alpha of WebM, which FFmpeg's own decoders leave out; None: it has none."""
     import av
 
     name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
     if name is None or stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) != "1":
         return None
     try:
-        return av.CodecContext.create(name, "r")
+        decoder = av.CodecContext.create(name, "r")
     except ValueError:
         log.warning("the transparency of stream %d is left out: this PyAV has no %s", stream.index, name)
         return None
+    return lambda packet: decoder.decode(packet if packet.size else None)
 
 
 class Clock:

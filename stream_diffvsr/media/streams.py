@@ -169,7 +169,6 @@ LOST_DATA = {
     "DYNAMIC_HDR_VIVID": "DYNAMIC_HDR_VIVID",
     "DOVI_METADATA": "DOVI_METADATA",
     "AMBIENT_VIEWING_ENVIRONMENT": "AMBIENT_VIEWING_ENVIRONMENT",
-    "A53_CC": "closed captions in the picture",
     "SPHERICAL": "360 degree projection",
     "STEREO3D": "3D arrangement",
 }

@@ -2,12 +2,13 @@
 
 Broadcasts, recordings in pieces and files joined byte by byte have such timestamps; formats that may say so
 themselves. As in FFmpeg's command, a break is a step back in decoding order, or one forward by more than ten
-seconds that no other stream shares. What reads the picture and what reads the sound each walk through all packets in the
-order of the file, so that both take off the same.
+seconds that no other stream shares. What reads the picture and what reads the sound each walk through all
+packets in the order of the file, so that both take off the same.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from dataclasses import dataclass
 from fractions import Fraction
@@ -75,3 +76,46 @@ class Timeline:
             return now < track.last - BACK or now > self._now + FORWARD
         # The first packet of a stream, measured by the others.
         return math.isfinite(self._now) and abs(now - self._now) > FORWARD
+
+
+class ShownTimes:
+    """Times of frames in the order in which they are shown.
+
+    A frame has its own as long as they rise. Some files have only decoding times, or those in place of the
+    others: there each frame takes the earliest time of a packet that none has taken yet.
+    """
+
+    def __init__(self, by_order: bool) -> None:
+        self.by_order = by_order
+        """Whether frames take the times of packets; it becomes so with the first time that does not rise."""
+        self._waiting: list[int] = []
+        self._last: int | None = None
+
+    def read(self, time: int | None) -> None:
+        """A packet with this time goes to the decoder."""
+        if time is not None:
+            heapq.heappush(self._waiting, time)
+
+    def lose(self, time: int | None) -> None:
+        """It could not be decoded."""
+        if time in self._waiting:
+            self._waiting.remove(time)
+            heapq.heapify(self._waiting)
+
+    def show(self, time: int | None) -> int | None:
+        """The time of the next frame, whose own is given; None where it cannot be told."""
+        rises = time is not None and (self._last is None or time > self._last)
+        if not self.by_order and (time is None or rises):
+            self._last = self._last if time is None else time
+            self._drop()
+            return time
+        self.by_order = True
+        self._drop()
+        if not self._waiting:
+            return None
+        self._last = heapq.heappop(self._waiting)
+        return self._last
+
+    def _drop(self) -> None:
+        while self._last is not None and self._waiting and self._waiting[0] <= self._last:
+            heapq.heappop(self._waiting)
