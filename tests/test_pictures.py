@@ -209,7 +209,7 @@ def test_a_picture_with_more_inside_is_a_picture(tmp_path: Path, caplog) -> None
     exif = Image.Exif()
     exif[0x0112] = 6
     first.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[second], exif=exif)
-    first.save(tmp_path / "a.tif", save_all=True, append_images=[second])
+    Image.fromarray(RGB).save(tmp_path / "a.tif", save_all=True, append_images=[Image.fromarray(RGB[::-1])])
     with Image.open(tmp_path / "a.jpg") as image:
         assert image.format == "MPO" and image.n_frames == 2
     assert pictures.is_picture(tmp_path / "a.jpg") and not pictures.is_animated(tmp_path / "a.jpg")

@@ -268,7 +268,7 @@ def alpha_decoder(stream: Any) -> Any:
     if name is None or stream.metadata.get("alpha_mode", stream.metadata.get("ALPHA_MODE")) != "1":
         return None
     try:
-        decoder = av.CodecContext.create(name, "r")
+        decoder: Any = av.CodecContext.create(name, "r")
     except ValueError:
         log.warning("the transparency of stream %d is left out: this PyAV has no %s", stream.index, name)
         return None
