@@ -120,7 +120,8 @@ def test_a_size_that_changes_ends_one_file_and_begins_another(pipe, tmp_path: Pa
     with pytest.raises(VideoError, match="with --start 4 and another output"):
         upscale(pipe, source, tmp_path / "first.mp4")
     assert len(clips.frames_of(tmp_path / "first.mp4")) == 4
-    output = upscale(pipe, source, tmp_path / "second.mp4", start=4)
+    (tmp_path / "rest").mkdir()
+    output = upscale(pipe, source, tmp_path / "rest" / "second.mp4", start=4)
     frames = clips.frames_of(output)
     assert [picture.shape[:2] for _, picture in frames] == [(192, 192)] * 4
     assert [float(time) for time, _ in frames] == pytest.approx([0, 0.04, 0.08, 0.12], abs=0.01)
