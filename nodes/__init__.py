@@ -7,7 +7,7 @@ load, upscale, video, state, settings        the nodes
 """
 
 from .load import Loader
-from .settings import FlashVSRSettings, Settings
+from .settings import FlashVSRSettings, ImageSettings, Settings, SwiftVRSettings
 from .state import CreateState, ExtractState, LoadState, SaveState
 from .upscale import ProcessFrame, Upscale
 from .video import UpscaleVideo
@@ -23,6 +23,8 @@ NODES = {
     "LoadState": (LoadState, "Load State"),
     "Settings": (Settings, "Settings"),
     "FlashVSRSettings": (FlashVSRSettings, "FlashVSR Settings"),
+    "SwiftVRSettings": (SwiftVRSettings, "SwiftVR Settings"),
+    "ImageSettings": (ImageSettings, "Image Model Settings"),
 }
 
 NODE_CLASS_MAPPINGS = {f"StreamDiffVSR_{name}": node for name, (node, _) in NODES.items()}

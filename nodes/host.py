@@ -307,6 +307,18 @@ def folder(kind: str) -> Path:
     return Path(getattr(paths, f"get_{kind}_directory")()) if paths else Path.cwd() / kind
 
 
+def image_models() -> list[str]:
+    """Names of the single-image models that ComfyUI lists."""
+    paths = comfy("folder_paths")
+    return paths.get_filename_list("upscale_models") if paths else []
+
+
+def image_model_path(name: str) -> str | None:
+    """Where one of them lies; None for any other name."""
+    paths = comfy("folder_paths")
+    return paths.get_full_path("upscale_models", name) if paths and name in image_models() else None
+
+
 def model_folders() -> list[Path]:
     """Where ComfyUI's user may keep checkpoints; downloads go to the first.
 

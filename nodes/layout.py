@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..stream_diffvsr.errors import IncompatibleInputError, VRAMError
-from ..stream_diffvsr.media.sizes import enlarge
 from ..stream_diffvsr.tensors import from_pixels, to_pixels
 from .host import install_line
 
@@ -69,6 +68,8 @@ def put(result: Tensor, index: int, hq: Tensor, image: Tensor) -> None:
     """Write frame `index` of a result: colours from `hq`, alpha (if there is one) enlarged from `image`."""
     result[index, ..., :COLOURS] = to_image(to_pixels(hq))
     if image.shape[-1] > COLOURS:
+        from ..stream_diffvsr.media.sizes import enlarge
+
         alpha = enlarge(to_frame(image[..., COLOURS:]), (hq.shape[-2], hq.shape[-1]))
         result[index, ..., COLOURS:] = to_image(alpha)
 

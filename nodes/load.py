@@ -49,7 +49,7 @@ class Loader:
                         "default": "v1",
                         "tooltip": "nano: the small model that comes with this pack. The others are "
                         f"downloaded when first used: {sizes}. Then every complete checkpoint in the model "
-                        "folders.",
+                        "folders, and the single-image models in upscale_models.",
                     },
                 ),
                 "device": (
@@ -106,7 +106,7 @@ def checkpoints() -> list[str]:
         if is_complete(each, identity(each.path) + files.identity(each.path / FILE))
     ]
     v1, *others = RELEASES
-    return list(dict.fromkeys([v1, "nano", *others, *found]))
+    return list(dict.fromkeys([v1, "nano", *others, *found, *host.image_models()]))
 
 
 @lru_cache(maxsize=64)
@@ -139,10 +139,17 @@ def source_identity(source: str) -> str:
     from ..stream_diffvsr.load import resolve
 
     try:
-        folder = resolve(source, host.model_folders())
+        path = resolve(located(source), host.model_folders())
     except (StreamDiffVSRError, ImportError):  # told when it runs
-        folder = None
-    return identity(folder) if folder else "missing"
+        path = None
+    if path is None:
+        return "missing"
+    return identity(path) if path.is_dir() else files.identity(path)
+
+
+def located(source: str) -> str:
+    """The path of a single-image model that ComfyUI lists; any other source as it is."""
+    return host.image_model_path(source) or source
 
 
 class Downloading:
@@ -175,7 +182,7 @@ def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str
     if pipe is None:
         with host.install_line():
             pipe = load_pipeline(
-                source,
+                located(source),
                 device="cpu",
                 dtype=dtype,
                 flow=flow,

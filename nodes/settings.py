@@ -3,7 +3,6 @@
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -136,11 +135,10 @@ class Settings:
         return (SettingsValue(with_preset(PRESETS, values["preset"], changed), file),)
 
 
-class FlashVSRSettings:
-    """Settings of FlashVSR."""
+class FamilySettings:
+    """Settings of one other family, made from its options; a subclass names it."""
 
-    DESCRIPTION = "Settings for a FlashVSR model. The defaults are the published ones and suit most runs."
-    SEARCH_ALIASES: ClassVar = ["flashvsr options", "flash vsr settings"]
+    FAMILY: ClassVar[str]
     CATEGORY = ADVANCED
     FUNCTION = "execute"
     RETURN_TYPES = (SETTINGS,)
@@ -149,10 +147,32 @@ class FlashVSRSettings:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"optional": family_widgets("flashvsr")}
+        return {"optional": family_widgets(cls.FAMILY)}
 
     def execute(self, **values: Any) -> tuple[SettingsValue]:
-        return (family_settings("flashvsr", values),)
+        from ..stream_diffvsr.load import FAMILIES
+
+        given = {name: about["default"] for name, (_, about) in family_widgets(self.FAMILY).items()} | values
+        file = {name: given.pop(name) for name in FILE}
+        return (SettingsValue(from_widgets(FAMILIES[self.FAMILY].options, given), file, self.FAMILY),)
+
+
+class FlashVSRSettings(FamilySettings):
+    FAMILY = "flashvsr"
+    DESCRIPTION = "Settings for a FlashVSR model. The defaults are the published ones and suit most runs."
+    SEARCH_ALIASES: ClassVar = ["flashvsr options", "flash vsr settings"]
+
+
+class SwiftVRSettings(FamilySettings):
+    FAMILY = "swiftvr"
+    DESCRIPTION = "Settings for a SwiftVR model. The defaults are the published ones and suit most runs."
+    SEARCH_ALIASES: ClassVar = ["swiftvr options", "swift vr settings"]
+
+
+class ImageSettings(FamilySettings):
+    FAMILY = "image"
+    DESCRIPTION = "Settings for a single-image model from upscale_models, such as how steady the video is."
+    SEARCH_ALIASES: ClassVar = ["image model video settings", "steady upscale", "upscale model flicker"]
 
 
 def family_widgets(family: str) -> dict[str, Widget]:
@@ -162,12 +182,3 @@ def family_widgets(family: str) -> dict[str, Widget]:
 
     options = FAMILIES[family].options
     return {**widgets(options, [name for name in rules(options) if name != "seed"]), **file_widgets()}
-
-
-def family_settings(family: str, values: Mapping[str, Any]) -> SettingsValue:
-    """What the widgets of `family_widgets` say."""
-    from ..stream_diffvsr.load import FAMILIES
-
-    given = {name: about["default"] for name, (_, about) in family_widgets(family).items()} | dict(values)
-    file = {name: given.pop(name) for name in FILE}
-    return SettingsValue(from_widgets(FAMILIES[family].options, given), file, family)

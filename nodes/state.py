@@ -155,7 +155,8 @@ class LoadState:
         )
 
     def execute(self, state_file: str) -> tuple[State]:
-        return (State.load(files.state_path(state_file)),)
+        state = State.load(files.state_path(state_file))
+        return (StreamDiffVSRState.of(state) if state.family in ("", "diffvsr") else state,)
 
 
 def one_picture(image: Tensor, name: str) -> Tensor:

@@ -26,6 +26,11 @@ from .families.diffvsr.released import CONFIGS, untrained_flow, without_weights
 from .families.flashvsr import checkpoint as flashvsr
 from .families.flashvsr import options as flashvsr_options
 from .families.flashvsr.options import FlashVSROptions
+from .families.image import checkpoint as image
+from .families.image.options import ImageOptions
+from .families.swiftvr import checkpoint as swiftvr
+from .families.swiftvr import options as swiftvr_options
+from .families.swiftvr.options import SwiftVROptions
 from .files import read_json
 from .flow import open_flow
 from .runtimes.torch import quantized
@@ -43,7 +48,7 @@ class Family:
     """What is asked of a family's files."""
 
     recognise: Callable[[Path], bool]
-    """Whether a folder is meant to hold such a model."""
+    """Whether a folder, or a file, is meant to hold such a model."""
     problem: Callable[[Path], StreamDiffVSRError | None]
     """Why it cannot be opened; None where it can."""
     needed: Callable[[Collection[str], Path], Collection[str]]
@@ -55,6 +60,14 @@ class Family:
 
 
 FAMILIES = {
+    "swiftvr": Family(
+        swiftvr.recognise,
+        swiftvr.problem,
+        swiftvr.needed,
+        SwiftVROptions,
+        swiftvr_options.PRESETS,
+        "SwiftVR",
+    ),
     "flashvsr": Family(
         flashvsr.recognise,
         flashvsr.problem,
@@ -71,8 +84,11 @@ FAMILIES = {
         diffvsr_options.PRESETS,
         "Stream-DiffVSR",
     ),
+    "image": Family(
+        image.recognise, image.problem, lambda names, folder: names, ImageOptions, {}, "image models"
+    ),
 }
-"""By name, in the order in which a folder is looked at."""
+"""By name, in the order in which a path is looked at."""
 
 
 class Found(NamedTuple):
@@ -121,12 +137,13 @@ def load_pipeline(
 ) -> Upscaler:
     """Open a model and make it ready to run.
 
-    `source`: 'nano' (bundled), a released model by name ('v1', 'mix', 'flashvsr-v1', 'flashvsr-v1.1': found
-    on this machine or downloaded), the name of a checkpoint that `find_checkpoints(extra_folders)` lists, or
-    a checkpoint folder, whose files tell the family. `version` 'v1' or 'v1.1' is needed for a folder of
-    FlashVSR with another name than the published one. `dtype` is that of the networks; frames, flow, warp,
-    state and scheduler arithmetic are float32 always. `flow` and `quantize` are Stream-DiffVSR's: `quantize`
-    'int8' and 'fp8' approximate linear layers in 8 bits (they need torchao, 'fp8' also a GPU that has it).
+    `source`: 'nano' (bundled), a released model by name (`weights.released.RELEASES`: found on this machine
+    or downloaded), the name of a checkpoint that `find_checkpoints(extra_folders)` lists, a folder of one,
+    whose files tell the family, or the file of a single-image model. `version` 'v1' or 'v1.1' is needed for a
+    folder of FlashVSR with another name than the published one. `dtype` is that of the networks; frames,
+    flow, warp, state and scheduler arithmetic are float32 always. `flow` and `quantize` are
+    Stream-DiffVSR's: `quantize` 'int8' and 'fp8' approximate linear layers in 8 bits (they need torchao,
+    'fp8' also a GPU that has it).
     `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
     download, which resumes from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
@@ -137,11 +154,16 @@ def load_pipeline(
     folders = list(extra_folders)
     folder = resolve(source, folders) or download(str(source), folders, on_progress=on_progress)
     family = family_of(folder) or "diffvsr"  # which tells a folder that is none what it lacks
+    if family != "diffvsr":
+        _refuse_own_settings(FAMILIES[family].title, flow, quantize)
     if family == "flashvsr":
         release = RELEASES.get(str(source)) or release_named(folder.name)
         told = version or (release.version if release and release.family == family else None)
-        _refuse_own_settings("FlashVSR", flow, quantize)
         return flashvsr.open_flashvsr(folder, told, chosen_device, chosen_dtype)
+    if family == "swiftvr":
+        return swiftvr.open_swiftvr(folder, chosen_device, chosen_dtype)
+    if family == "image":
+        return image.open_image_model(folder, chosen_device, chosen_dtype)
     pipe = diffvsr.open_diffvsr(folder, chosen_device, chosen_dtype, flow, models_folders(folders))
     pipe.quantize(quantize)
     return pipe
@@ -191,7 +213,7 @@ def why_not(candidate: Candidate) -> str | None:
 
 
 def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Path | None:
-    """The folder of a source; None where released weights are not there, and so are to be downloaded.
+    """The folder, or the file, of a source; None for released weights that are not there, to be downloaded.
 
     Raises `ModelNotFoundError` for a name that nothing has, and for a folder of checkpoints.
     """
@@ -204,6 +226,8 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
                 "checkpoint", Path(source), f"That is a folder of checkpoints: name {named}."
             )
         return Path(source)
+    if image.recognise(Path(source)):
+        return Path(source)
     found = [each for each in candidates(extra_folders, family_of) if each.name == str(source)]
     if source in RELEASES:
         return next((each.path for each in found if not _is_damaged(each)), None)
@@ -211,7 +235,9 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
         known = [each.name for each in candidates(extra_folders, family_of)]
         names = ", ".join(dict.fromkeys(["nano", *RELEASES, *known]))
         raise ModelNotFoundError(
-            f"checkpoint {str(source)!r}", Path(source).absolute(), f"Name a folder, or one of {names}."
+            f"checkpoint {str(source)!r}",
+            Path(source).absolute(),
+            f"Name a folder, a model file ({', '.join(image.SUFFIXES)}), or one of {names}.",
         )
     return found[0].path
 

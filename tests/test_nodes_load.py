@@ -20,6 +20,8 @@ V1 = {"model_version": "v1", "device": "cpu", "dtype": "float32", "flow_model": 
 
 pytestmark = pytest.mark.usefixtures("home")
 
+KNOWN = ["v1", "nano", "mix", "flashvsr-v1", "flashvsr-v1.1", "swiftvr"]
+
 
 def offered() -> list[str]:
     return LOADER.INPUT_TYPES()["required"]["model_version"][0]
@@ -34,11 +36,11 @@ def test_a_folder_is_offered_as_soon_as_it_is_whole(
     load_pipeline(checkpoint, device="cpu", flow="none")
     mine = tmp_path / "models" / "mine"
     shutil.copytree(checkpoint, mine, ignore=shutil.ignore_patterns("text_encoder", "prompt_emb*"))
-    assert offered() == ["v1", "nano"]
+    assert offered() == KNOWN
     shutil.copyfile(checkpoint / embedding, mine / embedding)
-    assert offered() == ["v1", "nano", "mine"]
+    assert offered() == [*KNOWN, "mine"]
     (mine / "vae" / "config.json").unlink()
-    assert offered() == ["v1", "nano"]
+    assert offered() == KNOWN
 
 
 def test_folders_are_offered_where_a_package_is_missing(
@@ -49,7 +51,7 @@ def test_folders_are_offered_where_a_package_is_missing(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
     monkeypatch.setitem(sys.modules, "diffusers", None)  # type: ignore[arg-type]
     part(PACK, "nodes.load").is_complete.cache_clear()
-    assert offered() == ["v1", "nano", checkpoint.name]
+    assert offered() == [*KNOWN, checkpoint.name]
     mine = {**V1, "model_version": checkpoint.name}
     LOADER.IS_CHANGED(**mine)
     with pytest.raises(ModuleNotFoundError, match=r"requirements\.txt"):
@@ -97,12 +99,12 @@ def test_a_download_is_shown_on_the_node(hub: StandInHub, home: Path, monkeypatc
 
 
 def test_a_download_is_cancelled_and_goes_on(hub: StandInHub, home: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(part(PACK, "stream_diffvsr.families.diffvsr.download"), "INTERVAL", 0)
+    monkeypatch.setattr(part(PACK, "stream_diffvsr.weights.fetch"), "INTERVAL", 0)
     page = Page(monkeypatch)
     page.cancel_at = 0.5
     with pytest.raises(StoppedError):
         LOADER().execute(**V1)
-    assert not (home / "v1").exists() and offered() == ["v1", "nano"]
+    assert not (home / "v1").exists() and offered() == KNOWN
     page.cancel_at = 1.0
     hub.requests.clear()
     assert LOADER().execute(**V1)[0].prompts.folder == home / "v1"

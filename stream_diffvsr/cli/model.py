@@ -19,7 +19,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default="nano",
         help=f"nano (small, bundled), a released model, downloaded when first used ({', '.join(RELEASES)}), "
-        "or a checkpoint folder. Default: nano.",
+        "a checkpoint folder, or the file of a single-image model. Default: nano.",
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps. Default: auto, the fastest."

@@ -16,7 +16,7 @@ from ..memory import free_memory
 from ..upscaler import State, Upscaler
 from .job import VideoJob
 
-GIGABYTE = 1e9
+GIGABYTE = 2**30
 
 BYTES_PER_PIXEL = {"h264": 0.15, "h265": 0.1, "av1": 0.1, "prores": 0.7, "ffv1": 1.5, "png": 2.0}
 """What output pixels commonly take in a file; noise takes more, flat pictures less."""

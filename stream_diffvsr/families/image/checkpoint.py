@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ...devices import resolve_device, resolve_dtype
-from ...errors import CheckpointError, ModelNotFoundError
+from ...errors import CheckpointError, ModelNotFoundError, StreamDiffVSRError
 from ...files import fingerprint, read_pickled, read_shapes, read_tensors
 from ...flow.open import open_bundled
 from .method import ImageModel
@@ -29,7 +29,12 @@ OTHER_USE = {
 """Architectures of spandrel's that do not take a frame and give it larger or cleaner."""
 
 
-def recognise(path: str | Path) -> str:
+def recognise(path: Path) -> bool:
+    """Whether a file may hold such a model, by its name."""
+    return path.is_file() and path.suffix.lower() in SUFFIXES
+
+
+def architecture(path: str | Path) -> str:
     """The architecture of a file's model by its names and shapes; no weights are read, and nothing is run.
 
     Raises `ModelNotFoundError`, or `CheckpointError` where it is no model of this family.
@@ -39,12 +44,12 @@ def recognise(path: str | Path) -> str:
     return _architecture(path, _read(path, "meta"))
 
 
-def problem(path: str | Path) -> str | None:
-    """Why a file cannot be opened, in one sentence; None where all that its names and shapes say is right."""
+def problem(path: Path) -> StreamDiffVSRError | None:
+    """Why a file cannot be opened; None where all that its names and shapes say is right."""
     try:
-        recognise(path)
+        architecture(path)
     except (CheckpointError, ModelNotFoundError) as error:
-        return str(error)
+        return error
     return None
 
 

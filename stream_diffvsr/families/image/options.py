@@ -7,6 +7,12 @@ from dataclasses import dataclass
 from ...errors import IncompatibleInputError
 from ...options import check_options, option
 
+PRESETS: dict[str, dict[str, float]] = {"exact": {}, "balanced": {}, "fast": {}}
+"""A model is as fast as it is."""
+
+OWN = "single-image models"
+"""Title of the flags that no other family has."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
@@ -16,12 +22,12 @@ class ImageOptions:
         0.0,
         "How strongly a result is held to the one before, moved along, where both frames show the same. "
         "0: every frame by itself, as the model makes it. Higher: less flicker, a little softer.",
-        low=0, high=1, step=0.05,
+        low=0, high=1, step=0.05, group=OWN,
     )  # fmt: skip
     tile_size: int | None = option(
         None,
         "Side, in output pixels, of the tiles that a frame is computed in; it takes less memory and changes "
-        "the picture slightly. Unset: the whole frame at once, and in tiles only where memory runs out.",
+        "the picture slightly. 0 or unset: the whole frame at once, and in tiles only where memory runs out.",
         kind=int, low=64, high=2**20, unset=0, unset_help="the whole frame", group="memory", expert=True,
         metavar="N",
     )  # fmt: skip
