@@ -150,14 +150,16 @@ class VideoJob:
     cuts_out: Path | None = option(
         None, "Write the scenes that were found to this CSV file.", parse=Path, group="input", metavar="FILE"
     )
-    segment_frames: int = option(
-        120,
+    segment_frames: int | None = option(
+        None,
         "Frames per segment; at most this many are lost in a crash.",
+        kind=int,
         low=1,
         flag="segment",
         group="output",
         expert=True,
         metavar="N",
+        unset_help="about a minute's work, at most 120",
     )
     read_ahead: int = option(
         4, "Frames decoded ahead. Never changes pixels.", low=1, group="input", expert=True, metavar="N"

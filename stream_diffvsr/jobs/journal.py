@@ -47,6 +47,8 @@ class Journal:
     """File of the state after the last part."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """How the frames of all scenes are made, memory plan included."""
+    segment_frames: int = 0
+    """Frames of a segment where the job does not say; 0: not known yet."""
     cuts: tuple[int, ...] = ()
     """Indices of frames that begin a scene."""
     place: Place | None = None

@@ -57,6 +57,13 @@ REHEARSAL = 999_999
 """Number of the segment that is made to try, and thrown away."""
 
 
+LAST = "last_lq"
+"""In a work folder's state where the model's own keeps no frame: the last one that was done, (1, 3, h, w)."""
+
+LONGEST, SEGMENT_SECONDS, MEASURED = 120, 60.0, 3
+"""Most frames of a segment, the work that it is to hold, and the frames whose time tells how many that is."""
+
+
 def run(pipe: Upscaler, job: VideoJob, on_step: OnStep | None = None) -> Generator[JobProgress, None, None]:
     """Do a job, yielding after each frame; the output is there when it ends.
 
@@ -84,6 +91,7 @@ class _Run:
         self.cancelled = False
         self.segment: list[FrameTime] = []
         self.last: SourceFrame | None = None
+        self.last_lq: Tensor | None = None
         self.cuts: list[int] = []
         self.before: Tensor | None = None
         self.clock = Speed()
@@ -192,7 +200,6 @@ class _Run:
         all frames of the job are made.
         """
         state = self._first_state()
-        self.before = None if state is None else state.tensors.get("previous_lq")
         for cut, scene in scenes.in_scenes(frames, self._begins_scene):
             waiting: deque[tuple[SourceFrame, Tensor]] = deque()
             seen = self._seen(scene, waiting)
@@ -208,7 +215,7 @@ class _Run:
                     state = State(index=result.index + 1)
                     continue
                 state = border
-                if len(self.segment) >= self.job.segment_frames:
+                if len(self.segment) >= self._segment_frames():
                     self._finish_segment(writer, state)
         if self.segment and state is not None:
             self._finish_segment(writer, state)
@@ -223,9 +230,26 @@ class _Run:
             yield from_pixels(lq)
 
     def _first_state(self) -> State | None:
+        """What the job goes on from; the frame before it is kept, so that a cut between them is found."""
+        state = self.job.state
         if self.journal.parts:
-            return State.load(self.work.folder / self.journal.state)
-        return self.job.state
+            state = State.load(self.work.folder / self.journal.state)
+        if state is not None:
+            tensors = dict(state.tensors)
+            last = tensors.pop(LAST, None)
+            self.before = tensors.get("previous_lq", last)
+            state = replace(state, tensors=tensors)
+        return state
+
+    def _segment_frames(self) -> int:
+        """Frames of a segment: as asked for, else about a minute's work, told by the first frames' speed.
+
+        Fixed once for a job, and recorded.
+        """
+        if not self.journal.segment_frames and len(self.segment) >= MEASURED:
+            frames = round(SEGMENT_SECONDS * self.clock.fps)
+            self.journal = replace(self.journal, segment_frames=max(1, min(LONGEST, frames)))
+        return self.job.segment_frames or self.journal.segment_frames or LONGEST
 
     def _fixed(self, lq: Tensor) -> Provenance:
         """How all frames of the job are made, memory plan included: chosen once, and recorded."""
@@ -248,7 +272,7 @@ class _Run:
         hq = self.sizes.to_output(hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
         self._write(frame, lq, hq, writer)
         self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))
-        self.last = frame
+        self.last, self.last_lq = frame, lq
         self.clock.tick()
         return JobProgress(
             done=self.journal.frames + len(self.segment),
@@ -313,7 +337,10 @@ class _Run:
         """Close the segment and save the state; only then the journal says that both are there."""
         part = self._close_part(writer)
         state_file = f"state-{len(self.journal.parts):06}.safetensors"
-        state.save(self.work.folder / state_file)
+        tensors = dict(state.tensors)
+        if "previous_lq" not in tensors and self.last_lq is not None:
+            tensors[LAST] = from_pixels(self.last_lq)
+        replace(state, tensors=tensors).save(self.work.folder / state_file)
         old = self.journal.state
         self.journal = replace(
             self.journal,
