@@ -91,6 +91,26 @@ def test_cuts_at_the_joints_of_segments_and_runs(source, guided, tmp_path) -> No
         assert all(np.array_equal(a, b) for a, b in zip(results[0], result, strict=True))
 
 
+def test_a_cut_where_a_run_was_stopped_is_found_without_a_frame_in_the_state(source, tmp_path) -> None:
+    """As of a single-image model, which remembers nothing."""
+    import contextlib
+
+    from safetensors.torch import save_file
+    from spandrel.architectures.SPAN import SPAN
+
+    from stream_diffvsr import load_pipeline
+
+    torch.manual_seed(0)
+    network = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=2)
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    pipe = load_pipeline(tmp_path / "model.safetensors", device="cpu")
+    job = VideoJob(source=source, output=tmp_path / "out.mkv", codec="ffv1", segment_frames=4)
+    with contextlib.closing(run(pipe, job)) as steps:
+        assert [next(steps).cut for _ in range(5)] == [False] * 4 + [True]
+    assert [(step.index, step.cut) for step in run(pipe, job)] == [(4, True), (5, False), (6, False)]
+    assert clips.frames_of(job.output)[0][1].shape[1] == 2 * clips.frames_of(source)[0][1].shape[1]
+
+
 def test_lists_are_written_and_read_back(source, guided, tmp_path) -> None:
     cuts = tmp_path / "cuts.csv"
     list(run_frames(source, guided, "auto", cuts_out=cuts))
