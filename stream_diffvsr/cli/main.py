@@ -9,6 +9,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
@@ -30,8 +31,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for library in ("httpx", "httpx2"):  # huggingface_hub's, which tell every request
-        logging.getLogger(library).setLevel(logging.WARNING)
     try:
         return COMMANDS[args.command].run(args)
     except KeyboardInterrupt:
@@ -47,8 +46,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(args, f"{type(error).__name__}: {error}", 1)
 
 
+class Parser(argparse.ArgumentParser):
+    """One that says what is wrong without pages of usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; '{self.prog} --help' lists what there is\n")
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="stream-diffvsr", description="4x video super-resolution.")
+    parser = Parser(prog="stream-diffvsr", description="Streaming video super-resolution.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""Upscale a video, an image or a folder of images by 4."""
+"""Upscale a video, an image or a folder of images."""
 
 from __future__ import annotations
 
