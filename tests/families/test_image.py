@@ -1,4 +1,4 @@
-"""Single-image models of many architectures, tiny and with random weights, and every promise."""
+"""Single-image models of many architectures, tiny and with random weights, and what is their own."""
 
 from __future__ import annotations
 
@@ -169,22 +169,6 @@ def test_whole_equals_split_equals_saved(model, options, tmp_path):
     rest = list(model.stream(frames[2:], options, state))
     assert [each.index for each in rest] == [2, 3, 4]
     assert torch.equal(pictures([*first, *rest]), pictures(whole))
-
-
-def test_causal_and_lazy(model):
-    frames, asked = clip(4), []
-
-    def source():
-        for index, frame in enumerate(frames):
-            asked.append(index)
-            yield frame
-
-    options = ImageOptions(steady=0.6)
-    results = model.stream(source(), options)
-    first = [next(results), next(results)]
-    assert asked == [0, 1]
-    changed = list(model.stream([*frames[:2], -frames[2]], options))
-    assert torch.equal(pictures(first), pictures(changed[:2]))
 
 
 def test_steady_holds_what_is_seen_again_and_nothing_else(path, model):
