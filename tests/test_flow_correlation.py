@@ -144,11 +144,13 @@ def flow_peak(name: str, height: int, width: int, updates: int) -> int:
     return peak_of(body, [1, 2, height, width])
 
 
+@pytest.mark.long
 def test_1440p_flow_stays_small():
     """The volume alone would be 16.4 GiB; every update needs the same memory, so one is enough here."""
     assert flow_peak("raft_small", 1440, 2560, updates=1) < 3 * 10**9
 
 
+@pytest.mark.long
 def test_1440p_lookup_at_the_width_of_large_raft_stays_small():
     """Smooth places share windows, scattered ones have one each: neither holds more than a batch at once."""
     height, width = 1440 // 8, 2560 // 8

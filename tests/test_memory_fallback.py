@@ -151,7 +151,7 @@ def inside(engine, mode: Operations):
     return patch.object(attempts, "upscale", upscale)
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(places=st.sets(st.floats(0, 1), min_size=1, max_size=3))
 def test_memory_that_runs_out_in_any_operation(engine, clip, second, places):
     """In the midst of a network, a band, a warp or an update: up to three times."""

@@ -39,7 +39,10 @@ def test_counts_are_what_the_tensors_of_a_frame_take(nano, size, plan):
     assert 0.94 * largest <= live.peak <= 1.06 * (largest + needs["frames"])
 
 
-@pytest.mark.parametrize("name", ["raft_large", "raft_small", "bundled"])
+LARGE = pytest.param("raft_large", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("name", [LARGE, "raft_small", "bundled"])
 def test_flow_is_counted_with_its_volume(name):
     planner = released_planner(name, torch.float32, torch.device("cpu"))
     small, large = (planner.needs((side, side), ONE, Plan())["flow"] for side in (40, 80))
@@ -47,7 +50,7 @@ def test_flow_is_counted_with_its_volume(name):
     assert 4 * small <= large + volume and large > volume
 
 
-@pytest.mark.parametrize("flow", ["raft_large", "none"])
+@pytest.mark.parametrize("flow", [LARGE, "none"])
 def test_the_bound_is_above_every_count(nano, flow):
     for planner in (released_planner(flow, torch.float32, torch.device("cpu")), nano.planner):
         for size in [(8, 8), (90, 160), (270, 480)]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from stream_diffvsr import (
     IncompatibleInputError,
+    StreamDiffVSRState,
     UpscaleOptions,
     estimate_memory,
     from_pixels,
@@ -27,10 +28,14 @@ from stream_diffvsr.families.diffvsr.plan import Plan, Planner
 from stream_diffvsr.families.diffvsr.released import released_planner
 from stream_diffvsr.families.diffvsr.vae import TemporalAutoencoderTiny
 from stream_diffvsr.jobs import report as reporting
+from stream_diffvsr.jobs.job import VideoJob
 from stream_diffvsr.jobs.report import report, report_time
 
 RAFT_METHODS = ("whole", "linear", "tiled")
-OUTPUTS = [(1080, 1920), (1440, 2560), (2160, 3840), (4320, 7680)]
+OUTPUTS = [
+    (1080, 1920),
+    *(pytest.param(size, marks=pytest.mark.long) for size in ((1440, 2560), (2160, 3840), (4320, 7680))),
+]
 AUTO = UpscaleOptions()
 
 VARIANTS = [([1, 3, 3], [3, 3, 1]), ([0, 1, 5], [5, 1, 0]), ([2, 0, 1], [1, 0, 2])]
@@ -156,8 +161,8 @@ def test_auto_takes_the_first_plan_that_fits(output, monkeypatch, caplog):
 
 def test_an_accelerator_never_begins_with_tiles(monkeypatch):
     monkeypatch.setattr(choosing, "free_memory", lambda device: 1)
-    assert planner("cuda").plan((540, 960), {}, AUTO) == Plan("linear", 128)
-    assert planner("cpu").plan((540, 960), {}, AUTO) == Plan("tiled", 128, 256)
+    assert planner("cuda").plan((135, 240), {}, AUTO) == Plan("linear", 128)
+    assert planner("cpu").plan((135, 240), {}, AUTO) == Plan("tiled", 128, 256)
 
 
 def test_a_recorded_plan_holds_for_its_size_only(monkeypatch):
@@ -168,7 +173,7 @@ def test_a_recorded_plan_holds_for_its_size_only(monkeypatch):
     assert planner().plan((90, 160), recorded, UpscaleOptions(memory_plan="whole")) == Plan()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.long)])
 def test_estimates_have_each_stage_and_their_sum(dtype):
     needs = estimate_memory(270, 480, AUTO, dtype)
     assert set(needs) == {"weights", "frames", "flow", "controlnet", "unet", "vae", "peak"}
@@ -186,12 +191,14 @@ def test_estimates_read_a_checkpoint(checkpoint):
 
 def test_report_has_plan_memory_disk_and_time(pipe, tmp_path):
     frame, plan = moving(1), Plan(rows=128)
-    folder = tmp_path / "not" / "yet"
-    lines = list(report(pipe.planner, plan, frame.shape[-2:], AUTO, frames=100, folder=folder))
+    job = VideoJob(source=tmp_path, output=tmp_path / "not" / "yet" / "out.mp4", options=AUTO)
+    needs = pipe.planner.needs(frame.shape[-2:], AUTO, plan)
+    lines = list(report(job, frame.shape[-2:], 100, plan=str(plan), needs=needs, device=pipe.device))
     assert [line.partition(":")[0] for line in lines] == ["size", "plan", "memory", "disk"]
     assert lines[0] == "size: 16x12 to 64x48, 100 frames" and "free" in lines[3]
     assert lines[1] == "plan: convolutions in bands of 128 rows"
-    assert report_time(pipe, plan, frame, AUTO, 100).startswith("time: ")
+    state = StreamDiffVSRState(metadata=choosing.plan_details(plan, frame.shape[-2:]))
+    assert report_time(pipe, frame, AUTO, state, 100).startswith("time: ")
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -200,10 +207,12 @@ def test_plans_of_the_released_networks_are_told_without_them(output, tmp_path, 
     for module in (choosing, reporting):
         monkeypatch.setattr(module, "free_memory", lambda device: 24 * 2**30)
     size = output[0] // 4, output[1] // 4
+    job = VideoJob(source=tmp_path, output=tmp_path / "out.mp4", options=AUTO)
     for dtype in (torch.float16, torch.float32):
         planner = released_planner("auto", dtype, torch.device("cpu"))
         plan = planner.plan(size, {}, AUTO)
-        lines = list(report(planner, plan, size, AUTO, frames=None, folder=tmp_path))
+        needs = planner.needs(size, AUTO, plan)
+        lines = list(report(job, size, None, plan=str(plan), needs=needs, device=planner.device))
         said = float(lines[2].removeprefix("memory: about ").partition(" ")[0])
         assert 2 < said < 24 and lines[1] == f"plan: {plan}"
         assert plan.exact or size == (1080, 1920)

@@ -183,7 +183,8 @@ class _Run:
         frames = prefetch(self.source.frames(span, self.journal.place), self.job.read_ahead)
         with contextlib.closing(frames), Background(WRITE_DEPTH) as writer:
             try:
-                yield from self._scenes(((frame, self._lq(frame)) for frame in frames), writer)
+                here = (replace(frame, device=self.pipe.device) for frame in frames)
+                yield from self._scenes(((frame, self._lq(frame)) for frame in here), writer)
             except BaseException as error:
                 stops = (GeneratorExit, KeyboardInterrupt, VideoError)
                 self._stop(writer, self.cancelled or isinstance(error, stops))
@@ -261,7 +262,7 @@ class _Run:
 
     def _lq(self, frame: SourceFrame) -> Tensor:
         """What the model sees of a frame, (1, 3, h, w) in [0, 1]."""
-        return self.sizes.to_model(frame.rgb.to(self.pipe.device))
+        return self.sizes.to_model(frame.rgb)
 
     def _frame(
         self, frame: SourceFrame, lq: Tensor, hq: Tensor, cut: bool, writer: Background
@@ -269,7 +270,7 @@ class _Run:
         """Hand an upscaled frame to the writing thread."""
         if not self.segment:
             self._begin_segment(frame, writer)
-        hq = self.sizes.to_output(hq, (frame.rgb.shape[-2], frame.rgb.shape[-1]))
+        hq = self.sizes.to_output(hq, frame.size)
         self._write(frame, lq, hq, writer)
         self.segment.append(FrameTime(frame.index, frame.time, frame.time + (frame.duration or self.step)))
         self.last, self.last_lq = frame, lq
@@ -287,7 +288,7 @@ class _Run:
 
     def _begin_segment(self, frame: SourceFrame, writer: Background) -> None:
         """Start the files of a segment while there is room for it, for its state and for the joined file."""
-        state = 2 * 4 * frame.rgb.numel() * (SCALE**2 + 1)
+        state = 2 * 4 * 3 * frame.size[0] * frame.size[1] * (SCALE**2 + 1)
         done = [part.size for part in self.journal.parts]
         check_space(self.work.folder, state + sum(done) + 2 * max(done, default=0) + self._sound_bytes())
         for sink in self.sinks.values():

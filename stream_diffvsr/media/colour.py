@@ -7,6 +7,7 @@ the left of their luma pair, as H.264 and H.265 mean it where nothing is said.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,18 +109,58 @@ PAIRED = {"nv12": 0, "p010le": 6}
 """4:2:0 with both chroma samples side by side, as hardware takes it -> bits that the values are shifted."""
 
 
-def frame_to_rgb(frame: Any, colour: Colour) -> tuple[Tensor, Tensor | None]:
-    """A decoded `av.VideoFrame` -> RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1]."""
+@dataclass(frozen=True, eq=False)
+class Planes:
+    """A decoded frame's code values, away from its decoder: an eighth of what its RGB in float32 takes."""
+
+    values: tuple[np.ndarray, ...]
+    """One plane per component, (h, w), uint8 or int32; alpha last."""
+    bits: tuple[int, ...]
+    is_rgb: bool
+    has_alpha: bool
+    size: tuple[int, int]
+    """(height, width)"""
+    colour: Colour
+
+    def to_rgb(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+        """RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1], computed on `device`."""
+        planes = [
+            (torch.from_numpy(values).to(device).float()[None, None], bits)
+            for values, bits in zip(self.values, self.bits, strict=True)
+        ]
+        alpha = None
+        if self.has_alpha:
+            values, bits = planes.pop()
+            alpha = values / (2**bits - 1)
+        if self.is_rgb:
+            return torch.cat([values / (2**bits - 1) for values, bits in planes], dim=1), alpha
+        return yuv_to_rgb(planes, self.colour, self.size).clamp(0, 1), alpha
+
+    def checksum(self) -> int:
+        """Tells frames apart."""
+        total = 0
+        for values in self.values:
+            total = zlib.crc32(values.tobytes(), total)
+        return total
+
+
+def planes_of(frame: Any, colour: Colour) -> Planes:
+    """The code values of a decoded `av.VideoFrame`."""
     frame = planar(frame)
     components = frame.format.components
-    planes = [(torch.from_numpy(read_plane(frame, c)).float()[None, None], c.bits) for c in components]
-    alpha = None
-    if components[-1].is_alpha:
-        values, bits = planes.pop()
-        alpha = values / (2**bits - 1)
-    if frame.format.is_rgb:
-        return torch.cat([values / (2**bits - 1) for values, bits in planes], dim=1), alpha
-    return yuv_to_rgb(planes, colour, (frame.height, frame.width)).clamp(0, 1), alpha
+    return Planes(
+        tuple(read_plane(frame, component) for component in components),
+        tuple(component.bits for component in components),
+        frame.format.is_rgb,
+        components[-1].is_alpha,
+        (frame.height, frame.width),
+        colour,
+    )
+
+
+def frame_to_rgb(frame: Any, colour: Colour) -> tuple[Tensor, Tensor | None]:
+    """A decoded `av.VideoFrame` -> RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1]."""
+    return planes_of(frame, colour).to_rgb()
 
 
 def planar(frame: Any) -> Any:
@@ -146,11 +187,11 @@ def planar_name(layout: Any, width: int, height: int) -> str:
 
 
 def read_plane(frame: Any, component: Any) -> np.ndarray:
-    """One component as int32 (h, w)."""
+    """One component (h, w), in memory of its own: uint8, or int32 where it is deeper."""
     plane = frame.planes[component.plane]
     kind = np.dtype(np.uint8 if component.bits <= 8 else np.uint16)
     rows = np.frombuffer(plane, kind).reshape(-1, plane.line_size // kind.itemsize)
-    return rows[: component.height, : component.width].astype(np.int32)
+    return rows[: component.height, : component.width].astype(np.uint8 if component.bits <= 8 else np.int32)
 
 
 def yuv_to_rgb(planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int, int]) -> Tensor:

@@ -11,15 +11,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from ..errors import VideoError
 from . import pictures
-from .colour import frame_to_rgb
-from .seek import DoubtError, Place, check_counted, count_to, digest, frames_from
+from .colour import Planes, planes_of
+from .seek import DoubtError, Place, check_counted, count_to, frames_from
 from .span import Span
 from .streams import (
     DEFAULT_RATE,
@@ -46,13 +48,57 @@ class SourceFrame:
     time: int
     """Presentation timestamp, in ticks of the source's time base."""
     duration: int | None
-    rgb: Tensor
-    """(1, 3, h, w) float32 in [0, 1]."""
-    alpha: Tensor | None = None
-    """(1, 1, h, w) float32 in [0, 1]."""
+    pixels: Pixels
+    size: tuple[int, int]
+    """(height, width)"""
     bits: int = 8
     profile: dict[str, Any] = field(default_factory=dict)
     """What a picture file takes along: its ICC profile, its resolution."""
+    device: torch.device | str = "cpu"
+    """Where `rgb` and `alpha` are made, when they are first asked for, by the thread that asks."""
+
+    @cached_property
+    def _shown(self) -> tuple[Tensor, Tensor | None]:
+        return self.pixels.to_rgb(self.device)
+
+    @property
+    def rgb(self) -> Tensor:
+        """(1, 3, h, w) float32 in [0, 1]."""
+        return self._shown[0]
+
+    @property
+    def alpha(self) -> Tensor | None:
+        """(1, 1, h, w) float32 in [0, 1]."""
+        return self._shown[1]
+
+
+class Pixels(Protocol):
+    """What a frame's colours are made of."""
+
+    def to_rgb(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Decoded:
+    """A video frame's code values, and how they are turned."""
+
+    planes: Planes
+    matrix: tuple[int, int, int, int] | None
+
+    def to_rgb(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+        rgb, alpha = self.planes.to_rgb(device)
+        return upright(rgb, self.matrix), None if alpha is None else upright(alpha, self.matrix)
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A picture that was read as RGB."""
+
+    rgb: Tensor
+    alpha: Tensor | None
+
+    def to_rgb(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+        return self.rgb.to(device), None if self.alpha is None else self.alpha.to(device)
 
 
 class Source(Protocol):
@@ -149,7 +195,9 @@ class VideoSource:
 
     def place(self, frame: SourceFrame) -> Place | None:
         """By what to go on after a frame; it is not sought where anything was out of order."""
-        return Place(frame.index, frame.time, digest(frame.rgb) if self._in_order() else None)
+        assert isinstance(frame.pixels, Decoded)
+        checksum = frame.pixels.planes.checksum() if self._in_order() else None
+        return Place(frame.index, frame.time, checksum)
 
     def _in_order(self) -> bool:
         return self._steady and not self.notes.total()
@@ -195,15 +243,15 @@ class VideoSource:
                 raise DoubtError("it is damaged at its end")
 
     def _looks(self, frame: Any) -> int:
-        return digest(self._convert(frame, 0, 0).rgb)
+        return planes_of(frame, self.info.colour).checksum()
 
     def _convert(self, frame: Any, index: int, time: int) -> SourceFrame:
-        rgb, alpha = frame_to_rgb(frame, self.info.colour)
         matrix = display_matrix(frame)
-        rgb, alpha = upright(rgb, matrix), None if alpha is None else upright(alpha, matrix)
-        if rgb.shape[-2:] != (self.info.height, self.info.width):
+        turned = matrix is not None and matrix[0] == 0
+        height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
+        if (height, width) != (self.info.height, self.info.width):
             raise VideoError(
-                f"frame {index} of {self.path} is {rgb.shape[-1]}x{rgb.shape[-2]}, those before it are "
+                f"frame {index} of {self.path} is {width}x{height}, those before it are "
                 f"{self.info.width}x{self.info.height}: do the rest by itself, with --start {index} and "
                 "another output."
             )
@@ -211,7 +259,8 @@ class VideoSource:
             self._captioned = True
             log.warning("%s has closed captions in its picture, which are left out", self.path)
         duration = getattr(frame, "duration", None) or None
-        return SourceFrame(index, time, duration, rgb, alpha, self.info.bits)
+        pixels = Decoded(planes_of(frame, self.info.colour), matrix)
+        return SourceFrame(index, time, duration, pixels, (height, width), self.info.bits)
 
     def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
         """The stream's packets on one line of time, until the file cannot be read on."""
@@ -318,7 +367,8 @@ class AnimationSource:
             if span.after(index, seconds):
                 return
             if not span.before(index, seconds):
-                yield SourceFrame(index, time, milliseconds, picture.rgb, picture.alpha)
+                size = (picture.rgb.shape[-2], picture.rgb.shape[-1])
+                yield SourceFrame(index, time, milliseconds, Loaded(picture.rgb, picture.alpha), size)
             time += milliseconds
 
 
@@ -345,7 +395,9 @@ class FolderSource:
             seconds = index * self.info.time_base
             if not span.before(index, seconds) and not span.after(index, seconds):
                 picture = pictures.read(file)
-                yield SourceFrame(index, index, 1, picture.rgb, picture.alpha, picture.bits, picture.profile)
+                size = (picture.rgb.shape[-2], picture.rgb.shape[-1])
+                pixels = Loaded(picture.rgb, picture.alpha)
+                yield SourceFrame(index, index, 1, pixels, size, picture.bits, picture.profile)
 
 
 def open_container(path: Path, form: str | None = None) -> Any:

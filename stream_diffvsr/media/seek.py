@@ -8,13 +8,10 @@ soon as anything is not as expected; then the file is read from its start.
 from __future__ import annotations
 
 import itertools
-import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
-
-from torch import Tensor
 
 from .span import Span
 
@@ -43,11 +40,6 @@ class Place:
     """Checksum of its picture, where it was read before from a file in good order."""
 
 
-def digest(rgb: Tensor) -> int:
-    """A checksum of a frame as it was read."""
-    return zlib.crc32(rgb.contiguous().numpy().tobytes())
-
-
 def frames_from(
     container: Any,
     stream: Any,
@@ -55,7 +47,7 @@ def frames_from(
     decode: Callable[[Any, Any], Iterator[Any]],
     looks: Callable[[Any], int],
 ) -> Iterator[Any]:
-    """Decoded frames from a place on, its own frame first; `looks` is the `digest` of a frame.
+    """Decoded frames from a place on, its own frame first; `looks` tells a frame's checksum.
 
     Raises `DoubtError` where that frame is not found, or is another.
     """
