@@ -27,6 +27,7 @@ from .families.flashvsr import checkpoint as flashvsr
 from .families.flashvsr import options as flashvsr_options
 from .families.flashvsr.options import FlashVSROptions
 from .families.image import checkpoint as image
+from .families.image import options as image_options
 from .families.image.options import ImageOptions
 from .families.swiftvr import checkpoint as swiftvr
 from .families.swiftvr import options as swiftvr_options
@@ -85,7 +86,12 @@ FAMILIES = {
         "Stream-DiffVSR",
     ),
     "image": Family(
-        image.recognise, image.problem, lambda names, folder: names, ImageOptions, {}, "image models"
+        image.recognise,
+        image.problem,
+        lambda names, folder: names,
+        ImageOptions,
+        image_options.PRESETS,
+        image_options.OWN,
     ),
 }
 """By name, in the order in which a path is looked at."""
@@ -148,14 +154,13 @@ def load_pipeline(
     download, which resumes from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
     """
+    folders = list(extra_folders)
+    family = family_named(source, folders)
+    _refuse_what_is_not_there(family, flow, quantize, version)
     chosen_device = resolve_device(device)
     quantized.check(quantize, chosen_device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    folders = list(extra_folders)
     folder = resolve(source, folders) or download(str(source), folders, on_progress=on_progress)
-    family = family_of(folder) or "diffvsr"  # which tells a folder that is none what it lacks
-    if family != "diffvsr":
-        _refuse_own_settings(FAMILIES[family].title, flow, quantize)
     if family == "flashvsr":
         release = RELEASES.get(str(source)) or release_named(folder.name)
         told = version or (release.version if release and release.family == family else None)
@@ -169,11 +174,14 @@ def load_pipeline(
     return pipe
 
 
-def _refuse_own_settings(model: str, flow: object, quantize: str) -> None:
-    """Stream-DiffVSR's settings, which another family has not."""
-    for name, value, usual in (("flow", flow, "auto"), ("quantize", quantize, "none")):
-        if value != usual:
-            raise IncompatibleInputError(f"{name} {usual!r}, as {model} has none", repr(value))
+def _refuse_what_is_not_there(family: str, flow: object, quantize: str, version: str | None) -> None:
+    """Settings of the loader that only one family has."""
+    own = {"flow": ("diffvsr", flow, "auto"), "quantize": ("diffvsr", quantize, "none")}
+    for name, (owner, value, usual) in {**own, "version": ("flashvsr", version, None)}.items():
+        if family != owner and value != usual:
+            raise IncompatibleInputError(
+                f"{name} {usual!r}, as {FAMILIES[family].title} has none", repr(value)
+            )
 
 
 def family_of(folder: Path) -> str | None:
@@ -185,7 +193,10 @@ def family_of(folder: Path) -> str | None:
 
 
 def family_named(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> str:
-    """The family of a source; raises `ModelNotFoundError` as `resolve` does."""
+    """The family of a source; raises `ModelNotFoundError` as `resolve` does.
+
+    Of a folder that is no checkpoint it is Stream-DiffVSR, which tells what the folder lacks.
+    """
     if str(source) in RELEASES:
         return RELEASES[str(source)].family
     folder = resolve(source, extra_folders)

@@ -121,10 +121,11 @@ def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
     """The job that the options describe."""
     name = family_named(args.model)
     family, asked = FAMILIES[name], given(args, VideoJob)
-    known = {key for each in FAMILIES.values() for key in rules(each.options)} - rules(VideoJob).keys()
+    table = {key: rule for each in FAMILIES.values() for key, rule in rules(each.options).items()}
+    known = table.keys() - rules(VideoJob).keys()
     own = {key: value for key, value in vars(args).items() if key in known}
     if foreign := sorted(own.keys() - rules(family.options).keys()):
-        flags = ", ".join(f"--{key.replace('_', '-')}" for key in foreign)
+        flags = ", ".join(f"--{(table[key].flag or key).replace('_', '-')}" for key in foreign)
         raise IncompatibleInputError(f"options of {family.title}, the family of {args.model}", flags)
     options = family.options(**with_preset(family.presets, args.preset, own))
     state = None if args.state_in is None else State.load(args.state_in)

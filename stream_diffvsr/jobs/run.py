@@ -467,11 +467,24 @@ class _Run:
         """Everything is done: give the output its name and the side files their content, then clean up."""
         last = self.journal.first_index + self.journal.frames - 1
         if self.job.state_out is not None:
-            State.load(self.work.folder / self.journal.state).save(self.job.state_out)
+            self._save_state(self.job.state_out)
         if self.job.cuts_out is not None:
             scenes.write_list(self.job.cuts_out, self.journal.first_index, last, self.journal.cuts)
         self._give_names()
         self._clean_up()
+
+    def _save_state(self, path: Path) -> None:
+        """The state after the last frame, as the model made it."""
+        state = State.load(self.work.folder / self.journal.state)
+        state = replace(state, tensors={name: x for name, x in state.tensors.items() if name != LAST})
+        if not (state.has_previous or self.pipe.info.frame_by_frame):
+            log.warning(
+                "%s starts a new sequence at frame %d: %s cannot be continued from the end of a video",
+                path,
+                state.index,
+                self.pipe.info.family,
+            )
+        state.save(path)
 
     def _clean_up(self) -> None:
         """Remove the work folder, and say what was repaired on the way."""

@@ -91,7 +91,10 @@ def open_flashvsr(
     `ModelNotFoundError` or `CheckpointError`.
     """
     if version not in VERSIONS:
-        expected = "version as 'v1' or 'v1.1' (the files of FlashVSR do not tell it: where are they from?)"
+        expected = (
+            "version as 'v1' or 'v1.1', which FlashVSR's files do not tell (or a folder called "
+            "flashvsr-v1 or flashvsr-v1.1)"
+        )
         raise IncompatibleInputError(expected, repr(version))
     folder = Path(folder)
     parts, prompt = _read(folder, version), read_prompt(folder)
