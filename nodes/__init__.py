@@ -6,11 +6,17 @@ layout      IMAGE tensors to model range and back
 load, upscale, video, state, settings        the nodes
 """
 
+from ..stream_diffvsr import errors
 from .load import Loader
 from .settings import FlashVSRSettings, ImageSettings, Settings, SwiftVRSettings
 from .state import CreateState, ExtractState, LoadState, SaveState
 from .upscale import ProcessFrame, Upscale
 from .video import UpscaleVideo
+
+# The page shows an error with its module, which would be the path of this folder.
+for _error in vars(errors).values():
+    if isinstance(_error, type) and issubclass(_error, errors.StreamDiffVSRError):
+        _error.__module__ = "stream_diffvsr"
 
 NODES = {
     "Loader": (Loader, "Loader"),

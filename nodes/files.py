@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections import Counter
 from pathlib import Path, PurePath
 
 from ..stream_diffvsr.errors import IncompatibleInputError
@@ -47,6 +48,25 @@ def writable(path: str | Path) -> Path:
         places = " or ".join(map(str, allowed))
         raise IncompatibleInputError(f"an output below {places} (or {ANY_OUTPUT}=1 set)", str(target))
     return target.resolve()
+
+
+_made: dict[str | None, Path] = {}
+_lost: Counter[str | None] = Counter()
+"""The file that a node made last, and how often one was gone when the node was queued again."""
+
+
+def made(node_id: str | None, path: Path) -> None:
+    """Remember what a node made."""
+    _made[node_id] = path
+
+
+def lost(node_id: str | None) -> str:
+    """For IS_CHANGED: changes once the file that a node made is gone, so that it is made again."""
+    path = _made.get(node_id)
+    if path is not None and not path.exists():
+        del _made[node_id]
+        _lost[node_id] += 1
+    return f" lost {_lost[node_id]}" if _lost[node_id] else ""
 
 
 def numbered(prefix: str, suffix: str) -> Path:

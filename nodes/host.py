@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 PREVIEW_SIDE = 512
 PREVIEW_SECONDS = 0.2
 TEXT_SECONDS = 1.0
+SLOW_SECONDS = 2.0
+"""A frame that takes longer says how far it is."""
+STEP_WORDS = {"denoise": "step"}
+"""The engine's stages, where a user has another word."""
 MODEL_KEY = "streamdiffvsr"
 
 
@@ -175,6 +179,7 @@ class Progress:
     """The bar, the picture and the cancel button of the running node."""
 
     def __init__(self, total: int, node_id: str | None = None) -> None:
+        self._done, self._line, self._since = 0, "", time.monotonic()
         self._utils = comfy("comfy.utils")
         self._bar = self._utils.ProgressBar(total) if self._utils else None
         self._node_id = node_id
@@ -184,26 +189,47 @@ class Progress:
 
     def show(self, done: int, image: Tensor | None = None) -> None:
         """Move the bar, with a picture of the newest frame (H, W, C) at most five times a second."""
+        self._done, self._since = done, time.monotonic()
         if self._bar is None:
             return
-        now, preview = time.monotonic(), None
-        if image is not None and now >= self._next_picture:
-            preview = ("JPEG", picture(image), PREVIEW_SIDE)
-            self._next_picture = now + PREVIEW_SECONDS
+        preview = None
+        if image is not None and self._since >= self._next_picture:
+            small = picture(image)
+            preview = ("JPEG", small, max(small.size))
+            self._next_picture = self._since + PREVIEW_SECONDS
         self._bar.update_absolute(done, self._total, preview)
 
-    def count(self, done: int, total: int) -> None:
-        """Move the bar to `done` of `total`, whatever its total was before."""
+    def count(self, done: int, total: int, image: Tensor | None = None) -> None:
+        """`show`, with the bar's total that is known now."""
         self._total = total
-        self.show(done)
+        self.show(done, image)
+
+    def step(self, stage: str, done: int, total: int) -> None:
+        """The engine's `on_step`: hears the cancel button, and says how far a slow frame is."""
+        check_interrupt()
+        if total > 1 and time.monotonic() - self._since >= SLOW_SECONDS:
+            now = f"frame {self._done + 1}: {STEP_WORDS.get(stage, stage)} {done} of {total}"
+            self._write(f"{self._line}; {now}" if self._line else now)
 
     def say(self, text: str, last: bool = False) -> None:
         """A line on the node, at most once a second; the `last` one in any case, since it stays."""
+        self._line = text
+        self._write(text, last)
+
+    def _write(self, text: str, last: bool = False) -> None:
         server, now = comfy("server"), time.monotonic()
         instance = getattr(getattr(server, "PromptServer", None), "instance", None)
         if instance and self._node_id and (last or now >= self._next_text):
             instance.send_progress_text(text, self._node_id)
             self._next_text = now + TEXT_SECONDS
+
+
+def frames_done(done: int, total: int | None, fps: float) -> str:
+    """'120 of 300 frames, 2.50 per second, 1:12 left'."""
+    of = f" of {total}" if total else ""
+    left = int(max(0, total - done) / fps) if total and fps > 0 else None
+    time_left = "" if left is None else f", {left // 60}:{left % 60:02} left"
+    return f"{done}{of} frames, {fps:.2f} per second{time_left}"
 
 
 def running_node() -> str | None:

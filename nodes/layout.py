@@ -16,12 +16,18 @@ COLOURS = 3
 MEGABYTE = 2**20
 
 
-def check_images(images: Tensor) -> None:
-    """Refuse what is no batch of RGB or RGBA pictures."""
-    fits = isinstance(images, Tensor) and images.ndim == 4 and len(images) and images.shape[-1] in (3, 4)
-    if not fits:
+def check_images(images: Tensor, minimum: int = 1) -> None:
+    """Refuse what is no batch of RGB or RGBA pictures with sides of at least `minimum`."""
+    if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[-1] not in (3, 4):
         got = f"{tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise IncompatibleInputError("images (frames, height, width, 3 or 4 channels), at least one", got)
+        raise IncompatibleInputError("images (frames, height, width, 3 or 4 channels)", got)
+    count, height, width, _ = images.shape
+    if not count:
+        raise IncompatibleInputError("at least one image", "none; check the loader's cap or skip")
+    if min(height, width) < minimum:
+        raise IncompatibleInputError(
+            f"pictures of at least {minimum}x{minimum}", f"a picture of {width}x{height}"
+        )
 
 
 def to_frame(image: Tensor) -> Tensor:

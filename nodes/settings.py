@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.options import from_widgets
-from .sockets import ADVANCED, SETTINGS, Widget
+from .sockets import ADVANCED, SETTINGS, Widget, check_values
 
 if TYPE_CHECKING:
     from ..stream_diffvsr.upscaler import Upscaler
@@ -29,6 +29,8 @@ ENGINE = (
 LAST = ("timestep_spacing", "occlusion")
 FILE = ("scene_cut", "scene_cut_threshold", "codec", "crf", "pix_fmt")
 """How Upscale Video reads and writes."""
+H26X_CRF = 51
+"""The largest that h264 and h265 know."""
 CODECS = ("h264", "h265", "av1", "prores", "ffv1", "png")
 PIXEL_FORMATS = ("auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
 
@@ -64,6 +66,15 @@ def file_widgets() -> dict[str, Widget]:
         "pix_fmt": (list(PIXEL_FORMATS), {"default": "auto", "tooltip": told["pix_fmt"]}),
     }
     return {name: (kind, {**about, "advanced": True}) for name, (kind, about) in made.items()}
+
+
+def complete(widgets: dict[str, Widget], values: dict[str, Any]) -> dict[str, Any]:
+    """A value for every widget; refuses what a widget, or a codec, does not offer."""
+    check_values(widgets, values)
+    given = {name: about["default"] for name, (_, about) in widgets.items()} | values
+    if given["codec"] in ("h264", "h265") and given["crf"] > H26X_CRF:
+        raise IncompatibleInputError(f"crf of at most {H26X_CRF} for {given['codec']}", str(given["crf"]))
+    return given
 
 
 def settings_widgets() -> dict[str, Widget]:
@@ -122,16 +133,22 @@ class Settings:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"optional": settings_widgets()}
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, **values: Any) -> bool:
+        cls().execute(**{name: value for name, value in values.items() if value is not None})
+        return True
+
     def execute(self, **values: Any) -> tuple[SettingsValue]:
         from ..stream_diffvsr.families.diffvsr.options import PRESETS, UpscaleOptions
         from ..stream_diffvsr.options import defaults, with_preset
 
-        values = {name: about["default"] for name, (_, about) in settings_widgets().items()} | values
+        values = complete(settings_widgets(), values)
         engine = from_widgets(UpscaleOptions, {name: values[name] for name in (*ENGINE, *LAST)})
         file = {name: values[name] for name in FILE}
         # Widgets always have a value: the preset's is taken where it stands at the default.
         default = defaults(UpscaleOptions)
         changed = {name: value for name, value in engine.items() if value != default[name]}
+        UpscaleOptions(**engine)  # which refuses what does not fit together
         return (SettingsValue(with_preset(PRESETS, values["preset"], changed), file),)
 
 
@@ -149,12 +166,19 @@ class FamilySettings:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         return {"optional": family_widgets(cls.FAMILY)}
 
+    @classmethod
+    def VALIDATE_INPUTS(cls, **values: Any) -> bool:
+        cls().execute(**{name: value for name, value in values.items() if value is not None})
+        return True
+
     def execute(self, **values: Any) -> tuple[SettingsValue]:
         from ..stream_diffvsr.load import FAMILIES
 
-        given = {name: about["default"] for name, (_, about) in family_widgets(self.FAMILY).items()} | values
+        given = complete(family_widgets(self.FAMILY), values)
         file = {name: given.pop(name) for name in FILE}
-        return (SettingsValue(from_widgets(FAMILIES[self.FAMILY].options, given), file, self.FAMILY),)
+        engine = from_widgets(FAMILIES[self.FAMILY].options, given)
+        FAMILIES[self.FAMILY].options(**engine)  # which refuses what does not fit together
+        return (SettingsValue(engine, file, self.FAMILY),)
 
 
 class FlashVSRSettings(FamilySettings):

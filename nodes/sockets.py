@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.families.diffvsr.options import UpscaleOptions
 from ..stream_diffvsr.options import widgets
 
@@ -18,6 +20,23 @@ CATEGORY = "StreamDiffVSR"
 ADVANCED = "StreamDiffVSR/Advanced"
 
 Widget = tuple[Any, dict[str, Any]]
+
+
+def check_values(widgets: Mapping[str, Widget], values: Mapping[str, Any]) -> None:
+    """Refuse what a widget does not offer, which ComfyUI leaves to a node that validates; None is linked.
+
+    Nodes raise what they refuse: ComfyUI would report a returned text once for every argument.
+    """
+    for name, value in values.items():
+        kind, about = widgets[name]
+        low, high = about.get("min", value), about.get("max", value)
+        if value is None:
+            continue
+        if isinstance(kind, list) and value not in kind:
+            raise IncompatibleInputError(f"{name} as one of {', '.join(map(str, kind))}", repr(value))
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise IncompatibleInputError(f"{name} from {low} to {high}", str(value))
+
 
 PIPE_IN: Widget = (PIPE, {"tooltip": "The model, from Stream-DiffVSR Loader."})
 STATE_IN: Widget = (

@@ -115,12 +115,18 @@ class SaveState:
             "required": {
                 "state": (STATE, {"tooltip": "The state to save."}),
                 "filename_prefix": ("STRING", {"default": "stream_diffvsr/state", "tooltip": prefix}),
-            }
+            },
+            "hidden": {"unique_id": "UNIQUE_ID"},
         }
 
-    def execute(self, state: State, filename_prefix: str) -> dict[str, Any]:
+    @classmethod
+    def IS_CHANGED(cls, unique_id: str | None = None, **_: Any) -> str:
+        return files.lost(unique_id)
+
+    def execute(self, state: State, filename_prefix: str, unique_id: str | None = None) -> dict[str, Any]:
         path = files.numbered(filename_prefix, files.STATE_SUFFIX)
         state.save(path)
+        files.made(unique_id, path)
         return {"ui": {"text": [str(path)]}, "result": (str(path),)}
 
 

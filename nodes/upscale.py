@@ -17,7 +17,18 @@ from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.upscaler import State, stream
 from . import host, layout
 from .settings import SettingsValue
-from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, SINCE, STATE, STATE_IN, STATE_OUT, STEPS
+from .sockets import (
+    CATEGORY,
+    PIPE_IN,
+    SEED,
+    SETTINGS_IN,
+    SINCE,
+    STATE,
+    STATE_IN,
+    STATE_OUT,
+    STEPS,
+    check_values,
+)
 from .state import one_picture
 
 if TYPE_CHECKING:
@@ -103,6 +114,19 @@ class Upscale:
             "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"},
         }
 
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls, enable_tiling: Any = None, tile_size: int | None = None, tile_overlap: int | None = None
+    ) -> bool:
+        """Raises what execution would refuse; None is linked."""
+        given = {"tile_size": tile_size, "tile_overlap": tile_overlap}
+        check_values({name: cls.INPUT_TYPES()["optional"][name] for name in given}, given)
+        if enable_tiling and tile_size and tile_overlap and 2 * tile_overlap >= tile_size:
+            raise IncompatibleInputError(
+                f"tile_overlap below half of tile_size {tile_size}", str(tile_overlap)
+            )
+        return True
+
     def execute(
         self,
         pipe: Upscaler,
@@ -181,12 +205,15 @@ def upscale(pipe: Upscaler, images: Tensor, state: State | None, options: Any) -
     at the last border of chunks, with the frames since, which the next batch does again: all but the end of
     a batch thus equals one run over all frames.
     """
-    layout.check_images(images)
+    from ..stream_diffvsr.jobs.job import Speed
+
+    layout.check_images(images, pipe.info.minimum)
     device = host.intermediate_device()
     border, since = opened(state or State())
     start = border.index + len(since)
     host.make_room(pipe, (images.shape[1], images.shape[2]), options)
-    session, progress = pipe.session(options, border, host.check_interrupt), host.Progress(len(images))
+    progress, speed = host.Progress(len(images), host.running_node()), Speed()
+    session = pipe.session(options, border, progress.step)
     result: Tensor | None = None
     for step in stream(session, itertools.chain(since, layout.lq_frames(images))):
         border = session.state() or border
@@ -197,6 +224,9 @@ def upscale(pipe: Upscaler, images: Tensor, state: State | None, options: Any) -
             result = layout.empty_result(images, (step.hq.shape[-2], step.hq.shape[-1]), device)
         layout.put(result, index, step.hq, images[index])
         progress.show(index + 1, result[index])
+        speed.tick()
+        if len(images) > 1:
+            progress.say(host.frames_done(index + 1, len(images), speed.fps), last=index + 1 == len(images))
     assert result is not None  # N frames in, N frames out
     left = start + len(images) - border.index
     frames = [*since, *layout.lq_frames(images[max(0, len(images) - left) :])]

@@ -64,8 +64,43 @@ def test_the_bar_moves_with_each_frame_and_shows_at_most_five_pictures_a_second(
     pictures = [(value, preview) for value, _, preview in Bar.shown if preview]
     assert [value for value, _ in pictures] == list(range(1, 101, 4))  # every quarter of a second
     for value, (kind, image, side) in pictures:
-        assert (kind, side, image.size) == ("JPEG", 512, (341, 512))
+        assert (kind, side, image.size) == ("JPEG", 512, (341, 512))  # ComfyUI shows it at that side
         assert image.getpixel((0, 0)) == (round((value - 1) / 100 * 255),) * 3  # the newest frame
+
+
+def test_a_small_picture_is_shown_at_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ComfyUI enlarges to the side that it is given, and writes that beneath."""
+    stand_in(monkeypatch, comfy_utils=SimpleNamespace(ProgressBar=Bar))
+    host.Progress(1).show(1, torch.rand(216, 384, 3))
+    ((_, _, (_, image, side)),) = Bar.shown
+    assert (image.size, side) == ((384, 216), 384)
+
+
+def test_a_slow_frame_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [100.0], []
+    monkeypatch.setattr(host.time, "monotonic", lambda: now[0])
+    instance = SimpleNamespace(send_progress_text=lambda text, node_id: said.append(text))
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
+    stand_in(monkeypatch, comfy_utils=SimpleNamespace(ProgressBar=Bar), server=server)
+    progress = host.Progress(10, "7")
+    for step in range(4):
+        progress.step("denoise", step + 1, 4)  # a second and a half each
+        progress.step("flow", 1, 1)
+        now[0] += 1.5
+    assert said == ["frame 1: step 3 of 4", "frame 1: step 4 of 4"]
+    progress.show(1)
+    progress.say("1 of 10 frames")
+    progress.step("denoise", 1, 4)  # as soon as that: nothing to say
+    now[0] += 3
+    progress.step("decode", 2, 9)
+    assert said[2:] == ["1 of 10 frames", "1 of 10 frames; frame 2: decode 2 of 9"]
+
+
+def test_upscale_says_how_far_it_is(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(host.Progress, "_write", lambda self, text, last=False: said.append(text))
+    NODES["StreamDiffVSR_Upscale"]().execute(pipe, torch.rand(2, HEIGHT, WIDTH, 3), num_inference_steps=1)
+    assert [text[:13] for text in said] == ["1 of 2 frames", "2 of 2 frames"]
 
 
 def test_a_line_on_the_node_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

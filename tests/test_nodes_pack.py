@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from node_pack import ROOT, load_pack
+from node_pack import part as module
 
 GENERATED = ("FlashVSRSettings", "SwiftVRSettings", "ImageSettings")
 """Nodes that are made from a table of options: a picture would tell no more than the list."""
@@ -79,6 +80,19 @@ def test_display_names() -> None:
     pack = load_pack()
     assert set(pack.NODE_DISPLAY_NAME_MAPPINGS) == set(pack.NODE_CLASS_MAPPINGS)
     assert all(name.startswith("Stream-DiffVSR ") for name in pack.NODE_DISPLAY_NAME_MAPPINGS.values())
+
+
+def test_errors_are_named_without_the_folder_of_the_pack() -> None:
+    """ComfyUI shows the module of an error, which would be a path."""
+    errors = module(load_pack(), "stream_diffvsr.errors")
+    for name in (
+        "ModelNotFoundError",
+        "CheckpointError",
+        "IncompatibleInputError",
+        "VRAMError",
+        "VideoError",
+    ):
+        assert getattr(errors, name).__module__ == "stream_diffvsr"
 
 
 def test_everything_has_words_for_the_user(nodes: dict[str, type]) -> None:

@@ -228,3 +228,11 @@ def test_wrong_settings_are_named(name: str) -> None:
     (settings,) = SETTINGS().execute(**{name: -1.0})
     with pytest.raises(ValueError, match=name):
         settings.options()
+
+
+def test_a_saved_state_that_is_gone_is_saved_again() -> None:
+    state, node = CREATE().execute()[0], SAVE()
+    (path,) = node.execute(state, "gone", unique_id="9")["result"]
+    before = SAVE.IS_CHANGED(filename_prefix="gone", unique_id="9")
+    Path(path).unlink()
+    assert SAVE.IS_CHANGED(filename_prefix="gone", unique_id="9") != before

@@ -164,10 +164,10 @@ def test_any_size_becomes_exactly_four_times_it(pipe, size: tuple[int, int]) -> 
 @pytest.mark.parametrize(
     "images, said",
     [
-        (torch.zeros(0, 16, 16, 3), "(0, 16, 16, 3)"),
+        (torch.zeros(0, 16, 16, 3), "at least one image, got none; check the loader's cap or skip"),
         (torch.zeros(1, 16, 16, 1), "(1, 16, 16, 1)"),
         (torch.zeros(16, 16, 3), "(16, 16, 3)"),
-        (torch.zeros(1, 4, 16, 3), "at least 8"),
+        (torch.zeros(1, 4, 6, 3), "pictures of at least 8x8, got a picture of 6x4"),
         (torch.full((1, 16, 16, 3), float("nan")), "NaN"),
     ],
 )
@@ -175,6 +175,52 @@ def test_what_is_no_batch_of_pictures_is_refused(pipe, images: torch.Tensor, sai
     with pytest.raises(ValueError) as refusal:
         UPSCALE().execute(pipe, images)
     assert said in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "widgets, said",
+    [
+        (
+            {"enable_tiling": True, "tile_size": 256, "tile_overlap": 128},
+            "below half of tile_size 256, got 128",
+        ),
+        ({"tile_size": 128}, "tile_size from 256 to 1024, got 128"),
+        ({"tile_overlap": 272}, "tile_overlap from 16 to 256, got 272"),
+    ],
+)
+def test_tiles_that_do_not_fit_are_refused_before_the_run(widgets: dict, said: str) -> None:
+    """Raised and not returned: ComfyUI reports a text once for each argument."""
+    with pytest.raises(ValueError, match=said):
+        UPSCALE.VALIDATE_INPUTS(**widgets)
+
+
+def test_tiles_that_fit_are_taken() -> None:
+    assert UPSCALE.VALIDATE_INPUTS() is True  # all linked
+    assert UPSCALE.VALIDATE_INPUTS(enable_tiling=False, tile_size=256, tile_overlap=256) is True
+    assert UPSCALE.VALIDATE_INPUTS(enable_tiling=True, tile_size=256, tile_overlap=112) is True
+
+
+@pytest.mark.parametrize(
+    "name, widgets, said",
+    [
+        ("Settings", {"codec": "h264", "crf": 52}, "crf of at most 51 for h264, got 52"),
+        ("Settings", {"codec": "h265", "crf": 63}, "crf of at most 51 for h265"),
+        ("Settings", {"codec": "vp9"}, "codec as one of h264, .* got 'vp9'"),
+        ("Settings", {"flow_scale": 0.3}, "flow_scale as one of 1.0"),
+        ("ImageSettings", {"crf": 60}, "crf of at most 51 for h264"),
+        ("ImageSettings", {"tile_size": 128, "tile_overlap": 64}, "tile_overlap below half"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_the_run(name: str, widgets: dict, said: str) -> None:
+    node = NODES[f"StreamDiffVSR_{name}"]
+    for refuse in (node.VALIDATE_INPUTS, node().execute):
+        with pytest.raises(ValueError, match=said):
+            refuse(**widgets)
+
+
+def test_settings_that_fit_are_taken() -> None:
+    assert SETTINGS.VALIDATE_INPUTS(codec="av1", crf=63, prompt=None) is True
+    assert SETTINGS.VALIDATE_INPUTS(codec=None, crf=51) is True
 
 
 def test_a_result_that_memory_cannot_hold_is_refused_with_the_way_out(pipe) -> None:

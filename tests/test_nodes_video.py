@@ -7,6 +7,7 @@ import itertools
 import json
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -22,7 +23,7 @@ LOADER = NODES["StreamDiffVSR_Loader"]
 VIDEO = NODES["StreamDiffVSR_UpscaleVideo"]
 UPSCALE = NODES["StreamDiffVSR_Upscale"]
 SETTINGS = NODES["StreamDiffVSR_Settings"]
-video = part(PACK, "nodes.video")
+job = part(PACK, "nodes.job")
 FRAMES = 6
 
 
@@ -186,19 +187,120 @@ def test_what_cannot_be_done_is_said(pipe, inputs: dict, said: str) -> None:
         upscale(pipe, **inputs)
 
 
-def test_edited_videos_are_refused_with_the_way_out(pipe, clip: Path) -> None:
-    edited = FromFile(str(clip))
-    edited.has_pending_frame_edits = lambda: True
-    with pytest.raises(ValueError, match="Stream-DiffVSR Upscale instead"):
-        upscale(pipe, video=edited)
+class FromComponents:
+    """A VIDEO as Create Video hands it on, or one from a file that was edited."""
+
+    def __init__(self, images: torch.Tensor, audio: dict | None = None, rate=Fraction(30000, 1001)) -> None:
+        self.parts = SimpleNamespace(images=images, audio=audio, frame_rate=rate)
+
+    def get_components(self):
+        return self.parts
+
+    def has_pending_frame_edits(self) -> bool:
+        return True
+
+
+def test_a_video_of_frames_in_memory_is_upscaled_with_its_sound(pipe) -> None:
+    images = torch.rand(4, 16, 24, 3)
+    sound = {"waveform": torch.rand(1, 2, 44100) * 2 - 1, "sample_rate": 44100}
+    settings = SETTINGS().execute(codec="png", scene_cut="off")[0]  # 16 bits of red, green and blue
+    path = upscale(pipe, video=FromComponents(images, sound), settings=settings)
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray(format="rgb48le") for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == Fraction(30000, 1001)
+        container.seek(0)
+        heard = np.concatenate([frame.to_ndarray() for frame in container.decode(audio=0)], axis=1)
+    expected, _ = UPSCALE().execute(pipe, images, num_inference_steps=1)
+    assert np.abs(np.stack(frames) / 65535 - expected.numpy()).max() < 1e-3
+    # As far as there is a picture, in 24 bits.
+    count = -(-44100 * 4 * 1001 // 30000)
+    given = sound["waveform"][0, :, :count].T.reshape(1, -1).numpy()
+    assert heard.shape == given.shape and np.abs(heard / 2**31 - given).max() < 2**-22
+
+
+def test_a_video_of_frames_in_memory_is_written_as_players_take_it_and_goes_on(
+    pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, steps = FromComponents(torch.rand(4, 16, 24, 3)), itertools.count()
+
+    def cancel(*_) -> None:
+        if next(steps) > 5:
+            raise CancelError
+
+    with monkeypatch.context() as patch, pytest.raises(CancelError):
+        patch.setattr(part(PACK, "nodes.host"), "check_interrupt", cancel)
+        upscale(pipe, video=made)
+    (cut,) = Path("output/stream_diffvsr").resolve().glob("*.mp4")
+    for file in Path("temp").glob("stream_diffvsr_*"):
+        file.unlink()  # as when ComfyUI starts again
+    assert upscale(pipe, video=made) == cut
+    with av.open(str(cut)) as container:
+        assert container.streams.video[0].format.name == "yuv420p"
+    assert len(frames_of(cut)) == 4
+
+
+def test_an_empty_video_is_refused(pipe) -> None:
+    with pytest.raises(ValueError, match="at least one image, got none; check the loader's cap or skip"):
+        upscale(pipe, video=FromComponents(torch.zeros(0, 16, 24, 3)))
 
 
 def test_paths_are_checked_before_the_run(clip: Path) -> None:
     assert VIDEO.VALIDATE_INPUTS(str(clip), "") is True
     assert VIDEO.VALIDATE_INPUTS(f'"{clip}" ', None) is True
-    assert VIDEO.VALIDATE_INPUTS(None, "a/b.mp4") is True
-    assert "gone.mp4" in VIDEO.VALIDATE_INPUTS("gone.mp4", "")
-    assert "an output below" in VIDEO.VALIDATE_INPUTS(str(clip), "../x.mp4")
+    for fine in ("a/b.mp4", "a/b.MKV", "a/shot.v2", "my film 1.5", "films/"):
+        assert VIDEO.VALIDATE_INPUTS(None, fine) is True
+
+
+@pytest.mark.parametrize(
+    "path, output, said",
+    [
+        ("gone.mp4", "", "video_path, got .*gone.mp4"),
+        ("~nobody-here/x.mp4", "", "home folder"),
+        ("", "../x.mp4", "an output below"),
+        ("", "x/my.gif", r"output_path without an ending, or with \.mp4, .*got x/my\.gif"),
+        ("", "x/my.AVI", "without an ending"),
+        ("", "x/my.m2ts", "without an ending"),
+        ("", "x/my.png", "without an ending"),
+    ],
+)
+def test_a_bad_path_is_refused_before_the_run(path: str, output: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        VIDEO.VALIDATE_INPUTS(path, output)
+
+
+def test_webm_takes_its_own_codec(pipe, clip: Path) -> None:
+    path = upscale(pipe, video_path=str(clip), output_path="x/my.webm", end_frame=1)
+    assert path.name == "my.webm"
+    with av.open(str(path)) as container:
+        assert "av1" in container.streams.video[0].codec_context.name
+
+
+def test_errors_of_the_engine_speak_of_widgets(pipe, clip: Path) -> None:
+    settings = SETTINGS().execute(codec="prores")[0]
+    with pytest.raises(Exception, match="choose another codec of Settings or another ending of output_path"):
+        upscale(pipe, video_path=str(clip), output_path="my.webm", settings=settings)
+
+
+def test_pictures_of_several_sizes_are_refused_by_name(pipe, tmp_path: Path) -> None:
+    folder = tmp_path / "input" / "mixed"
+    folder.mkdir(parents=True)
+    for index, size in enumerate([(24, 16), (16, 24)]):
+        Image.fromarray(pattern(index, *size)).save(folder / f"shot {index}.png")
+    with pytest.raises(Exception, match=r"shot 1.png is 16x24, shot 0.png is 24x16.*give all pictures"):
+        upscale(pipe, video_path="mixed")
+
+
+def test_a_result_that_is_gone_is_made_again(pipe, clip: Path) -> None:
+    run = {"video_path": str(clip), "output_path": "a.mp4", "end_frame": 1, "unique_id": "77"}
+    before = VIDEO.IS_CHANGED(**run)
+    path = upscale(pipe, **run)
+    assert VIDEO.IS_CHANGED(**run) == before
+    path.unlink()
+    after = VIDEO.IS_CHANGED(**run)
+    assert after != before
+    assert upscale(pipe, **run) == path and path.exists()
+    assert VIDEO.IS_CHANGED(**run) == after  # which is kept from now on
+    assert VIDEO.IS_CHANGED(**{**run, "unique_id": "78"}) == before
 
 
 def test_an_edited_source_is_noticed(clip: Path) -> None:
@@ -227,8 +329,8 @@ def test_each_codec_gets_a_container_that_holds_it(pipe, clip: Path) -> None:
     plans = {}
     for codec in SETTINGS.INPUT_TYPES()["optional"]["codec"][0]:
         settings = SETTINGS().execute(codec=codec)[0]
-        job = video.plan((clip, Fraction(0), None), settings)
-        plans[codec] = job.output.name, job.crf
+        planned = job.plan(None, job.Source(clip), settings)
+        plans[codec] = planned.output.name, planned.crf
     assert plans == {
         "h264": (".mp4", 18),
         "h265": (".mp4", 18),

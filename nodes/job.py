@@ -1,0 +1,205 @@
+"""Files upscaled to files, as the video nodes do it: what to read, where to write, and the run itself."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..stream_diffvsr.errors import IncompatibleInputError, VideoError
+from . import files, host
+from .settings import SettingsValue
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr.jobs.run import VideoJob
+    from ..stream_diffvsr.upscaler import Upscaler
+
+READ_AHEAD = 4
+"""Frames decoded ahead where the node says 0."""
+SUFFIXES = {"prores": ".mov", "ffv1": ".mkv", "png": ".mkv"}
+"""Containers of the codecs that MP4 does not hold well."""
+CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
+"""Endings that make an output_path a file's name and not the beginning of one."""
+ENDING = re.compile(r"\.[a-z]{2,5}|\.(3g[p2]|mp[1-4]|m[12]v|m2ts?|jp2|mj2)")
+"""What looks like the name of a format and not like a part of a name, as in shot.v2."""
+WITH_QUALITY = ("h264", "h265", "av1")
+"""Codecs that take a crf."""
+LAST = -1
+INSTANTS = 1_000_000
+"""Parts of a second that are shorter than any frame."""
+
+
+class Source(NamedTuple):
+    """What to read."""
+
+    path: Path
+    start: Fraction = Fraction(0)
+    """Seconds from which it is trimmed."""
+    end: Fraction | None = None
+    """Seconds to which it is trimmed; None: to its end."""
+    drawn: bool = False
+    """Whether its frames lay in memory, so that their depth is none that was chosen."""
+
+
+def clean(text: str | None) -> str:
+    """A path as people paste it: without quotes and blanks around."""
+    return (text or "").strip().strip("\"'").strip()
+
+
+def source_path(video_path: str) -> Path:
+    """A path as given; a relative one starts in the input folder."""
+    try:
+        return host.folder("input") / Path(clean(video_path)).expanduser()
+    except RuntimeError as error:
+        raise IncompatibleInputError("a home folder that there is in video_path", video_path) from error
+
+
+def check_output(output_path: str | None) -> None:
+    """Refuse a place where nothing may be written, and an ending that is not written there."""
+    name = clean(output_path)
+    files.writable(name)
+    ending = Path(name).suffix.lower()
+    if ending not in CONTAINERS and ENDING.fullmatch(ending):
+        raise IncompatibleInputError(f"output_path without an ending, or with {', '.join(CONTAINERS)}", name)
+
+
+def choose_source(video_path: str, video: Any) -> Source:
+    """What to read: the file of one of the two inputs."""
+    given = bool(clean(video_path))
+    if given == (video is not None):
+        raise IncompatibleInputError("either video_path or video", "both" if given else "neither")
+    return Source(source_path(video_path)) if given else video_source(video)
+
+
+def video_source(video: Any) -> Source:
+    """The file behind a VIDEO; one that lies in memory, or was edited, is written to the temp folder."""
+    from . import temporary
+
+    if not host.is_file_video(video):
+        return Source(temporary.from_components(video.get_components()), drawn=True)
+    source = video.get_stream_source()
+    path = Path(source) if isinstance(source, (str, Path)) else temporary.from_bytes(source.getvalue())
+    start, length = (Fraction(value) for value in host.trim_window(video))
+    return Source(path, start, start + length - Fraction(1, INSTANTS) if length else None)
+
+
+def plan(
+    pipe: Upscaler,
+    source: Source,
+    settings: SettingsValue,
+    output_path: str = "",
+    frames_per_batch: int = 0,
+    start_frame: int = 0,
+    end_frame: int = LAST,
+    num_inference_steps: int = 0,
+    seed: int = 0,
+) -> VideoJob:
+    """What to do, without where to."""
+    from ..stream_diffvsr.jobs.run import VideoJob
+
+    path, start, end, drawn = source
+    trimmed = bool(start) or end is not None
+    if trimmed and (start_frame or end_frame != LAST):
+        raise IncompatibleInputError("a trimmed video or start_frame and end_frame", "both")
+    codec = settings.file.get("codec", "h264")
+    if codec == "h264" and clean(output_path).lower().endswith(".webm"):
+        codec = "av1"  # the default in a container that holds none of the sort
+    pix_fmt = settings.file.get("pix_fmt", "auto")
+    if pix_fmt == "auto" and drawn and codec in WITH_QUALITY:
+        pix_fmt = "yuv420p"  # which every player shows
+    cut = settings.file.get("scene_cut", "auto")
+    return VideoJob(
+        source=path,
+        output=Path(SUFFIXES.get(codec, ".mp4")),
+        options=settings.options(pipe, num_inference_steps=num_inference_steps, seed=seed),
+        start=start if trimmed else start_frame,
+        end=end if trimmed or end_frame == LAST else end_frame,
+        codec=codec,
+        crf=settings.file.get("crf", 18) if codec in WITH_QUALITY else None,
+        pix_fmt=None if pix_fmt == "auto" else pix_fmt,
+        scene_cut=str(settings.file.get("scene_cut_threshold", 27.0)) if cut == "auto" else cut,
+        read_ahead=frames_per_batch or READ_AHEAD,
+    )
+
+
+def frame_size(job: VideoJob) -> tuple[int, int]:
+    """Height and width of the frames before upscaling; raises `VideoError` for what cannot be read."""
+    from ..stream_diffvsr.jobs.prepare import open_job_source
+
+    info = open_job_source(job).info
+    return job.sizes.model(info.height, info.width)
+
+
+def outputs(source: Path, output: str, suffix: str) -> Iterator[Path]:
+    """Names to try: the given file and then numbered ones, or numbered ones from the start."""
+    base = files.writable(files.fill_in(output or f"stream_diffvsr/{source.stem}_4x"))
+    base.parent.mkdir(parents=True, exist_ok=True)
+    if base.suffix.lower() in CONTAINERS:
+        yield base
+        base, suffix = base.with_suffix(""), base.suffix
+    for number in itertools.count(1):
+        yield base.with_name(f"{base.name}_{number:05}_{suffix}")
+
+
+def do(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
+    """Do the job under the first name that is free, or that it was cancelled under; returns the file."""
+    for job in jobs:
+        begun = job.output.with_name(job.output.name + ".parts").exists()
+        if (begun or not job.output.exists()) and finish(pipe, job, begun, node_id):
+            return job.output
+    raise AssertionError("names never end")
+
+
+def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None) -> bool:
+    """Run a job with bar, picture and cancel button; False if what was `begun` there is another job."""
+    from ..stream_diffvsr.jobs.journal import WorkFolder
+    from ..stream_diffvsr.jobs.run import run
+
+    progress, told = host.Progress(1, node_id), ""
+    with contextlib.closing(run(pipe, job, on_step=progress.step)) as steps:
+        try:
+            before = WorkFolder(job.output).load() if begun else None
+            if before is not None and before.frames:
+                told = f"continuing at frame {before.first_index + before.frames}: "
+                progress.say(told[:-2])
+            first = next(steps, None)
+        except VideoError:
+            if begun:
+                return False
+            raise
+        for step in itertools.chain([first] if first else [], steps):
+            total = max(step.done, step.total or 0)  # files name a frame too few now and then
+            progress.count(step.done, total, step.hq[0].movedim(0, -1))
+            said = host.frames_done(step.done, step.total and total, step.fps)
+            progress.say(told + said, last=step.done == total)
+    return True
+
+
+WORDS = {
+    "--codec": "codec of Settings",
+    "--crf": "crf of Settings",
+    "--pix-fmt": "pix_fmt of Settings",
+    "--target": "size",
+    "--start": "start_frame",
+    "--end": "end_frame",
+    "-o": "output_path",
+    "--restart": "another output_path",
+    "so write to a folder, or give --target": "so give all pictures the same size, or make a video of each",
+    "or suffix": "or another ending of output_path",
+}
+"""What the command calls otherwise than the nodes do."""
+
+
+@contextlib.contextmanager
+def node_words() -> Iterator[None]:
+    """Errors of the engine in the words of the nodes."""
+    try:
+        yield
+    except VideoError as error:
+        longest_first = "|".join(map(re.escape, sorted(WORDS, key=len, reverse=True)))
+        text = re.sub(rf"(?<!\S)({longest_first})(?![\w-])", lambda found: WORDS[found[0]], str(error))
+        raise VideoError(text) from error
