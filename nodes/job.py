@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 READ_AHEAD = 4
 """Frames decoded ahead where the node says 0."""
-SUFFIXES = {"prores": ".mov", "ffv1": ".mkv", "png": ".mkv"}
+SUFFIXES = {"prores": ".mov", "ffv1": ".mkv", "png": ".mov"}
 """Containers of the codecs that MP4 does not hold well."""
 CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 """Endings that make an output_path a file's name and not the beginning of one."""
