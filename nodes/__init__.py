@@ -3,12 +3,16 @@
 host        the only module that talks to ComfyUI
 sockets     socket types and the widgets that several nodes share
 layout      IMAGE tensors to model range and back
-load, upscale, video, state, settings        the nodes
+sizes       sizes and presets that nodes share
+job         files upscaled to files; temporary writes what lies in memory to a file first
+load, upscale, video, simple, live, state, settings        the nodes
 """
 
 from ..stream_diffvsr import errors
+from .live import Live
 from .load import Loader
 from .settings import FlashVSRSettings, ImageSettings, Settings, SwiftVRSettings
+from .simple import SimpleUpscale
 from .state import CreateState, ExtractState, LoadState, SaveState
 from .upscale import ProcessFrame, Upscale
 from .video import UpscaleVideo
@@ -31,6 +35,8 @@ NODES = {
     "FlashVSRSettings": (FlashVSRSettings, "FlashVSR Settings"),
     "SwiftVRSettings": (SwiftVRSettings, "SwiftVR Settings"),
     "ImageSettings": (ImageSettings, "Image Model Settings"),
+    "SimpleUpscale": (SimpleUpscale, "Simple Video Upscale"),
+    "Live": (Live, "Live Upscale"),
 }
 
 NODE_CLASS_MAPPINGS = {f"StreamDiffVSR_{name}": node for name, (node, _) in NODES.items()}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..stream_diffvsr.errors import IncompatibleInputError, VideoError
 from . import files, host
 from .settings import SettingsValue
+from .sizes import AS_SETTINGS, OWN, asked
 
 if TYPE_CHECKING:
     from ..stream_diffvsr.jobs.run import VideoJob
@@ -87,6 +89,27 @@ def video_source(video: Any) -> Source:
     return Source(path, start, start + length - Fraction(1, INSTANTS) if length else None)
 
 
+def upscale_file(
+    pipe: Upscaler,
+    choose: Callable[[], Source],
+    settings: SettingsValue,
+    node_id: str | None,
+    metadata: dict[str, str],
+    output_path: str = "",
+    **widgets: Any,
+) -> Path:
+    """Do what a node asks for, and return the finished file; `widgets` go to `plan`."""
+    check_output(output_path)
+    with host.install_line(), node_words():
+        job = replace(plan(pipe, choose(), settings, output_path, **widgets), metadata=metadata)
+        host.make_room(pipe, frame_size(job), job.options)
+        size = widgets.get("size") or OWN
+        names = outputs(job.source, clean(output_path), job.output.name, size)
+        path = do(pipe, (replace(job, output=name) for name in names), node_id)
+    files.made(node_id, path)
+    return path
+
+
 def plan(
     pipe: Upscaler,
     source: Source,
@@ -97,6 +120,8 @@ def plan(
     end_frame: int = LAST,
     num_inference_steps: int = 0,
     seed: int = 0,
+    preset: str = AS_SETTINGS,
+    size: str = "",
 ) -> VideoJob:
     """What to do, without where to."""
     from ..stream_diffvsr.jobs.run import VideoJob
@@ -115,7 +140,7 @@ def plan(
     return VideoJob(
         source=path,
         output=Path(SUFFIXES.get(codec, ".mp4")),
-        options=settings.options(pipe, num_inference_steps=num_inference_steps, seed=seed),
+        options=settings.options(pipe, preset, num_inference_steps=num_inference_steps, seed=seed),
         start=start if trimmed else start_frame,
         end=end if trimmed or end_frame == LAST else end_frame,
         codec=codec,
@@ -123,6 +148,7 @@ def plan(
         pix_fmt=None if pix_fmt == "auto" else pix_fmt,
         scene_cut=str(settings.file.get("scene_cut_threshold", 27.0)) if cut == "auto" else cut,
         read_ahead=frames_per_batch or READ_AHEAD,
+        **(asked(size, pipe.info) if size else {}),
     )
 
 
@@ -134,9 +160,9 @@ def frame_size(job: VideoJob) -> tuple[int, int]:
     return job.sizes.model(info.height, info.width)
 
 
-def outputs(source: Path, output: str, suffix: str) -> Iterator[Path]:
+def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]:
     """Names to try: the given file and then numbered ones, or numbered ones from the start."""
-    base = files.writable(files.fill_in(output or f"stream_diffvsr/{source.stem}_4x"))
+    base = files.writable(files.fill_in(output or f"stream_diffvsr/{source.stem}_{size}"))
     base.parent.mkdir(parents=True, exist_ok=True)
     if base.suffix.lower() in CONTAINERS:
         yield base

@@ -70,13 +70,13 @@ def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) ->
     return torch.empty(shape, device=device)
 
 
-def put(result: Tensor, index: int, hq: Tensor, image: Tensor) -> None:
-    """Write frame `index` of a result: colours from `hq`, alpha (if there is one) enlarged from `image`."""
-    result[index, ..., :COLOURS] = to_image(to_pixels(hq))
+def put(result: Tensor, index: int, rgb: Tensor, image: Tensor) -> None:
+    """Write frame `index` of a result: (1, 3, H, W) in [0, 1], and alpha (if any) enlarged from `image`."""
+    result[index, ..., :COLOURS] = to_image(rgb)
     if image.shape[-1] > COLOURS:
         from ..stream_diffvsr.media.sizes import enlarge
 
-        alpha = enlarge(to_frame(image[..., COLOURS:]), (hq.shape[-2], hq.shape[-1]))
+        alpha = enlarge(to_frame(image[..., COLOURS:]), (rgb.shape[-2], rgb.shape[-1]))
         result[index, ..., COLOURS:] = to_image(alpha)
 
 

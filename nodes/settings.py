@@ -3,6 +3,7 @@
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -69,8 +70,7 @@ def file_widgets() -> dict[str, Widget]:
 
 
 def complete(widgets: dict[str, Widget], values: dict[str, Any]) -> dict[str, Any]:
-    """A value for every widget; refuses what a widget, or a codec, does not offer."""
-    check_values(widgets, values)
+    """A value for every widget; refuses a crf that the codec does not know."""
     given = {name: about["default"] for name, (_, about) in widgets.items()} | values
     if given["codec"] in ("h264", "h265") and given["crf"] > H26X_CRF:
         raise IncompatibleInputError(f"crf of at most {H26X_CRF} for {given['codec']}", str(given["crf"]))
@@ -98,11 +98,12 @@ class SettingsValue:
 
     family: str = "diffvsr"
 
-    def options(self, pipe: Upscaler | None = None, **own: Any) -> Any:
+    def options(self, pipe: Upscaler | None = None, preset: str = "settings", **own: Any) -> Any:
         """The options of a model's family (default: Stream-DiffVSR's); what the node itself says wins.
 
-        What the family does not know of that is left out. Raises `IncompatibleInputError` for settings of
-        another family.
+        A `preset` of the node takes the place of the one of Settings, with all that presets set. What the
+        family does not know of that is left out. Raises `IncompatibleInputError` for settings of another
+        family.
         """
         from ..stream_diffvsr.load import FAMILIES
         from ..stream_diffvsr.options import rules
@@ -113,7 +114,13 @@ class SettingsValue:
             expected = f"settings of {FAMILIES[family].title}, as the model is"
             raise IncompatibleInputError(expected, f"settings of {FAMILIES[self.family].title}")
         known = {name: value for name, value in own.items() if name in rules(cls)}
-        return cls(**{**self.engine, **from_widgets(cls, known)})
+        engine = dict(self.engine)
+        if preset != "settings":
+            presets = FAMILIES[family].presets
+            for name in itertools.chain(*presets.values()):
+                engine.pop(name, None)
+            engine |= presets.get(preset, {})
+        return cls(**{**engine, **from_widgets(cls, known)})
 
 
 class Settings:
@@ -135,6 +142,7 @@ class Settings:
 
     @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool:
+        check_values(settings_widgets(), values)
         cls().execute(**{name: value for name, value in values.items() if value is not None})
         return True
 
@@ -168,6 +176,7 @@ class FamilySettings:
 
     @classmethod
     def VALIDATE_INPUTS(cls, **values: Any) -> bool:
+        check_values(family_widgets(cls.FAMILY), values)
         cls().execute(**{name: value for name, value in values.items() if value is not None})
         return True
 

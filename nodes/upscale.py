@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..stream_diffvsr.errors import IncompatibleInputError
+from ..stream_diffvsr.tensors import to_pixels
 from ..stream_diffvsr.upscaler import State, stream
 from . import host, layout
 from .settings import SettingsValue
+from .sizes import AS_SETTINGS, PRESET, SIZE, fitted_job
 from .sockets import (
     CATEGORY,
     PIPE_IN,
@@ -110,6 +112,8 @@ class Upscale:
                         "batch to the next."
                     },
                 ),
+                "preset": PRESET,
+                "size": SIZE,
             },
             "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"},
         }
@@ -141,14 +145,16 @@ class Upscale:
         meta_batch: Any = None,
         unique_id: str | None = None,
         prompt: Mapping[str, Any] | None = None,
+        preset: str = AS_SETTINGS,
+        size: str = "",
     ) -> tuple[Tensor, State]:
         own: dict[str, Any] = {"num_inference_steps": num_inference_steps, "seed": seed}
         if enable_tiling:
             own |= {"memory_plan": "tiled", "tile_size": tile_size, "tile_overlap": tile_overlap}
         number = host.meta_batch_number(prompt, unique_id)
         batch = MetaBatch(self if meta_batch is None else meta_batch, unique_id, number)
-        options = (settings or SettingsValue()).options(pipe, **own)
-        result, state = upscale(pipe, images, batch.resume(state), options)
+        options = (settings or SettingsValue()).options(pipe, preset, **own)
+        result, state = upscale(pipe, images, batch.resume(state), options, size)
         batch.keep(state)
         return result, state
 
@@ -185,12 +191,7 @@ class ProcessFrame:
         num_inference_steps: int = 0,
         seed: int = 0,
     ) -> tuple[Tensor, State]:
-        if not pipe.info.frame_by_frame:
-            raise IncompatibleInputError(
-                "a model that takes one frame at a time, such as nano or v1",
-                f"{pipe.info.family}, which takes {pipe.info.first} frames before its first result: use "
-                "Stream-DiffVSR Upscale",
-            )
+        check_frame_by_frame(pipe)
         own = {"num_inference_steps": num_inference_steps, "seed": seed}
         options = (settings or SettingsValue()).options(pipe, **own)
         return upscale(
@@ -198,8 +199,20 @@ class ProcessFrame:
         )
 
 
-def upscale(pipe: Upscaler, images: Tensor, state: State | None, options: Any) -> tuple[Tensor, State]:
-    """(N, H, W, C) in [0, 1] -> (N, 4H, 4W, C), and the state after the last frame.
+def check_frame_by_frame(pipe: Upscaler) -> None:
+    """Refuse a model that takes frames in chunks."""
+    if not pipe.info.frame_by_frame:
+        raise IncompatibleInputError(
+            "a model that takes one frame at a time, such as nano or v1",
+            f"{pipe.info.family}, which takes {pipe.info.first} frames before its first result: use "
+            "Stream-DiffVSR Upscale",
+        )
+
+
+def upscale(
+    pipe: Upscaler, images: Tensor, state: State | None, options: Any, size: str = ""
+) -> tuple[Tensor, State]:
+    """(N, H, W, C) in [0, 1] -> (N, 4H, 4W, C), or of `size`, and the state after the last frame.
 
     A model that takes frames in chunks finishes the batch as if the video ended there. Its state is the one
     at the last border of chunks, with the frames since, which the next batch does again: all but the end of
@@ -209,6 +222,8 @@ def upscale(pipe: Upscaler, images: Tensor, state: State | None, options: Any) -
 
     layout.check_images(images, pipe.info.minimum)
     device = host.intermediate_device()
+    job = fitted_job(pipe, options, size, images.shape[1], images.shape[2]) if size else None
+    options = options if job is None else job.options
     border, since = opened(state or State())
     start = border.index + len(since)
     host.make_room(pipe, (images.shape[1], images.shape[2]), options)
@@ -220,9 +235,11 @@ def upscale(pipe: Upscaler, images: Tensor, state: State | None, options: Any) -
         index = step.index - start
         if index < 0:
             continue  # handed on by the batch before
+        source = (images.shape[1], images.shape[2])
+        shown = to_pixels(step.hq) if job is None else job.sizes.to_output(step.hq, source)
         if result is None:
-            result = layout.empty_result(images, (step.hq.shape[-2], step.hq.shape[-1]), device)
-        layout.put(result, index, step.hq, images[index])
+            result = layout.empty_result(images, (shown.shape[-2], shown.shape[-1]), device)
+        layout.put(result, index, shown, images[index])
         progress.show(index + 1, result[index])
         speed.tick()
         if len(images) > 1:

@@ -4,24 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..stream_diffvsr.errors import IncompatibleInputError
 from . import files, host
-from .job import (
-    LAST,
-    check_output,
-    choose_source,
-    clean,
-    do,
-    frame_size,
-    node_words,
-    outputs,
-    plan,
-    source_path,
-)
+from .job import LAST, check_output, choose_source, source_path, upscale_file
 from .settings import SettingsValue
+from .sizes import PRESET, SIZE
 from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STEPS
 
 if TYPE_CHECKING:
@@ -99,6 +88,8 @@ class UpscaleVideo:
                 "num_inference_steps": STEPS,
                 "seed": SEED,
                 "settings": SETTINGS_IN,
+                "preset": PRESET,
+                "size": SIZE,
             },
             "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }
@@ -130,13 +121,14 @@ class UpscaleVideo:
         settings: SettingsValue | None = None,
         **widgets: Any,
     ) -> dict[str, Any]:
-        check_output(output_path)
-        with host.install_line(), node_words():
-            source = choose_source(video_path, video)
-            job = plan(pipe, source, settings or SettingsValue(), output_path, **widgets)
-            job = replace(job, metadata=host.workflow_metadata(prompt, extra_pnginfo))
-            host.make_room(pipe, frame_size(job), job.options)
-            names = outputs(job.source, clean(output_path), job.output.name)
-            path = do(pipe, (replace(job, output=name) for name in names), unique_id)
-        files.made(unique_id, path)
+        metadata = host.workflow_metadata(prompt, extra_pnginfo)
+        path = upscale_file(
+            pipe,
+            lambda: choose_source(video_path, video),
+            settings or SettingsValue(),
+            unique_id,
+            metadata,
+            output_path,
+            **widgets,
+        )
         return {"ui": host.shown_video(path), "result": (str(path), host.video_file(path))}

@@ -58,6 +58,8 @@ class Server:
             str(self.base),
         ]
         quiet = ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+        if "COMFYUI_FRONTEND" in os.environ:  # the folder static of another comfyui-frontend-package
+            quiet += ["--front-end-root", os.environ["COMFYUI_FRONTEND"]]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [python, "main.py", *options, *quiet],

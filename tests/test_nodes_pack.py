@@ -13,8 +13,8 @@ import pytest
 from node_pack import ROOT, load_pack
 from node_pack import part as module
 
-GENERATED = ("FlashVSRSettings", "SwiftVRSettings", "ImageSettings")
-"""Nodes that are made from a table of options: a picture would tell no more than the list."""
+GENERATED = ("FlashVSRSettings", "SwiftVRSettings", "ImageSettings", "SimpleUpscale", "Live")
+"""Nodes that are made from a table of options, or have few: a picture would tell no more than the list."""
 
 SCHEMAS = Path(__file__).parent / "node_schemas.json"
 HEAVY = ("diffusers", "transformers", "torchvision", "cv2", "av", "huggingface_hub", "accelerate", "PIL")
@@ -57,7 +57,7 @@ def plain(name: str, spec: object) -> object:
         return spec
     kind, *rest = spec  # type: ignore[misc]
     options = {key: value for key, value in (rest[0] if rest else {}).items() if key != "tooltip"}
-    if name in ("model_version", "device", "state_file"):
+    if name in ("model", "model_version", "device", "state_file"):
         return [kind[:2] if name != "state_file" else "files", options]
     return [kind, options]
 
@@ -71,7 +71,7 @@ def test_schemas_are_frozen(nodes: dict[str, type]) -> None:
 def test_the_nodes_are_there(nodes: dict[str, type]) -> None:
     names = (
         "Loader Upscale UpscaleVideo ProcessFrame CreateState ExtractState SaveState LoadState Settings "
-        "FlashVSRSettings SwiftVRSettings ImageSettings"
+        "FlashVSRSettings SwiftVRSettings ImageSettings SimpleUpscale Live"
     )
     assert set(nodes) == {f"StreamDiffVSR_{name}" for name in names.split()}
 
@@ -115,7 +115,7 @@ def test_seeds_stay_fixed(nodes: dict[str, type]) -> None:
         for widget, (_, options) in node.INPUT_TYPES().get("optional", {}).items()
         if widget == "seed"
     ]
-    assert len(seeds) == 3
+    assert len(seeds) == 4
     assert all(options["control_after_generate"] == "fixed" for options in seeds)
 
 
@@ -166,7 +166,7 @@ print(sorted(name for name in new if not name.startswith(pack.__name__)))
 
 def test_missing_packages_do_not_break_loading() -> None:
     done = run_python("print(len(pack.NODE_CLASS_MAPPINGS))", missing=HEAVY)
-    assert (done.stdout.strip(), done.stderr) == ("12", "")
+    assert (done.stdout.strip(), done.stderr) == ("14", "")
 
 
 def test_the_node_that_needs_a_missing_package_says_how_to_install_it() -> None:
@@ -195,7 +195,7 @@ def test_the_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
             ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors")
         )
     pack = load_pack(folder)
-    assert len(pack.NODE_CLASS_MAPPINGS) == 12
+    assert len(pack.NODE_CLASS_MAPPINGS) == 14
     assert (
         Path(pack.NODE_CLASS_MAPPINGS["StreamDiffVSR_Loader"].__module__.removesuffix(".nodes.load"))
         == folder

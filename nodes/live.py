@@ -1,0 +1,87 @@
+"""The node that keeps its sequence from one queue run to the next, for a webcam or a screen."""
+
+# ruff: noqa: N802 (ComfyUI prescribes the names)
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from .settings import SettingsValue
+from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STEPS
+from .state import one_picture
+from .upscale import check_frame_by_frame, upscale
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr.upscaler import State, Upscaler
+
+
+class Live:
+    """Upscales one frame per queue run; the next run goes on from it."""
+
+    DESCRIPTION = (
+        "Upscales one frame each time the workflow runs, guided by the frame of the run before: for a webcam "
+        "or a screen, with automatic queueing."
+    )
+    SEARCH_ALIASES: ClassVar = ["webcam upscale", "live upscale", "real time upscale", "screen upscale"]
+    CATEGORY = CATEGORY
+    FUNCTION = "execute"
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("image", "info")
+    OUTPUT_TOOLTIPS = (
+        "The frame, exactly 4 times as wide and high; alpha is kept.",
+        "Which frame of its sequence it is, and why a sequence began.",
+    )
+
+    def __init__(self) -> None:
+        self._sequence: tuple[Any, State | None] = ((), None)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        reset = "Begin a new sequence with this frame, as at a cut. Leave it off, or nothing is kept."
+        return {
+            "required": {
+                "pipe": PIPE_IN,
+                "image": ("IMAGE", {"tooltip": "One frame; a batch is refused, Upscale takes those."}),
+            },
+            "optional": {
+                "settings": SETTINGS_IN,
+                "num_inference_steps": STEPS,
+                "seed": SEED,
+                "reset": ("BOOLEAN", {"default": False, "tooltip": reset}),
+            },
+            "hidden": {"extra_pnginfo": "EXTRA_PNGINFO"},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, **_: Any) -> float:
+        return float("nan")  # the same picture again is the next frame
+
+    def execute(
+        self,
+        pipe: Upscaler,
+        image: Tensor,
+        settings: SettingsValue | None = None,
+        num_inference_steps: int = 0,
+        seed: int = 0,
+        reset: bool = False,
+        extra_pnginfo: Mapping[str, Any] | None = None,
+    ) -> tuple[Tensor, str]:
+        check_frame_by_frame(pipe)
+        one_picture(image, "image; a batch is for Stream-DiffVSR Upscale")
+        options = (settings or SettingsValue()).options(
+            pipe, num_inference_steps=num_inference_steps, seed=seed
+        )
+        # ComfyUI keeps a node's instance by its number, which another workflow may have as well.
+        workflow = ((extra_pnginfo or {}).get("workflow") or {}).get("id")
+        height, width = image.shape[1:3]
+        kind = {"workflow": workflow, "model": pipe.info.model, "size": f"{width}x{height}"}
+        before, state = self._sequence
+        why = "asked for" if reset else "the first run" if state is None else ""
+        if not why:
+            why = ", ".join(f"another {name}" for name in kind if kind[name] != before[name])
+        result, state = upscale(pipe, image, None if why else state, options)
+        self._sequence = kind, state
+        told = f"frame {state.index}, {width}x{height} to {result.shape[2]}x{result.shape[1]}"
+        return result, f"{told}; a new sequence: {why}" if why else told
