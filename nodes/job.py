@@ -7,7 +7,6 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +16,8 @@ from .settings import SettingsValue
 from .sizes import AS_SETTINGS, OWN, asked
 
 if TYPE_CHECKING:
+    from fractions import Fraction
+
     from ..stream_diffvsr.jobs.run import VideoJob
     from ..stream_diffvsr.upscaler import Upscaler
 
@@ -39,7 +40,7 @@ class Source(NamedTuple):
     """What to read."""
 
     path: Path
-    start: Fraction = Fraction(0)
+    start: Fraction | int = 0
     """Seconds from which it is trimmed."""
     end: Fraction | None = None
     """Seconds to which it is trimmed; None: to its end."""
@@ -79,6 +80,8 @@ def choose_source(video_path: str, video: Any) -> Source:
 
 def video_source(video: Any) -> Source:
     """The file behind a VIDEO; one that lies in memory, or was edited, is written to the temp folder."""
+    from fractions import Fraction
+
     from . import temporary
 
     if not host.is_file_video(video):
