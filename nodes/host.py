@@ -199,10 +199,10 @@ class Progress:
             self._next_picture = self._since + PREVIEW_SECONDS
         self._bar.update_absolute(done, self._total, preview)
 
-    def count(self, done: int, total: int, image: Tensor | None = None) -> None:
-        """`show`, with the bar's total that is known now."""
+    def count(self, done: int, total: int) -> None:
+        """Move the bar to `done` of `total`, whatever its total was before."""
         self._total = total
-        self.show(done, image)
+        self.show(done)
 
     def step(self, stage: str, done: int, total: int) -> None:
         """The engine's `on_step`: hears the cancel button, and says how far a slow frame is."""

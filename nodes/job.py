@@ -184,7 +184,7 @@ def do(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
 
 
 def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None) -> bool:
-    """Run a job with bar, picture and cancel button; False if what was `begun` there is another job."""
+    """Run a job with bar, words and cancel button; False if what was `begun` there is another job."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
@@ -202,7 +202,7 @@ def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None) -> b
             raise
         for step in itertools.chain([first] if first else [], steps):
             total = max(step.done, step.total or 0)  # files name a frame too few now and then
-            progress.count(step.done, total, step.hq[0].movedim(0, -1))
+            progress.count(step.done, total)  # no pictures: pages would keep the last and not show the video
             said = host.frames_done(step.done, step.total and total, step.fps)
             progress.say(told + said, last=step.done == total)
     return True

@@ -192,7 +192,7 @@ class ProcessFrame:
         seed: int = 0,
     ) -> tuple[Tensor, State]:
         check_frame_by_frame(pipe)
-        own = {"num_inference_steps": num_inference_steps, "seed": seed}
+        own: dict[str, Any] = {"num_inference_steps": num_inference_steps, "seed": seed}
         options = (settings or SettingsValue()).options(pipe, **own)
         return upscale(
             pipe, one_picture(image, "image; a batch is for Stream-DiffVSR Upscale"), state, options

@@ -250,6 +250,45 @@ def test_a_cancelled_file_is_playable_and_goes_on(server: Server) -> None:
     assert kept["2"]["inputs"] == file_job(**settings)["2"]["inputs"]
 
 
+def test_a_lost_file_is_made_again(server: Server) -> None:
+    job = file_job(video_path="short.mp4", output_path="lost.mp4", num_inference_steps=1)
+    job["3"] = node("SaveVideo", video=["2", 1], filename_prefix="saved", format="auto", codec="auto")
+    server.run(job)
+    lost = server.base / "output" / "lost.mp4"
+    before = lost.stat().st_mtime_ns
+    server.run(job)
+    assert lost.stat().st_mtime_ns == before  # cached
+    lost.unlink()
+    server.run(job)
+    assert len(frames_of(lost)) == 6
+
+
+def test_a_created_video_is_upscaled_with_its_sound(server: Server) -> None:
+    server.run(
+        {
+            "1": node("LoadVideo", file="short.mp4"),
+            "2": node("GetVideoComponents", video=["1", 0]),
+            "3": node("CreateVideo", images=["2", 0], audio=["2", 1], fps=12.0),
+            "4": ours("SimpleUpscale", video=["3", 0], model="nano", quality="fast", size="2x"),
+            "5": node("SaveVideo", video=["4", 0], filename_prefix="created", format="auto", codec="auto"),
+        }
+    )
+    (made,) = (server.base / "output").glob("created*.mp4")
+    assert frames_of(made).shape == (6, 2 * HEIGHT, 2 * WIDTH, 3)
+    with av.open(str(made)) as container:
+        assert [stream.type for stream in container.streams] == ["video", "audio"]
+
+
+def test_live_goes_on_from_run_to_run(server: Server) -> None:
+    server.run(pictures("batch", count=3, num_inference_steps=1))
+    for index in range(3):
+        frame = pictures("unused", first=index, count=1)
+        frame["5"] = ours("Live", pipe=["4", 0], image=["3", 0], num_inference_steps=1)
+        frame["6"]["inputs"]["filename_prefix"] = "live"
+        server.run(frame)
+    assert np.array_equal(read_pictures(server, "batch"), read_pictures(server, "live"))
+
+
 def test_the_finished_file_goes_on_as_path_and_as_video(server: Server) -> None:
     job = file_job(video_path="short.mp4", output_path="on.mp4", num_inference_steps=1)
     job["3"] = node("SaveVideo", video=["2", 1], filename_prefix="remuxed", format="auto", codec="auto")
@@ -262,22 +301,22 @@ def test_the_finished_file_goes_on_as_path_and_as_video(server: Server) -> None:
         assert [stream.type for stream in container.streams] == ["video", "audio"]
 
 
-@pytest.mark.parametrize(
-    "upscale, said",
-    [
-        ({"enable_tiling": True, "tile_size": 256, "tile_overlap": 256}, "below half of tile_size 256"),
-    ],
-)
-def test_an_error_reaches_the_page_with_its_remedy(server: Server, upscale: dict, said: str) -> None:
-    done = server.wait(server.queue(pictures("bad", **upscale)))
+def test_an_error_reaches_the_page_with_its_remedy(server: Server) -> None:
+    prompt = pictures("bad")
+    prompt["3"] = node("ImageCrop", image=["2", 0], width=6, height=4, x=0, y=0)
+    done = server.wait(server.queue(prompt))
     (error,) = messages(done, "execution_error")
-    assert said in error["exception_message"] and error["node_type"] == "StreamDiffVSR_Upscale"
+    assert "pictures of at least 8x8, got a picture of 6x4" in error["exception_message"]
+    assert error["node_type"] == "StreamDiffVSR_Upscale"
+    assert error["exception_type"] == "stream_diffvsr.IncompatibleInputError"
 
 
 @pytest.mark.parametrize(
     "prompt, said",
     [
-        (file_job(video_path="gone.mp4"), "check video_path"),
+        (file_job(video_path="gone.mp4"), "as video_path, got"),
+        (file_job(video_path="video.mp4", output_path="x.gif"), "output_path without an ending"),
+        (pictures("bad", enable_tiling=True, tile_size=256, tile_overlap=256), "below half of tile_size 256"),
         (file_job(video_path="video.mp4", output_path="../x.mp4"), "an output below"),
         (
             {
@@ -290,4 +329,6 @@ def test_an_error_reaches_the_page_with_its_remedy(server: Server, upscale: dict
 )
 def test_bad_paths_are_refused_before_the_run(server: Server, prompt: dict, said: str) -> None:
     answer = server.post("/prompt", {"prompt": prompt})
+    reports = [error for node in answer["node_errors"].values() for error in node["errors"]]
+    assert [said in error["details"] for error in reports if "inner" not in error["type"]] in ([True], [])
     assert said in json.dumps(answer["node_errors"])
