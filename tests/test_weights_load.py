@@ -70,7 +70,7 @@ def test_the_text_encoder_is_gone_before_the_networks_come(
 ):
     import gc
 
-    from stream_diffvsr import load as opening
+    from stream_diffvsr.families.diffvsr import checkpoint as opening
 
     alive: list[int] = []
     fill = opening.fill

@@ -1,0 +1,184 @@
+"""The table of docs/families.md: what a frame of each family costs, counted without computing anything.
+
+    python benchmarks/operations.py
+
+Frames become 4 times as large, and are further on in a sequence, so that memories are full. Networks have
+their real sizes and lie on torch's meta device; a multiplication with its addition is two operations. What
+FlashVSR's windows attend to is counted by formula, since the pictures decide which windows those are. Memory
+is that of 16-bit networks with everything that is held beside them, when nothing is split or moved away.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from spandrel import MAIN_REGISTRY, ImageModelDescriptor
+from spandrel.architectures.Compact import Compact
+from spandrel.architectures.ESRGAN import ESRGAN
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from stream_diffvsr.families.diffvsr.denoise import Schedule, denoise, latent_tiles
+from stream_diffvsr.families.diffvsr.networks import Guidance, TorchCalls
+from stream_diffvsr.families.diffvsr.options import UpscaleOptions
+from stream_diffvsr.families.diffvsr.parts import NETWORKS, SCHEDULER_CONFIG, open_part
+from stream_diffvsr.families.diffvsr.plan import Plan
+from stream_diffvsr.families.diffvsr.released import CONFIGS, untrained_flow, without_weights
+from stream_diffvsr.families.flashvsr import checkpoint as flashvsr
+from stream_diffvsr.families.flashvsr.attention import TOKENS, Selection
+from stream_diffvsr.families.flashvsr.method import MULTIPLE, FlashVSR
+from stream_diffvsr.families.flashvsr.options import FlashVSROptions
+from stream_diffvsr.families.image.method import ImageModel
+from stream_diffvsr.families.image.network import ImageNetwork
+from stream_diffvsr.families.swiftvr import checkpoint as swiftvr
+from stream_diffvsr.families.swiftvr.method import SwiftVR
+from stream_diffvsr.files import read_json
+from stream_diffvsr.flow import open_flow
+from stream_diffvsr.flow.open import open_bundled
+from stream_diffvsr.load import estimate_memory
+from stream_diffvsr.memory import on_meta
+from stream_diffvsr.tensors import SCALE, padded_size
+from stream_diffvsr.upscaler import FixedPlacement, ignore
+from stream_diffvsr.weights.folders import NANO
+
+SIZES = {"1280x720": (180, 320), "1920x1080": (270, 480), "2560x1440": (360, 640)}
+"""LQ (height, width) by the result's size."""
+META = torch.device("meta")
+TESTS = Path(__file__).parents[1] / "tests"
+Row = Callable[[int, int], tuple[float, float]]
+"""LQ height and width -> operations per frame and bytes."""
+
+
+def counted(call: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        call()
+    return counter.get_total_flops()
+
+
+def weights(networks: dict[str, nn.Module]) -> int:
+    return sum(each.nbytes for network in networks.values() for each in network.parameters())
+
+
+def diffvsr(configs: dict[str, dict[str, Any]], flow: str, steps: int, model: str) -> Row:
+    """A guided frame: motion, the embedding of the warped frame, the steps, and the decoder."""
+    networks = without_weights(configs, open_flow(flow, untrained_flow), torch.float16)
+    networks.flow.to(META)
+    schedule = Schedule.prepare(configs["scheduler"], steps, None, torch.device("cpu"))
+
+    def row(height: int, width: int) -> tuple[float, float]:
+        calls = TorchCalls(networks, Plan(), torch.float16, FixedPlacement(META), lambda stage: 0)
+        padded = padded_size(height, width)
+        lq, latents, warped = (
+            torch.empty(1, channels, *(scale * side for side in padded), device=META)
+            for channels, scale in ((3, 1), (networks.vae.latent_channels, 1), (3, SCALE))
+        )
+        prompt = torch.empty(1, 77, configs["unet"]["cross_attention_dim"], device=META)
+        options = UpscaleOptions(num_inference_steps=steps)
+
+        def frame() -> None:
+            calls.flow(lq[..., :height, :width], lq[..., :height, :width], 1.0)
+            given = {"prompts": [prompt], "schedule": schedule, "options": options, "on_step": ignore}
+            tiles = latent_tiles(*padded, None, 0)
+            denoise(calls, latents, lq, Guidance(calls.embed(warped)), tiles=tiles, **given)
+            calls.decode(latents, calls.features(warped), None)
+
+        bytes_ = estimate_memory(height, width, options, torch.float16, model)["peak"]
+        return counted(frame), bytes_
+
+    return row
+
+
+def chunks(model: Any, beside: Callable[[int, int], float]) -> Row:
+    """A chunk that is not a scene's first, by its frames; `beside` are operations that nothing counts."""
+
+    def row(height: int, width: int) -> tuple[float, float]:
+        options = model.Options()
+
+        def chunk(memory: Any) -> tuple[int, int, Any]:
+            """The operations, the frames, and the memory after them."""
+            frames = [torch.empty(1, 3, height, width, device=META)] * model.whole(memory, options)
+            with FlopCounterMode(display=False) as counter:
+                hq, after = model.chunk(frames, memory, options, ignore)
+            return counter.get_total_flops(), len(hq), after
+
+        *_, memory = chunk(model.Memory())
+        operations, count, _ = chunk(memory)
+        need = model.bytes_needed((height, width)) + weights(model.networks)
+        return (operations + beside(height, width)) / count, need
+
+    return row
+
+
+def real(cls: type, networks: dict[str, nn.Module]) -> Any:
+    """An upscaler of such networks, in bfloat16."""
+    networks = {name: each.to(torch.bfloat16).requires_grad_(False) for name, each in networks.items()}
+    prompt = torch.empty((1, 512, 4096), device=META, dtype=torch.bfloat16)
+    return cls(networks=networks, prompt=prompt, device=META, dtype=torch.bfloat16, model="")
+
+
+def flashvsr_row(sparse_ratio: float) -> Row:
+    shapes = json.loads((TESTS / "golden_flashvsr" / "real_shapes.json").read_text())
+    shapes = {part: {key: tuple(shape) for key, shape in each.items()} for part, each in shapes.items()}
+    model = real(FlashVSR, flashvsr.build(shapes, "v1.1"))
+    model.networks.pop("full")
+    config, options = model.networks["transformer"].config, FlashVSROptions()
+    head, heads = config.attention_head_dim, config.num_attention_heads
+
+    def attention(height: int, width: int) -> float:
+        """Of a chunk: each pair of latents attends to itself and to the pairs before."""
+        size = padded_size(SCALE * height, SCALE * width, MULTIPLE)
+        selection = Selection.of(*size, sparse_ratio, options.local_range)
+        entries = min(selection.count, (options.kv_ratio + 1) * int(selection.near.sum()))
+        return 4 * TOKENS**2 * head * heads * config.num_layers * entries
+
+    return chunks(model, attention)
+
+
+def swiftvr_row() -> Row:
+    golden = TESTS / "golden_swiftvr"
+    files = json.loads((golden / "state_dict_manifest.json").read_text())["files"]
+    autoencoder = {key: tuple(shape) for key, shape in files["reae.safetensors"]["tensors"].items()}
+    networks = swiftvr.build(autoencoder, json.loads((golden / "real_transformer_config.json").read_text()))
+    return chunks(real(SwiftVR, networks), lambda height, width: 0)
+
+
+def image_row(network: nn.Module) -> Row:
+    descriptor = MAIN_REGISTRY.load(network.state_dict())
+    assert isinstance(descriptor, ImageModelDescriptor)
+    whole = on_meta(ImageNetwork(descriptor).half().requires_grad_(False))
+    model = ImageModel(whole, on_meta(open_bundled()), META, torch.float16, "")
+
+    def row(height: int, width: int) -> tuple[float, float]:
+        frame = torch.empty(1, 3, height, width, device=META)
+        operations = counted(lambda: whole.upscale(frame, None, 0, ignore))
+        return operations, model.bytes_needed((height, width)) + weights(model.networks)
+
+    return row
+
+
+def main() -> None:
+    nano = {name: dict(open_part(NANO, name).config) for name in NETWORKS}
+    nano["scheduler"] = read_json(NANO / SCHEDULER_CONFIG)
+    rows = {
+        "Stream-DiffVSR nano, 1 step": diffvsr(nano, "bundled", 1, "nano"),
+        "Stream-DiffVSR v1, 4 steps": diffvsr(CONFIGS, "raft_large", 4, "v1"),
+        "FlashVSR, tiny decoder": flashvsr_row(2.0),
+        "FlashVSR, tiny decoder, `--preset fast`": flashvsr_row(1.5),
+        "SwiftVR": swiftvr_row(),
+        "image: Compact 64x16, 4x": image_row(Compact(num_feat=64, num_conv=16, upscale=4)),
+        "image: ESRGAN 64x23, 4x": image_row(ESRGAN(scale=4, num_filters=64, num_blocks=23)),
+    }
+    print("| | " + " | ".join(SIZES) + " |")
+    print("|---" * (1 + len(SIZES)) + "|")
+    for name, row in rows.items():
+        cells = [row(*size) for size in SIZES.values()]
+        told = [f"{operations / 1e12:.2f} T, {bytes_ / 1e9:.1f} GB" for operations, bytes_ in cells]
+        print(f"| {name} | " + " | ".join(told) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
