@@ -97,6 +97,7 @@ def test_cancelled_and_resumed_equals_one_run(family, subject, tmp_path):
     assert not Path(f"{parts}.parts").exists()
 
 
+@pytest.mark.long
 def test_a_state_joins_two_jobs_or_says_why_not(family, subject, tmp_path, caplog):
     """Frames and the second half of them, from the state that the first left."""
     whole, end = tmp_path / "whole.mkv", subject.count - 3
@@ -155,6 +156,7 @@ def test_the_command_upscales(family, subject, command, tmp_path):
     assert code == 0, error
 
 
+@pytest.mark.long
 def test_the_plan_is_told(family, subject, command):
     code, out, error = command("--plan", "--scale", 2)
     assert code == 0, error

@@ -368,11 +368,18 @@ def test_published_pickles_and_renamed_copies_load_alike(folder, upscaler):
     torch.save(load_file(prompt)["context"], folder / "posi_prompt.pth")
     prompt.unlink()
     name = "diffusion_pytorch_model_streaming_dmd.safetensors"
-    (folder / name).rename(folder / "FlashVSR1_1.safetensors")
+    (folder / name).rename(folder / "FlashVSR.safetensors")
     frames = clip(1, 8, 8)
     assert recognise(folder) and problem(folder) is None
     loaded = opened(folder=folder)
     assert same(list(loaded.stream(frames)), list(upscaler.stream(frames)))
+
+
+def test_a_copy_whose_name_tells_v1_1_is_not_opened_as_v1(folder):
+    name = "diffusion_pytorch_model_streaming_dmd.safetensors"
+    (folder / name).rename(folder / "FlashVSR1_1.safetensors")
+    with pytest.raises(IncompatibleInputError, match=r"version 'v1\.1', as .*FlashVSR1_1"):
+        opened(folder=folder, version="v1")
 
 
 def test_a_projection_in_the_transformers_file(folder, upscaler):

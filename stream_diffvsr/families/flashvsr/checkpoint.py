@@ -21,10 +21,13 @@ from .transformer import prepare
 
 TRANSFORMER, PROJECTION, TINY, FULL, PROMPT = "transformer", "projection", "tiny", "full", "prompt"
 
+RENAMED = "FlashVSR1_1.safetensors"
+"""A copy's name for the transformer of v1.1: the only one that tells the version."""
+
 FILES = {
     TRANSFORMER: (
         "diffusion_pytorch_model_streaming_dmd.safetensors",
-        "FlashVSR1_1.safetensors",
+        RENAMED,
         "FlashVSR.safetensors",
     ),
     PROJECTION: (
@@ -97,6 +100,8 @@ def open_flashvsr(
         )
         raise IncompatibleInputError(expected, repr(version))
     folder = Path(folder)
+    if version == VERSIONS[0] and (folder / RENAMED).is_file():
+        raise IncompatibleInputError(f"version 'v1.1', as {folder / RENAMED} is called", repr(version))
     parts, prompt = _read(folder, version), read_prompt(folder)
     networks = {name: _fill(part, device, dtype) for name, part in parts.items()}
     paths = dict.fromkeys([*(part.path for part in parts.values()), _required(folder, PROMPT)])
