@@ -32,7 +32,8 @@ def check_values(widgets: Mapping[str, Widget], values: Mapping[str, Any]) -> No
         low, high = about.get("min", value), about.get("max", value)
         if value is None:
             continue
-        if isinstance(kind, list) and str(value) not in map(str, kind):  # a page may send "0.5" for 0.5
+        # A page may send 1, or "0.5", for a choice of 1.0 or 0.5.
+        if isinstance(kind, list) and value not in kind and str(value) not in map(str, kind):
             raise IncompatibleInputError(f"{name} as one of {', '.join(map(str, kind))}", repr(value))
         if isinstance(value, (int, float)) and not low <= value <= high:
             raise IncompatibleInputError(f"{name} from {low} to {high}", str(value))

@@ -223,6 +223,7 @@ def test_settings_that_do_not_fit_are_refused_before_the_run(name: str, widgets:
 def test_settings_that_fit_are_taken() -> None:
     assert SETTINGS.VALIDATE_INPUTS(codec="av1", crf=63, prompt=None, flow_scale="0.5") is True
     assert SETTINGS.VALIDATE_INPUTS(codec=None, crf=51) is True
+    assert SETTINGS.VALIDATE_INPUTS(flow_scale=1) is True  # as JSON has 1.0
 
 
 def test_a_result_that_memory_cannot_hold_is_refused_with_the_way_out(pipe) -> None:
