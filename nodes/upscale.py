@@ -229,22 +229,21 @@ def upscale(
     host.make_room(pipe, (images.shape[1], images.shape[2]), options)
     progress, speed = host.Progress(len(images), host.running_node()), Speed()
     session = pipe.session(options, border, progress.step)
-    result: Tensor | None = None
+    source = (images.shape[1], images.shape[2])
+    scale = pipe.info.scales[0] if pipe.info.scales else options.scale
+    height, width = job.sizes.output(*source) if job else (round(scale * side) for side in source)
+    result = layout.empty_result(images, (height, width), device)
     for step in stream(session, itertools.chain(since, layout.lq_frames(images))):
         border = session.state() or border
         index = step.index - start
         if index < 0:
             continue  # handed on by the batch before
-        source = (images.shape[1], images.shape[2])
         shown = to_pixels(step.hq) if job is None else job.sizes.to_output(step.hq, source)
-        if result is None:
-            result = layout.empty_result(images, (shown.shape[-2], shown.shape[-1]), device)
         layout.put(result, index, shown, images[index])
         progress.show(index + 1, result[index])
         speed.tick()
         if len(images) > 1:
             progress.say(host.frames_done(index + 1, len(images), speed.fps), last=index + 1 == len(images))
-    assert result is not None  # N frames in, N frames out
     left = start + len(images) - border.index
     frames = [*since, *layout.lq_frames(images[max(0, len(images) - left) :])]
     return result, closed(border, frames[len(frames) - left :], device)

@@ -128,7 +128,7 @@ def test_a_command_that_is_interrupted_or_killed(hub: StandInHub, home: Path, ra
 
 def incomplete(home: Path) -> list[Path]:
     """The U-Net's files that have begun to come."""
-    return list((home / "v1.partial").rglob("unet/*.incomplete"))
+    return list((home / "v1.partial").rglob("unet/*.part"))
 
 
 def test_through_a_proxy(hub: StandInHub, home: Path, raft: Path):

@@ -1,7 +1,7 @@
 """Released weights, onto this machine: only what is needed, resumed, and whole or not there.
 
-huggingface_hub downloads, in a process of its own: that can be ended at once, and what it has written
-tells how far it is, with every version of the library.
+huggingface_hub downloads, in a process of its own, which can be ended at once; what it has written
+tells how far it is and where to go on, with every version of the library.
 """
 
 from __future__ import annotations
@@ -56,11 +56,27 @@ CHUNK = 1 << 16
 """Bytes between two writes; the library's own 10 MB, which a cancel loses, are minutes on a slow line."""
 
 BRING = f"""
-from huggingface_hub import constants, snapshot_download
+from pathlib import Path
+from urllib.parse import urlsplit
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import build_hf_headers
 constants.DOWNLOAD_CHUNK_SIZE = {CHUNK}
 repository, revision, folder, names = sys.argv[1:]
-snapshot_download(repository, revision=revision, local_dir=folder, allow_patterns=json.loads(names))
+for name in json.loads(names):
+    target, url = Path(folder, name), hf_hub_url(repository, name, revision=revision)
+    part = target.with_name(target.name + ".part")
+    if target.is_file():
+        continue
+    target.parent.mkdir(parents=True, exist_ok=True)
+    known, headers = get_hf_file_metadata(url), build_hf_headers()
+    if urlsplit(known.location).netloc != urlsplit(url).netloc:
+        headers.pop("authorization", None)  # a token is the hub's, and nobody else's
+    with part.open("ab") as file:
+        http_get(known.location, file, resume_size=file.tell(), headers=headers, expected_size=known.size)
+    part.replace(target)
 """
+"""File after file, since `snapshot_download` of later versions begins each file anew."""
 
 
 class FetchError(StreamDiffVSRError):
@@ -188,7 +204,6 @@ def _bring(release: Release, target: Path, needed: Needed, revision: str, tell: 
         if _size(work / name) != sizes[name] > 0:
             got = f"{_size(work / name)} of {sizes[name]} bytes of {name}"
             raise FetchError(f"only {got} came")
-    shutil.rmtree(work / ".cache", ignore_errors=True)
     if missing and not target.exists():
         work.replace(target)
     else:
@@ -223,8 +238,6 @@ def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
         "HF_ENDPOINT": endpoint(),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        # Its downloads are not resumed from a file, nor does one tell how far they are.
-        "HF_HUB_DISABLE_XET": "1",
     }
     command = [sys.executable, "-c", LIFELINE + program, *arguments]
     with TemporaryFile() as out, TemporaryFile() as err:
