@@ -240,7 +240,7 @@ def test_the_alpha_of_webm_is_read(tmp_path: Path) -> None:
     from stream_diffvsr.media.read import Span, VideoSource
 
     if "libvpx-vp9" not in av.codecs_available:
-        pytest.skip("no encoder")
+        pytest.skip("this build of FFmpeg has no libvpx-vp9")
     with av.open(str(tmp_path / "a.webm"), "w") as out:
         stream = out.add_stream("libvpx-vp9", rate=10)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuva420p"

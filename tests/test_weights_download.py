@@ -144,6 +144,16 @@ def test_revision_from_the_environment(hub: StandInHub, monkeypatch: pytest.Monk
         download()
 
 
+def test_what_came_of_another_revision_is_not_mixed_in(hub: StandInHub, home: Path, published: Path):
+    part = home / "v1.partial" / f"{UNET}.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"old" * 1000)
+    (home / "v1.partial" / ".commit").write_text("f" * 40)
+    assert_same(download(), published)
+    assert [request.start for request in hub.gets(UNET)] == [0]
+    assert not (home / "v1" / ".commit").exists()
+
+
 def test_a_token_is_sent_to_the_hub_and_to_nobody_else(hub: StandInHub, monkeypatch: pytest.MonkeyPatch):
     hub.token = "hf_secret"
     with pytest.raises(ModelNotFoundError, match="HF_TOKEN"):

@@ -23,7 +23,7 @@ SIZES = ("320x180", "480x270", "640x360", "960x540")
 """LQ sizes of 720p, 1080p, 1440p and 2160p."""
 
 TOLD = ("model", "preset", "compile_mode", "device", "dtype", "flow", "threads", "torch")
-"""What is said above the table."""
+"""The settings that the line above the table names."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

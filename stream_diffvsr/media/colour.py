@@ -1,8 +1,8 @@
 """Code values <-> RGB, with the arithmetic in float32: nothing is cut to 8 bits on the way.
 
 PyAV hands over planes of integers; the matrix, the range and the chroma positions are applied here, on
-whatever device the tensors are. Chroma samples are read where the stream says that they sit, and written at
-the left of their luma pair, as H.264 and H.265 mean it where nothing is said.
+whatever device the tensors are. Chroma is read at the position that the stream names, and written at the
+left of each luma pair, the default of H.264 and H.265.
 """
 
 from __future__ import annotations

@@ -171,7 +171,7 @@ class VideoSource:
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
         """The frames of the span; damaged packets are skipped and counted. Raises `VideoError`.
 
-        From `place`, a frame of an earlier run, reading goes on without decoding all that lies before.
+        With `place`, the last frame of an earlier run, reading starts there instead of at the beginning.
         """
         index = -1
         for index, time, frame in self._numbered(span, place):

@@ -38,7 +38,7 @@ class SourceInfo:
     """Number of frames, as far as the file says."""
     colour: Colour = Colour(RGB, True, BT709, BT709)
     aspect: Fraction | None = None
-    """Width of a sample by its height, where it is said and is not 1."""
+    """Width of a pixel divided by its height; None for square pixels."""
     has_alpha: bool = False
     interlaced: bool = False
     side_data: dict[str, bytes] = field(default_factory=dict)

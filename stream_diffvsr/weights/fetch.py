@@ -33,6 +33,9 @@ An exception from it ends the download, which resumes from there next time.
 Needed = Callable[[Collection[str], Path], Collection[str]]
 """Of all published names those that a folder needs to be whole."""
 
+COMMIT = ".commit"
+"""In the folder that a download grows in: the revision that its files are of."""
+
 SPARE = 1 << 26
 """Bytes to leave free on the disk."""
 
@@ -49,7 +52,7 @@ threading.Thread(target=lambda: (sys.stdin.read(), os._exit(3)), daemon=True).st
 LIST = """
 from huggingface_hub import HfApi
 info = HfApi().model_info(sys.argv[1], revision=sys.argv[2], files_metadata=True, timeout=30)
-print(json.dumps([info.sha, {file.rfilename: file.size for file in info.siblings}]))
+json.dump([info.sha, {file.rfilename: file.size for file in info.siblings}], sys.stdout)
 """
 
 CHUNK = 1 << 16
@@ -73,7 +76,8 @@ for name in json.loads(names):
     if urlsplit(known.location).netloc != urlsplit(url).netloc:
         headers.pop("authorization", None)  # a token is the hub's, and nobody else's
     with part.open("ab") as file:
-        http_get(known.location, file, resume_size=file.tell(), headers=headers, expected_size=known.size)
+        if known.size is None or file.tell() < known.size:
+            http_get(known.location, file, resume_size=file.tell(), headers=headers, expected_size=known.size)
     part.replace(target)
 """
 """File after file, since `snapshot_download` of later versions begins each file anew."""
@@ -187,6 +191,11 @@ def _bring(release: Release, target: Path, needed: Needed, revision: str, tell: 
     wanted = needed(list(sizes), target)
     missing = [name for name in wanted if sizes[name] == 0 or _size(target / name) != sizes[name]]
     work = target.with_name(target.name + PARTIAL)
+    mark = work / COMMIT
+    if work.exists() and not (mark.is_file() and mark.read_text() == commit):
+        shutil.rmtree(work)  # of another revision: its bytes would be mixed with those of this one
+    work.mkdir(exist_ok=True)
+    mark.write_text(commit)
     _check_space(work, sum(sizes[name] for name in missing))
     total = sum(sizes[name] for name in wanted)
     there = total - sum(sizes[name] for name in missing)
@@ -204,6 +213,7 @@ def _bring(release: Release, target: Path, needed: Needed, revision: str, tell: 
         if _size(work / name) != sizes[name] > 0:
             got = f"{_size(work / name)} of {sizes[name]} bytes of {name}"
             raise FetchError(f"only {got} came")
+    mark.unlink()
     if missing and not target.exists():
         work.replace(target)
     else:

@@ -128,7 +128,7 @@ On a CPU that is what the C library keeps of freed memory: with glibc, a process
 GIGABYTE = 2**30
 
 PLAN, SIZE = "plan", "size"
-"""In a state's details: the plan in force, and the LQ size that it was chosen for."""
+"""Keys of a state's details: its memory plan, and the LQ size for which that was chosen."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -127,7 +127,7 @@ class ImageModel:
         return Upscaled(before.index, hq), after
 
     def _accept(self, lq: Tensor, before: State, options: ImageOptions) -> int | None:
-        """Refuse what does not fit, tell which settings changed; the tile size in force."""
+        """Refuse what does not fit, log changed settings, and return the tile size to use."""
         check_frame(lq)
         if before.family not in ("", FAMILY) or set(before.tensors) not in (set(), {HQ, LQ}):
             raise IncompatibleInputError("a state of a single-image model", f"one of {before.family or '?'}")
