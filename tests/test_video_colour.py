@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -15,16 +16,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_diffvsr.errors import VideoError
+from stream_diffvsr.media.codecs import choose_encoding
 from stream_diffvsr.media.colour import (
     LAYOUTS,
     LUMA_WEIGHTS,
     SITINGS,
     Colour,
+    downsample_chroma,
     frame_to_rgb,
     planar,
     planes_to_frame,
     rgb_to_planes,
 )
+from stream_diffvsr.media.read import Span, VideoSource
+from stream_diffvsr.media.streams import SourceInfo
+from stream_diffvsr.media.write import Segment
 
 YUV = [name for name, layout in LAYOUTS.items() if not layout.rgb]
 
@@ -171,7 +177,7 @@ def edges(height: int = 32, width: int = 48) -> torch.Tensor:
     """Patches of strong colours with edges at odd and even places, (1, 3, h, w)."""
     generator = torch.Generator().manual_seed(1)
     patches = torch.rand(3, 8, 8, generator=generator) * 0.6 + 0.2
-    rows, columns = torch.arange(height) * 7 // 33, torch.arange(width) * 7 // 47
+    rows, columns = torch.arange(height) * 7 // (height + 1), torch.arange(width) * 7 // (width - 1)
     return patches[:, rows][:, :, columns][None]
 
 
@@ -224,12 +230,78 @@ def test_chroma_is_written_at_the_left_with_one_two_one() -> None:
     assert np.abs(rgb_to_planes(row, "yuv420p", Colour(1))[1][0] - (none + (full - none) / 2)).max() <= 0.5
 
 
-def test_the_siting_that_a_file_names_is_found(tmp_path: Path) -> None:
-    from stream_diffvsr.media.read import VideoSource
+@pytest.mark.parametrize("siting", SITINGS)
+def test_chroma_is_written_where_it_sits_as_swscale_has_it(siting: str) -> None:
+    """At colour edges; any other siting is further away. Halfway, its filter is wider than a mean of two."""
+    rgb = edges()
+    whole = av.VideoFrame.from_ndarray((rgb[0].movedim(0, -1).numpy() * 255).round().astype(np.uint8))
+    ranges = "out_color_matrix=bt709:in_range=full:out_range=limited"
+    theirs = scaled(whole, f"{ranges}:out_chroma_loc={siting}", "yuv420p")[32:].reshape(2, 16, 24)
 
+    def error(name: str) -> float:
+        planes = rgb_to_planes(rgb, "yuv420p", Colour(1, siting=name))[1:]
+        return float(np.abs(np.stack(planes).astype(float) - theirs).mean())
+
+    errors = {name: error(name) for name in SITINGS}
+    assert errors[siting] < 1.5, errors
+    assert min(value for name, value in errors.items() if name != siting) > 1.5 * errors[siting], errors
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 5), (4, 6)])
+@pytest.mark.parametrize("siting", SITINGS)
+def test_a_linear_colour_is_written_exactly_wherever_it_sits(siting: str, size: tuple[int, int]) -> None:
+    """But at the borders, which are held."""
+    height, width = size
+    ramp = (torch.arange(height)[:, None] * 3 + torch.arange(width)[None] * 5).float()[None, None]
+    got = downsample_chroma(ramp, LAYOUTS["yuv420p"], siting)
+    x, y = SITINGS[siting]
+    rows = torch.arange(-(-height // 2))[:, None] * 2 + y
+    columns = torch.arange(-(-width // 2))[None] * 2 + x
+    inside = (rows >= 1) & (rows <= height - 2) & (columns >= 1) & (columns <= width - 2)
+    assert got.shape == (1, 1, -(-height // 2), -(-width // 2))
+    assert torch.equal(got[0, 0][inside], (rows * 3 + columns * 5)[inside])
+
+
+def test_the_siting_that_a_file_names_is_found(tmp_path: Path) -> None:
     for number, name in enumerate(("left", "center", "topleft", "top", "bottomleft", "bottom")):
         options = {"x264-params": f"chromaloc={number}"}
         path = clips.write_video(tmp_path / f"{name}.mp4", 1, options=options)
         assert VideoSource(path).info.colour.siting == name
     jpeg = clips.write_video(tmp_path / "a.avi", 1, codec="mjpeg", pix_fmt="yuvj420p")
     assert VideoSource(jpeg).info.colour.siting == "center"
+
+
+@pytest.mark.parametrize(
+    ("codec", "place", "wanted"),
+    [
+        *(("h264", place, place) for place in SITINGS),
+        ("h265", "topleft", "topleft"),
+        ("h265", "center", "center"),
+        ("av1", "topleft", "topleft"),
+        ("av1", "center", "left"),
+    ],
+)
+def test_the_output_says_where_its_chroma_sits(codec, place, wanted, tmp_path: Path) -> None:
+    """And the samples are there: read back by what the file says, colour edges are where they were."""
+    info = SourceInfo(48, 32, 8, Fraction(1, 25), Fraction(25), 1, Colour(1, siting=place))
+    encoding = choose_encoding(codec, None, 1, info, (64, 96))
+    rgb = edges(64, 96)
+    segment = Segment(tmp_path / "a.mp4", encoding)
+    segment.add(rgb_to_planes(rgb, encoding.pix_fmt, encoding.colour), 0)
+    segment.finish()
+    source = VideoSource(tmp_path / "a.mp4")
+    assert source.info.colour.siting == wanted
+    planes = next(source.frames(Span())).pixels.planes  # type: ignore[attr-defined]
+
+    def error(name: str) -> float:
+        shown, _ = replace(planes, colour=replace(planes.colour, siting=name)).to_rgb()
+        return float((shown - rgb).abs().mean())
+
+    assert min(SITINGS, key=error) == wanted
+
+
+def test_what_cannot_say_it_has_its_chroma_at_the_left() -> None:
+    info = SourceInfo(48, 32, 8, Fraction(1, 25), Fraction(25), 1, Colour(1, siting="topleft"))
+    for codec, pix_fmt in (("ffv1", None), ("prores", None), ("h264_nvenc", None), ("h264", "yuv422p")):
+        encoding = choose_encoding(codec, pix_fmt, None, info, (128, 192))
+        assert encoding.colour.siting == "left" and "chroma_sample_location" not in encoding.options

@@ -8,12 +8,12 @@ import logging
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 from ..errors import VideoError
-from .colour import BT709, LAYOUTS, RGB, Colour
+from .colour import BT709, LAYOUTS, RGB, SITINGS, Colour, Layout
 from .streams import SourceInfo
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,8 @@ class Codec:
     options: Mapping[str, str] = field(default_factory=dict)
     native: Mapping[str, str] = field(default_factory=dict)
     """Pixel format -> the same values in the order that the encoder takes."""
+    sitings: tuple[str, ...] = ("left",)
+    """Where the chroma samples of 4:2:0 may sit, the first where the source's place is none of them."""
 
 
 YUV8 = ("yuv420p", "yuv422p", "yuv444p")
@@ -50,9 +52,21 @@ LAMBDA = 118
 """FFmpeg's unit of quality in `global_quality`."""
 
 CODECS = {
-    "h264": Codec("libx264", YUV8 + YUV10, 18),
-    "h265": Codec("libx265", YUV8 + YUV10 + YUV12, 18, options={"x265-params": "log-level=error"}),
-    "av1": Codec("libsvtav1", ("yuv420p", "yuv420p10le"), 24, options={"preset": "6"}),
+    "h264": Codec("libx264", YUV8 + YUV10, 18, sitings=tuple(SITINGS)),
+    "h265": Codec(
+        "libx265",
+        YUV8 + YUV10 + YUV12,
+        18,
+        options={"x265-params": "log-level=error"},
+        sitings=tuple(SITINGS),
+    ),
+    "av1": Codec(
+        "libsvtav1",
+        ("yuv420p", "yuv420p10le"),
+        24,
+        options={"preset": "6"},
+        sitings=("left", "topleft"),
+    ),
     "prores": Codec("prores_ks", ("yuv422p10le", "yuv444p10le")),
     "ffv1": Codec(
         "ffv1", YUV8 + YUV10 + YUV12 + YUV16 + RGB_DEEP, options={"level": "3", "slicecrc": "1", "g": "1"}
@@ -142,15 +156,19 @@ def choose_encoding(
         raise VideoError(
             f"{pix_fmt} needs even sides, the output is {width}x{height}: change the target size."
         )
+    colour = output_colour(info.colour, spec, layout)
+    options = encoder_options(codec, crf, info)
+    if len(spec.sitings) > 1 and layout.chroma_height == 2:
+        options["chroma_sample_location"] = colour.siting
     return Encoding(
         codec=codec,
         pix_fmt=pix_fmt,
-        options=encoder_options(codec, crf, info),
+        options=options,
         width=width,
         height=height,
         rate=info.rate,
         time_base=info.time_base,
-        colour=output_colour(info.colour, codec, layout.rgb),
+        colour=colour,
         aspect=kept_aspect(info, width, height),
     )
 
@@ -227,16 +245,19 @@ def mastering_display(data: bytes, chroma: int, light: int) -> str:
     return "".join(f"{name}({number(a)},{number(b)})" for name, (a, b) in pairs)
 
 
-def output_colour(colour: Colour, codec: str, rgb: bool) -> Colour:
-    """The tags of the output: the source's, with a matrix where RGB becomes YUV and none where it stays."""
-    if rgb:
-        return Colour(RGB, True, colour.primaries, colour.transfer)
+def output_colour(colour: Colour, spec: Codec, layout: Layout) -> Colour:
+    """The tags of the output: the source's, with a matrix where RGB becomes YUV and none where it stays.
+
+    Chroma sits where the source has it, if the codec can say so.
+    """
+    if layout.rgb:
+        return replace(colour, matrix=RGB, full_range=True)
+    kept = layout.chroma_height == 2 and colour.siting in spec.sitings
+    colour = replace(colour, siting=colour.siting if kept else spec.sitings[0])
     if colour.matrix == RGB:
-        return Colour(BT709, False, colour.primaries, colour.transfer)
-    if codec == "prores" and colour.full_range:
-        # ProRes has no way to say full range.
-        return Colour(colour.matrix, False, colour.primaries, colour.transfer)
-    return colour
+        return replace(colour, matrix=BT709, full_range=False)
+    # ProRes has no way to say full range.
+    return replace(colour, full_range=colour.full_range and spec.encoder != "prores_ks")
 
 
 def check_encoder(encoding: Encoding, container: str) -> None:

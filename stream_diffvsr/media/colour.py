@@ -1,8 +1,8 @@
 """Code values <-> RGB, with the arithmetic in float32: nothing is cut to 8 bits on the way.
 
 PyAV hands over planes of integers; the matrix, the range and the chroma positions are applied here, on
-whatever device the tensors are. Chroma is read at the position that the stream names, and written at the
-left of each luma pair, the default of H.264 and H.265.
+whatever device the tensors are. Chroma is read and written at the position that the stream names; else at
+the left of each luma pair, the default of H.264 and H.265.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..errors import VideoError
 
@@ -54,7 +53,7 @@ class Colour:
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
     siting: str = field(default="left", repr=False)
-    """Where chroma samples sit when they are read, a name of `SITINGS`."""
+    """Where chroma samples sit, a name of `SITINGS`."""
 
     def resolved(self, width: int, height: int) -> Colour:
         """With the matrix filled in where nothing was said; raises `VideoError` for one we do not know."""
@@ -247,7 +246,7 @@ def to_planes(rgb: Tensor, name: str, colour: Colour) -> list[Tensor]:
     red, green, blue = rgb.split(1, dim=1)
     luma = weight_red * red + (1 - weight_red - weight_blue) * green + weight_blue * blue
     chroma = [(blue - luma) / (2 * (1 - weight_blue)), (red - luma) / (2 * (1 - weight_red))]
-    chroma = [downsample_chroma(plane, layout) for plane in chroma]
+    chroma = [downsample_chroma(plane, layout, colour.siting) for plane in chroma]
     step = 2.0 ** (layout.bits - 8)
     luma = luma * top if colour.full_range else luma * (219 * step) + 16 * step
     span = top if colour.full_range else 224 * step
@@ -255,16 +254,29 @@ def to_planes(rgb: Tensor, name: str, colour: Colour) -> list[Tensor]:
     return [_whole(plane[0, 0], layout.bits) for plane in planes]
 
 
-def downsample_chroma(plane: Tensor, layout: Layout) -> Tensor:
-    """(1, 1, H, W) at full size -> chroma size: a 1-2-1 filter across at the even columns, means down."""
+def downsample_chroma(plane: Tensor, layout: Layout, siting: str = "left") -> Tensor:
+    """(1, 1, H, W) at full size -> chroma size, each sample taken around where it sits."""
+    x, y = SITINGS[siting]
     if layout.chroma_width == 2:
-        wide = F.pad(plane, (1, 1, 0, 0), mode="replicate")
-        # Slices, not a convolution: that would run in TF32 on some GPUs.
-        plane = (wide[..., :-2:2] + 2 * wide[..., 1:-1:2] + wide[..., 2::2]) / 4
+        plane = _halve(plane, x)
     if layout.chroma_height == 2:
-        plane = F.pad(plane, (0, 0, 0, plane.shape[-2] % 2), mode="replicate")
-        plane = F.avg_pool2d(plane, (2, 1))
+        plane = _halve(plane.transpose(-1, -2), y).transpose(-1, -2)
     return plane
+
+
+def _halve(plane: Tensor, place: float) -> Tensor:
+    """Every second column: the mean of a pair halfway between them, else 1-2-1 around its first or second."""
+    # Slices, not a convolution: that would run in TF32 on some GPUs.
+    first, second = plane[..., ::2], plane[..., 1::2]
+    if plane.shape[-1] % 2:
+        second = torch.cat([second, plane[..., -1:]], dim=-1)
+    if place == 0.5:
+        return (first + second) / 2
+    if place == 0:
+        before = torch.cat([first[..., :1], second[..., :-1]], dim=-1)
+        return (before + 2 * first + second) / 4
+    after = torch.cat([first[..., 1:], second[..., -1:]], dim=-1)
+    return (first + 2 * second + after) / 4
 
 
 def _whole(values: Tensor, bits: int) -> Tensor:
