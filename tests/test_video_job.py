@@ -193,7 +193,7 @@ def test_killed_between_its_last_steps(source, whole, guided, tmp_path, monkeypa
             raise SystemExit("killed")
 
         with monkeypatch.context() as patch:
-            patch.setattr(f"stream_diffvsr.jobs.run._Run.{broken}", die)
+            patch.setattr(f"stream_diffvsr.jobs.run.Run.{broken}", die)
             with pytest.raises(SystemExit):
                 finish(guided, job(source, output))
         assert finish(guided, job(source, output)) == []
@@ -231,8 +231,8 @@ def test_kill_minus_nine(source, whole, guided, checkpoint, tmp_path) -> None:
 
 
 def journal_frames(parts: Path) -> int:
-    file = parts / "journal.json"
-    return sum(p["frames"] for p in json.loads(file.read_text())["parts"]) if file.exists() else 0
+    records = (json.loads(file.read_text()) for file in parts.glob("segment-*.json"))
+    return sum(record["part"]["frames"] for record in records)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT is sent differently there")
@@ -317,7 +317,7 @@ def test_nothing_open_is_deleted_or_replaced(source, whole, guided, tmp_path, mo
 
 @pytest.mark.parametrize(
     "content",
-    ['"text"', "[]", '{"format": 1}', '{"format": 1, "parts": [], "state": "../../x", "cuts": []}'],
+    ['"text"', "[]", '{"format": 1, "parts": [], "state": "", "cuts": []}', '{"format": 2, "segments": 3}'],
 )
 def test_a_journal_that_is_none_is_one_sentence(source, guided, tmp_path, content) -> None:
     output = tmp_path / "out.mp4"

@@ -14,7 +14,7 @@ from ..families.diffvsr.options import PRESET_HELP, UpscaleOptions
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.released import released_planner
 from ..jobs.job import SIZE, fitted
-from ..jobs.prepare import check_paths, open_job_source
+from ..jobs.prepare import Prepared, prepare
 from ..jobs.report import report, report_time
 from ..jobs.run import VideoJob
 from ..jobs.run import run as run_job
@@ -59,32 +59,30 @@ def run(args: argparse.Namespace) -> int:
     check_readable(args.input)
     output = args.output or default_output(args.input)
     job = make_job(args, output)
-    check_paths(job)
+    # Before the model is opened, which may take minutes.
+    prepared = prepare(job)
     if job.codec:
-        # Before the model is opened, which may take minutes.
         check_opens(job.codec)
     if args.plan:
-        for line in plan(args, job):
+        for line in plan(args, prepared):
             print(line, flush=True)
         return 0
     preview = output.absolute().with_name(f"{output.stem}_preview.jpg") if args.preview else None
-    with contextlib.closing(run_job(open_model(args), job)) as steps:
+    with contextlib.closing(run_job(open_model(args), prepared)) as steps:
         follow(steps, args.progress, preview, args.preview or 0)
     print(json.dumps({"output": str(output)}) if args.progress == "json" else output)
     return 0
 
 
-def plan(args: argparse.Namespace, job: VideoJob) -> Iterator[str]:
+def plan(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
     """What the job would take, in lines; a few frames are made to tell the time.
 
     Released weights are not downloaded for it: without them the time stays untold.
     """
-    source = open_job_source(job)
-    first = next(source.frames(job.span), None)
+    job, frames, size = prepared.job, prepared.total, prepared.size
+    first = next(prepared.source.frames(job.span), None)
     if first is None:
         raise VideoError(f"{job.source} has no frame between --start and --end.")
-    frames = job.span.count(source.info.frames, source.info.rate)
-    size = (source.info.height, source.info.width)
     if resolve(args.model) is None:
         yield from plan_without_weights(args, job, size, frames)
         return

@@ -251,6 +251,11 @@ class Speed:
         self.times.append(time.monotonic())
 
     @property
+    def count(self) -> int:
+        """Frames counted, as many as are remembered."""
+        return len(self.times) - 1
+
+    @property
     def fps(self) -> float:
         return (len(self.times) - 1) / max(1e-9, self.times[-1] - self.times[0])
 

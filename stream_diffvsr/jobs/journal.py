@@ -1,16 +1,20 @@
 """The work folder of an unfinished job: `<output>.parts/` with a lock, a journal, segments and a state.
 
-Everything in it appears by fsync and rename, and the journal is written last: what it names is whole.
+Everything in it appears by fsync and rename. The journal tells the job's settings; each finished segment has
+a record beside it, which is written last: what it names is whole. Records may come in any order, and from
+several processes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,10 +29,43 @@ from ..media.seek import Place
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 LOCK, OWNER = "lock", "owner"
-OWN_FILES = re.compile(r"journal\.json|(main|compare|joined|state)-\w+\.\w+|\..*\.part")
+RECORDS = "segment-*.json"
+OWN_FILES = re.compile(r"journal\.json|(main|compare|joined|state|segment)-[-\w]+\.\w+|\..*\.part")
 """Names of the files that are written here, and may be deleted."""
+PIECE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A finished run of frames of one scene: whole on the disk, and never written again."""
+
+    start: int
+    """Index of its first frame in the source."""
+    scene: int
+    """Index of the first frame of its scene."""
+    part: Part
+    closed: bool
+    """Whether its scene ends with it, so that the next frame needs nothing of this one."""
+    digests: Mapping[str, str]
+    """Of its files, by their names."""
+    state: str = ""
+    """File of the state after it; empty where there is none: then its scene is done again from its start."""
+    place: Place | None = None
+    """The source's last frame that is in it, by which reading goes on; None: read from the start."""
+    changed: str = ""
+    """How the frames of its scene were made otherwise than the job settled, as after memory ran out."""
+
+    @property
+    def end(self) -> int:
+        """Index of the frame that follows it."""
+        return self.start + self.part.frames
+
+    @property
+    def record(self) -> str:
+        """Name of the file that tells of it."""
+        return f"segment-{self.start:06}.json"
 
 
 @dataclass(frozen=True)
@@ -40,28 +77,77 @@ class Journal:
     settings: Mapping[str, Any]
     """All that changes what comes out."""
     versions: Mapping[str, str]
-    first_index: int = 0
-    """The source's index of the first frame of the job."""
-    parts: tuple[Part, ...] = ()
-    state: str = ""
-    """File of the state after the last part."""
     provenance: Mapping[str, str] = field(default_factory=dict)
     """How the frames of all scenes are made, memory plan included."""
+    first: int = -1
+    """The source's index of the first frame of the job; -1: not known yet."""
     segment_frames: int = 0
     """Frames of a segment where the job does not say; 0: not known yet."""
-    cuts: tuple[int, ...] = ()
-    """Indices of frames that begin a scene."""
-    place: Place | None = None
-    """The source's last frame that is done, by which reading goes on; None: read from the start."""
     partial: int = -1
     """Size of an output file that holds a part of the frames, left by an interrupted run; -1: none."""
     finished: int = -1
     """Size of the finished output, set before it gets its name; -1: not finished."""
+    segments: tuple[Segment, ...] = ()
+    """A set: they were finished in any order. Here by their frames."""
 
     @property
     def frames(self) -> int:
         """Frames done."""
-        return sum(part.frames for part in self.parts)
+        return sum(segment.part.frames for segment in self.segments)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The segments' files and times, in the order of their frames."""
+        return tuple(segment.part for segment in self.segments)
+
+    @property
+    def first_index(self) -> int:
+        """The source's index of the first frame of the job, 0 while it is not known."""
+        return max(0, self.first)
+
+    @property
+    def cuts(self) -> list[int]:
+        """First frames of the scenes that are begun, but for that of the job itself."""
+        return sorted({segment.scene for segment in self.segments} - {self.first})
+
+    def with_segment(self, segment: Segment) -> Journal:
+        """The journal with one more, or with another in the place of the one of the same frames."""
+        others = [each for each in self.segments if each.start != segment.start]
+        return replace(self, segments=tuple(sorted([*others, segment], key=lambda each: each.start)))
+
+    def gaps(self) -> list[tuple[Segment | None, Segment | None]]:
+        """Neighbours between which frames are missing; None where the job begins or ends."""
+        pairs = itertools.pairwise([None, *self.segments, None])
+        ends = [(self.first if a is None else a.end, a, b) for a, b in pairs]
+        return [(a, b) for end, a, b in ends if b is None or end != b.start]
+
+
+def usable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+    """Those that work can go on from, by their frames.
+
+    A scene counts from its first frame on without a gap, up to its end or to a segment that has a state.
+    """
+    kept: list[Segment] = []
+    for segment in sorted(segments, key=lambda each: each.start):
+        if segment.start == segment.scene or (kept and kept[-1].end == segment.start):
+            kept.append(segment)
+    follows: Segment | None = None
+    found: list[Segment] = []
+    for segment in reversed(kept):
+        goes_on = follows is not None and follows.scene == segment.scene
+        if segment.closed or segment.state or goes_on:
+            found.append(segment)
+            follows = segment
+    return tuple(reversed(found))
+
+
+def digest(path: Path) -> str:
+    """Of a file's bytes."""
+    total = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(PIECE):
+            total.update(piece)
+    return total.hexdigest()
 
 
 class WorkFolder:
@@ -119,28 +205,44 @@ class WorkFolder:
 
     def load(self) -> Journal | None:
         """The journal of an earlier run; raises `VideoError` where it cannot be read."""
-        if not self.journal_file.is_file():
+        file = self.journal_file
+        if not file.is_file():
             return None
         try:
-            content = json.loads(self.journal_file.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-                raise ValueError("of another version")
-            parts = tuple(Part(**part) for part in content.pop("parts"))
-            place = content.pop("place", None)
-            place = None if place is None else Place(**place)
-            names = [content["state"], *(name for part in parts for name in (part.name, part.compare))]
-            if any(name and not OWN_FILES.fullmatch(name) for name in names):
-                raise ValueError("names of other files")
-            return Journal(**{**content, "parts": parts, "cuts": tuple(content["cuts"]), "place": place})
+            content = _object(file)
+            if content.pop("format", None) != FORMAT:
+                raise ValueError("it is of another version")
+            segments = []
+            for file in sorted(self.folder.glob(RECORDS)):
+                segments.append(self._segment(_object(file)))
+            return Journal(**content, segments=tuple(sorted(segments, key=lambda each: each.start)))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise VideoError(
-                f"{self.journal_file} cannot be read ({error}): start over with --restart."
-            ) from error
+            raise VideoError(f"{file} cannot be read ({error}): start over with --restart.") from error
+
+    def _segment(self, content: dict[str, Any]) -> Segment:
+        """A segment of its record; the state of one that was followed by another is gone."""
+        place, part = content.pop("place"), Part(**content.pop("part"))
+        segment = Segment(**content, part=part, place=None if place is None else Place(**place))
+        named = [name for name in (part.name, part.compare, segment.state, *segment.digests) if name]
+        if not all(OWN_FILES.fullmatch(name) for name in named):
+            raise ValueError("it names other files")
+        if not all(isinstance(number, int) for number in (segment.start, segment.scene, part.frames)):
+            raise ValueError("it does not say which frames it has")
+        there = segment.state and (self.folder / segment.state).is_file()
+        return segment if there else replace(segment, state="")
 
     def save(self, journal: Journal) -> None:
-        """Write the journal: from here on its parts count as done."""
-        with atomic(self.journal_file) as file:
-            file.write(json.dumps({"format": FORMAT, **asdict(journal)}, indent=1).encode())
+        """Write the journal, but for its segments, which have records of their own."""
+        facts = {key: value for key, value in vars(journal).items() if key != "segments"}
+        self._write(self.journal_file.name, {"format": FORMAT, **facts})
+
+    def add(self, segment: Segment) -> None:
+        """Write the record of a segment: from here on it counts as done."""
+        self._write(segment.record, asdict(segment))
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        with atomic(self.folder / name) as file:
+            file.write(json.dumps(content, indent=1).encode())
         sync_folder(self.folder)
 
     def _files(self) -> list[Path]:
@@ -154,23 +256,29 @@ class WorkFolder:
 
     def remove_leftovers(self, journal: Journal) -> None:
         """Delete what a killed run left half done."""
-        known = {self.journal_file.name, journal.state}
-        for part in journal.parts:
-            known |= {part.name, part.compare}
+        known = {self.journal_file.name}
+        for segment in journal.segments:
+            known |= {segment.record, segment.state, *segment.digests}
         joined = journal.finished >= 0
         for file in self._files():
             if file.name not in known and not (joined and file.name.startswith("joined-")):
                 file.unlink()
 
-    def check(self, journal: Journal) -> None:
-        """Raise `VideoError` where a finished segment or the state is not as the journal says."""
-        names = {part.name: part.size for part in journal.parts if part.name}
-        for name, size in names.items():
-            file = self.folder / name
-            if not file.is_file() or file.stat().st_size != size:
-                raise VideoError(f"{file} is not as the journal says: start over with --restart.")
-        if journal.parts and not (self.folder / journal.state).is_file():
-            raise VideoError(f"{self.folder / journal.state} is missing: start over with --restart.")
+    def check(self, segments: Iterable[Segment]) -> None:
+        """Raise `VideoError` where a file of a finished segment is not as it was written."""
+        for segment in segments:
+            for name, wanted in segment.digests.items():
+                file = self.folder / name
+                if not file.is_file() or digest(file) != wanted:
+                    raise VideoError(f"{file} is not as the journal says: start over with --restart.")
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("it holds no object")
+    return content
 
 
 def differences(before: Journal, now: Journal) -> list[str]:

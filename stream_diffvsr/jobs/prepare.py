@@ -1,4 +1,4 @@
-"""What a job comes to: checked paths, encoders, writers, and the identity by which it is continued."""
+"""What a job comes to: checked paths, its open source, encoders, writers, and how it is known again."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import hashlib
 import importlib.metadata
 import shutil
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from ..errors import VideoError
 from ..files import fingerprint
@@ -20,15 +22,83 @@ from ..media.codecs import CONTAINERS, Encoding, check_encoder, choose_encoding
 from ..media.read import FolderSource, Source, VideoSource, check_readable, open_source
 from ..media.streams import SourceInfo
 from ..media.write import PictureSink, Sink, VideoSink, check_folder, container_of
-from ..upscaler import State, Upscaler
+from ..upscaler import Info, Provenance, State
 from . import scenes
-from .job import VideoJob
+from .job import VideoJob, fitted
 from .journal import WorkFolder
 
 MEDIA_FORMATS = ("avi", "asf", "flv", "gif", "mp4", "mov", "mpeg", "mpegts", "ogg", "webm", "matroska", "3gp")
 """FFmpeg's names of containers whose suffixes no folder of pictures has by chance."""
 SPARE_BYTES = 32 << 20
 """Room that is left on a disk."""
+
+
+class Model(Protocol):
+    """What a job asks of a model before a frame is made; it may be in another process."""
+
+    Options: type
+
+    @property
+    def info(self) -> Info: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """A job that was looked at: its paths are good, its source is open."""
+
+    job: VideoJob
+    source: Source
+    cut_rule: scenes.SceneCut
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the source."""
+        return self.source.info.height, self.source.info.width
+
+    @property
+    def total(self) -> int | None:
+        """Frames of the job, as far as the file says."""
+        return self.job.span.count(self.source.info.frames, self.source.info.rate)
+
+    @property
+    def step(self) -> int:
+        """Ticks from one frame to the next, where frames do not say."""
+        return max(1, round(1 / (self.source.info.rate * self.source.info.time_base)))
+
+    def fitted(self, model: Model) -> Prepared:
+        """With what the model settles."""
+        return Prepared(fitted(self.job, model.info, model.Options, *self.size), self.source, self.cut_rule)
+
+    @cached_property
+    def videos(self) -> dict[str, tuple[Path, Encoding]]:
+        """The video files it writes and how, by their part in it; raises `VideoError`."""
+        return video_outputs(self.job, self.source.info)
+
+    @property
+    def writes_folder(self) -> bool:
+        """Whether the output is a folder of pictures."""
+        single = isinstance(self.source, FolderSource) and self.job.source.is_file()
+        return "main" not in self.videos and not single
+
+    @property
+    def side_bytes(self) -> int:
+        """The most that the source's other streams can take."""
+        return self.job.source.stat().st_size if self.job.audio and self.job.source.is_file() else 0
+
+    def offset(self, first: int) -> int:
+        """What a state counts more than the source, whose frame `first` is the job's first."""
+        return 0 if self.job.state is None else self.job.state.index - first
+
+
+def prepare(job: VideoJob) -> Prepared:
+    """Look at a job before its model is opened. Raises `VideoError` for what cannot be read or written."""
+    check_paths(job)
+    return Prepared(job, open_job_source(job), scenes.parse(job.scene_cut))
 
 
 def check_paths(job: VideoJob) -> None:
@@ -98,10 +168,9 @@ def encoding_of(job: VideoJob, path: Path, info: SourceInfo) -> Encoding:
     return encoding
 
 
-def open_sinks(
-    job: VideoJob, source: Source, videos: Mapping[str, tuple[Path, Encoding]], folder: Path
-) -> dict[str, Sink]:
+def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
     """The writers of a job, by their part in it; the output itself comes first."""
+    job, source, videos = prepared.job, prepared.source, prepared.videos
     sinks: dict[str, Sink] = {}
     if videos and isinstance(source, FolderSource):
         check_sizes(job, source)
@@ -149,19 +218,15 @@ def identity(source: Path) -> dict[str, Any]:
     }
 
 
-def settings(
-    pipe: Upscaler,
-    job: VideoJob,
-    cuts: scenes.SceneCut,
-    videos: Mapping[str, tuple[Path, Encoding]],
-) -> dict[str, Any]:
+def settings(model: Model, prepared: Prepared) -> dict[str, Any]:
     """All that changes the frames of the output, as plain JSON."""
-    made = pipe.provenance((pipe.info.minimum, pipe.info.minimum), job.options)
+    job, cuts = prepared.job, prepared.cut_rule
+    made = model.provenance((model.info.minimum, model.info.minimum), job.options)
     return {
         **asdict(job.options),
         **{key: text for key, text in made.to_texts().items() if key not in ("options", "plan", "size")},
-        "family": pipe.info.family,
-        "device": pipe.device.type,
+        "family": model.info.family,
+        "device": model.device.type,
         "start": str(job.start),
         "end": str(job.end),
         "stream": job.stream,
@@ -169,7 +234,7 @@ def settings(
         "sizes": str(job.sizes),
         "scene cuts": f"{cuts.threshold} {sorted(cuts.listed or ())}",
         "segment": job.segment_frames,
-        **{f"{name} encoding": str(encoding) for name, (_, encoding) in videos.items()},
+        **{f"{name} encoding": str(encoding) for name, (_, encoding) in prepared.videos.items()},
     }
 
 
@@ -181,9 +246,10 @@ def state_key(state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def versions() -> dict[str, str]:
-    """What computed and encoded the frames."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "av")}
+def versions(device: torch.device) -> dict[str, str]:
+    """What computed and encoded the frames; on a CPU, sums depend on the number of threads."""
+    found = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "av")}
+    return {**found, "threads": str(torch.get_num_threads())} if device.type == "cpu" else found
 
 
 def check_space(folder: Path, needed: int) -> None:

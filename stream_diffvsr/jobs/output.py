@@ -1,0 +1,133 @@
+"""The output of a job: its join rehearsed before the first frame, then put together and named."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+from ..errors import VideoError
+from ..files import sync_folder
+from ..media.join import Part, join
+from ..media.pictures import Picture
+from ..media.read import VideoSource
+from ..media.sides import RefusedError, Side, make_sides
+from ..media.tracks import Window
+from ..media.write import Sink, container_of
+from .prepare import Prepared, check_space
+
+log = logging.getLogger(__name__)
+
+REHEARSAL = -1
+"""Number of the segment that is made to try, and thrown away."""
+
+
+class Output:
+    """The video files that a job writes; none where it writes pictures."""
+
+    def __init__(self, prepared: Prepared, folder: Path) -> None:
+        self.prepared, self.folder = prepared, folder
+        self.sides: list[Side] = []
+
+    @property
+    def videos(self) -> Mapping[str, Path]:
+        return {name: path for name, (path, _) in self.prepared.videos.items()}
+
+    def joined(self, name: str) -> Path:
+        """Where a file is until it is whole."""
+        return self.folder / f"joined-{name}{self.videos[name].suffix.lower()}"
+
+    def rehearse(self, sinks: Mapping[str, Sink]) -> None:
+        """Put a black frame together with all that goes beside the picture, as the output will be.
+
+        What a container refuses shows here and not after hours of work. Raises `VideoError` where it
+        refuses the picture itself.
+        """
+        job = self.prepared.job
+        if "main" in self.videos and job.audio and isinstance(self.prepared.source, VideoSource):
+            self.sides = make_sides(job.source, container_of(job.output) or "", self.folder)
+        for name, (_, encoding) in self.prepared.videos.items():
+            sink = sinks[name]
+            sink.begin(REHEARSAL)
+            try:
+                black = sink.prepare(Picture(torch.zeros(1, 3, encoding.height, encoding.width)))
+                sink.add(black, 0, 0)
+                file, size, depth = sink.finish()
+            finally:
+                sink.abort()
+            part = Part(file, 1, size, 0, self.prepared.step, depth, file, depth)
+            self._join(name, (part,), Window(shift=self._shift(Fraction(0))))
+            (self.folder / file).unlink()
+            self.joined(name).unlink()
+
+    def join(self, parts: Sequence[Part], finished: bool) -> int:
+        """Put segments together; returns the size of the file, 0 of pictures."""
+        check_space(self.folder, sum(part.size for part in parts) + self.prepared.side_bytes)
+        for name in self.videos:
+            self._join(name, parts, self._window(parts, finished))
+        return self.joined("main").stat().st_size if "main" in self.videos else 0
+
+    def _join(self, name: str, parts: Sequence[Part], window: Window) -> None:
+        """Write one joined file; what the container does not take of the other streams is left out."""
+        job, source = self.prepared.job, self.prepared.source
+        path, encoding = self.prepared.videos[name]
+        main = name == "main"
+        if not main:
+            parts = [replace(part, name=part.compare, depth=part.compare_depth) for part in parts]
+        copies = main and job.audio and isinstance(source, VideoSource)
+        sides = self.sides if main else []
+        while True:
+            try:
+                return join(
+                    self.joined(name),
+                    container_of(path) or "",
+                    [self.folder / part.name for part in parts],
+                    parts,
+                    encoding,
+                    source=job.source if copies else None,
+                    stream=source.stream_index if isinstance(source, VideoSource) else None,
+                    sides=sides,
+                    metadata=job.metadata if main else {},
+                    window=window,
+                )
+            except RefusedError as refused:
+                if sides:
+                    # Each was taken by itself: it is the last that is one too many.
+                    *sides, last = sides
+                    self.sides = sides
+                    log.warning("stream %d is left out: %s (an output .mkv keeps it)", last.index, refused)
+                elif copies:
+                    copies = False
+                    log.warning("chapters, words and attached files are left out: %s", refused)
+                else:
+                    raise VideoError(
+                        f"{path.name} cannot be written ({refused}): choose another --codec or suffix."
+                    ) from refused
+
+    def _window(self, parts: Sequence[Part], finished: bool) -> Window:
+        """The time of the source that the parts cover; a job that starts later has its start at 0.
+
+        So has a source whose times begin anywhere, or before 0, where players would hide it.
+        """
+        job, base = self.prepared.job, self.prepared.source.info.time_base
+        low, high = parts[0].first * base, float(parts[-1].end * base)
+        if finished and job.end is None:
+            high = float("inf")
+        if job.start != 0:
+            return Window(float(low), high, low)
+        return Window(high=high, shift=self._shift(low))
+
+    def _shift(self, low: Fraction) -> Fraction:
+        earliest = min([low, *(side.first for side in self.sides)])
+        return earliest if self.prepared.source.info.free_start else min(earliest, Fraction(0))
+
+    def give_names(self) -> None:
+        """The joined files become the outputs."""
+        for name, path in self.videos.items():
+            if self.joined(name).is_file():
+                self.joined(name).replace(path)
+                sync_folder(path.parent)

@@ -1,0 +1,237 @@
+"""A scene becomes segments: the part of a job that is done by whoever has a model and sees the files."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ..media.join import Part
+from ..media.pictures import Picture
+from ..media.read import SourceFrame
+from ..media.sizes import enlarge, split_screen
+from ..tensors import SCALE, from_pixels
+from ..upscaler import OnStep, Provenance, State, Upscaler, ignore, stream
+from .job import FrameTime, Speed
+from .journal import Journal, Segment, WorkFolder, digest
+from .overlap import Background
+from .prepare import Prepared, check_space, open_sinks
+
+log = logging.getLogger(__name__)
+
+LAST = "last_lq"
+"""In a work folder's state where the model's own keeps no frame: the last one that was done, (1, 3, h, w)."""
+
+LONGEST, SEGMENT_SECONDS, MEASURED = 120, 60.0, 3
+"""Most frames of a segment, the work that it is to hold, and the frames whose time tells how many that is."""
+
+LARGE_STATE = 1 << 30
+"""Bytes of a state that is not kept: its scene is what is resumed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A frame that was handed to the encoder."""
+
+    index: int
+    """Its index in the source."""
+    lq: Tensor
+    """(1, 3, h, w) in [0, 1]: what the model saw."""
+    hq: Tensor
+    """(1, 3, H, W) in [0, 1]: the result, at its final size."""
+    cut: bool
+    """Whether it begins a scene."""
+
+
+class Renderer:
+    """Renders scenes of one job into its work folder.
+
+    What it makes of a scene depends on model, job and journal alone, and on the state that it continues.
+    """
+
+    def __init__(
+        self,
+        pipe: Upscaler,
+        prepared: Prepared,
+        work: WorkFolder,
+        journal: Journal,
+        writer: Background,
+        on_step: OnStep | None = None,
+    ) -> None:
+        self.pipe, self.prepared, self.work, self.writer = pipe, prepared, work, writer
+        self.on_step = on_step or ignore
+        self.sinks = open_sinks(prepared, work.folder)
+        self.journal = journal
+        self.saved = journal if work.journal_file.is_file() else None
+        self.made = Provenance.from_texts(journal.provenance)
+        self.clock = Speed()
+        self.open: list[FrameTime] = []
+        self.last: SourceFrame | None = None
+        self.scene, self.state_bytes = 0, self._guessed_state()
+
+    def _guessed_state(self) -> int:
+        """Bytes of a state of Stream-DiffVSR, before another family's first one tells its own."""
+        if not self.pipe.info.frame_by_frame:
+            return 0
+        height, width = self.prepared.job.sizes.model(*self.prepared.size)
+        return 4 * 3 * height * width * (SCALE**2 + 1)
+
+    def lq(self, frame: SourceFrame) -> Tensor:
+        """What the model sees of a frame, (1, 3, h, w) in [0, 1]."""
+        return self.prepared.job.sizes.to_model(frame.rgb)
+
+    def render(
+        self, frames: Iterator[tuple[SourceFrame, Tensor]], state: State | None, scene: int | None, cut: bool
+    ) -> Iterator[Made]:
+        """Make the frames of a scene, or of the rest of it, in a session of its own.
+
+        `state` is None at its beginning, `scene` then too. Segments end where the model's state allows it.
+        """
+        first = next(frames)
+        index = first[0].index
+        if self.journal.first < 0:
+            self.journal = replace(self.journal, first=index)
+        self.scene = index if scene is None else scene
+        if state is None or not (state.has_previous or state.provenance.model):
+            state = State(index=index + self.prepared.offset(self.journal.first), provenance=self.made)
+        session = self.pipe.session(self.prepared.job.options, state, self.on_step)
+        waiting: deque[tuple[SourceFrame, Tensor]] = deque()
+        end = state
+        for result in stream(session, _seen(itertools.chain([first], frames), waiting)):
+            made = self._add(*waiting.popleft(), result.hq, cut)
+            yield made
+            cut = False
+            border = session.state()
+            at_border = border is not None and border.index == result.index + 1
+            end = border if border is not None and at_border else State(index=result.index + 1)
+            if at_border and len(self.open) >= self._length():
+                self._finish(end, made.lq, closed=False)
+        self._finish(end, None, closed=True)
+
+    def _length(self) -> int:
+        """Frames of a segment: as asked for, else about a minute's work, told by the first frames' speed.
+
+        Fixed once for a job, and recorded.
+        """
+        if not self.journal.segment_frames and self.clock.count >= MEASURED:
+            frames = max(1, min(LONGEST, round(SEGMENT_SECONDS * self.clock.fps)))
+            self.journal = replace(self.journal, segment_frames=frames)
+        return self.prepared.job.segment_frames or self.journal.segment_frames or LONGEST
+
+    def _add(self, frame: SourceFrame, lq: Tensor, hq: Tensor, cut: bool) -> Made:
+        """Hand an upscaled frame to the writing thread."""
+        if not self.open:
+            self._begin(frame)
+        hq = self.prepared.job.sizes.to_output(hq, frame.size)
+        self._write(frame, lq, hq)
+        end = frame.time + (frame.duration or self.prepared.step)
+        self.open.append(FrameTime(frame.index, frame.time, end))
+        self.last = frame
+        self.clock.tick()
+        return Made(frame.index, lq, hq, cut)
+
+    def _begin(self, frame: SourceFrame) -> None:
+        """Start the files of a segment while there is room for it, for its state and for the joined file."""
+        done = [part.size for part in self.journal.parts]
+        needed = 2 * self.state_bytes + sum(done) + 2 * max(done, default=0) + self.prepared.side_bytes
+        check_space(self.work.folder, needed)
+        for sink in self.sinks.values():
+            self.writer.add(sink.begin, frame.index)
+
+    def _write(self, frame: SourceFrame, lq: Tensor, hq: Tensor) -> None:
+        alpha = None
+        if frame.alpha is not None:
+            alpha = enlarge(frame.alpha.to(hq.device), (hq.shape[-2], hq.shape[-1]))
+        picture = Picture(hq, alpha, frame.bits, frame.profile)
+        prepared = {}
+        for name, sink in self.sinks.items():
+            shown = replace(picture, rgb=split_screen(lq, hq)) if name == "compare" else picture
+            prepared[name] = sink.prepare(shown)
+        for name, sink in self.sinks.items():
+            self.writer.add(sink.add, prepared[name], frame.index, frame.time)
+
+    def close(self) -> Part | None:
+        """Finish the files of the open segment; None where none is open."""
+        if not self.open:
+            return None
+        self.writer.wait()
+        finished = {name: sink.finish() for name, sink in self.sinks.items()}
+        name, size, depth = finished["main"]
+        compare, _, compare_depth = finished.get("compare", ("", 0, 0))
+        start, end = self.open[0].start, self.open[-1].end
+        return Part(name, len(self.open), size, start, end, depth, compare, compare_depth)
+
+    def _finish(self, state: State, lq: Tensor | None, closed: bool) -> None:
+        """Close the segment and save the state; only then a record says that both are there.
+
+        `lq` is the last frame; None at a scene's end, where the state is kept only if it was asked for.
+        """
+        before = [segment for segment in self.journal.segments if segment.scene == self.scene]
+        states = {old.state for old in before}
+        part, keeps = self.close(), not closed or self.prepared.job.state_out is not None
+        if part is not None and self.last is not None:
+            start = self.open[0].index
+            segment = Segment(
+                start=start,
+                scene=self.scene,
+                part=part,
+                closed=closed,
+                digests={name: digest(self.work.folder / name) for name in (part.name, part.compare) if name},
+                state=self._save_state(state, lq, start) if keeps else "",
+                place=self.prepared.source.place(self.last),
+                changed=self.made.differences(state.provenance) if state.provenance.model else "",
+            )
+        else:  # the scene ended where its last segment did
+            segment = before.pop()
+            segment = replace(segment, closed=True, state=segment.state if keeps else "")
+        if self.journal != self.saved:
+            self.work.save(self.journal)
+            self.saved = self.journal
+        self.work.add(segment)
+        for name in states - {"", segment.state}:
+            (self.work.folder / name).unlink(missing_ok=True)
+        self.saved = self.journal = self.journal.with_segment(segment)
+        self.open = []
+
+    def _save_state(self, state: State, lq: Tensor | None, start: int) -> str:
+        """Write a state beside its segment; returns its name, '' of one that is too large to be kept."""
+        tensors = dict(state.tensors)
+        if lq is not None and "previous_lq" not in tensors:
+            tensors[LAST] = from_pixels(lq)
+        kept = replace(state, tensors=tensors)
+        if kept.nbytes > LARGE_STATE:
+            self.state_bytes = 0
+            return ""
+        self.state_bytes = kept.nbytes
+        check_space(self.work.folder, self.state_bytes)
+        name = f"state-{start:06}.safetensors"
+        kept.save(self.work.folder / name)
+        return name
+
+    def abort(self) -> None:
+        """Leave nothing half written behind."""
+        self.writer.drop()
+        for sink in self.sinks.values():
+            sink.abort()
+
+
+def _seen(
+    scene: Iterator[tuple[SourceFrame, Tensor]], waiting: deque[tuple[SourceFrame, Tensor]]
+) -> Iterator[Tensor]:
+    """What the model sees of a scene; its frames wait until their results come."""
+    for frame, lq in scene:
+        waiting.append((frame, lq))
+        yield from_pixels(lq)
+
+
+def load_state(path: Path) -> tuple[State, Tensor | None]:
+    """A state of a work folder, and the frame before it, (1, 3, h, w) in model range, where it is known."""
+    state = State.load(path)
+    tensors = dict(state.tensors)
+    last = tensors.pop(LAST, None)
+    return replace(state, tensors=tensors), tensors.get("previous_lq", last)
