@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -83,6 +83,8 @@ class Journal:
     """The source's index of the first frame of the job; -1: not known yet."""
     segment_frames: int = 0
     """Frames of a segment where the job does not say; 0: not known yet."""
+    scenes: Sequence[Mapping[str, Any]] = ()
+    """All scenes of the job, where they were found before they were rendered; see `scenes.Scene`."""
     partial: int = -1
     """Size of an output file that holds a part of the frames, left by an interrupted run; -1: none."""
     finished: int = -1
@@ -108,6 +110,8 @@ class Journal:
     @property
     def cuts(self) -> list[int]:
         """First frames of the scenes that are begun, but for that of the job itself."""
+        if self.scenes:
+            return [scene["first"] for scene in self.scenes[1:] if not scene["warm_up"]]
         return sorted({segment.scene for segment in self.segments} - {self.first})
 
     def with_segment(self, segment: Segment) -> Journal:
@@ -120,6 +124,18 @@ class Journal:
         pairs = itertools.pairwise([None, *self.segments, None])
         ends = [(self.first if a is None else a.end, a, b) for a, b in pairs]
         return [(a, b) for end, a, b in ends if b is None or end != b.start]
+
+
+def read_segment(content: Mapping[str, Any]) -> Segment:
+    """The segment that a record tells of; raises `ValueError`, `TypeError` or `KeyError` for none."""
+    place, part = content["place"], Part(**content["part"])
+    segment = Segment(**{**content, "part": part, "place": None if place is None else Place(**place)})
+    named = [name for name in (part.name, part.compare, segment.state, *segment.digests) if name]
+    if not all(OWN_FILES.fullmatch(name) for name in named):
+        raise ValueError("it names other files")
+    if not all(isinstance(number, int) for number in (segment.start, segment.scene, part.frames)):
+        raise ValueError("it does not say which frames it has")
+    return segment
 
 
 def usable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
@@ -179,9 +195,8 @@ class WorkFolder:
         try:
             lock.acquire()
         except Timeout:
-            process = owner.read_text(encoding="utf-8").strip() if owner.is_file() else "unknown"
             raise VideoError(
-                f"another run (process {process}) is writing this output: wait for it, or choose another "
+                f"another run (process {self.token() or 'unknown'}) is writing this output: wait for it, or choose another "
                 f"output; its work is in {self.folder}."
             ) from None
         try:
@@ -203,8 +218,11 @@ class WorkFolder:
             else:
                 self.folder.rmdir()
 
-    def load(self) -> Journal | None:
-        """The journal of an earlier run; raises `VideoError` where it cannot be read."""
+    def load(self, first: int = 0, end: int | None = None) -> Journal | None:
+        """The journal of an earlier run, with its segments from frame `first` up to `end`, which is excluded.
+
+        Raises `VideoError` where it cannot be read.
+        """
         file = self.journal_file
         if not file.is_file():
             return None
@@ -214,22 +232,22 @@ class WorkFolder:
                 raise ValueError("it is of another version")
             segments = []
             for file in sorted(self.folder.glob(RECORDS)):
-                segments.append(self._segment(_object(file)))
+                number = int(file.stem.rpartition("-")[2])
+                if number >= first and (end is None or number < end):
+                    segments.append(self._there(read_segment(_object(file))))
             return Journal(**content, segments=tuple(sorted(segments, key=lambda each: each.start)))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise VideoError(f"{file} cannot be read ({error}): start over with --restart.") from error
 
-    def _segment(self, content: dict[str, Any]) -> Segment:
-        """A segment of its record; the state of one that was followed by another is gone."""
-        place, part = content.pop("place"), Part(**content.pop("part"))
-        segment = Segment(**content, part=part, place=None if place is None else Place(**place))
-        named = [name for name in (part.name, part.compare, segment.state, *segment.digests) if name]
-        if not all(OWN_FILES.fullmatch(name) for name in named):
-            raise ValueError("it names other files")
-        if not all(isinstance(number, int) for number in (segment.start, segment.scene, part.frames)):
-            raise ValueError("it does not say which frames it has")
+    def _there(self, segment: Segment) -> Segment:
+        """A segment as it is now: the state of one that was followed by another is gone."""
         there = segment.state and (self.folder / segment.state).is_file()
         return segment if there else replace(segment, state="")
+
+    def token(self) -> str:
+        """Who holds the lock, by which another machine knows the same folder again; '' where nobody does."""
+        owner = self.folder / OWNER
+        return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 
     def save(self, journal: Journal) -> None:
         """Write the journal, but for its segments, which have records of their own."""

@@ -20,6 +20,7 @@ from ..files import fingerprint
 from ..media import pictures
 from ..media.codecs import CONTAINERS, Encoding, check_encoder, choose_encoding
 from ..media.read import FolderSource, Source, VideoSource, check_readable, open_source
+from ..media.span import Span
 from ..media.streams import SourceInfo
 from ..media.write import PictureSink, Sink, VideoSink, check_folder, container_of
 from ..upscaler import Info, Provenance, State
@@ -89,6 +90,10 @@ class Prepared:
     def side_bytes(self) -> int:
         """The most that the source's other streams can take."""
         return self.job.source.stat().st_size if self.job.audio and self.job.source.is_file() else 0
+
+    def between(self, first: int, end: int | None) -> Span:
+        """The frames from `first` up to `end`, which is excluded; None: to the end of the job."""
+        return Span(first, self.job.span.end if end is None else end - 1)
 
     def offset(self, first: int) -> int:
         """What a state counts more than the source, whose frame `first` is the job's first."""

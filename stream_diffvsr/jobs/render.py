@@ -90,9 +90,12 @@ class Renderer:
     ) -> Iterator[Made]:
         """Make the frames of a scene, or of the rest of it, in a session of its own.
 
-        `state` is None at its beginning, `scene` then too. Segments end where the model's state allows it.
+        `state` is None at its beginning, `scene`, its first frame, then too. Segments end where the model's
+        state allows it. Frames before `scene` warm the model up and are thrown away.
         """
-        first = next(frames)
+        first = next(frames, None)
+        if first is None:
+            return
         index = first[0].index
         if self.journal.first < 0:
             self.journal = replace(self.journal, first=index)
@@ -103,7 +106,10 @@ class Renderer:
         waiting: deque[tuple[SourceFrame, Tensor]] = deque()
         end = state
         for result in stream(session, _seen(itertools.chain([first], frames), waiting)):
-            made = self._add(*waiting.popleft(), result.hq, cut)
+            frame, lq = waiting.popleft()
+            if frame.index < self.scene:
+                continue
+            made = self._add(frame, lq, result.hq, cut)
             yield made
             cut = False
             border = session.state()

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..errors import VideoError
 from ..files import atomic
+from ..media.seek import Place
 from ..tensors import to_pixels
 
 T = TypeVar("T")
@@ -42,6 +43,34 @@ class SceneCut:
         if self.threshold is None or previous_lq is None:
             return False
         return difference(previous_lq.to(lq.device), lq) >= self.threshold
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A run of frames that one worker renders, told without the frames."""
+
+    first: int
+    """Index of its first frame in the source."""
+    end: int | None = None
+    """Index of the frame after its last; None: the job's end."""
+    place: Place | None = None
+    """The source's frame before those it reads, by which they are found; None: they are counted out."""
+    warm_up: int = 0
+    """Frames before `first` that are read too and thrown away; above 0 it is a part of a longer scene."""
+    offset: int = 0
+    """What a state counts more than the source."""
+    state: str = ""
+    """File in the work folder of the state that it continues."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Scene:
+        """What `to_json` wrote."""
+        place = content["place"]
+        return cls(**{**content, "place": None if place is None else Place(**place)})
 
 
 def in_scenes(
