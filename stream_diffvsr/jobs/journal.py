@@ -196,8 +196,8 @@ class WorkFolder:
             lock.acquire()
         except Timeout:
             raise VideoError(
-                f"another run (process {self.token() or 'unknown'}) is writing this output: wait for it, or choose another "
-                f"output; its work is in {self.folder}."
+                f"another run (process {self.token() or 'unknown'}) is writing this output: wait for it, or "
+                f"choose another output; its work is in {self.folder}."
             ) from None
         try:
             owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
