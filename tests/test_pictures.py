@@ -237,7 +237,7 @@ def test_what_is_no_picture_here_is_one_sentence(tmp_path: Path, monkeypatch) ->
     import os
     import sys
 
-    from stream_diffvsr.media.read import check_readable
+    from stream_diffvsr.media.containers import check_readable
 
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(100))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)

@@ -14,7 +14,7 @@ import pytest
 
 from stream_diffvsr import UpscaleOptions
 from stream_diffvsr.jobs.run import VideoJob, run
-from stream_diffvsr.media import sides
+from stream_diffvsr.media import ways
 from stream_diffvsr.media.texts import translate
 
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
@@ -127,11 +127,11 @@ def test_what_is_refused_costs_itself_and_never_the_frames(pipe, tmp_path: Path,
         raise ValueError("this container takes no more")
 
     source = write(tmp_path / "a.avi", sound="pcm_s16le")
-    monkeypatch.setattr(sides.Copied, "drain", refuse)
+    monkeypatch.setattr(ways.Copied, "drain", refuse)
     output = upscale(pipe, source, tmp_path / "a.mp4")
     assert seen(output)[1] == ("audio", "aac")
     assert "is converted to aac: mp4 cannot hold it (this container takes no more)" in caplog.text
-    monkeypatch.setattr(sides.Encoded, "drain", refuse)
+    monkeypatch.setattr(ways.Encoded, "drain", refuse)
     output = upscale(pipe, source, tmp_path / "b.mp4")
     assert [kind for kind, _ in seen(output)] == ["video"]
     assert "is left out: mp4 cannot hold it (this container takes no more); an output .mkv" in caplog.text
@@ -170,7 +170,7 @@ def test_a_cue_that_shows_at_the_start_is_kept_in_its_containers_words(
     output = upscale(pipe, source, tmp_path / f"out.{suffix}", start=3)
     assert seen(output)[1] == ("subtitle", codec)
     with av.open(str(output)) as container:
-        cues = [p for p in container.demux(subtitles=0) if p.size and bytes(p) != sides.NO_TEXT]
+        cues = [p for p in container.demux(subtitles=0) if p.size and bytes(p) != ways.NO_TEXT]
         assert [bytes(p) for p in cues] == [wanted or SRT.split("\n")[2].encode()]
         assert [float(p.pts * p.time_base) for p in cues] == [0]
         assert float(cues[0].duration * cues[0].time_base) == pytest.approx(0.15, abs=2e-3)

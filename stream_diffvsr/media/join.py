@@ -14,9 +14,10 @@ from typing import Any
 
 from ..files import sync_file
 from .codecs import Encoding
-from .read import open_container
-from .sides import Side, refusals, side_packets
-from .tracks import Window, copy_attachments, copy_chapters, kept_words
+from .containers import open_container
+from .sides import Side, side_packets
+from .tracks import MP4_WORDS, Window, copy_attachments, copy_chapters, copy_covers, kept_words
+from .ways import refusals
 
 log = logging.getLogger(__name__)
 
@@ -61,28 +62,31 @@ def join(
     """
     import av
 
-    options = {}
-    if container_format in ("mp4", "mov"):
-        # Both clocks of the file count in the source's ticks, so that a late start is exact too.
-        ticks = str(encoding.time_base.denominator)
-        options = {"movflags": "+use_metadata_tags+faststart"}
-        options |= {"video_track_timescale": ticks, "movie_timescale": ticks}
     with refusals(), ExitStack() as stack:
+        original = None if source is None else stack.enter_context(open_container(source))
+        words = {} if original is None else kept_words(original.metadata)
+        words.update(metadata)
+        others = sorted(words.keys() - MP4_WORDS) if container_format in ("mp4", "mov") else []
+        options = {}
+        if container_format in ("mp4", "mov"):
+            # Both clocks of the file count in the source's ticks, so that a late start is exact too.
+            ticks = str(encoding.time_base.denominator)
+            options = {"movflags": f"+faststart{'+use_metadata_tags' if others else ''}"}
+            options |= {"video_track_timescale": ticks, "movie_timescale": ticks}
         out = stack.enter_context(
             av.open(str(target.absolute()), "w", format=container_format, container_options=options)
         )
         video = add_video(out, files[0], encoding)
         streams = [video_packets(files, parts, encoding, video, window.ticks(encoding.time_base))]
-        if source is not None:
-            original = stack.enter_context(open_container(source))
-            out.metadata.update(kept_words(original.metadata))
+        out.metadata.update(words)
+        if source is not None and original is not None:
             if stream is not None:
                 keep_words_of_video(video, original.streams[stream], window)
             found = (side_packets(out, original, side, window) for side in sides)
             streams += [packets for packets in found if packets is not None]
             copy_attachments(out, original)
+            streams.append(copy_covers(out, original, source, others))
             copy_chapters(out, original, window)
-        out.metadata.update(metadata)
         mux(out, streams)
     sync_file(target)
 

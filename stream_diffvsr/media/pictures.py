@@ -11,7 +11,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ import torch
 from torch import Tensor
 
 from ..errors import VideoError
+from ..files import atomic
+from .colour import Colour, frame_to_rgb
+from .containers import open_container
+from .streams import upright
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,11 @@ WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", "
 ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
 """Formats that hold alpha, and 16 bits, when we write them."""
+EXIF_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PROFILE_WORDS = {
+    "exif": "its EXIF data, which .jpg, .png and .webp hold",
+    "text": "its texts, which only .png holds",
+}
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 """What a HEIC file calls itself in its first bytes."""
@@ -57,7 +66,7 @@ class Picture:
     """(1, 1, h, w) float32 in [0, 1]."""
     bits: int = 8
     profile: dict[str, Any] = field(default_factory=dict)
-    """What Pillow's `save` takes along: the ICC profile, the resolution."""
+    """What goes along: the ICC profile, the resolution, EXIF's words, the texts of a PNG."""
 
 
 def list_folder(folder: Path) -> list[Path]:
@@ -168,7 +177,7 @@ def read(path: Path) -> Picture:
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
             image.load()
-            return from_pillow(ImageOps.exif_transpose(image))
+            return replace(from_pillow(ImageOps.exif_transpose(image)), profile=_profile(image))
     except (OSError, ValueError, SyntaxError) as error:
         raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
 
@@ -184,10 +193,6 @@ def sample_bits(image: Any, path: Path) -> int:
 
 def _read_deep(path: Path, image: Any) -> Picture:
     """A 16-bit picture through PyAV, with the colours and alpha that it has."""
-    from .colour import Colour, frame_to_rgb
-    from .read import open_container
-    from .streams import upright
-
     # By its format: a per cent sign in the name would be taken for a numbered series.
     with open_container(path, f"{image.format.lower()}_pipe") as container:
         frame = next(container.decode(video=0))
@@ -199,6 +204,12 @@ def _read_deep(path: Path, image: Any) -> Picture:
 
 ORIENTATION = 0x0112
 """EXIF's tag for it."""
+EXIF_WORDS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298}
+"""What is shown, camera, software, date, artist, copyright."""
+EXIF_FOLDERS = (0x8769, 0x8825)
+"""How and where it was taken."""
+EXIF_OF_PIXELS = {0x9101, 0x9102, 0x927C, 0xA001, 0xA002, 0xA003, 0xA005}
+"""Layout, size and colours of the old pixels; and the camera's notes, which hold places in the old file."""
 EXIF_TURNS = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),
@@ -226,9 +237,30 @@ def from_pillow(image: Any) -> Picture:
 
 
 def _profile(image: Any) -> dict[str, Any]:
-    """A profile describes the file's own colours: it stays only where they are RGB already."""
+    """What goes along. An ICC profile describes the file's own colours: it stays only where they are RGB."""
     kept = ("icc_profile", "dpi") if image.mode in ("RGB", "RGBA", "P", "PA") else ("dpi",)
-    return {key: image.info[key] for key in kept if image.info.get(key)}
+    found = {key: image.info[key] for key in kept if image.info.get(key)}
+    texts = getattr(image, "text", {}) if image.format == "PNG" else {}
+    # Some hold EXIF once more, with the turn that was applied.
+    texts = {key: text for key, text in texts.items() if not key.startswith(("Raw profile", "XML:com.adobe"))}
+    return found | {key: value for key, value in (("exif", _exif(image)), ("text", texts)) if value}
+
+
+def _exif(image: Any) -> bytes:
+    """EXIF's words without what describes the pixels, which are others now; empty where there are none."""
+    from PIL import Image
+
+    try:
+        found, kept = image.getexif(), Image.Exif()
+        for tag in EXIF_WORDS & found.keys():
+            kept[tag] = found[tag]
+        for tag in EXIF_FOLDERS:
+            if words := {k: v for k, v in found.get_ifd(tag).items() if k not in EXIF_OF_PIXELS}:
+                kept[tag] = words
+        return kept.tobytes() if len(kept) else b""
+    except (ValueError, TypeError, KeyError, SyntaxError, OSError, struct.error) as error:
+        log.warning("the EXIF data of %s is left out: it is damaged (%s)", image.filename, error)
+        return b""
 
 
 def _tensor(image: Any) -> Tensor:
@@ -240,8 +272,6 @@ def write(path: Path, picture: Picture) -> None:
 
     16 bits and alpha are kept where the format holds them. Raises `VideoError` for an unknown format.
     """
-    from ..files import atomic
-
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
         raise VideoError(f"{path.name} names no picture format that is written: {', '.join(WRITABLE)}.")
@@ -250,19 +280,43 @@ def write(path: Path, picture: Picture) -> None:
     deep = picture.bits > 8 and suffix in DEEP_SUFFIXES
     top = 65535 if deep else 255
     values = (pixels[0].movedim(0, -1) * top).round().clamp(0, top).cpu().numpy()
+    profile, lost = kept_in(picture.profile, suffix)
+    if lost:
+        log.warning("%s is written without %s", path.name, " and ".join(lost))
     with atomic(path) as file:
         if deep:
             write_deep = _with_png_profile if suffix == ".png" else _with_tiff_profile
-            file.write(write_deep(_encode_deep(values.astype(np.uint16), suffix), picture.profile))
+            file.write(write_deep(_encode_deep(values.astype(np.uint16), suffix), profile))
         else:
-            _save(file, values.astype(np.uint8), suffix, picture.profile)
+            _save(file, values.astype(np.uint8), suffix, profile)
+
+
+def kept_in(profile: dict[str, Any], suffix: str) -> tuple[dict[str, Any], list[str]]:
+    """What a format takes of it, and what of it is lost."""
+    takes = {"icc_profile", "dpi"}
+    takes |= {"text"} if suffix == ".png" else set()
+    takes |= {"exif"} if suffix in EXIF_SUFFIXES else set()
+    lost = [words for key, words in PROFILE_WORDS.items() if key in profile.keys() - takes]
+    return {key: value for key, value in profile.items() if key in takes}, lost
 
 
 def _save(file: Any, values: np.ndarray, suffix: str, profile: dict[str, Any]) -> None:
     from PIL import Image
 
-    formats = Image.registered_extensions()
-    Image.fromarray(values).save(file, format=formats[suffix], **profile, **SAVE_OPTIONS.get(suffix, {}))
+    texts = {"pnginfo": _png_texts(profile)} if suffix == ".png" else {}
+    others = {key: value for key, value in profile.items() if key != "text"}
+    formats, options = Image.registered_extensions(), SAVE_OPTIONS.get(suffix, {})
+    Image.fromarray(values).save(file, format=formats[suffix], **others, **texts, **options)
+
+
+def _png_texts(profile: dict[str, Any]) -> Any:
+    """Pillow's form of the texts of a PNG."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, text in profile.get("text", {}).items():
+        info.add_text(key, text, zip=len(text) > 1000)
+    return info
 
 
 def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
@@ -284,7 +338,9 @@ def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
 
 def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
     """A PNG file with an ICC profile and a resolution, as chunks behind its header."""
-    chunks = []
+    chunks = [chunk[:2] for chunk in _png_texts(profile).chunks]
+    if exif := profile.get("exif"):
+        chunks.append((b"eXIf", exif.removeprefix(b"Exif\0\0")))
     if icc := profile.get("icc_profile"):
         chunks.append((b"iCCP", b"ICC Profile\0\0" + zlib.compress(icc)))
     if dpi := profile.get("dpi"):

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import VideoError
 from . import pictures
 from .colour import Planes, planes_of
+from .containers import check_readable, open_container
 from .seek import DoubtError, Place, check_counted, count_to, frames_from
 from .span import Span
 from .streams import (
@@ -125,26 +126,6 @@ def open_source(path: Path, stream: int | None = None, rate: Fraction | None = N
     if stream is None and pictures.is_animated(path):
         return AnimationSource(path)
     return VideoSource(path, stream)
-
-
-def check_readable(path: Path) -> None:
-    """Say plainly why a path cannot be read."""
-    if not path.exists():
-        raise VideoError(f"{path} does not exist: check the path.")
-    try:
-        if path.is_dir():
-            next(path.iterdir(), None)
-            return
-        if not path.is_file():
-            raise VideoError(
-                f"{path} is a pipe or a device, which is read only once: save it as a file first."
-            )
-        with path.open("rb") as file:
-            empty = not file.read(1)
-    except OSError as error:
-        raise VideoError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
-    if empty:
-        raise VideoError(f"{path} is empty: copy or download it again.")
 
 
 class VideoSource:
@@ -398,18 +379,3 @@ class FolderSource:
                 size = (picture.rgb.shape[-2], picture.rgb.shape[-1])
                 pixels = Loaded(picture.rgb, picture.alpha)
                 yield SourceFrame(index, index, 1, pixels, size, picture.bits, picture.profile)
-
-
-def open_container(path: Path, form: str | None = None) -> Any:
-    """An open `av` container for reading, of a format if it is known; raises `VideoError` with the reason."""
-    import av
-
-    try:
-        # Absolute: what stands before a colon would be taken for a protocol.
-        return av.open(str(path.absolute()), format=form, metadata_errors="ignore")
-    except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise VideoError(
-            f"{path} cannot be opened as a video or picture ({reason}): it is damaged, incomplete, or "
-            "something else."
-        ) from error

@@ -2,45 +2,41 @@
 
 A stream is copied where the output's container takes it, else converted, else left out, each of which is
 logged. It is written whole, to the container's trailer, since some containers refuse only there. Putting
-the output together later takes packets that have been through it once already.
+the output together later takes packets that have been through it once already. What is ready is used again
+when the job is continued.
 """
 
 from __future__ import annotations
 
-import errno
-import io
 import itertools
+import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from .read import open_container
+from ..files import atomic, sync_file
+from .containers import open_container
 from .streams import is_cover
-from .texts import KNOWN, translate
 from .timeline import Timeline
-from .tracks import Window, kept_words
+from .tracks import Window, kept_words, why_no_cover
+from .ways import NO_TEXT, RefusedError, Way, add_copy, refusals, ways_of
 
 log = logging.getLogger(__name__)
 
-SOUND_CODECS = {"mp4": "aac", "mov": "aac", "matroska": "flac", "webm": "libopus"}
-TEXT_CODECS = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm": "webvtt"}
-"""What sound and text are converted to, by container."""
-NO_TEXT = b"\0\0"
-"""A gap between subtitles in MP4, which the muxer fills by itself."""
-EMPTY_SRT = b"1\n00:00:00,000 --> 00:00:01,000\n \n"
-LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
-"""FFmpeg's default channel layout, by the number of channels less one."""
-DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
-"""Errors that have nothing to do with what is written."""
-
-
-class RefusedError(Exception):
-    """A container or codec does not take a stream."""
+LISTING = "side-list.json"
+"""Names what is whole."""
+OWN_NAME = re.compile(r"side-\d+\.\w+")
+REPORT_PACKETS, REPORT_SECONDS = 50, 10.0
+"""How often it is told how far the source is read: to the caller, and in the log."""
+OnProgress = Callable[[int, int], None]
+"""Gets what is done and what there is in all."""
 
 
 @dataclass(frozen=True)
@@ -55,170 +51,10 @@ class Side:
     first: Fraction
     """When it is first heard or seen, in seconds of the source."""
 
-
-class refusals:  # noqa: N801
-    """A `with` block in which PyAV's errors become `RefusedError`, but for those of the disk."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        import av
-
-        if isinstance(error, (av.FFmpegError, ValueError, RuntimeError, OverflowError)):
-            if getattr(error, "errno", None) in DISK_ERRORS:
-                return
-            raise RefusedError(getattr(error, "strerror", None) or str(error)) from error
-
-
-class Way(Protocol):
-    """How the packets of a stream are written."""
-
-    name: str
-    first: Fraction | None
-    """When the first of it is heard, where only this way of writing knows."""
-
-    def feed(self, packet: Any) -> Iterable[Any]:
-        """The packets that one of the source becomes."""
-        ...
-
-    def drain(self) -> Iterable[Any]:
-        """What is left at the end."""
-        ...
-
-
-class Copied:
-    """Packets as they are."""
-
-    name, first = "", None
-
-    def __init__(self, out: Any, stream: Any) -> None:
-        self.stream = add_copy(out, stream)
-        self.texts = stream.type == "subtitle"
-
-    def feed(self, packet: Any) -> Iterable[Any]:
-        if self.texts and bytes(packet) == NO_TEXT:
-            return ()
-        packet.stream = self.stream
-        return (packet,)
-
-    def drain(self) -> Iterable[Any]:
-        return ()
-
-
-class Translated:
-    """Text subtitles in another container's form."""
-
-    first = None
-
-    def __init__(self, out: Any, stream: Any) -> None:
-        import av
-
-        self.before, self.name = stream.codec_context.name, TEXT_CODECS[out.format.name.split(",")[0]]
-        if self.before not in KNOWN:
-            raise RefusedError("it is no text that can be translated")
-        if hasattr(out, "add_mux_stream"):
-            self.stream = out.add_mux_stream(self.name, time_base=stream.time_base)
-            return
-        if self.name != "subrip":
-            # Older PyAV opens an encoder for every new stream, which subtitles do not have there.
-            raise RefusedError("this PyAV cannot translate it: update the package av")
-        with av.open(io.BytesIO(EMPTY_SRT), format="srt") as text:
-            self.stream = out.add_stream_from_template(text.streams[0], opaque=True)
-
-    def feed(self, packet: Any) -> Iterable[Any]:
-        import av
-
-        if not (text := translate(bytes(packet), self.before, self.name)):
-            return ()
-        converted = av.Packet(text)
-        converted.pts = converted.dts = packet.pts
-        converted.duration, converted.time_base = packet.duration, packet.time_base
-        converted.stream = self.stream
-        return (converted,)
-
-    def drain(self) -> Iterable[Any]:
-        return ()
-
-
-class Encoded:
-    """Sound in another codec. The encoder opens with the first frame, which knows its rate and layout."""
-
-    def __init__(self, out: Any, stream: Any, layout: str | None = None) -> None:
-        self.out, self.layout, self.stream = out, layout, None
-        self.name = SOUND_CODECS[out.format.name.split(",")[0]]
-        self.first: Fraction | None = None
-        self.resampler: Any = None
-        self.kind: tuple[Any, ...] = ()
-
-    def _open(self, frame: Any, layout: str) -> None:
-        rates = self.out.add_stream(self.name, rate=frame.sample_rate or 48000)
-        self.stream, context = rates, rates.codec_context
-        known = context.codec.audio_rates or [frame.sample_rate]
-        rate = frame.sample_rate if frame.sample_rate in known else 48000
-        context.rate, context.layout, context.time_base = rate, self.layout or layout, Fraction(1, rate)
-        formats = [f.name for f in context.codec.audio_formats or []]
-        context.format = frame.format.name if frame.format.name in formats else (formats or ["s16"])[0]
-        # 24 bits and more stay so where the codec has them.
-        if "s32" in formats and frame.format.name.startswith(("s32", "flt", "dbl")):
-            context.format = "s32"
-
-    def feed(self, packet: Any) -> Iterable[Any]:
-        import av
-
-        try:
-            frames = packet.decode()
-        except av.FFmpegError:
-            return
-        for frame in frames:
-            layout = named_layout(frame.layout)
-            if frame.layout.name != layout:
-                frame = with_layout(frame, layout)
-            if self.stream is None:
-                self._open(frame, layout)
-                self.first = None if frame.pts is None else frame.pts * frame.time_base
-            kind = (frame.format.name, layout, frame.sample_rate)
-            if kind != self.kind:
-                yield from self._rest()
-                context = self.stream.codec_context  # type: ignore[attr-defined]
-                self.resampler = av.AudioResampler(context.format, context.layout, context.rate)
-                self.kind = kind
-            for even in self.resampler.resample(frame):
-                yield from self.stream.encode(even)  # type: ignore[attr-defined]
-
-    def _rest(self) -> Iterator[Any]:
-        for even in self.resampler.resample(None) if self.resampler else ():
-            yield from self.stream.encode(even)  # type: ignore[attr-defined]
-
-    def drain(self) -> Iterable[Any]:
-        if self.stream is not None:
-            yield from self._rest()
-            yield from self.stream.encode(None)
-
-
-def named_layout(layout: Any) -> str:
-    """A layout's name; the default for the count of channels where the file does not say."""
-    count = getattr(layout, "nb_channels", 0) or len(layout.channels)
-    return LAYOUTS[count - 1] if layout.name == f"{count} channels" and count <= len(LAYOUTS) else layout.name
-
-
-def with_layout(frame: Any, layout: str) -> Any:
-    """The same samples under another layout."""
-    import av
-
-    named = av.AudioFrame(frame.format.name, layout, frame.samples)
-    named.sample_rate, named.pts, named.time_base = frame.sample_rate, frame.pts, frame.time_base
-    for ours, theirs in zip(named.planes, frame.planes, strict=True):
-        ours.update(bytes(theirs)[: ours.buffer_size].ljust(ours.buffer_size, b"\0"))
-    return named
-
-
-def add_copy(out: Any, stream: Any) -> Any:
-    """A stream of the output for another's packets; sound gets the layout that its file left out."""
-    copy = out.add_stream_from_template(stream, opaque=True)
-    if stream.type == "audio" and (layout := named_layout(stream.layout)) != stream.layout.name:
-        copy.codec_context.layout = layout
-    return copy
+    @property
+    def size(self) -> int:
+        """Bytes on the disk."""
+        return self.path.stat().st_size
 
 
 class Making:
@@ -262,6 +98,7 @@ class Making:
             self._write(self.way.drain())
             if self.first is not None:
                 self.out.close()
+                sync_file(self.path)
                 return Side(self.path, self.index, self.origin, self.first)
         self.drop()
         return None
@@ -290,22 +127,67 @@ def skipped(packet: Any) -> Fraction:
     return Fraction(int.from_bytes(bytes(packet.get_sidedata("skip_samples"))[:4], "little"), rate)
 
 
-def ways_of(stream: Any) -> list[Any]:
-    """The ways to write a stream, the best first."""
-    if stream.type == "subtitle":
-        return [Copied, Translated]
-    return [Copied, Encoded, lambda out, stream: Encoded(out, stream, "stereo")]
+def make_sides(
+    source: Path, container_format: str, folder: Path, on_progress: OnProgress | None = None
+) -> list[Side]:
+    """Files `side-<stream>` in a folder with the sound and the subtitles of a source, for a container.
 
-
-def make_sides(source: Path, container_format: str, folder: Path) -> list[Side]:
-    """Files `joined-side<stream>` in a folder with the sound and the subtitles of a source, for a container.
-
-    What is converted or left out is logged. Raises `VideoError` for a source that cannot be opened, and
-    `OSError` where the disk fails.
+    Where an earlier run made them there, they are used again. What is converted or left out is logged.
+    `on_progress` gets the bytes read and the bytes of the source; an exception from it stops. Raises
+    `VideoError` for a source that cannot be opened, and `OSError` where the disk fails.
     """
+    listing = folder / LISTING
+    sides, said = _listed(listing) or _make(source, container_format, folder, Report(on_progress))
+    for line in said:
+        log.warning(line)
+    with atomic(listing) as file:
+        facts = [{**vars(s), "path": s.path.name, "first": str(s.first), "size": s.size} for s in sides]
+        file.write(json.dumps({"sides": facts, "said": said}).encode())
+    return sides
+
+
+def _listed(listing: Path) -> tuple[list[Side], list[str]] | None:
+    """What an earlier run made whole, and what it said; None where that is not there."""
+    try:
+        found = json.loads(listing.read_text(encoding="utf-8"))
+        sides = []
+        for facts in found["sides"]:
+            size, name = facts.pop("size"), facts.pop("path")
+            if not OWN_NAME.fullmatch(name):
+                return None
+            sides.append(Side(listing.parent / name, first=Fraction(facts.pop("first")), **facts))
+            if sides[-1].size != size:
+                return None
+        return sides, [str(line) for line in found["said"]]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+
+
+class Report:
+    """Tells how far a source is read."""
+
+    def __init__(self, on_progress: OnProgress | None) -> None:
+        self.on_progress = on_progress
+        self.next = time.monotonic() + REPORT_SECONDS
+        self.packets = 0
+
+    def read(self, packet: Any, total: int) -> None:
+        """A packet was read, of a source of `total` bytes."""
+        self.packets += 1
+        if self.packets % REPORT_PACKETS or not packet.pos:
+            return
+        if self.on_progress is not None:
+            self.on_progress(packet.pos, total)
+        if time.monotonic() >= self.next:
+            self.next = time.monotonic() + REPORT_SECONDS
+            log.info("sound and subtitles are made ready: %d %%", 100 * packet.pos // max(1, total))
+
+
+def _make(source: Path, container_format: str, folder: Path, report: Report) -> tuple[list[Side], list[str]]:
+    """Make them, each in the first way that the container takes; and what is to be said of it."""
     with open_container(source) as original:
         wanted = [s for s in original.streams if s.type in ("audio", "subtitle") and s.codec_context]
-        say_what_is_lost(original, container_format)
+        said = what_is_lost(original, container_format)
         ways = {stream.index: ways_of(stream) for stream in wanted}
         names = {
             stream.index: f"{stream.type} stream {stream.index} ({stream.codec_context.name})"
@@ -314,9 +196,8 @@ def make_sides(source: Path, container_format: str, folder: Path) -> list[Side]:
     done: dict[int, Side | None] = {}
     reasons: dict[int, str] = {}
     while left := {index: rest[0] for index, rest in ways.items() if rest and index not in done}:
-        makings = _one_reading(source, container_format, folder, left, reasons)
+        makings = _one_reading(source, container_format, folder, left, reasons, report)
         for index, making in makings.items():
-            name = making.way.name
             try:
                 done[index] = making.finish()
             except RefusedError as refused:
@@ -324,43 +205,40 @@ def make_sides(source: Path, container_format: str, folder: Path) -> list[Side]:
                 making.drop()
                 continue
             if done[index] is None:
-                log.warning("%s is left out: it holds nothing that can be decoded", names[index])
-            elif name:
-                log.warning(
-                    "%s is converted to %s: %s cannot hold it (%s); %s",
-                    names[index],
-                    name,
-                    container_format,
-                    reasons.get(index),
-                    keeps(container_format),
+                said.append(f"{names[index]} is left out: it holds nothing that can be decoded")
+            elif making.way.name:
+                said.append(
+                    f"{names[index]} is converted to {making.way.name}: {container_format} cannot hold it "
+                    f"({reasons.get(index)}); {keeps(container_format)}"
                 )
         for index in left:
             ways[index] = ways[index][1:]
-    for index in sorted(set(ways) - set(done)):
-        log.warning(
-            "%s is left out: %s cannot hold it (%s); %s",
-            names[index],
-            container_format,
-            reasons.get(index),
-            keeps(container_format),
-        )
-    return [side for _, side in sorted(done.items()) if side is not None]
+    said += [
+        f"{names[index]} is left out: {container_format} cannot hold it ({reasons.get(index)}); "
+        f"{keeps(container_format)}"
+        for index in sorted(set(ways) - set(done))
+    ]
+    return [side for _, side in sorted(done.items()) if side is not None], said
 
 
-def say_what_is_lost(original: Any, container_format: str) -> None:
-    """Log the streams that are not copied at all."""
+def what_is_lost(original: Any, container_format: str) -> list[str]:
+    """A sentence for each stream that is not copied at all."""
+    said = []
     for stream in original.streams:
         why = None
         if stream.type in ("audio", "subtitle") and not stream.codec_context:
             why = "its codec is not known"
         elif stream.type == "data" and "timecode" not in stream.metadata:
             why = "its packets are not copied"
-        elif stream.type == "video" and stream.codec_context and is_cover(stream):
-            why = "cover pictures are not copied"
+        elif stream.type == "video" and is_cover(stream):
+            why = why_no_cover(stream, container_format)
         elif stream.type == "attachment" and container_format != "matroska":
             why = "only .mkv holds attached files"
         if why:
-            log.warning("%s stream %d is left out: %s", stream.type, stream.index, why)
+            name = stream.metadata.get("handler_name") or stream.metadata.get("filename")
+            called = f" ({name})" if name else ""
+            said.append(f"{stream.type} stream {stream.index}{called} is left out: {why}")
+    return said
 
 
 def keeps(container_format: str) -> str:
@@ -369,39 +247,59 @@ def keeps(container_format: str) -> str:
 
 
 def _one_reading(
-    source: Path, container_format: str, folder: Path, ways: dict[int, Any], reasons: dict[int, str]
+    source: Path,
+    container_format: str,
+    folder: Path,
+    ways: dict[int, Any],
+    reasons: dict[int, str],
+    report: Report,
 ) -> dict[int, Making]:
     """Read the source once, and write these streams; those that are refused are not among the results."""
-    import av
-
     makings: dict[int, Making] = {}
     with open_container(source) as original:
         for index, way in ways.items():
-            path = folder / f"joined-side{index}.{container_format}"
+            path = folder / f"side-{index}.{container_format}"
             try:
                 makings[index] = Making(original.streams[index], way, path, container_format)
             except RefusedError as refused:
                 reasons.setdefault(index, str(refused))
-        line = Timeline(original)
-        packets = original.demux(line.streams(original, *(original.streams[index] for index in makings)))
-        while makings:
-            try:
-                packet = next(packets, None)
-            except (av.FFmpegError, OSError) as error:
-                log.warning("the sound and subtitles of %s cannot be read to their end (%s)", source, error)
-                break
-            if packet is None:
-                break
-            line.straighten(packet)
-            if not packet.size or (making := makings.get(packet.stream.index)) is None:
-                continue
-            try:
-                making.feed(packet)
-            except RefusedError as refused:
-                reasons.setdefault(making.index, str(refused))
+        try:
+            _feed(original, makings, reasons, report)
+        except BaseException:
+            for making in makings.values():
                 making.drop()
-                del makings[making.index]
+            raise
         return makings
+
+
+def _feed(original: Any, makings: dict[int, Making], reasons: dict[int, str], report: Report) -> None:
+    """Hand each packet of the source to its making; those that are refused are taken out."""
+    import av
+
+    line = Timeline(original)
+    # The picture's packets too: where subtitles are rare, an interrupt is heard only between packets.
+    wanted = [*(original.streams[index] for index in makings), *original.streams.video]
+    packets = original.demux(line.streams(original, *wanted))
+    while makings:
+        try:
+            packet = next(packets, None)
+        except (av.FFmpegError, OSError) as error:
+            log.warning(
+                "the sound and subtitles of %s cannot be read to their end (%s)", original.name, error
+            )
+            return
+        if packet is None:
+            return
+        line.straighten(packet)
+        report.read(packet, original.size)
+        if not packet.size or (making := makings.get(packet.stream.index)) is None:
+            continue
+        try:
+            making.feed(packet)
+        except RefusedError as refused:
+            reasons.setdefault(making.index, str(refused))
+            making.drop()
+            del makings[making.index]
 
 
 def side_packets(out: Any, original: Any, side: Side, window: Window) -> Iterator[tuple[float, Any]] | None:

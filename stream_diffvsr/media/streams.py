@@ -56,7 +56,17 @@ def choose_stream(container: Any, path: Path, wanted: int | None) -> Any:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise VideoError(f"{path} has no video stream that can be decoded, it holds {kinds}.")
     if wanted is None:
-        return max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
+        best = max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
+        if others := [str(s.index) for s in videos if s is not best]:
+            log.warning(
+                "of the video streams of %s only %d (%dx%d) is upscaled, not %s: --stream chooses another",
+                path,
+                best.index,
+                best.width,
+                best.height,
+                ", ".join(others),
+            )
+        return best
     for stream in videos:
         if stream.index == wanted:
             return stream

@@ -1,17 +1,34 @@
-"""What lies beside the picture in a source: words, chapters, attached files; and the window of its time."""
+"""What lies beside the picture in a source: words, chapters, files, covers; and the window of its time."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
+
+from .containers import open_container
+from .streams import is_cover
 
 log = logging.getLogger(__name__)
 
 CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time", "duration"}
 """Metadata that belongs to the file it stood in."""
+
+
+COVERS = {"mjpeg": (".jpg", "image/jpeg"), "png": (".png", "image/png"), "bmp": (".bmp", "image/bmp")}
+"""Codecs of cover pictures that containers hold, with their suffix and media type."""
+
+
+MP4_WORDS = {
+    *("title", "artist", "album_artist", "composer", "album", "date", "comment", "genre", "copyright"),
+    *("grouping", "lyrics", "description", "synopsis", "show", "episode_id", "network", "keywords"),
+    *("episode_sort", "season_number", "media_type", "hd_video", "gapless_playback", "compilation", "track"),
+    *("disc", "tmpo", "sort_name", "sort_artist", "sort_album", "sort_album_artist", "sort_composer"),
+}
+"""Words that MP4 has places for; beside any other it holds no cover."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +80,42 @@ def copy_attachments(out: Any, original: Any) -> None:
         for stream in original.streams:
             if stream.type == "attachment":
                 out.add_attachment(stream.metadata.get("filename", stream.name), stream.mimetype, stream.data)
+
+
+def why_no_cover(stream: Any, container_format: str) -> str | None:
+    """Why a cover picture does not go along; None: it does."""
+    if container_format not in ("mp4", "matroska"):
+        return f"{container_format} holds no cover picture"
+    if not stream.codec_context or stream.codec_context.name not in COVERS:
+        return f"a cover picture is one of {', '.join(COVERS)}"
+    return None
+
+
+def copy_covers(out: Any, original: Any, source: Path, others: Sequence[str]) -> Iterator[tuple[float, Any]]:
+    """Add the cover pictures: a stream of one packet each, with its time; Matroska has them as files.
+
+    `others` are words of the output for which MP4 has no place of their own.
+    """
+    packets = []
+    for cover in original.streams.video:
+        if not is_cover(cover) or why_no_cover(cover, out.format.name):
+            continue
+        with open_container(source) as container:
+            packet = next((p for p in container.demux(container.streams[cover.index]) if p.size), None)
+        if packet is None:
+            continue
+        suffix, kind = COVERS[cover.codec_context.name]
+        if out.format.name == "matroska":
+            if hasattr(out, "add_attachment"):
+                out.add_attachment(cover.metadata.get("filename") or f"cover{suffix}", kind, bytes(packet))
+        elif others:
+            log.warning(
+                "the cover picture is left out: beside %s, mp4 holds none; an output .mkv does",
+                ", ".join(others),
+            )
+        else:
+            stream = out.add_stream_from_template(cover, opaque=True)
+            stream.disposition = cover.disposition.value
+            packet.stream, packet.pts, packet.dts = stream, 0, 0
+            packets.append((float("-inf"), packet))
+    return iter(packets)

@@ -1,0 +1,43 @@
+"""Files are opened here: what cannot be read is said plainly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..errors import VideoError
+
+
+def check_readable(path: Path) -> None:
+    """Say plainly why a path cannot be read."""
+    if not path.exists():
+        raise VideoError(f"{path} does not exist: check the path.")
+    try:
+        if path.is_dir():
+            next(path.iterdir(), None)
+            return
+        if not path.is_file():
+            raise VideoError(
+                f"{path} is a pipe or a device, which is read only once: save it as a file first."
+            )
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise VideoError(f"{path} cannot be read ({error.strerror}): check its permissions.") from error
+    if empty:
+        raise VideoError(f"{path} is empty: copy or download it again.")
+
+
+def open_container(path: Path, form: str | None = None) -> Any:
+    """An open `av` container for reading, of a format if it is known; raises `VideoError` with the reason."""
+    import av
+
+    try:
+        # Absolute: what stands before a colon would be taken for a protocol.
+        return av.open(str(path.absolute()), format=form, metadata_errors="ignore")
+    except (av.FFmpegError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise VideoError(
+            f"{path} cannot be opened as a video or picture ({reason}): it is damaged, incomplete, or "
+            "something else."
+        ) from error

@@ -1,0 +1,198 @@
+"""How a stream of sound or subtitles is written: copied, its text translated, or its sound encoded anew."""
+
+from __future__ import annotations
+
+import errno
+import io
+from collections.abc import Iterable, Iterator
+from fractions import Fraction
+from typing import Any, Protocol
+
+from .texts import KNOWN, translate
+
+SOUND_CODECS = {"mp4": "aac", "mov": "aac", "matroska": "flac", "webm": "libopus"}
+TEXT_CODECS = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm": "webvtt"}
+"""What sound and text are converted to, by container."""
+NO_TEXT = b"\0\0"
+"""A gap between subtitles in MP4, which the muxer fills by itself."""
+EMPTY_SRT = b"1\n00:00:00,000 --> 00:00:01,000\n \n"
+LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
+"""FFmpeg's default channel layout, by the number of channels less one."""
+DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
+"""Errors that have nothing to do with what is written."""
+
+
+class RefusedError(Exception):
+    """A container or codec does not take a stream."""
+
+
+class refusals:  # noqa: N801
+    """A `with` block in which PyAV's errors become `RefusedError`, but for those of the disk."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        import av
+
+        if isinstance(error, (av.FFmpegError, ValueError, RuntimeError, OverflowError)):
+            if getattr(error, "errno", None) in DISK_ERRORS:
+                return
+            raise RefusedError(getattr(error, "strerror", None) or str(error)) from error
+
+
+class Way(Protocol):
+    """How the packets of a stream are written."""
+
+    name: str
+    first: Fraction | None
+    """When the first of it is heard, where only this way of writing knows."""
+
+    def feed(self, packet: Any) -> Iterable[Any]:
+        """The packets that one of the source becomes."""
+        ...
+
+    def drain(self) -> Iterable[Any]:
+        """What is left at the end."""
+        ...
+
+
+class Copied:
+    """Packets as they are."""
+
+    name, first = "", None
+
+    def __init__(self, out: Any, stream: Any) -> None:
+        self.stream = add_copy(out, stream)
+        self.texts = stream.type == "subtitle"
+
+    def feed(self, packet: Any) -> Iterable[Any]:
+        if self.texts and bytes(packet) == NO_TEXT:
+            return ()
+        packet.stream = self.stream
+        return (packet,)
+
+    def drain(self) -> Iterable[Any]:
+        return ()
+
+
+class Translated:
+    """Text subtitles in another container's form."""
+
+    first = None
+
+    def __init__(self, out: Any, stream: Any) -> None:
+        import av
+
+        self.before, self.name = stream.codec_context.name, TEXT_CODECS[out.format.name.split(",")[0]]
+        if self.before not in KNOWN:
+            raise RefusedError("it is no text that can be translated")
+        if hasattr(out, "add_mux_stream"):
+            self.stream = out.add_mux_stream(self.name, time_base=stream.time_base)
+            return
+        if self.name != "subrip":
+            # Older PyAV opens an encoder for every new stream, which subtitles do not have there.
+            raise RefusedError("this PyAV cannot translate it: update the package av")
+        with av.open(io.BytesIO(EMPTY_SRT), format="srt") as text:
+            self.stream = out.add_stream_from_template(text.streams[0], opaque=True)
+
+    def feed(self, packet: Any) -> Iterable[Any]:
+        import av
+
+        if not (text := translate(bytes(packet), self.before, self.name)):
+            return ()
+        converted = av.Packet(text)
+        converted.pts = converted.dts = packet.pts
+        converted.duration, converted.time_base = packet.duration, packet.time_base
+        converted.stream = self.stream
+        return (converted,)
+
+    def drain(self) -> Iterable[Any]:
+        return ()
+
+
+class Encoded:
+    """Sound in another codec. The encoder opens with the first frame, which knows its rate and layout."""
+
+    def __init__(self, out: Any, stream: Any, layout: str | None = None) -> None:
+        self.out, self.layout, self.stream = out, layout, None
+        self.name = SOUND_CODECS[out.format.name.split(",")[0]]
+        self.first: Fraction | None = None
+        self.resampler: Any = None
+        self.kind: tuple[Any, ...] = ()
+
+    def _open(self, frame: Any, layout: str) -> None:
+        rates = self.out.add_stream(self.name, rate=frame.sample_rate or 48000)
+        self.stream, context = rates, rates.codec_context
+        known = context.codec.audio_rates or [frame.sample_rate]
+        rate = frame.sample_rate if frame.sample_rate in known else 48000
+        context.rate, context.layout, context.time_base = rate, self.layout or layout, Fraction(1, rate)
+        formats = [f.name for f in context.codec.audio_formats or []]
+        context.format = frame.format.name if frame.format.name in formats else (formats or ["s16"])[0]
+        # 24 bits and more stay so where the codec has them.
+        if "s32" in formats and frame.format.name.startswith(("s32", "flt", "dbl")):
+            context.format = "s32"
+
+    def feed(self, packet: Any) -> Iterable[Any]:
+        import av
+
+        try:
+            frames = packet.decode()
+        except av.FFmpegError:
+            return
+        for frame in frames:
+            layout = named_layout(frame.layout)
+            if frame.layout.name != layout:
+                frame = with_layout(frame, layout)
+            if self.stream is None:
+                self._open(frame, layout)
+                self.first = None if frame.pts is None else frame.pts * frame.time_base
+            kind = (frame.format.name, layout, frame.sample_rate)
+            if kind != self.kind:
+                yield from self._rest()
+                context = self.stream.codec_context  # type: ignore[attr-defined]
+                self.resampler = av.AudioResampler(context.format, context.layout, context.rate)
+                self.kind = kind
+            for even in self.resampler.resample(frame):
+                yield from self.stream.encode(even)  # type: ignore[attr-defined]
+
+    def _rest(self) -> Iterator[Any]:
+        for even in self.resampler.resample(None) if self.resampler else ():
+            yield from self.stream.encode(even)  # type: ignore[attr-defined]
+
+    def drain(self) -> Iterable[Any]:
+        if self.stream is not None:
+            yield from self._rest()
+            yield from self.stream.encode(None)
+
+
+def named_layout(layout: Any) -> str:
+    """A layout's name; the default for the count of channels where the file does not say."""
+    count = getattr(layout, "nb_channels", 0) or len(layout.channels)
+    return LAYOUTS[count - 1] if layout.name == f"{count} channels" and count <= len(LAYOUTS) else layout.name
+
+
+def with_layout(frame: Any, layout: str) -> Any:
+    """The same samples under another layout."""
+    import av
+
+    named = av.AudioFrame(frame.format.name, layout, frame.samples)
+    named.sample_rate, named.pts, named.time_base = frame.sample_rate, frame.pts, frame.time_base
+    for ours, theirs in zip(named.planes, frame.planes, strict=True):
+        ours.update(bytes(theirs)[: ours.buffer_size].ljust(ours.buffer_size, b"\0"))
+    return named
+
+
+def add_copy(out: Any, stream: Any) -> Any:
+    """A stream of the output for another's packets; sound gets the layout that its file left out."""
+    copy = out.add_stream_from_template(stream, opaque=True)
+    if stream.type == "audio" and (layout := named_layout(stream.layout)) != stream.layout.name:
+        copy.codec_context.layout = layout
+    return copy
+
+
+def ways_of(stream: Any) -> list[Any]:
+    """The ways to write a stream, the best first."""
+    if stream.type == "subtitle":
+        return [Copied, Translated]
+    return [Copied, Encoded, lambda out, stream: Encoded(out, stream, "stereo")]
