@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 FORMAT = 2
 LOCK, OWNER = "lock", "owner"
 RECORDS = "segment-*.json"
-OWN_FILES = re.compile(r"journal\.json|(main|compare|joined|state|segment)-[-\w]+\.\w+|\..*\.part")
+OWN_FILES = re.compile(r"journal\.json|(main|compare|joined|state|segment|side)-[-\w]+\.\w+|\..*\.part")
 """Names of the files that are written here, and may be deleted."""
 PIECE = 1 << 20
 
@@ -279,7 +279,8 @@ class WorkFolder:
             known |= {segment.record, segment.state, *segment.digests}
         joined = journal.finished >= 0
         for file in self._files():
-            if file.name not in known and not (joined and file.name.startswith("joined-")):
+            whole = file.name.startswith("side-") or (joined and file.name.startswith("joined-"))
+            if file.name not in known and not whole:
                 file.unlink()
 
     def check(self, segments: Iterable[Segment]) -> None:

@@ -15,8 +15,9 @@ from ..files import sync_folder
 from ..media.join import Part, join
 from ..media.pictures import Picture
 from ..media.read import VideoSource
-from ..media.sides import RefusedError, Side, make_sides
+from ..media.sides import OnProgress, Side, make_sides
 from ..media.tracks import Window
+from ..media.ways import RefusedError
 from ..media.write import Sink, container_of
 from .prepare import Prepared, check_space
 
@@ -32,6 +33,8 @@ class Output:
     def __init__(self, prepared: Prepared, folder: Path) -> None:
         self.prepared, self.folder = prepared, folder
         self.sides: list[Side] = []
+        self.words = True
+        """Whether chapters, words, covers and attached files go along: until they are refused."""
 
     @property
     def videos(self) -> Mapping[str, Path]:
@@ -41,15 +44,15 @@ class Output:
         """Where a file is until it is whole."""
         return self.folder / f"joined-{name}{self.videos[name].suffix.lower()}"
 
-    def rehearse(self, sinks: Mapping[str, Sink]) -> None:
+    def rehearse(self, sinks: Mapping[str, Sink], on_progress: OnProgress | None = None) -> None:
         """Put a black frame together with all that goes beside the picture, as the output will be.
 
-        What a container refuses shows here and not after hours of work. Raises `VideoError` where it
-        refuses the picture itself.
+        What a container refuses shows here and not after hours of work. `on_progress` hears how far the
+        source is read for its sound and subtitles. Raises `VideoError` where the picture itself is refused.
         """
         job = self.prepared.job
         if "main" in self.videos and job.audio and isinstance(self.prepared.source, VideoSource):
-            self.sides = make_sides(job.source, container_of(job.output) or "", self.folder)
+            self.sides = make_sides(job.source, container_of(job.output) or "", self.folder, on_progress)
         for name, (_, encoding) in self.prepared.videos.items():
             sink = sinks[name]
             sink.begin(REHEARSAL)
@@ -79,7 +82,6 @@ class Output:
         if not main:
             parts = [replace(part, name=part.compare, depth=part.compare_depth) for part in parts]
         copies = main and job.audio and isinstance(source, VideoSource)
-        sides = self.sides if main else []
         while True:
             try:
                 return join(
@@ -90,23 +92,18 @@ class Output:
                     encoding,
                     source=job.source if copies else None,
                     stream=source.stream_index if isinstance(source, VideoSource) else None,
-                    sides=sides,
+                    sides=self.sides if copies else [],
+                    words=self.words,
                     metadata=job.metadata if main else {},
                     window=window,
                 )
             except RefusedError as refused:
-                if sides:
-                    # Each was taken by itself: it is the last that is one too many.
-                    *sides, last = sides
-                    self.sides = sides
-                    log.warning("stream %d is left out: %s (an output .mkv keeps it)", last.index, refused)
-                elif copies:
-                    copies = False
-                    log.warning("chapters, words and attached files are left out: %s", refused)
-                else:
+                if not (copies and self.words):
                     raise VideoError(
                         f"{path.name} cannot be written ({refused}): choose another --codec or suffix."
                     ) from refused
+                self.words = False
+                log.warning("chapters, words, covers and attached files are left out: %s", refused)
 
     def _window(self, parts: Sequence[Part], finished: bool) -> Window:
         """The time of the source that the parts cover; a job that starts later has its start at 0.

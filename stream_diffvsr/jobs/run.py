@@ -65,7 +65,10 @@ class Run:
         with self.work.locked():
             self.journal = self._begin()
             if not self._finished():
-                self.output.rehearse(self.sinks)
+                self.output.rehearse(self.sinks, functools.partial(self._guarded, "sound and subtitles"))
+                if self.output.sides:
+                    # So that they are found again, whatever happens before the first segment is done.
+                    self.work.save(self.journal)
                 yield from self._upscale()
                 self._join()
             self._complete()
@@ -73,6 +76,9 @@ class Run:
     def _upscale(self) -> Iterator[JobProgress]:
         """Upscale the frames that are left; afterwards `journal` has all segments."""
         raise NotImplementedError
+
+    def _guarded(self, stage: str, index: int, total: int) -> None:
+        """Tell a caller how far a stage is; an exception from it means cancel."""
 
     def _begin(self) -> Journal:
         """The journal to go on with, or a new one. Raises `VideoError` where that is refused."""
@@ -85,8 +91,10 @@ class Run:
         now = Journal(
             identity(self.job.source), settings(self.model, self.prepared), versions(self.model.device)
         )
-        if before is None:
-            self.work.clear()
+        if before is None or not before.segments:
+            if before is None or before.source != now.source:
+                self.work.clear()
+            self.work.remove_leftovers(now)
             size = self.job.sizes.model(*self.prepared.size)
             return replace(now, provenance=self.model.provenance(size, self.job.options).to_texts())
         journal = continue_from(before, now, self.work.folder)

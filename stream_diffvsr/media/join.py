@@ -51,11 +51,12 @@ def join(
     source: Path | None,
     stream: int | None = None,
     sides: Sequence[Side] = (),
+    words: bool = True,
     metadata: Mapping[str, str],
     window: Window,
 ) -> None:
-    """Write `target` from the segments, with the words, chapters and files of `source` unless that is None,
-    and with what was made ready of its sound and subtitles; `stream` is its picture's.
+    """Write `target` from the segments, with what was made ready of the sound and subtitles of `source`,
+    unless that is None, and with its words, chapters, covers and files; `stream` is its picture's.
 
     `target` is synced to the disk. Raises `RefusedError` where the container does not take it, `OSError`
     where reading or writing fails.
@@ -64,9 +65,9 @@ def join(
 
     with refusals(), ExitStack() as stack:
         original = None if source is None else stack.enter_context(open_container(source))
-        words = {} if original is None else kept_words(original.metadata)
-        words.update(metadata)
-        others = sorted(words.keys() - MP4_WORDS) if container_format in ("mp4", "mov") else []
+        tags = {} if original is None or not words else kept_words(original.metadata)
+        tags.update(metadata)
+        others = sorted(tags.keys() - MP4_WORDS) if container_format in ("mp4", "mov") else []
         options = {}
         if container_format in ("mp4", "mov"):
             # Both clocks of the file count in the source's ticks, so that a late start is exact too.
@@ -78,15 +79,16 @@ def join(
         )
         video = add_video(out, files[0], encoding)
         streams = [video_packets(files, parts, encoding, video, window.ticks(encoding.time_base))]
-        out.metadata.update(words)
+        out.metadata.update(tags)
         if source is not None and original is not None:
-            if stream is not None:
+            if words and stream is not None:
                 keep_words_of_video(video, original.streams[stream], window)
             found = (side_packets(out, original, side, window) for side in sides)
             streams += [packets for packets in found if packets is not None]
-            copy_attachments(out, original)
-            streams.append(copy_covers(out, original, source, others))
-            copy_chapters(out, original, window)
+            if words:
+                copy_attachments(out, original)
+                streams.append(copy_covers(out, original, source, others))
+                copy_chapters(out, original, window)
         mux(out, streams)
     sync_file(target)
 
