@@ -18,6 +18,7 @@ from .families.diffvsr import options as diffvsr_options
 from .families.diffvsr.check import default_flow
 from .families.diffvsr.check import problem as diffvsr_problem
 from .families.diffvsr.counted import Needs
+from .families.diffvsr.fastest import fastest
 from .families.diffvsr.options import UpscaleOptions
 from .families.diffvsr.parts import NETWORKS, SCHEDULER_CONFIG, open_part
 from .families.diffvsr.pipeline import StreamDiffVSRPipeline
@@ -34,6 +35,7 @@ from .families.swiftvr import options as swiftvr_options
 from .families.swiftvr.options import SwiftVROptions
 from .files import read_json
 from .flow import open_flow
+from .runtimes.choose import open_runtime
 from .runtimes.torch import quantized
 from .upscaler import Upscaler
 from .weights.fetch import OnProgress, fetch, usual_targets
@@ -115,6 +117,8 @@ def load_pipeline(
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
     quantize: str = "none",
     version: str | None = None,
+    runtime: str = "torch",
+    provider: str = "auto",
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> StreamDiffVSRPipeline: ...
@@ -127,6 +131,8 @@ def load_pipeline(
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
     quantize: str = "none",
     version: str | None = None,
+    runtime: str = "torch",
+    provider: str = "auto",
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> Upscaler: ...
@@ -138,6 +144,8 @@ def load_pipeline(
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
     quantize: str = "none",
     version: str | None = None,
+    runtime: str = "torch",
+    provider: str = "auto",
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> Upscaler:
@@ -149,17 +157,21 @@ def load_pipeline(
     folder of FlashVSR with another name than the published one. `dtype` is that of the networks; frames,
     flow, warp, state and scheduler arithmetic are float32 always. `flow` and `quantize` are
     Stream-DiffVSR's: `quantize` 'int8' and 'fp8' approximate linear layers in 8 bits (they need torchao,
-    'fp8' also a GPU that has it).
+    'fp8' also a GPU that has it). So is `runtime`, which computes its networks: 'torch', 'openvino', 'onnx',
+    or 'auto': the fastest exact one of those that are installed, measured once. `provider` is its device:
+    'auto', 'cpu', 'gpu' or 'npu' for OpenVINO, 'auto', 'cpu', 'cuda' or 'tensorrt' for ONNX Runtime.
     `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
     download, which resumes from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
     """
     folders = list(extra_folders)
     family = family_named(source, folders)
-    _refuse_what_is_not_there(family, flow, quantize, version)
-    chosen_device = resolve_device(device)
+    _refuse_what_is_not_there(family, flow, quantize, version, runtime)
+    # OpenVINO takes its frames from the CPU.
+    chosen_device = resolve_device("cpu" if (runtime, device) == ("openvino", "auto") else device)
+    other = open_runtime(runtime, provider, chosen_device, dtype, quantize)
     quantized.check(quantize, chosen_device)
-    chosen_dtype = resolve_dtype(dtype, chosen_device)
+    chosen_dtype = resolve_dtype(dtype, chosen_device) if other is None else other.dtype
     folder = resolve(source, folders) or download(str(source), folders, on_progress=on_progress)
     if family == "flashvsr":
         release = RELEASES.get(str(source)) or release_named(folder.name)
@@ -171,12 +183,17 @@ def load_pipeline(
         return image.open_image_model(folder, chosen_device, chosen_dtype)
     pipe = diffvsr.open_diffvsr(folder, chosen_device, chosen_dtype, flow, models_folders(folders))
     pipe.quantize(quantize)
-    return pipe
+    if other is not None:
+        return pipe.on(other)
+    return fastest(pipe) if runtime == "auto" else pipe
 
 
-def _refuse_what_is_not_there(family: str, flow: object, quantize: str, version: str | None) -> None:
+def _refuse_what_is_not_there(
+    family: str, flow: object, quantize: str, version: str | None, runtime: str
+) -> None:
     """Settings of the loader that only one family has."""
     own = {"flow": ("diffvsr", flow, "auto"), "quantize": ("diffvsr", quantize, "none")}
+    own["runtime"] = ("diffvsr", runtime, "torch")
     for name, (owner, value, usual) in {**own, "version": ("flashvsr", version, None)}.items():
         if family != owner and value != usual:
             raise IncompatibleInputError(

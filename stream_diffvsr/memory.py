@@ -23,7 +23,13 @@ MESSAGES = (
     "not enough memory",  # the same on Windows
     "_status_alloc_failed",  # cuDNN and cuBLAS
     "insufficient memory",  # OpenCV
+    "bad alloc",  # OpenVINO
+    "bad_alloc",
+    "failed to allocate",  # ONNX Runtime
 )
+
+LIBRARIES = ("cv2", "onnxruntime")
+"""Whose errors are no `RuntimeError`."""
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -33,7 +39,7 @@ def is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     message = str(error).lower()
-    known = isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] == "cv2"
+    known = isinstance(error, RuntimeError) or type(error).__module__.partition(".")[0] in LIBRARIES
     return known and any(text in message for text in MESSAGES)
 
 

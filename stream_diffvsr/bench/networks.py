@@ -14,7 +14,6 @@ from ..devices import resolve_device, resolve_dtype
 from ..errors import IncompatibleInputError
 from ..families.diffvsr.build import from_config
 from ..families.diffvsr.control import Control, Residuals
-from ..families.diffvsr.folded import unfold
 from ..families.diffvsr.networks import TorchNetworks
 from ..families.diffvsr.parts import NETWORKS
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
@@ -101,9 +100,8 @@ class PlainControl(Control):
 
 
 def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """The same weights run the reference's way: in float32, nothing folded or computed once that could be."""
+    """The same weights run the reference's way: in float32, nothing computed once that could be."""
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
-    unfold(stages["unet"], stages["vae"])  # type: ignore[arg-type]
     for network in stages.values():
         network.float()
         torch.nn.Module.to(network, memory_format=torch.contiguous_format)

@@ -22,7 +22,7 @@ SIZE = "160x90"
 SIZES = ("320x180", "480x270", "640x360", "960x540")
 """LQ sizes of 720p, 1080p, 1440p and 2160p."""
 
-TOLD = ("model", "preset", "compile_mode", "device", "dtype", "flow", "threads", "torch")
+TOLD = ("model", "preset", "compile_mode", "device", "dtype", "runtime", "flow", "threads", "torch")
 """The settings that the line above the table names."""
 
 
@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..bench.measure import matrix_rate, measure
     from ..bench.networks import open_model, plain
+    from ..families.diffvsr.fastest import with_runtime
 
     keep_freed_memory()
     if args.threads:
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
     pipe = open_model(args.model, args.device, args.dtype, args.flow)
     other = plain(pipe) if args.plain else None
     pipe.quantize(args.quantize)
+    pipe = with_runtime(pipe, args.runtime, args.provider, args.dtype, args.quantize)
     options = UpscaleOptions(**with_preset(PRESETS, args.preset, given(args, UpscaleOptions)))
     results = []
     for width, height in sizes:
@@ -88,6 +90,7 @@ def environment(pipe: StreamDiffVSRPipeline) -> dict[str, str | int]:
         if cuda
         else platform.processor() or platform.machine(),
         "dtype": pipe.number_format,
+        "runtime": f"{pipe.runtime} {pipe.runtime_details}".strip(),
         "flow": pipe.flow.name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -107,12 +110,12 @@ def table(report: dict) -> str:
 
 def _row(result: dict, stages: Sequence[str], matrix_rate: float) -> list[str]:
     times = [result["milliseconds"], result["fps"], result["first_frame"], *map(result["stages"].get, stages)]
-    ratio, rate = result["plain_ratio"], result["rates"]["denoise"]
+    ratio, rate = result["plain_ratio"], result["rates"].get("denoise")
     return [
         f"{result['width']}x{result['height']}",
         *(f"{value:.1f}" for value in times),
         f"{result['peak_mb']:.0f}",
-        f"{rate / 1000:.2f} TFLOP/s, {rate / matrix_rate:.0%}",
+        f"{rate / 1000:.2f} TFLOP/s, {rate / matrix_rate:.0%}" if rate else "",
         f"{ratio:.3f}" if ratio else "",
     ]
 

@@ -7,6 +7,7 @@ import argparse
 from ..devices import DTYPES
 from ..flow import FLOW_MODELS
 from ..load import load_pipeline
+from ..runtimes.choose import PROVIDERS, RUNTIMES
 from ..runtimes.torch.quantized import QUANTIZATIONS
 from ..upscaler import Upscaler
 from ..weights.released import RELEASES
@@ -14,7 +15,7 @@ from .output import PROGRESS, download_bar
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype, --quantize, --flow, --progress."""
+    """--model, --device, --dtype, --quantize, --runtime, --provider, --flow, --progress."""
     parser.add_argument(
         "--model",
         default="nano",
@@ -36,6 +37,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="none",
         choices=QUANTIZATIONS,
         help="Run linear layers in 8 bits, an approximation that needs torchao. Default: none.",
+    )
+    parser.add_argument(
+        "--runtime",
+        default="torch",
+        choices=RUNTIMES,
+        help="What computes the networks of Stream-DiffVSR: PyTorch, OpenVINO (faster on a CPU), ONNX "
+        "Runtime, or auto: the fastest exact one that is installed, measured once. The first run with "
+        "another one than torch converts the model, which takes minutes. Default: torch.",
+    )
+    parser.add_argument(
+        "--provider",
+        default="auto",
+        choices=PROVIDERS,
+        help="What the runtime runs on: cpu, gpu or npu with openvino; cpu, cuda or tensorrt with onnx. Only "
+        "cpu has been run on hardware so far. Default: auto.",
     )
     parser.add_argument(
         "--flow",
@@ -60,5 +76,7 @@ def open_model(args: argparse.Namespace) -> Upscaler:
             dtype=args.dtype,
             flow=args.flow,
             quantize=args.quantize,
+            runtime=args.runtime,
+            provider=args.provider,
             on_progress=on_progress,
         )

@@ -51,7 +51,9 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
         try:
             mode = compile_mode if dtype == pipe.dtype else compilation.OFF
             need = pipe.stage_bytes(frame, plan)
-            networks = pipe.torch_networks.calls(plan, pipe.dtype, dtype, pipe.placement, need)
+            networks = (pipe.built or pipe.torch_networks).calls(
+                plan, pipe.dtype, dtype, pipe.placement, need
+            )
             with repeatable(), compilation.compiled(pipe.stages.values(), mode), networks as calls:
                 here = replace(frame.to(pipe.device), plan=plan)
                 hq = upscale(here, calls, *pipe.prepared(frame.options, dtype))

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from ...tensors import SCALE
 from ...tiling import Band, bands
 from .control import Control
-from .folded import parts_of
 from .vae import POOL, Decoder, Encoder, TemporalAutoencoderTiny, TemporalBlock
 
 Layers = Sequence[nn.Module]
@@ -81,7 +80,7 @@ class Rows:
 def reach(layers: Iterable[nn.Module]) -> int:
     """How many rows of input beyond its own a band's output depends on, above and below."""
     rows = 0
-    for layer in reversed(list(parts_of(layers))):
+    for layer in reversed(list(layers)):
         if isinstance(layer, nn.Conv2d):
             rows = rows * layer.stride[0] + layer.kernel_size[0] // 2
         elif isinstance(layer, TemporalBlock):
@@ -93,7 +92,7 @@ def reach(layers: Iterable[nn.Module]) -> int:
 
 def growth(layers: Iterable[nn.Module]) -> int:
     """How many rows come out for one that goes in."""
-    return 2 ** sum(isinstance(layer, nn.Upsample) for layer in parts_of(layers))
+    return 2 ** sum(isinstance(layer, nn.Upsample) for layer in layers)
 
 
 def _encoder_segments(encoder: Encoder) -> list[Layers]:
@@ -111,7 +110,7 @@ def _decoder_segments(decoder: Decoder) -> list[Layers]:
 
 
 def _halves(layer: nn.Module) -> bool:
-    return any(isinstance(part, nn.Conv2d) and part.stride[0] == 2 for part in parts_of([layer]))
+    return isinstance(layer, nn.Conv2d) and layer.stride[0] == 2
 
 
 def _blocks(layers: Layers) -> list[int]:

@@ -23,7 +23,6 @@ from ...tiling import Tile
 from ...upscaler import Placement
 from . import bands
 from .control import Control, Residuals
-from .folded import fold
 from .plan import Plan
 from .vae import TemporalAutoencoderTiny, reduce_like
 
@@ -101,7 +100,6 @@ class TorchNetworks:
         # Weights outlive the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             upcast_attention(self.unet, self.controlnet)
-            fold(self.unet, self.vae)
             # Convolutions take channels last: else each call brings pictures and weights into that order.
             # The larger networks come so where they were copied, and else stay in their mapped files.
             nn.Module.to(self.vae, memory_format=torch.channels_last)
@@ -171,28 +169,33 @@ class TorchCalls:
         device, home = self._enter("unet", "controlnet", "unet"), x.device
         x, prompt = x.to(device, self.dtype), prompt.to(device, self.dtype)
         timestep = timestep.to(device)
-        down, middle = self._residuals(x, timestep, prompt, guidance, slot)
-        prediction = self.networks.unet(
+        residuals = self._residuals(x, timestep, prompt, guidance, slot)
+        return self._unet(x, timestep, prompt, residuals).float().to(home)
+
+    def _unet(self, x: Tensor, timestep: Tensor, prompt: Tensor, residuals: Residuals | None) -> Tensor:
+        down, middle = residuals or (None, None)
+        return self.networks.unet(
             x,
             timestep,
             encoder_hidden_states=prompt,
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
             return_dict=False,
-        )
-        return prediction[0].float().to(home)
+        )[0]
+
+    def _control(self, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: Guidance) -> Residuals:
+        return self.networks.controlnet(x, timestep, prompt, guidance.embedding, guidance.scale)
 
     def _residuals(
         self, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: Guidance | None, slot: int
-    ) -> Residuals | tuple[None, None]:
+    ) -> Residuals | None:
         """What the ControlNet adds: nothing without guidance, kept ones, or new ones."""
         if guidance is None:
-            return None, None
+            return None
         if guidance.again and slot in self._kept:
             return self._kept[slot]
         self._kept.pop(slot, None)
-        residuals = self.networks.controlnet(x, timestep, prompt, guidance.embedding, guidance.scale)
-        residuals = _fade(residuals, guidance.trust)
+        residuals = _fade(self._control(x, timestep, prompt, guidance), guidance.trust)
         if guidance.keep:
             self._kept[slot] = residuals
         return residuals

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,10 +17,12 @@ from ... import upscaler
 from ...errors import IncompatibleInputError
 from ...flow import FlowEstimator
 from ...memory import is_out_of_memory
+from ...runtimes.graph import Runtime
 from ...runtimes.torch import compilation, quantized
 from ...tensors import MINIMUM_SIDE, SCALE, check_frame, check_shape, padded_size
 from ...upscaler import FixedPlacement, Info, OnStep, Placement, Provenance, State, Upscaled, ignore
 from .attempts import OVERFLOWED, attempt, outside_the_networks
+from .built import BuiltNetworks
 from .control import Control
 from .counted import Needs
 from .denoise import Schedule
@@ -71,6 +74,7 @@ class StreamDiffVSRPipeline:
     ) -> None:
         self.torch_networks = TorchNetworks(flow, unet, control, vae, traits.centred_flow)
         self.torch_networks.prepare()
+        self.built: BuiltNetworks | None = None
         self.placement: Placement = FixedPlacement(device)
         self.prompts, self.scheduler_config = prompts, scheduler_config
         self.device, self.dtype, self.model, self.traits = device, dtype, model, traits
@@ -90,9 +94,34 @@ class StreamDiffVSRPipeline:
             quantized.quantize(kind, self.torch_networks.unet, self.torch_networks.controlnet)
             self.number_format += f", linear layers {kind}"
 
+    def on(self, runtime: Runtime) -> StreamDiffVSRPipeline:
+        """A pipeline that shares everything with this one, and has `runtime` compute its networks.
+
+        Raises `IncompatibleInputError` where these are not in the number format that the runtime takes.
+        """
+        if self.dtype != runtime.dtype or self.number_format != str(self.dtype).removeprefix("torch."):
+            wanted = str(runtime.dtype).removeprefix("torch.")
+            raise IncompatibleInputError(
+                f"a model loaded in {wanted} for runtime {runtime.name}", self.number_format
+            )
+        other = copy.copy(self)
+        other.built = BuiltNetworks(self.torch_networks, runtime)
+        other.number_format = runtime.number_format
+        return other
+
+    @property
+    def runtime(self) -> str:
+        """What computes the networks: torch, openvino or onnx."""
+        return "torch" if self.built is None else self.built.runtime.name
+
+    @property
+    def runtime_details(self) -> str:
+        """What else than the weights its numbers depend on; '' with PyTorch."""
+        return "" if self.built is None else self.built.runtime.details
+
     @property
     def info(self) -> Info:
-        return Info(FAMILY, self.model, self.number_format, scales=(float(SCALE),), minimum=MINIMUM_SIDE)
+        return Info(FAMILY, self.model, self.number_format, self.runtime, (float(SCALE),), MINIMUM_SIDE)
 
     @property
     def stages(self) -> dict[str, nn.Module]:
@@ -258,15 +287,19 @@ class StreamDiffVSRPipeline:
         self, options: UpscaleOptions, plan: Plan, size: tuple[int, int], details: Mapping[str, str]
     ) -> Provenance:
         now = {"flow": self.flow.name, "compilation": self._compile_mode(options)}
+        if self.built is not None:
+            now[self.runtime] = self.runtime_details
         return Provenance(
             self.model,
             self.number_format,
-            "torch",
+            self.runtime,
             asdict(options),
             {**details, **now, **plan_details(plan, size)},
         )
 
     def _compile_mode(self, options: UpscaleOptions) -> str:
+        if self.built is not None:
+            return compilation.OFF
         return compilation.in_force(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:

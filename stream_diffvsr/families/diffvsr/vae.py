@@ -61,7 +61,8 @@ class TemporalBlock(nn.Module):
         between the two leak into each other: so does the reference.
         """
         sequence = torch.cat([current.flatten(2), previous.flatten(2)], dim=2)
-        now, before = self.temporal_processor(sequence).chunk(2, dim=2)
+        mixed, half = self.temporal_processor(sequence), current.shape[-2] * current.shape[-1]
+        now, before = mixed[..., :half], mixed[..., half:]
         return (self.alpha * now + (1 - self.alpha) * before).reshape(current.shape)
 
 

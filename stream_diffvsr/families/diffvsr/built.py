@@ -1,0 +1,230 @@
+"""The networks as graphs of another runtime than PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ...runtimes.graph import Call, Graph, Runtime
+from ...tensors import SCALE
+from ...upscaler import Placement
+from .control import Control, Residuals
+from .networks import Guidance, TorchCalls, TorchNetworks
+from .plan import Plan
+from .vae import TemporalAutoencoderTiny, TemporalBlock, reduce_like
+
+EXAMPLE = (5, 7)
+"""Height and width of the latents in an export, in units of what the U-Net reduces: nothing else is so."""
+
+
+@dataclass(eq=False)
+class BuiltNetworks:
+    """The networks of a checkpoint, opened as graphs when they are first called.
+
+    Flow stays in PyTorch, and so do bands of rows, which are a loop around layers.
+    """
+
+    networks: TorchNetworks
+    runtime: Runtime
+    _open: dict[tuple[str, str], Call] = field(default_factory=dict)
+    _zeros: dict[tuple[int, ...], list[tuple[int, ...]]] = field(default_factory=dict)
+
+    @contextmanager
+    def calls(
+        self,
+        plan: Plan,
+        own: torch.dtype,
+        dtype: torch.dtype,
+        placement: Placement,
+        need: Callable[[str], int] = lambda stage: 0,
+    ) -> Iterator[TorchCalls]:
+        """As `TorchNetworks.calls`; a frame that is repeated in another number format is PyTorch's."""
+        if dtype != own:
+            with self.networks.calls(plan, own, dtype, placement, need) as calls:
+                yield calls
+            return
+        channels = self.networks.vae.latent_channels
+        yield BuiltCalls(self.networks, plan, dtype, placement, need, latent_channels=channels, built=self)
+
+    def run(self, name: str, inputs: Sequence[Tensor], form: str = "") -> list[Tensor]:
+        """A graph's outputs in its runtime's number format."""
+        if (name, form) not in self._open:
+            # What a graph is exported from outlives the caller's inference mode.
+            with torch.inference_mode(False), torch.no_grad():
+                self._open[name, form] = self.runtime.open(self._graph(name, form))
+        floats = (x.to(self.runtime.dtype) if x.is_floating_point() else x for x in inputs)
+        return self._open[name, form](*floats)
+
+    def zeros(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
+        """Residuals of a frame without guidance."""
+        size = (x.shape[-2], x.shape[-1])
+        if size not in self._zeros:
+            self._zeros[size] = [tuple(each.shape) for each in self._residuals(x, timestep, prompt)]
+        return [x.new_zeros(shape) for shape in self._zeros[size]]
+
+    def form(self, x: Tensor) -> str:
+        """The sizes that share a U-Net: it decides by what remains of a side how its levels are enlarged."""
+        multiple = self._multiple
+        return f"{x.shape[-2] % multiple}x{x.shape[-1] % multiple} over {multiple}"
+
+    @property
+    def _multiple(self) -> int:
+        return 2 ** (len(self.networks.unet.config["block_out_channels"]) - 1)  # type: ignore[index]
+
+    def _residuals(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
+        """Tensors without numbers, in the shapes of what the ControlNet adds."""
+        control = self.networks.controlnet
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            large = x.new_empty((1, 3, SCALE * x.shape[-2], SCALE * x.shape[-1]))
+            fake = [mode.from_tensor(each) for each in (x, timestep, prompt)]
+            levels, middle = control(*fake, control.embed(large), 1.0)  # type: ignore[arg-type]
+        return [*levels, middle]
+
+    def _graph(self, name: str, form: str) -> Graph:
+        """A graph with example inputs, which are as small as they can be."""
+        unet, control, vae = self.networks.unet, self.networks.controlnet, self.networks.vae
+        rest = [int(side) for side in form.partition(" ")[0].split("x")] if form else (0, 0)
+        height, width = (self._multiple * n + r for n, r in zip(EXAMPLE, rest, strict=True))
+        like = next(unet.parameters())
+        config: Any = unet.config  # type: ignore[union-attr]
+        empty = lambda *shape: torch.zeros(shape, dtype=like.dtype, device=like.device)  # noqa: E731
+        latents, large = (
+            empty(1, vae.latent_channels, height, width),
+            empty(1, 3, SCALE * height, SCALE * width),
+        )
+        x, prompt = (
+            empty(1, config["in_channels"], height, width),
+            empty(1, 77, config["cross_attention_dim"]),
+        )
+        timestep = torch.zeros((), dtype=torch.int64, device=like.device)
+        if name == "embed":
+            return Graph(name, control.embedding, (large,))
+        if name == "control":
+            return Graph(
+                name, _Control(control), (x, timestep, prompt, control.embed(large), like.new_ones(()))
+            )
+        if name == "unet":
+            return Graph(name, _UNet(unet), (x, timestep, prompt, *self.zeros(x, timestep, prompt)), form)
+        if name == "features":
+            return Graph(name, _Features(vae), (large,))
+        if name == "decode-first":
+            return Graph(name, _Decode(vae), (latents,))
+        trusts = [empty(1, 1, scale * height, scale * width) for scale in sorted(set(block_scales(vae)))]
+        return Graph(name, _Decode(vae), (latents, *trusts, *vae.features(large)))
+
+
+@dataclass(eq=False)
+class BuiltCalls(TorchCalls):
+    """`Networks` as graphs, for one attempt at one frame."""
+
+    built: BuiltNetworks = None  # type: ignore[assignment]
+
+    def embed(self, warped: Tensor) -> Tensor:
+        if self.plan.rows is not None:
+            return super().embed(warped)
+        self._enter("unet", "controlnet", "unet")
+        return self.built.run("embed", [warped])[0]
+
+    def _control(self, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: Guidance) -> Residuals:
+        scale = torch.tensor(guidance.scale)
+        *levels, middle = self.built.run("control", [x, timestep, prompt, guidance.embedding, scale])
+        return levels, middle
+
+    def _unet(self, x: Tensor, timestep: Tensor, prompt: Tensor, residuals: Residuals | None) -> Tensor:
+        levels = self.built.zeros(x, timestep, prompt) if residuals is None else [*residuals[0], residuals[1]]
+        return self.built.run("unet", [x, timestep, prompt, *levels], self.built.form(x))[0]
+
+    def features(self, warped: Tensor) -> list[Tensor]:
+        if self.plan.rows is not None:
+            return super().features(warped)
+        self._kept.clear()
+        self._enter("vae")
+        return self.built.run("features", [warped])
+
+    def decode(self, latents: Tensor, features: list[Tensor] | None, trust: Tensor | None) -> Tensor:
+        if self.plan.rows is not None:
+            return super().decode(latents, features, trust)
+        self._kept.clear()
+        self._enter("vae")
+        if features is None:
+            return self.built.run("decode-first", [latents])[0]
+        height, width = latents.shape[-2:]
+        trusts = []
+        for scale in sorted(set(block_scales(self.networks.vae))):
+            ones = latents.new_ones((1, 1, scale * height, scale * width))
+            reduced = reduce_like(trust, ones)
+            trusts.append(ones if reduced is None else reduced)
+        return self.built.run("decode", [latents, *trusts, *features])[0]
+
+
+def block_scales(vae: TemporalAutoencoderTiny) -> list[int]:
+    """How much larger than the latents each block of the decoder is."""
+    scales, scale = [], 1
+    for layer in vae.decoder.layers:
+        if isinstance(layer, TemporalBlock):
+            scales.append(scale)
+        scale *= 2 if isinstance(layer, nn.Upsample) else 1
+    return scales
+
+
+class _Control(nn.Module):
+    """The ControlNet with its strength as a tensor, which a graph can take."""
+
+    def __init__(self, control: Control) -> None:
+        super().__init__()
+        self.control = control
+
+    def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor, embedding: Tensor, scale: Tensor) -> Any:
+        levels, middle = self.control(x, timestep, prompt, embedding, scale)  # type: ignore[arg-type]
+        return (*levels, middle)
+
+
+class _UNet(nn.Module):
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: Tensor, timestep: Tensor, prompt: Tensor, *residuals: Tensor) -> Tensor:
+        return self.unet(
+            x,
+            timestep,
+            encoder_hidden_states=prompt,
+            down_block_additional_residuals=residuals[:-1],
+            mid_block_additional_residual=residuals[-1],
+            return_dict=False,
+        )[0]
+
+
+class _Features(nn.Module):
+    def __init__(self, vae: TemporalAutoencoderTiny) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, warped: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.vae.features(warped))
+
+
+class _Decode(nn.Module):
+    """The decoder with its trust already reduced to the sizes of its blocks."""
+
+    def __init__(self, vae: TemporalAutoencoderTiny) -> None:
+        super().__init__()
+        self.vae, self.scales = vae, block_scales(vae)
+
+    def forward(self, latents: Tensor, *others: Tensor) -> Tensor:
+        sizes = sorted(set(self.scales))
+        trusts = dict(zip(sizes, others, strict=False))
+        features, scales = iter(others[len(sizes) :]), iter(self.scales)
+        x = self.vae.bound(latents)
+        for layer in self.vae.decoder.layers:
+            if isinstance(layer, TemporalBlock):
+                x = layer(x, next(features, None), trusts.get(next(scales)))
+            else:
+                x = layer(x)
+        return x * 2 - 1

@@ -1,0 +1,79 @@
+"""Files that a runtime built, kept for later runs under all that they depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from filelock import FileLock
+
+from ..files import fingerprint
+
+log = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+@contextmanager
+def kept(root: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> Iterator[Path]:
+    """A folder with what `make(folder)` writes, made at most once for a `key` below `root`.
+
+    `key["graph"]` begins its name. What is not whole, or was made under another key, is made again; of two
+    processes at once the second waits. Where `root` cannot be written the folder lasts as long as the block.
+    """
+    name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
+    folder = root / f"{key['graph']}-{name}"
+    if _is_whole(folder, key) or _made(folder, key, make):
+        yield folder
+        return
+    with TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
+        make(Path(temporary))
+        yield Path(temporary)
+
+
+def _made(folder: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> bool:
+    """Whether the folder is there now; False, after one line of the log, where it cannot be written."""
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if _is_whole(folder, key):
+                return True
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            make(part)
+            files = sorted(part.iterdir())
+            content = {"key": dict(key), "files": _sizes(files), "fingerprint": fingerprint(files)}
+            (part / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            return True
+    except OSError as error:
+        log.warning("%s cannot be kept (%s): it is built for this run alone", folder, error)
+        return False
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _is_whole(folder: Path, key: Mapping[str, str]) -> bool:
+    try:
+        content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+        return (content["key"], content["files"], content["fingerprint"]) == (
+            dict(key),
+            _sizes(files),
+            fingerprint(files),
+        )
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or torn
+        return False
+
+
+def _sizes(files: list[Path]) -> dict[str, int]:
+    return {path.name: path.stat().st_size for path in files}

@@ -1,0 +1,151 @@
+"""Graphs run by ONNX Runtime: on a CPU, and on NVIDIA's GPUs through CUDA or TensorRT."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import IncompatibleInputError
+from ..weights.folders import user_cache
+from .graph import Call, Graph
+from .kept import kept
+
+log = logging.getLogger(__name__)
+
+PROVIDERS = {
+    "cpu": ("CPUExecutionProvider",),
+    "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+    "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+"""What each takes to run a graph, best first: the others run what it cannot. Only cpu was run so far."""
+
+MODEL = "model.onnx"
+
+
+class ONNX:
+    """A `Runtime`. Its number format is that of the networks: half precision is in the graph itself."""
+
+    name = "onnx"
+
+    def __init__(
+        self, provider: str = "auto", device: torch.device | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Raises `IncompatibleInputError` for what is not here, `ModuleNotFoundError` where it is missing."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "runtime onnx needs ONNX Runtime, which is there for Python 3.11 and newer: pip install "
+                "onnxruntime onnx onnxscript (onnxruntime-gpu for cuda and tensorrt), or choose runtime torch"
+            ) from error
+        self.device, self.dtype = device or torch.device("cpu"), dtype
+        self.number_format = str(dtype).removeprefix("torch.")
+        usual = "cuda" if self.device.type == "cuda" else "cpu"
+        self.provider = usual if provider == "auto" else provider
+        there = onnxruntime.get_available_providers()
+        usable = [name for name, needed in PROVIDERS.items() if needed[0] in there]
+        if self.provider not in usable:
+            raise IncompatibleInputError(
+                f"a provider that this ONNX Runtime has ({', '.join(['auto', *usable])})", repr(provider)
+            )
+        if (self.provider == "cpu") != (self.device.type == "cpu"):
+            wanted = "cpu" if self.provider == "cpu" else "cuda"
+            raise IncompatibleInputError(f"device {wanted} with provider {self.provider}", str(self.device))
+        if dtype == torch.bfloat16:
+            raise IncompatibleInputError("dtype float32 or float16 with runtime onnx", "bfloat16")
+        self.version = onnxruntime.__version__
+
+    @property
+    def details(self) -> str:
+        return f"{self.version}, {self.provider}"
+
+    def open(self, graph: Graph) -> Call:
+        import onnxruntime
+
+        root = user_cache() / "onnx"
+
+        def make(folder: Path) -> None:
+            log.info("onnx: converting %s, once; it is kept in %s", graph.name, root)
+            _convert(graph, folder / MODEL)
+
+        with kept(root, {**graph.key(), "onnx": self.version}, make) as folder:
+            options = onnxruntime.SessionOptions()
+            options.log_severity_level = 3
+            options.intra_op_num_threads = torch.get_num_threads()
+            # Threads that wait in a loop hold up whatever else runs.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            session = onnxruntime.InferenceSession(
+                folder / MODEL, options, providers=self._providers(folder.name)
+            )
+        return _Session(session, self.device)
+
+    def _providers(self, key: str) -> list[Any]:
+        index = self.device.index or 0
+        settings: dict[str, dict[str, Any]] = {
+            "CPUExecutionProvider": {},
+            "CUDAExecutionProvider": {"device_id": index, "use_tf32": 0},
+        }
+        if self.provider == "tensorrt":
+            engines = user_cache() / "tensorrt" / f"{key}-{_card(index)}"
+            engines.mkdir(parents=True, exist_ok=True)
+            # Engines grow by the sizes that come, and are built again where one comes that does not fit.
+            settings["TensorrtExecutionProvider"] = {
+                "device_id": index,
+                "trt_engine_cache_enable": True,
+                "trt_engine_cache_path": str(engines),
+                "trt_timing_cache_enable": True,
+                "trt_timing_cache_path": str(engines),
+            }
+        return [(name, settings[name]) for name in PROVIDERS[self.provider]]
+
+
+class _Session:
+    """A session as a `Call`; tensors stay where they are, on a GPU, too."""
+
+    def __init__(self, session: Any, device: torch.device) -> None:
+        self.session, self.device = session, device
+        self.names = [each.name for each in session.get_inputs()]
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        from onnxruntime import OrtValue
+
+        from ..devices import synchronize
+
+        binding = self.session.io_binding()
+        for name, x in zip(self.names, inputs, strict=True):
+            x = x.detach().to(self.device).contiguous()
+            binding.bind_ortvalue_input(name, OrtValue.from_dlpack(x))
+        for each in self.session.get_outputs():
+            binding.bind_output(each.name, self.device.type, self.device.index or 0)
+        synchronize(self.device)  # what torch has still to do for the inputs
+        self.session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return [torch.from_dlpack(value) for value in binding.get_outputs()]
+
+
+def _convert(graph: Graph, path: Path) -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "runtime onnx makes its graphs with: pip install onnx onnxscript"
+        ) from error
+    program = graph.export()
+    with torch.no_grad():
+        made = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert made is not None
+    made.save(path, external_data=True)
+
+
+def _card(index: int) -> str:
+    """A GPU's name, capability and driver's version, which an engine is made for."""
+    import tensorrt  # type: ignore[import-not-found]
+
+    major, minor = torch.cuda.get_device_capability(index)
+    name = torch.cuda.get_device_name(index).replace(" ", "-")
+    return f"{name}-{major}.{minor}-{torch.version.cuda}-{tensorrt.__version__}"

@@ -1,0 +1,88 @@
+"""Graphs run by OpenVINO: on a CPU, and on Intel's GPUs and NPUs."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import IncompatibleInputError
+from ..weights.folders import user_cache
+from .graph import Call, Graph
+from .kept import kept
+
+log = logging.getLogger(__name__)
+
+DEVICES = {"auto": "CPU", "cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
+"""What we call them, and what OpenVINO does."""
+
+HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+class OpenVINO:
+    """A `Runtime`. `precision` other than float32 is an approximation inside it: inputs and outputs stay."""
+
+    name = "openvino"
+    dtype = torch.float32
+
+    def __init__(self, provider: str = "auto", precision: torch.dtype = torch.float32) -> None:
+        """Raises `IncompatibleInputError` for a device that is not here, `ModuleNotFoundError` without it."""
+        try:
+            import openvino
+        except ImportError as error:
+            raise ModuleNotFoundError(
+                "runtime openvino needs OpenVINO: pip install openvino, or choose runtime torch"
+            ) from error
+        self.core, self.version = openvino.Core(), openvino.__version__
+        if provider not in DEVICES:
+            raise IncompatibleInputError(f"a provider of OpenVINO ({', '.join(DEVICES)})", repr(provider))
+        self.device, self.precision = DEVICES[provider], precision
+        self.number_format = str(precision).removeprefix("torch.")
+        found = self.core.available_devices
+        if not any(name.partition(".")[0] == self.device for name in found):
+            raise IncompatibleInputError(
+                f"one of the devices that OpenVINO finds here ({', '.join(found)})", repr(provider)
+            )
+
+    @property
+    def details(self) -> str:
+        threads = f", {torch.get_num_threads()} threads" if self.device == "CPU" else ""
+        return f"{self.version.partition('-')[0]}, {self.device}, {HINTS[self.precision]}{threads}"
+
+    def open(self, graph: Graph) -> Call:
+        def make(folder: Path) -> None:
+            import openvino
+
+            log.info("openvino: converting %s, once; it is kept in %s", graph.name, root)
+            model = openvino.convert_model(graph.export())
+            openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
+
+        root = user_cache() / "openvino"
+        with kept(root, {**graph.key(), "openvino": self.version}, make) as folder:
+            model = self.core.read_model(folder / "model.xml")
+            return _Request(self.core.compile_model(model, self.device, self._settings(root)))
+
+    def _settings(self, root: Path) -> dict[str, Any]:
+        settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+        if self.device != "NPU":
+            settings["INFERENCE_PRECISION_HINT"] = HINTS[self.precision]
+        if self.device == "CPU":
+            # Beside other work, threads that are bound to a core wait for it.
+            threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
+            return {**settings, **threads}
+        return {**settings, "CACHE_DIR": str(root / "compiled")}  # minutes of compiling
+
+
+class _Request:
+    """A compiled model as a `Call`."""
+
+    def __init__(self, model: Any) -> None:
+        self.request = model.create_infer_request()
+
+    def __call__(self, *inputs: Tensor) -> list[Tensor]:
+        arrays = {index: x.detach().cpu().contiguous().numpy() for index, x in enumerate(inputs)}
+        outputs = self.request.infer(arrays, share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(array.copy()).to(inputs[0].device) for array in outputs.values()]
