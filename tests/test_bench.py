@@ -99,11 +99,11 @@ def test_released_sizes():
 
 
 def test_sizes_are_checked():
-    from stream_diffvsr.cli.bench import _size
+    from stream_diffvsr.cli.bench import parse_size
 
-    assert _size("320x180") == (320, 180)
+    assert parse_size("320x180") == (320, 180)
     with pytest.raises(IncompatibleInputError):
-        _size("320*180")
+        parse_size("320*180")
 
 
 def test_random_flow_networks_run():

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     asked = args.size or [SIZE]
-    sizes = [_size(text) for text in (SIZES if "all" in asked else asked)]
+    sizes = [parse_size(text) for text in (SIZES if "all" in asked else asked)]
     pipe = open_model(args.model, args.device, args.dtype, args.flow)
     other = plain(pipe) if args.plain else None
     pipe.quantize(args.quantize)
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _size(text: str) -> tuple[int, int]:
+def parse_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal()):
         raise IncompatibleInputError("--size as WIDTHxHEIGHT, such as 320x180", repr(text))

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
-from . import bench, demo, doctor, download, metrics, upscale
+from . import bench, demo, doctor, download, export, metrics, upscale
 from .output import fail
 
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "demo": demo,
     "doctor": doctor,
     "download": download,
+    "export": export,
     "bench": bench,
     "metrics": metrics,
 }
