@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import importlib
+import io
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 PREVIEW_SIDE = 512
 PREVIEW_SECONDS = 0.2
 TEXT_SECONDS = 1.0
+LIVE_EVENT = "stream_diffvsr.live"
+"""What web/nodes.js listens to."""
 SLOW_SECONDS = 2.0
 """A frame that takes longer says how far it is."""
 STEP_WORDS = {"denoise": "step"}
@@ -204,6 +209,19 @@ class Progress:
         self._total = total
         self.show(done)
 
+    def live(self, image: Tensor) -> None:
+        """Show the newest frame (H, W, C) by our own script, at most five times a second.
+
+        For nodes that show a video at their end: newer pages keep ComfyUI's own previews in its place.
+        """
+        instance, now = _page(), time.monotonic()
+        if instance and self._node_id and now >= self._next_picture:
+            packed = io.BytesIO()
+            picture(image).save(packed, "JPEG")
+            shown = {"node": self._node_id, "jpeg": base64.b64encode(packed.getvalue()).decode()}
+            instance.send_sync(LIVE_EVENT, shown, instance.client_id)
+            self._next_picture = now + PREVIEW_SECONDS
+
     def step(self, stage: str, done: int, total: int) -> None:
         """The engine's `on_step`: hears the cancel button, and says how far a slow frame is."""
         check_interrupt()
@@ -217,11 +235,15 @@ class Progress:
         self._write(text, last)
 
     def _write(self, text: str, last: bool = False) -> None:
-        server, now = comfy("server"), time.monotonic()
-        instance = getattr(getattr(server, "PromptServer", None), "instance", None)
+        instance, now = _page(), time.monotonic()
         if instance and self._node_id and (last or now >= self._next_text):
             instance.send_progress_text(text, self._node_id)
             self._next_text = now + TEXT_SECONDS
+
+
+def _page() -> Any:
+    """ComfyUI's server, which talks to the page; None where none runs."""
+    return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def frames_done(done: int, total: int | None, fps: float) -> str:

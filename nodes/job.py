@@ -125,6 +125,7 @@ def plan(
     seed: int = 0,
     preset: str = AS_SETTINGS,
     size: str = "",
+    **fidelity: Any,
 ) -> VideoJob:
     """What to do, without where to."""
     from ..stream_diffvsr.jobs.run import VideoJob
@@ -152,6 +153,7 @@ def plan(
         scene_cut=str(settings.file.get("scene_cut_threshold", 27.0)) if cut == "auto" else cut,
         read_ahead=frames_per_batch or READ_AHEAD,
         **(asked(size, pipe.info) if size else {}),
+        **fidelity,
     )
 
 
@@ -202,7 +204,8 @@ def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None) -> b
             raise
         for step in itertools.chain([first] if first else [], steps):
             total = max(step.done, step.total or 0)  # files name a frame too few now and then
-            progress.count(step.done, total)  # no pictures: pages would keep the last and not show the video
+            progress.count(step.done, total)
+            progress.live(step.hq[0].movedim(0, -1))
             said = host.frames_done(step.done, step.total and total, step.fps)
             progress.say(told + said, last=step.done == total)
     return True

@@ -56,6 +56,7 @@ class Loader:
                     host.device_names(),
                     {
                         "default": "auto",
+                        "advanced": True,
                         "tooltip": "Where the model runs. auto: the device that ComfyUI uses.",
                     },
                 ),
@@ -63,6 +64,7 @@ class Loader:
                     ["auto", "float16", "bfloat16", "float32"],
                     {
                         "default": "auto",
+                        "advanced": True,
                         "tooltip": "Number format of the networks. auto: float16 where ComfyUI would use it, "
                         "else float32. Frames, motion and the state are always float32.",
                     },
@@ -73,6 +75,7 @@ class Loader:
                     ["auto", *FLOW_MODELS],
                     {
                         "default": "auto",
+                        "advanced": True,
                         "tooltip": "Only for Stream-DiffVSR: how motion between frames is estimated. auto: "
                         "what the model was made with. raft_large, raft_small: torchvision's RAFT. bundled: "
                         "the small network that comes with this pack. dis: OpenCV's, for CPUs. none: no "
@@ -155,8 +158,13 @@ def located(source: str) -> str:
 class Downloading:
     """Shows a download on the running node: the bar, and bytes per second in words."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: str) -> None:
+        from ..stream_diffvsr.weights.released import RELEASES
+
         self._progress = host.Progress(1, host.running_node())
+        release = RELEASES.get(source)
+        if release and source_identity(source) == "missing":
+            self._progress.say(f"{source} is not on this machine: downloading {release.gigabytes} GB")
         self._since, self._before, self._whole = time.monotonic(), 0, False
 
     def __call__(self, done: int, total: int) -> None:
@@ -187,7 +195,7 @@ def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str
                 dtype=dtype,
                 flow=flow,
                 extra_folders=host.model_folders(),
-                on_progress=Downloading(),
+                on_progress=Downloading(source),
             )
         host.manage(pipe, device)
         _open[(source_identity(source), *settings)] = pipe  # asked again: it may just have been downloaded

@@ -26,6 +26,7 @@ class SimpleUpscale:
     )
     SEARCH_ALIASES: ClassVar = ["simple video upscale", "upscale video", "video super resolution", "4x video"]
     CATEGORY = CATEGORY
+    ESSENTIALS_CATEGORY = "Video Tools"
     FUNCTION = "execute"
     OUTPUT_NODE = True
     RETURN_TYPES = ("VIDEO", "STRING")

@@ -1,4 +1,4 @@
-"""The sizes and presets that the upscaling nodes offer."""
+"""The sizes, presets and finish that the upscaling nodes offer."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ PRESET: Widget = (
 QUALITY: Widget = (list(PRESETS), {"default": "exact", "tooltip": PRESET_HELP})
 
 
+def fidelity_widgets() -> dict[str, Widget]:
+    """How near the result stays to its source."""
+    from ..stream_diffvsr.jobs.job import VideoJob
+    from ..stream_diffvsr.options import widgets
+
+    return widgets(VideoJob, ("colour_fix", "strength"))
+
+
 def asked(size: str, info: Info) -> dict[str, Any]:
     """A size as fields of a job: none where the model makes it by itself."""
     if size.endswith("p"):
@@ -43,11 +51,12 @@ def asked(size: str, info: Info) -> dict[str, Any]:
     return {} if own else {"scale": factor}
 
 
-def fitted_job(pipe: Upscaler, options: Any, size: str, height: int, width: int) -> VideoJob | None:
-    """What frames of that size become, as the options and sizes of a job; None: what the model makes."""
+def fitted_job(
+    pipe: Upscaler, options: Any, height: int, width: int, size: str = OWN, **fidelity: Any
+) -> VideoJob:
+    """What becomes of frames of that size, as the options and the finish of a job."""
     from ..stream_diffvsr.jobs.job import VideoJob, fitted
 
-    if not (fields := asked(size, pipe.info)):
-        return None
-    job = VideoJob(source=Path(), output=Path(), options=options, **fields)
+    asked_for = {**asked(size, pipe.info), **fidelity} if size else fidelity
+    job = VideoJob(source=Path(), output=Path(), options=options, **asked_for)
     return fitted(job, pipe.info, pipe.Options, height, width)

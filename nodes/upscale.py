@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from ..stream_diffvsr.errors import IncompatibleInputError
-from ..stream_diffvsr.tensors import to_pixels
 from ..stream_diffvsr.upscaler import State, stream
 from . import host, layout
 from .settings import SettingsValue
-from .sizes import AS_SETTINGS, PRESET, SIZE, fitted_job
+from .sizes import AS_SETTINGS, PRESET, SIZE, fidelity_widgets, fitted_job
 from .sockets import (
     CATEGORY,
     PIPE_IN,
@@ -79,6 +78,7 @@ class Upscale:
                     "BOOLEAN",
                     {
                         "default": False,
+                        "advanced": True,
                         "tooltip": "Run the U-Net in tiles: the least memory, and a slightly different "
                         "picture. Off: the memory_plan of Settings, whose auto takes tiles only where "
                         "nothing else fits.",
@@ -91,6 +91,7 @@ class Upscale:
                         "min": 256,
                         "max": 1024,
                         "step": 64,
+                        "advanced": True,
                         "tooltip": "Tile size in output pixels. Only used when enable_tiling is on.",
                     },
                 ),
@@ -101,6 +102,7 @@ class Upscale:
                         "min": 16,
                         "max": 256,
                         "step": 16,
+                        "advanced": True,
                         "tooltip": "Overlap of the tiles in pixels of the result, below half of tile_size. "
                         "Only used when enable_tiling is on.",
                     },
@@ -114,6 +116,7 @@ class Upscale:
                 ),
                 "preset": PRESET,
                 "size": SIZE,
+                **fidelity_widgets(),
             },
             "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT"},
         }
@@ -147,6 +150,7 @@ class Upscale:
         prompt: Mapping[str, Any] | None = None,
         preset: str = AS_SETTINGS,
         size: str = "",
+        **fidelity: Any,
     ) -> tuple[Tensor, State]:
         own: dict[str, Any] = {"num_inference_steps": num_inference_steps, "seed": seed}
         if enable_tiling:
@@ -154,7 +158,7 @@ class Upscale:
         number = host.meta_batch_number(prompt, unique_id)
         batch = MetaBatch(self if meta_batch is None else meta_batch, unique_id, number)
         options = (settings or SettingsValue()).options(pipe, preset, **own)
-        result, state = upscale(pipe, images, batch.resume(state), options, size)
+        result, state = upscale(pipe, images, batch.resume(state), options, size, **fidelity)
         batch.keep(state)
         return result, state
 
@@ -210,9 +214,11 @@ def check_frame_by_frame(pipe: Upscaler) -> None:
 
 
 def upscale(
-    pipe: Upscaler, images: Tensor, state: State | None, options: Any, size: str = ""
+    pipe: Upscaler, images: Tensor, state: State | None, options: Any, size: str = "", **fidelity: Any
 ) -> tuple[Tensor, State]:
     """(N, H, W, C) in [0, 1] -> (N, 4H, 4W, C), or of `size`, and the state after the last frame.
+
+    `fidelity` says how near the result stays to the images; it goes out of the node, never into the state.
 
     A model that takes frames in chunks finishes the batch as if the video ended there. Its state is the one
     at the last border of chunks, with the frames since, which the next batch does again: all but the end of
@@ -222,24 +228,22 @@ def upscale(
 
     layout.check_images(images, pipe.info.minimum)
     device = host.intermediate_device()
-    job = fitted_job(pipe, options, size, images.shape[1], images.shape[2]) if size else None
-    options = options if job is None else job.options
+    source = (images.shape[1], images.shape[2])
+    job = fitted_job(pipe, options, *source, size, **fidelity)
+    options = job.options
     border, since = opened(state or State())
     start = border.index + len(since)
-    host.make_room(pipe, (images.shape[1], images.shape[2]), options)
+    host.make_room(pipe, source, options)
     progress, speed = host.Progress(len(images), host.running_node()), Speed()
     session = pipe.session(options, border, progress.step)
-    source = (images.shape[1], images.shape[2])
-    scale = pipe.info.scales[0] if pipe.info.scales else options.scale
-    height, width = job.sizes.output(*source) if job else (round(scale * side) for side in source)
-    result = layout.empty_result(images, (height, width), device)
+    result = layout.empty_result(images, job.sizes.output(*source), device)
     for step in stream(session, itertools.chain(since, layout.lq_frames(images))):
         border = session.state() or border
         index = step.index - start
         if index < 0:
             continue  # handed on by the batch before
-        shown = to_pixels(step.hq) if job is None else job.sizes.to_output(step.hq, source)
-        layout.put(result, index, shown, images[index])
+        lq = layout.to_frame(images[index, ..., : layout.COLOURS])
+        layout.put(result, index, job.finished(step.hq, lq, source), images[index])
         progress.show(index + 1, result[index])
         speed.tick()
         if len(images) > 1:

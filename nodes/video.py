@@ -10,7 +10,7 @@ from ..stream_diffvsr.errors import IncompatibleInputError
 from . import files, host
 from .job import LAST, check_output, choose_source, source_path, upscale_file
 from .settings import SettingsValue
-from .sizes import PRESET, SIZE
+from .sizes import PRESET, SIZE, fidelity_widgets
 from .sockets import CATEGORY, PIPE_IN, SEED, SETTINGS_IN, STEPS
 
 if TYPE_CHECKING:
@@ -69,12 +69,19 @@ class UpscaleVideo:
                         "default": 0,
                         "min": 0,
                         "max": 256,
+                        "advanced": True,
                         "tooltip": "Frames decoded ahead, 0 for automatic. Never changes pixels.",
                     },
                 ),
                 "start_frame": (
                     "INT",
-                    {"default": 0, "min": 0, "max": 2**31 - 1, "tooltip": "First frame to upscale, from 0."},
+                    {
+                        "default": 0,
+                        "min": 0,
+                        "max": 2**31 - 1,
+                        "advanced": True,
+                        "tooltip": "First frame to upscale, from 0.",
+                    },
                 ),
                 "end_frame": (
                     "INT",
@@ -82,6 +89,7 @@ class UpscaleVideo:
                         "default": LAST,
                         "min": LAST,
                         "max": 2**31 - 1,
+                        "advanced": True,
                         "tooltip": "Last frame to upscale, included; -1: the last one of the video.",
                     },
                 ),
@@ -90,6 +98,7 @@ class UpscaleVideo:
                 "settings": SETTINGS_IN,
                 "preset": PRESET,
                 "size": SIZE,
+                **fidelity_widgets(),
             },
             "hidden": {"unique_id": "UNIQUE_ID", "prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"},
         }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
+import sys
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from node_clips import make_clip
-from node_pack import load_pack, part
+from node_pack import ROOT, load_pack, part
 
 from stream_diffvsr import UpscaleOptions
 from stream_diffvsr.families.diffvsr.plan import Plan
@@ -81,7 +83,8 @@ def test_a_slow_frame_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(host.time, "monotonic", lambda: now[0])
     instance = SimpleNamespace(send_progress_text=lambda text, node_id: said.append(text))
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
-    stand_in(monkeypatch, comfy_utils=SimpleNamespace(ProgressBar=Bar), server=server)
+    stand_in(monkeypatch, comfy_utils=SimpleNamespace(ProgressBar=Bar))
+    monkeypatch.setitem(sys.modules, "server", server)
     progress = host.Progress(10, "7")
     for step in range(4):
         progress.step("denoise", step + 1, 4)  # a second and a half each
@@ -108,7 +111,8 @@ def test_a_line_on_the_node_once_a_second(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(host.time, "monotonic", lambda: now[0])
     instance = SimpleNamespace(send_progress_text=lambda text, node_id: said.append((text, node_id)))
     server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
-    stand_in(monkeypatch, comfy_utils=SimpleNamespace(ProgressBar=Bar), server=server)
+    stand_in(monkeypatch, comfy_utils=SimpleNamespace(ProgressBar=Bar))
+    monkeypatch.setitem(sys.modules, "server", server)
     progress = host.Progress(10, "7")
     for index in range(8):
         progress.say(f"frame {index}")
@@ -117,6 +121,22 @@ def test_a_line_on_the_node_once_a_second(monkeypatch: pytest.MonkeyPatch) -> No
     now[0] -= 0.9
     progress.say("frame 8", last=True)
     assert said[2:] == [("frame 8", "7")]
+
+
+def test_a_live_picture_goes_to_our_script_five_times_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, sent = [100.0], []
+    monkeypatch.setattr(host.time, "monotonic", lambda: now[0])
+    instance = SimpleNamespace(client_id="tab", send_sync=lambda *event: sent.append(event))
+    server = SimpleNamespace(PromptServer=SimpleNamespace(instance=instance))
+    monkeypatch.setitem(sys.modules, "server", server)
+    progress = host.Progress(10, "5:7")
+    for _ in range(10):
+        progress.live(torch.rand(36, 64, 3))
+        now[0] += 0.0625
+    (event, shown, tab), *others = sent
+    assert (event, shown["node"], tab, len(others)) == ("stream_diffvsr.live", "5:7", "tab", 2)
+    assert base64.b64decode(shown["jpeg"])[:3] == b"\xff\xd8\xff"
+    assert event in (ROOT / "web" / "nodes.js").read_text(encoding="utf-8")
 
 
 class Recorder:

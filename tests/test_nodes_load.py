@@ -72,12 +72,13 @@ class Page:
         self.cancel_at = 1.0
         modules = {
             "comfy.utils": SimpleNamespace(ProgressBar=lambda total: self),
-            "server": SimpleNamespace(PromptServer=SimpleNamespace(instance=self)),
             "comfy_execution.utils": SimpleNamespace(
                 get_executing_context=lambda: SimpleNamespace(node_id="7")
             ),
         }
         monkeypatch.setattr(part(PACK, "nodes.host"), "comfy", modules.get)
+        server = SimpleNamespace(PromptServer=SimpleNamespace(instance=self))
+        monkeypatch.setitem(sys.modules, "server", server)
 
     def update_absolute(self, value: int, total: int, preview: Any = None) -> None:
         self.values.append((value, total))

@@ -240,6 +240,10 @@ def test_what_the_registry_reads() -> None:
     start = f"https://raw.githubusercontent.com/{repository[1]}/main/"
     with Image.open(ROOT / said["Icon"].removeprefix(start)) as icon:
         assert max(icon.size) <= 400
+    with Image.open(ROOT / said["Banner"].removeprefix(start)) as banner:
+        assert banner.width * 9 == banner.height * 21
+    for name in ("Documentation", "Issues"):
+        assert re.search(rf'^{name} = "https://github.com/{repository[1]}[/#]', text, re.MULTILINE)
     left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").splitlines()
     needed = ("nodes", "stream_diffvsr", "web", "example_workflows", "__init__", "requirements", "pyproject")
     assert not [line for line in left_out if line.lstrip("/*").startswith(needed)]

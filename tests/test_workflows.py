@@ -52,7 +52,7 @@ def test_there_is_one_for_each_way_of_working() -> None:
     assert [path.stem for path in WORKFLOWS] == [*names.split(), "vhs_meta_batch", "vhs_video_with_audio"]
 
 
-ALONE = ("FlashVSRSettings", "SwiftVRSettings", "ImageSettings", "SimpleUpscale", "Live")
+ALONE = ("Settings", "FlashVSRSettings", "SwiftVRSettings", "ImageSettings", "SimpleUpscale", "Live")
 """Nodes that need no example: settings of other models, and what is linked to one or two others."""
 
 

@@ -13,11 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import VideoError
+from ..fidelity import COLOUR_FIXES, faithful
 from ..media.codecs import CODECS
-from ..media.sizes import Sizes
+from ..media.sizes import Sizes, enlarge, resize
 from ..media.span import Span, parse_position
 from ..options import check_options, option
-from ..tensors import SCALE
+from ..tensors import SCALE, to_pixels
 from ..upscaler import Info, State
 
 SIZE = "size of the output"
@@ -114,6 +115,26 @@ class VideoJob:
     scale: float | None = option(
         None, "Multiple of the input's size.", kind=float, low=0.01, group=SIZE, metavar="FACTOR"
     )
+    colour_fix: str = option(
+        "model",
+        "How colours are kept. model: as the model makes them. none: also without what FlashVSR does by "
+        "itself. wavelet: the broad colours of the low-quality frame, the details of the model. adain: the "
+        "mean and contrast per channel of the low-quality frame. wavelet is the steadier one.",
+        choices=COLOUR_FIXES,
+        group="output",
+        expert=True,
+    )
+    strength: float = option(
+        1.0,
+        "How much of the model's work is taken: 0 is plain bicubic, 1 the model, and more exaggerates it. "
+        "What the next frame is guided by stays as it is.",
+        low=0.0,
+        high=1.5,
+        step=0.05,
+        group="output",
+        expert=True,
+        metavar="PART",
+    )
     codec: str | None = option(
         None,
         "Codec of the video file. ffv1 and png lose nothing.",
@@ -192,6 +213,17 @@ class VideoJob:
         """The sizes that were asked for."""
         return Sizes(self.pre_scale, self.target, self.short_edge, self.scale, self.model_scale)
 
+    def finished(self, hq: Tensor, lq: Tensor, source: tuple[int, int]) -> Tensor:
+        """Colours, strength, size: the model's result -> (1, 3, H, W) in [0, 1].
+
+        `lq`, (1, 3, h, w) in [0, 1], is what the model saw; `source` the height and width it was made from.
+        """
+        hq = to_pixels(hq)
+        if self.colour_fix in ("wavelet", "adain") or self.strength != 1:
+            lq_up = enlarge(lq.to(hq.device), (hq.shape[-2], hq.shape[-1]))
+            hq = faithful(hq, lq_up, self.colour_fix, self.strength)
+        return resize(hq, self.sizes.output(*source))
+
     @property
     def span(self) -> Span:
         """The frames that are wanted."""
@@ -204,6 +236,8 @@ def fitted(job: VideoJob, info: Info, options: type, height: int, width: int) ->
     A family with any scale makes the size asked for itself, so that nothing is resampled after it.
     """
     own = options() if job.options is None else job.options
+    if job.colour_fix != "model" and hasattr(own, "colour_fix"):
+        own = replace(own, colour_fix="none")
     if info.scales is not None:
         return replace(job, options=own, model_scale=info.scales[0])
     asked = (job.target, job.short_edge, job.scale) != (None, None, None)

@@ -237,6 +237,7 @@ def settings(model: Model, prepared: Prepared) -> dict[str, Any]:
         "stream": job.stream,
         "state": None if job.state is None else state_key(job.state),
         "sizes": str(job.sizes),
+        "colours": f"{job.colour_fix} {job.strength}",
         "scene cuts": f"{cuts.threshold} {sorted(cuts.listed or ())}",
         "segment": job.segment_frames,
         **{f"{name} encoding": str(encoding) for name, (_, encoding) in prepared.videos.items()},

@@ -133,7 +133,7 @@ class Renderer:
         """Hand an upscaled frame to the writing thread."""
         if not self.open:
             self._begin(frame)
-        hq = self.prepared.job.sizes.to_output(hq, frame.size)
+        hq = self.prepared.job.finished(hq, lq, frame.size)
         self._write(frame, lq, hq)
         end = frame.time + (frame.duration or self.prepared.step)
         self.open.append(FrameTime(frame.index, frame.time, end))

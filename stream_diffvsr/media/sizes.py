@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import VideoError
-from ..tensors import MINIMUM_SIDE, SCALE, to_pixels
+from ..tensors import MINIMUM_SIDE, SCALE
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,6 @@ class Sizes:
     def to_model(self, rgb: Tensor) -> Tensor:
         """(1, 3, h, w) in [0, 1] -> the frame that the model sees, in [0, 1]."""
         return resize(rgb, self.model(*rgb.shape[-2:]))
-
-    def to_output(self, hq: Tensor, source: tuple[int, int]) -> Tensor:
-        """The model's result for a source frame of that size -> (1, 3, H, W) in [0, 1]."""
-        return resize(to_pixels(hq), self.output(*source))
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

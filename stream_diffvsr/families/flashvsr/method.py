@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import IncompatibleInputError
+from ...fidelity import adain
 from ...tensors import check_finite, pad_to, padded_size
 from ...upscaler import Info, OnStep, State
 from ..wan.chunks import ChunkSession, ChunkUpscaler
@@ -27,7 +28,7 @@ from ..wan.taehv import Memory as DecoderMemory
 from .attention import Selection
 from .decoders import decode_full
 from .options import FlashVSROptions
-from .pictures import adain, enlarge, groups, scaled
+from .pictures import enlarge, groups, scaled
 from .projection import FRAMES, Past
 from .state import AHEAD, CHUNK, FAMILY, FIRST, LATENTS, Memory
 from .transformer import denoise
@@ -190,7 +191,7 @@ class FlashVSR(ChunkUpscaler):
         height, width = scaled(lq, options.scale)
         hq = picture[..., :height, :width].to(self.device, torch.float32)
         if options.colour_fix == "adain":
-            hq = adain(hq, enlarge(lq, options.scale))
+            hq = adain(hq, enlarge(lq, options.scale)).clamp(-1, 1)
         return self._checked(hq)
 
     def _four(self, frames: Sequence[Tensor], options: FlashVSROptions) -> Tensor:

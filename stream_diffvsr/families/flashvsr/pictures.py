@@ -1,10 +1,9 @@
-"""Frames on their way in and out: their size, their groups and their colours."""
+"""Frames on their way in and out: their size and their groups."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,10 +26,3 @@ def enlarge(lq: Tensor, scale: float) -> Tensor:
     if size == (lq.shape[-2], lq.shape[-1]):
         return lq
     return F.interpolate(lq, size=size, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)
-
-
-def adain(hq: Tensor, lq: Tensor) -> Tensor:
-    """Give (1, 3, H, W) the mean and deviation of each channel of `lq`; clamped to [-1, 1]."""
-    (var, mean), (var_lq, mean_lq) = (torch.var_mean(x, (2, 3), correction=0, keepdim=True) for x in (hq, lq))
-    eps = 1e-5
-    return ((hq - mean) / (var + eps).sqrt() * (var_lq + eps).sqrt() + mean_lq).clamp(-1, 1)
