@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import av
@@ -47,6 +48,24 @@ def test_live_frames_queued_one_by_one_equal_one_run(pipe) -> None:
         assert info.startswith(f"frame {index + 1}, 16x12 to 64x48")
         assert ("a new sequence: the first run" in info) == (index == 0)
     assert LIVE.IS_CHANGED(seed=3) != LIVE.IS_CHANGED(seed=3)  # never cached
+
+
+@pytest.mark.long
+def test_fifty_live_frames_equal_one_run_and_memory_stays(pipe) -> None:
+    """And 200 runs of Live and of Upscale each leave as many tensors as 20."""
+    live, images = LIVE(), clip(50)
+    whole, _ = UPSCALE().execute(pipe, images, num_inference_steps=1, seed=3)
+    for index, expected in enumerate(whole):
+        frame, _ = live.execute(pipe, images[index : index + 1], num_inference_steps=1, seed=3)
+        assert torch.equal(frame[0], expected), index
+    held = {}
+    for count in (20, 180):
+        for _ in range(count):
+            live.execute(pipe, images[:1], num_inference_steps=1)
+            UPSCALE().execute(pipe, images[:1], num_inference_steps=1)
+        gc.collect()
+        held[count] = sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+    assert held[180] <= held[20]
 
 
 def test_live_begins_anew_where_it_must(pipe) -> None:
@@ -123,3 +142,16 @@ def test_simple_is_loader_and_upscale_video_in_one() -> None:
     assert SIMPLE.IS_CHANGED(model="nano", unique_id="50") == before
     Path(path).unlink()
     assert SIMPLE.IS_CHANGED(model="nano", unique_id="50") != before
+
+
+@pytest.mark.parametrize("fidelity", [{"strength": 0.0}, {"colour_fix": "wavelet"}, {"colour_fix": "adain"}])
+def test_colours_and_strength_change_what_goes_out_and_never_the_state(pipe, fidelity: dict) -> None:
+    images = clip(3)
+    plain, state = UPSCALE().execute(pipe, images, num_inference_steps=1)
+    other, same = UPSCALE().execute(pipe, images, num_inference_steps=1, **fidelity)
+    assert not torch.equal(plain, other)
+    assert all(map(torch.equal, state.tensors.values(), same.tensors.values()))
+    if "strength" in fidelity:
+        bicubic = part(PACK, "stream_diffvsr.media.sizes").enlarge(images.movedim(-1, 1), (48, 64))
+        assert torch.equal(other, bicubic.movedim(1, -1))
+    assert torch.equal(UPSCALE().execute(pipe, images, num_inference_steps=1, strength=1.0)[0], plain)
