@@ -84,7 +84,7 @@ def sound_packets(stream: Any, audio: Any, samples: int) -> Iterator[Any]:
     """The first samples of ComfyUI's sound, (1, channels, samples) in [-1, 1], in 24 bits."""
     import av
 
-    from ..stream_diffvsr.media.sides import LAYOUTS
+    from ..stream_diffvsr.media.ways import LAYOUTS
 
     wave = audio["waveform"][0, :, :samples].float().clamp(-1, 1)
     context = stream.codec_context
