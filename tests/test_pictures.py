@@ -297,3 +297,14 @@ def test_floating_point_pictures_are_refused(tmp_path: Path) -> None:
     Image.fromarray(RGB[..., 0].astype(np.float32)).save(tmp_path / "a.tif")
     with pytest.raises(VideoError, match="no known range"):
         pictures.read(tmp_path / "a.tif")
+
+
+def test_a_tiff_without_its_size_is_one_sentence(tmp_path: Path) -> None:
+    """Pillow raises a TypeError for it."""
+    Image.new("RGB", (16, 12)).save(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    # The entry of the width becomes one that nobody knows.
+    place = data.index(b"\x00\x01\x03\x00" if b"\x00\x01\x03\x00" in data else b"\x00\x01\x04\x00")
+    (tmp_path / "a.tif").write_bytes(data[:place] + b"\xfe\xff" + data[place + 2 :])
+    with pytest.raises(VideoError, match="cannot be read as a picture"):
+        pictures.read(tmp_path / "a.tif")

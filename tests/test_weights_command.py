@@ -220,3 +220,21 @@ def test_doctor_on_an_empty_machine(
     says = told(capsys)
     assert says["Weights"][1].endswith("but HF_HUB_OFFLINE forbids it")
     assert says["Flow"][0].startswith(f"raft_large: not here; would be downloaded to {tmp_path / 'torch'}")
+
+
+def test_doctor_tells_of_work_that_was_left_over(tmp_path: Path, capsys) -> None:
+    from stream_diffvsr.jobs.journal import Journal, WorkFolder
+
+    with WorkFolder(tmp_path / "film.mp4").locked() as work:
+        work.save(Journal({}, {}, {}))
+        (work.folder / "main-000000.mp4").write_bytes(bytes(3_000_000))
+        assert main(["doctor", str(tmp_path)]) == 0
+        assert f"{work.folder}: 3.0 MB, in use by a run" in capsys.readouterr().out
+    (tmp_path / "no_work.parts").mkdir()
+    assert main(["doctor", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert f"{work.folder}: 3.0 MB, 0 frames done: the same command goes on from there" in said
+    assert "no_work" not in said
+    work.journal_file.write_text("[]")
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert "cannot be read" in capsys.readouterr().out

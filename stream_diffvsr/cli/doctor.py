@@ -14,6 +14,7 @@ from ..devices import available, resolve_device, resolve_dtype
 from ..errors import StreamDiffVSRError
 from ..flow.open import BUNDLED, open_bundled
 from ..flow.raft_weights import RAFT, find_raft, hub_file, load_raft
+from ..jobs.journal import work_state
 from ..load import Found, download_targets, find_checkpoints, why_not
 from ..weights.fetch import endpoint, offline
 from ..weights.find import Candidate, models_folders
@@ -30,7 +31,8 @@ BUNDLED_MODEL = Candidate("nano", NANO, "diffvsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", nargs="*", type=Path, help="models folders to search first")
+    words = "folders to search first, for models and for unfinished work"
+    parser.add_argument("folder", nargs="*", type=Path, help=words)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         "Weights": weights(folders),
         "Flow": flow(folders),
         "Folders": searched(folders),
+        "Unfinished work": unfinished([Path.cwd(), *folders]),
     }
     print(f"stream-diffvsr {__version__}, Python {platform.python_version()}, {platform.platform()}")
     for title, lines in sections.items():
@@ -133,3 +136,13 @@ def searched(folders: list[Path]) -> Iterator[str]:
     for folder in models_folders(folders):
         yield f"searched {folder}{'' if folder.is_dir() else ' (not there)'}"
     yield f"cache {user_cache()}"
+
+
+def unfinished(folders: list[Path]) -> Iterator[str]:
+    """The work folders of jobs that did not end, how large they are, and what may be done with them."""
+    found = sorted({path.resolve() for folder in folders for path in folder.glob("*.parts")})
+    for path in filter(Path.is_dir, found):
+        if (state := work_state(path)) is not None:
+            size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+            yield f"{path}: {size / 1e6:.1f} MB, {state}"
+    yield f"searched {', '.join(map(str, folders))}"

@@ -300,6 +300,25 @@ def _object(file: Path) -> dict[str, Any]:
     return content
 
 
+def work_state(folder: Path) -> str | None:
+    """What a work folder is, for a list of what is left over; None for any other folder."""
+    work = WorkFolder(folder.with_suffix(""))
+    if not work.journal_file.is_file() and not (folder / LOCK).is_file():
+        return None
+    if (folder / LOCK).is_file():
+        try:
+            with FileLock(folder / LOCK, timeout=0):
+                pass
+        except Timeout:
+            return "in use by a run"
+    try:
+        journal = work.load()
+    except VideoError as error:
+        return str(error)
+    frames = 0 if journal is None else journal.frames
+    return f"{frames} frames done: the same command goes on from there, or delete the folder"
+
+
 def differences(before: Journal, now: Journal) -> list[str]:
     """What forbids to continue: 'seed was 0, is 1'."""
     pairs = {

@@ -45,6 +45,8 @@ PROFILE_WORDS = {
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 """What a HEIC file calls itself in its first bytes."""
+DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, struct.error)
+"""What Pillow raises for damaged files."""
 DEFAULT_MILLISECONDS = 100
 """What viewers use for an animation's frame without a duration."""
 SAVE_OPTIONS = {
@@ -128,7 +130,7 @@ def is_picture(path: Path) -> bool:
             if image.format == "MPEG" or _animated(image):
                 return False
             return image.format != "JPEG" or path.suffix.lower() in SUFFIXES or not _goes_on(path)
-    except (OSError, ValueError, SyntaxError):
+    except DAMAGE:
         return False
 
 
@@ -137,7 +139,7 @@ def is_animated(path: Path) -> bool:
     try:
         with open_picture(path) as image:
             return _animated(image)
-    except (OSError, ValueError, SyntaxError):
+    except DAMAGE:
         return False
 
 
@@ -162,7 +164,7 @@ def size_of(path: Path) -> tuple[int, int]:
         with open_picture(path) as image:
             turned = image.getexif().get(ORIENTATION, 1) >= 5
             return image.size[::-1] if turned else image.size
-    except (OSError, ValueError, SyntaxError) as error:
+    except DAMAGE as error:
         raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
 
 
@@ -178,7 +180,7 @@ def read(path: Path) -> Picture:
                 return _read_deep(path, image)
             image.load()
             return replace(from_pillow(ImageOps.exif_transpose(image)), profile=_profile(image))
-    except (OSError, ValueError, SyntaxError) as error:
+    except DAMAGE as error:
         raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
 
 
@@ -258,7 +260,7 @@ def _exif(image: Any) -> bytes:
             if words := {k: v for k, v in found.get_ifd(tag).items() if k not in EXIF_OF_PIXELS}:
                 kept[tag] = words
         return kept.tobytes() if len(kept) else b""
-    except (ValueError, TypeError, KeyError, SyntaxError, OSError, struct.error) as error:
+    except DAMAGE as error:
         log.warning("the EXIF data of %s is left out: it is damaged (%s)", image.filename, error)
         return b""
 
@@ -398,5 +400,5 @@ def read_animation(path: Path) -> Iterator[tuple[Picture, int]]:
                 image.seek(number)
                 duration = round(float(image.info.get("duration", 0))) or DEFAULT_MILLISECONDS
                 yield from_pillow(image), duration
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except DAMAGE as error:
         raise VideoError(f"{path} cannot be read as an animation ({error}): it is damaged.") from error

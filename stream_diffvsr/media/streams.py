@@ -88,8 +88,8 @@ def describe(stream: Any, frame: Any) -> SourceInfo:
     flags = stream.container.format.flags
     untimed = bool(flags & UNTIMED)
     rates = [stream.average_rate, stream.guessed_rate]
-    if untimed or stream.container.format.name == "avi":
-        # The demuxer's own default, or a count of empty packets too.
+    if untimed or stream.container.format.name in ("avi", "dv"):
+        # The demuxer's own default, a count of empty packets too, or the ticks of a clock.
         rates.reverse()
     rate = next(filter(None, rates), DEFAULT_RATE)
     length = stream.duration * stream.time_base if stream.duration else None
