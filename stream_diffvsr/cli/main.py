@@ -13,11 +13,12 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
-from . import bench, demo, doctor, download, export, metrics, upscale
+from . import bench, demo, doctor, download, export, metrics, scenes, upscale
 from .output import fail
 
 COMMANDS = {
     "upscale": upscale,
+    "scenes": scenes,
     "demo": demo,
     "doctor": doctor,
     "download": download,

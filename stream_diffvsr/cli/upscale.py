@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from ..devices import resolve_device, resolve_dtype
 from ..errors import IncompatibleInputError, VideoError
@@ -25,21 +28,33 @@ from ..media.read import check_readable
 from ..options import add_flags, given, rules, with_preset
 from ..tensors import from_pixels
 from ..upscaler import Info, State
+from . import many
 from .allocator import keep_freed_memory
 from .model import add_model_arguments, open_model
 from .output import follow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("input", type=Path, help="Video file, image, or folder of images.")
     parser.add_argument(
-        "-o", "--output", type=Path, help="File or folder to write. Default: <name>_4x beside the input."
+        "input",
+        type=Path,
+        nargs="+",
+        help="Video file, image, folder of images, or folder of videos; several are done in one run.",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="File or folder to write; several inputs need a folder. Default: <name>_4x beside the input.",
     )
     add_model_arguments(parser)
     parser.add_argument("--state-in", type=Path, metavar="FILE", help="Continue from a saved state.")
     families = [family.options for family in FAMILIES.values()]
     titles = ("speed", "memory", "input", SIZE, "output", *(family.title for family in FAMILIES.values()))
     groups = add_flags(parser, UpscaleOptions, VideoJob, *families, titles=titles)
+    groups["speed"].add_argument(
+        "--threads", type=many.positive, metavar="N", help="CPU threads. Default: as many as there are cores."
+    )
     groups["speed"].add_argument(
         "--preset",
         choices=("exact", "balanced", "fast"),
@@ -56,17 +71,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
-    check_readable(args.input)
-    output = args.output or default_output(args.input)
-    job = make_job(args, output)
-    # Before the model is opened, which may take minutes.
-    prepared = prepare(job)
-    if job.codec:
-        check_opens(job.codec)
+    if len(args.input) == 1:
+        check_readable(args.input[0])
+    found = many.sources(args.input)
+    single = found == args.input and len(found) == 1
+    named = [args.output or default_output(found[0])] if single else many.outputs(found, args, default_output)
+    results = many.Results(args, single)
+    pairs = zip(found, named, strict=True)
+    attempts = [results.attempt(to, partial(make_job, args, source, to)) for source, to in pairs]
+    jobs = [job for job in attempts if job is not None]
+    if jobs and jobs[0].codec:
+        # Before the model is opened, which may take minutes.
+        check_opens(jobs[0].codec)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    if single:
+        return run_one(args, prepare(jobs[0]))
+    if jobs:
+        many.one_after_another(open_model(args), jobs, results)
+    return results.code(len(found))
+
+
+def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
+    """One input in this process; `prepared` was looked at before the model is opened."""
     if args.plan:
         for line in plan(args, prepared):
             print(line, flush=True)
         return 0
+    output = prepared.job.output
     preview = output.absolute().with_name(f"{output.stem}_preview.jpg") if args.preview else None
     with contextlib.closing(run_job(open_model(args), prepared)) as steps:
         follow(steps, args.progress, preview, args.preview or 0)
@@ -115,7 +147,7 @@ def plan_without_weights(
     yield f"time: told when the weights of {args.model} are here ('stream-diffvsr download {args.model}')"
 
 
-def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
+def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
     """The job that the options describe."""
     name = family_named(args.model)
     family, asked = FAMILIES[name], given(args, VideoJob)
@@ -127,7 +159,7 @@ def make_job(args: argparse.Namespace, output: Path) -> VideoJob:
         raise IncompatibleInputError(f"options of {family.title}, the family of {args.model}", flags)
     options = family.options(**with_preset(family.presets, args.preset, own))
     state = None if args.state_in is None else State.load(args.state_in)
-    return VideoJob(source=args.input, output=output, options=options, state=state, **asked)
+    return VideoJob(source=source, output=output, options=options, state=state, **asked)
 
 
 def default_output(source: Path) -> Path:
