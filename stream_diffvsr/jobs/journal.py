@@ -211,7 +211,9 @@ class WorkFolder:
             return
         # A run that began in this moment holds the lock anew, and keeps the folder.
         with contextlib.suppress(OSError):
-            for name in (OWNER, LOCK):
+            # Sound that was made ready is of use to a job that was begun.
+            made = [file.name for file in self._files() if file.name.startswith("side-")]
+            for name in (*made, OWNER, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
             if left := sorted(file.name for file in self.folder.iterdir()):
                 log.warning("%s stays: it holds %s", self.folder, ", ".join(left[:3]))
