@@ -33,12 +33,11 @@ GOLDEN = Path(os.environ.get("STREAM_DIFFVSR_GOLDEN", Path(__file__).parent / "g
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `long` run only where `-m` asks for them."""
-    if "long" in config.getoption("markexpr"):
-        return
-    for item in items:
-        if item.get_closest_marker("long"):
-            item.add_marker(pytest.mark.skip(reason="takes minutes: pytest -m long"))
+    """Tests marked `long` or `service` run only where `-m` asks for them."""
+    for name in ("long", "service"):
+        for item in items if name not in config.getoption("markexpr") else ():
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"takes minutes: pytest -m {name}"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
-from . import bench, demo, doctor, download, export, metrics, scenes, upscale
+from . import bench, demo, doctor, download, export, metrics, scenes, serve, upscale
 from .output import fail
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "export": export,
     "bench": bench,
     "metrics": metrics,
+    "serve": serve,
 }
 """Each module has a one-line docstring (its help), `add_arguments(parser)` and `run(args) -> int`."""
 

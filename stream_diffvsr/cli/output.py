@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import sys
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,12 +39,14 @@ def follow(
     """Run a job to its end; returns the last report, None where everything had been done before.
 
     `progress` is one of PROGRESS: a bar on standard error, a line of JSON per frame on standard output, or
-    nothing. With `preview`, that picture is written anew every so many frames: bicubic and the result.
+    nothing. With `preview`, that picture is written anew every so many frames, but at most once in a second:
+    bicubic and the result.
     """
-    step = None
+    step, shown_at = None, -math.inf
     shown = {"bar": _bar, "json": _json_lines, "none": iter}[progress]
     for step in shown(steps):
-        if preview is not None and step.done % every == 0:
+        if preview is not None and step.done % every == 0 and time.monotonic() - shown_at >= 1:
+            shown_at = time.monotonic()
             size = (step.hq.shape[-2], step.hq.shape[-1])
             pictures.write(preview, Picture(side_by_side(enlarge(step.lq, size), step.hq)))
     return step

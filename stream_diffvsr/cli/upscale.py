@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +20,7 @@ from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.released import released_planner
 from ..jobs.job import SIZE, fitted
 from ..jobs.prepare import Prepared, prepare
-from ..jobs.report import report, report_time
+from ..jobs.report import output_bytes, report, report_time
 from ..jobs.run import VideoJob
 from ..jobs.run import run as run_job
 from ..load import FAMILIES, family_named, resolve
@@ -65,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", action="store_true", help="Estimate memory, disk space and time, then exit."
     )
     groups["output"].add_argument(
-        "--preview", type=int, metavar="N", help="Write a picture every N frames: bicubic and the result."
+        "--preview",
+        type=int,
+        metavar="N",
+        help="Write a picture every N frames, at most one in a second: bicubic and the result.",
     )
 
 
@@ -104,6 +109,35 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
         follow(steps, args.progress, preview, args.preview or 0)
     print(json.dumps({"output": str(output)}) if args.progress == "json" else output)
     return 0
+
+
+def check(args: argparse.Namespace) -> dict[str, Any]:
+    """What is known of a job before its model is opened; raises as `run` does where it cannot work.
+
+    Sizes are (width, height) in pixels, `seconds` and `frames` None where the file does not tell.
+    """
+    check_readable(args.input)
+    prepared = prepare(make_job(args, args.output or default_output(args.input)))
+    job, info = prepared.job, prepared.source.info
+    if job.codec:
+        check_opens(job.codec)
+    resolve_device(args.device)
+    family = FAMILIES[family_named(args.model)].options
+    if "scale" in rules(family):
+        prepared = replace(prepared, job=fitted(job, Info("", "", "", scales=None), family, *prepared.size))
+    height, width = prepared.job.sizes.output(*prepared.size)
+    job.sizes.model(*prepared.size)
+    codec = next((encoding.codec for _, encoding in prepared.videos.values()), None)
+    frames = prepared.total
+    return {
+        "size": (info.width, info.height),
+        "output_size": (width, height),
+        "frames": frames,
+        "rate": float(info.rate),
+        "seconds": None if info.frames is None else float(info.frames / info.rate),
+        "codec": codec,
+        "bytes": round((frames or 1) * output_bytes(codec or "png", width, height)),
+    }
 
 
 def plan(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:

@@ -45,9 +45,14 @@ def report(
     told = f" ({stages})" if stages else " beside the weights"
     yield f"memory: about {_gigabytes(needs['peak'])}{told}; {_gigabytes(free_memory(device))} free"
     codec, folder = job.codec or "h264", job.output.absolute().parent
-    room = (frames or 1) * out_height * out_width * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
+    room = (frames or 1) * output_bytes(codec, out_width, out_height)
     share = "" if frames else " per frame"
     yield f"disk: about {_gigabytes(room)}{share} as {codec}; {_gigabytes(_disk_free(folder))} free"
+
+
+def output_bytes(codec: str, width: int, height: int) -> float:
+    """What a frame commonly takes in a file."""
+    return width * height * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
 
 
 def report_time(pipe: Upscaler, lq: Tensor, options: Any, state: State, frames: int | None) -> str:

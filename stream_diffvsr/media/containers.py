@@ -7,6 +7,9 @@ from typing import Any
 
 from ..errors import VideoError
 
+PLAYLISTS = {"concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"}
+"""Formats that open other files, or the network: whoever sends such a file would choose what is read."""
+
 
 def check_readable(path: Path) -> None:
     """Say plainly why a path cannot be read."""
@@ -34,7 +37,8 @@ def open_container(path: Path, form: str | None = None) -> Any:
 
     try:
         # Absolute: what stands before a colon would be taken for a protocol.
-        return av.open(str(path.absolute()), format=form, metadata_errors="ignore")
+        formats = {"format_whitelist": ",".join(sorted(av.formats_available - PLAYLISTS))}
+        return av.open(str(path.absolute()), format=form, options=formats, metadata_errors="ignore")
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(

@@ -1,0 +1,179 @@
+"""What the service asks before it takes a job: lines of JSON in, lines of JSON out.
+
+    {"about": true}                     -> {"families": ..., "models": ..., "devices": ..., ...}
+    {"upscale": ["in.mp4", "-o", ...]}  -> {"code": 0, "facts": {...}}, or {"code": 2, "message": "..."}
+
+It runs as a process of its own (`python -m stream_diffvsr.cli.checks`), since a hostile file may take the
+process that opens it down, and since torch takes hundreds of megabytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..devices import available
+from ..errors import StreamDiffVSRError
+from ..jobs.job import VideoJob
+from ..load import FAMILIES, family_of, find_checkpoints, resolve
+from ..media import pictures
+from ..media.codecs import CONTAINERS
+from ..memory import free_memory
+from ..options import Rule, defaults, json_schema, rules
+from ..weights.fetch import offline
+from ..weights.find import registered
+from ..weights.released import RELEASES
+from . import upscale
+from .main import parse
+
+OF_THE_LOADER = ("dtype", "quantize", "flow")
+"""Options of a job that choose how the model is opened."""
+LOCAL = ("overwrite", "restart", "read_ahead", "compare")
+"""Options that are the service's own business."""
+SCENE_CUT = r"^(auto|off|\d{1,3}(\.\d{1,6})?)$"
+"""Without the file that it may also name."""
+
+
+def main() -> None:
+    """Answer until the standard input ends."""
+    # What libraries print must not come between the answers.
+    answers = sys.stdout
+    sys.stdout = sys.stderr
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer = about() if "about" in asked else check(asked["upscale"])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def check(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the command `upscale` says of its arguments before it opens a model."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            args = parse(["upscale", *arguments])
+        return {"code": 0, "facts": upscale.check(args)}
+    except SystemExit:
+        message = said.getvalue().partition(": ")[2].partition("; '")[0]
+        return {"code": 2, "message": message}
+    except StreamDiffVSRError as error:
+        return {"code": 2, "message": str(error)}
+    except Exception as error:  # of a file that somebody made for it
+        return {"code": 2, "message": f"the file cannot be read ({type(error).__name__}: {error})"}
+
+
+def about() -> dict[str, Any]:
+    """What there is: models, devices, options, file formats."""
+    job = [name for name, rule in rules(VideoJob).items() if name not in LOCAL and not _names_file(rule)]
+    schema = json_schema(VideoJob, job)
+    schema["properties"]["scene_cut"] |= {
+        "pattern": SCENE_CUT,
+        "description": "How scenes are found; each starts without memory of the one before. auto, off, or a "
+        "threshold from 0 to 255 (auto is 27).",
+    }
+    families = {name: _family(name) for name in FAMILIES}
+    return {
+        "job": {"schema": schema, "options": _told(VideoJob, job)},
+        "loader": _loader(),
+        "families": families,
+        "models": models(),
+        "devices": [device(name) for name in available()],
+        "pictures": list(pictures.SUFFIXES),
+        "written": {"videos": list(CONTAINERS), "images": list(pictures.WRITABLE)},
+    }
+
+
+def _family(name: str) -> dict[str, Any]:
+    options = FAMILIES[name].options
+    named = [option for option, rule in rules(options).items() if not _names_file(rule)]
+    return {
+        "title": FAMILIES[name].title,
+        "presets": list(FAMILIES[name].presets),
+        "schema": json_schema(options, named),
+        "options": _told(options, named),
+    }
+
+
+def _names_file(rule: Rule) -> bool:
+    """Whether an option's value is a path, which nobody outside may give."""
+    return "FILE" in (rule.metavar or "") or "FOLDER" in (rule.metavar or "")
+
+
+def _told(cls: type, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """How each option is shown and handed to the command."""
+    table, default = rules(cls), defaults(cls)
+    return {
+        name: {
+            "flag": (table[name].flag or name).replace("_", "-"),
+            "switch": table[name].kind is bool and table[name].parse is None,
+            "default": default[name] if isinstance(default[name], bool) else None,
+            "expert": table[name].expert,
+            "group": table[name].group,
+        }
+        for name in names
+    }
+
+
+def _loader() -> dict[str, Any]:
+    """The options that choose how the model is opened, as the command has them."""
+    parser = argparse.ArgumentParser()
+    upscale.add_arguments(parser)
+    made = {each.dest: each for each in parser._actions if each.dest in OF_THE_LOADER}
+    properties: Mapping[str, Any] = {
+        name: {
+            "type": "string",
+            "description": (each.help or "").partition(" Default:")[0],
+            "default": each.default,
+            "enum": list(each.choices or ()),
+        }
+        for name, each in made.items()
+    }
+    told = {name: {"flag": name, "switch": False, "expert": True, "group": "model"} for name in made}
+    return {
+        "schema": {"type": "object", "properties": properties, "additionalProperties": False},
+        "options": told,
+    }
+
+
+def models() -> list[dict[str, Any]]:
+    """Every model that can be named: the bundled one, the released ones, and what lies in models folders."""
+    found = {"nano": _model("nano", "diffvsr", here=True)}
+    for name, release in RELEASES.items():
+        here = resolve(name) is not None
+        found[name] = _model(name, release.family, here=here)
+        if not here:
+            found[name] |= {"download_gigabytes": release.gigabytes, "can_download": not offline()}
+    for each in find_checkpoints():
+        if each.problem is None and each.name not in found:
+            found[each.name] = _model(each.name, family_of(each.path) or "diffvsr", here=True)
+    for path in (path for folder in registered() if folder.is_dir() for path in sorted(folder.iterdir())):
+        if path.is_file() and path.name not in found and FAMILIES["image"].recognise(path):
+            found[path.name] = {**_model(path.name, "image", here=True), "file": str(path)}
+    return list(found.values())
+
+
+def _model(name: str, family: str, *, here: bool) -> dict[str, Any]:
+    return {"name": name, "family": family, "title": FAMILIES[family].title, "here": here}
+
+
+def device(name: str) -> dict[str, Any]:
+    """A device with its memory in bytes."""
+    kind = torch.device(name)
+    if kind.type == "cuda":
+        free, total = torch.cuda.mem_get_info(kind)
+        title = torch.cuda.get_device_name(kind)
+    else:
+        import psutil
+
+        free, total, title = free_memory(kind), psutil.virtual_memory().total, name
+    return {"name": name, "title": title, "total": total, "free": free, "used": total - free}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""Start the page and the REST API."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+
+from ..errors import IncompatibleInputError
+from ..options import add_flags, given
+
+NEEDED = ("fastapi", "uvicorn", "python_multipart", "jsonschema")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..service.settings import Settings
+
+    parser.epilog = "Each option is also an environment variable, such as STREAM_DIFFVSR_PORT."
+    add_flags(parser, Settings, titles=())
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..service.settings import Settings, from_environment, to_environment
+
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        raise IncompatibleInputError(
+            "the service's packages (pip install 'stream-diffvsr[service]')", f"none of {', '.join(missing)}"
+        )
+    settings = Settings(**{**from_environment(os.environ), **given(args, Settings)})
+    # A program of its own, which does not hold this one's hundreds of megabytes of torch.
+    command = [sys.executable, "-m", "stream_diffvsr.service"]
+    environment = {**os.environ, **to_environment(settings)}
+    if sys.platform != "win32":
+        os.execve(sys.executable, command, environment)
+    return subprocess.call(command, env=environment)

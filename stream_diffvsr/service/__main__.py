@@ -1,0 +1,26 @@
+"""The server, told everything by environment variables; torch is never imported here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from ..errors import StreamDiffVSRError
+from .server import run
+from .settings import Settings, from_environment
+
+
+def main() -> int:
+    """Serve until told to end; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        run(Settings(**from_environment(os.environ)))
+    except StreamDiffVSRError as error:
+        logging.error("stream-diffvsr: %s", error)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""The command that does the work: what may be asked of it, and how it is asked before a job is taken."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+from .problems import ProblemError
+
+log = logging.getLogger(__name__)
+
+PYTHON_MODULE = "stream_diffvsr.cli.main"
+CHECKS = "stream_diffvsr.cli.checks"
+PATIENCE = 60.0
+"""Seconds within which a file must have been looked at."""
+IDLE = 120.0
+"""Seconds without a question after which the process that answers them ends; it takes half a gigabyte."""
+FRESH = 10.0
+"""Seconds for which what was told of devices and models holds."""
+STARTING = 300.0
+"""Seconds within which the answering process must be up: torch may come from a slow disk."""
+SIZES = re.compile(r"(?P<factor>[1-8](\.\d{1,3})?)x|(?P<edge>\d{2,5})p")
+SECRETS = ("STREAM_DIFFVSR_TOKEN", "AWS_")
+"""Beginnings of environment variables that no other process needs."""
+
+
+def environment() -> dict[str, str]:
+    """For the processes that are started here."""
+    return {name: text for name, text in os.environ.items() if not name.startswith(SECRETS)}
+
+
+class Checks:
+    """A process that knows models, options and files, started when it is asked and ended when it is idle."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._lock = asyncio.Lock()
+        self._used = 0.0
+        self._about: tuple[float, dict[str, Any]] = (-FRESH, {})
+
+    async def about(self, *, fresh: bool = False) -> dict[str, Any]:
+        """What there is (see `cli.checks`); with `fresh`, not older than a few seconds."""
+        told, about = self._about
+        if not about or (fresh and time.monotonic() - told > FRESH):
+            about = await self._ask({"about": True})
+            self._about = time.monotonic(), about
+        return about
+
+    async def facts(self, arguments: list[str]) -> dict[str, Any]:
+        """What the command says of a job; raises `ProblemError` with its sentence."""
+        answer = await self._ask({"upscale": arguments})
+        if answer["code"]:
+            raise ProblemError(422, answer["message"])
+        return answer["facts"]
+
+    async def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        async with self._lock:
+            process = await self._started()
+            assert process.stdin and process.stdout
+            try:
+                process.stdin.write(json.dumps(question).encode() + b"\n")
+                line = await asyncio.wait_for(process.stdout.readline(), PATIENCE)
+            except (TimeoutError, asyncio.TimeoutError, ConnectionError, ValueError):
+                line = b""
+            self._used = time.monotonic()
+            if not line:
+                await self._end()
+                raise ProblemError(422, "Looking at the file failed or took too long: it is not taken.")
+            return json.loads(line)
+
+    async def _started(self) -> asyncio.subprocess.Process:
+        if self._process is not None and self._process.returncode is None:
+            return self._process
+        self._process = process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", CHECKS),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env=environment(),
+            start_new_session=True,
+            limit=16 * 2**20,
+        )
+        assert process.stdin and process.stdout
+        process.stdin.write(b'{"about": true}\n')
+        line = await asyncio.wait_for(process.stdout.readline(), STARTING)
+        if not line:
+            await self._end()
+            raise ProblemError(500, "The engine does not start; 'stream-diffvsr doctor' says why.")
+        self._about = time.monotonic(), json.loads(line)
+        return process
+
+    async def end_when_idle(self) -> None:
+        """Runs as long as the server."""
+        while True:
+            await asyncio.sleep(IDLE / 4)
+            if self._process and not self._lock.locked() and time.monotonic() - self._used > IDLE:
+                async with self._lock:
+                    await self._end()
+
+    async def close(self) -> None:
+        """End the process."""
+        async with self._lock:
+            await self._end()
+
+    async def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None and process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
+    """The model of a request, after its options were checked; raises `ProblemError`."""
+    model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
+    if model is None:
+        raise ProblemError(
+            422, f"model: there is no {asked['model']!r} here; GET /api/v1/models lists those there are."
+        )
+    if not model["here"]:
+        if not model["can_download"]:
+            raise ProblemError(
+                409, f"{model['name']} is not on this machine, and HF_HUB_OFFLINE forbids downloads."
+            )
+        if not asked["download"]:
+            raise ProblemError(
+                409,
+                f'{model["name"]} is not on this machine: send "download": true to have its '
+                f"{model['download_gigabytes']} GB downloaded first.",
+            )
+    if not SIZES.fullmatch(asked["size"]):
+        raise ProblemError(
+            422, f"size: {asked['size']!r} is neither a factor such as 2x nor a short edge such as 1080p."
+        )
+    family = about["families"][model["family"]]
+    if asked["preset"] not in family["presets"]:
+        known = ", ".join(family["presets"])
+        raise ProblemError(422, f"preset: {family['title']} has {known}, not {asked['preset']!r}.")
+    _check_options(asked["options"], model, about)
+    return model
+
+
+def _check_options(options: Mapping[str, Any], model: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    family = about["families"][model["family"]]
+    parts = (about["job"], about["loader"], family)
+    properties = {
+        name: rule for part in reversed(parts) for name, rule in part["schema"]["properties"].items()
+    }
+    for name in options:
+        if name in properties:
+            continue
+        owners = [each["title"] for each in about["families"].values() if name in each["options"]]
+        if owners:
+            raise ProblemError(
+                422,
+                f"options.{name}: that is an option of {' and '.join(owners)}, and {model['name']} is of the "
+                f"family {family['title']}.",
+            )
+        raise ProblemError(
+            422, f"options.{name}: there is no such option; GET /api/v1/capabilities lists them."
+        )
+    schema = {"type": "object", "properties": properties}
+    for error in Draft202012Validator(schema).iter_errors(dict(options)):
+        place = ".".join(["options", *(str(part) for part in error.absolute_path)])
+        raise ProblemError(422, f"{place}: {error.message[:300]}.")
+
+
+def arguments(
+    asked: Mapping[str, Any], about: Mapping[str, Any], source: Path, output: Path, device: str, ray: str = ""
+) -> list[str]:
+    """What stands after `upscale`, for a request that was checked."""
+    model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
+    if model is None:
+        raise ProblemError(422, f"The model {asked['model']} is no longer on this machine.")
+    made = [f"--output={output}", f"--model={model.get('file', model['name'])}"]
+    made += [f"--ray={ray}"] if ray else [f"--device={device}"]
+    made.append(f"--preset={asked['preset']}")
+    size = SIZES.fullmatch(asked["size"])
+    assert size is not None
+    if size["edge"]:
+        made.append(f"--short-edge={size['edge']}")
+    elif float(size["factor"]) != 4:
+        made.append(f"--scale={size['factor']}")
+    parts = (about["job"], about["loader"], about["families"][model["family"]])
+    known = {name: told for part in reversed(parts) for name, told in part["options"].items()}
+    made += [flag for name, value in asked["options"].items() for flag in _flags(known[name], value)]
+    return [*made, "--", str(source)]
+
+
+def _flags(told: Mapping[str, Any], value: Any) -> Iterator[str]:
+    if value is None:
+        return
+    if not told["switch"]:
+        yield f"--{told['flag']}={value}"
+    elif value != told["default"]:
+        yield f"--{'' if value else 'no-'}{told['flag']}"

@@ -1,0 +1,74 @@
+"""What is said when a request cannot be done: RFC 9457 problems."""
+
+from __future__ import annotations
+
+import http
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+
+from ..errors import StreamDiffVSRError
+
+CONTENT_TYPE = "application/problem+json"
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str = "about:blank"
+    title: str = Field(examples=["Unprocessable Content"])
+    status: int = Field(examples=[422])
+    detail: str = Field(examples=["model: there is no 'v9' here; GET /api/v1/models lists those there are."])
+
+
+class ProblemError(StreamDiffVSRError):
+    """A request that is refused, with the sentence that says why."""
+
+    def __init__(self, status: int, detail: str, **headers: str) -> None:
+        self.status, self.headers = status, {name.replace("_", "-"): text for name, text in headers.items()}
+        super().__init__(detail)
+
+
+def answer(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+    """The response of a problem."""
+    readable = detail.encode("utf-8", "replace").decode()
+    problem = Problem(title=http.HTTPStatus(status).phrase, status=status, detail=readable)
+    return JSONResponse(problem.model_dump(), status, headers=headers, media_type=CONTENT_TYPE)
+
+
+def told(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> str:
+    """What pydantic found wrong, in a sentence."""
+    places = [".".join(map(str, each["loc"][skip:])) or "request" for each in errors]
+    return "; ".join(f"{place}: {each['msg']}" for place, each in zip(places, errors, strict=True))[:1000]
+
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    "4XX": {"description": "Why the request is refused.", "model": Problem},
+    "5XX": {"description": "What went wrong.", "model": Problem},
+}
+"""For the description of every route."""
+
+
+def install(app: FastAPI) -> None:
+    """Have everything that goes wrong told as a problem."""
+
+    @app.exception_handler(ProblemError)
+    def refused(request: Request, error: ProblemError) -> JSONResponse:
+        return answer(error.status, str(error), error.headers)
+
+    @app.exception_handler(HTTPException)
+    def http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return answer(error.status_code, str(error.detail), dict(error.headers or {}))
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return answer(422, told(error.errors(), skip=1))
+
+    @app.exception_handler(Exception)
+    def failed(request: Request, error: Exception) -> JSONResponse:
+        return answer(500, f"The server failed ({type(error).__name__}); its log says more.")

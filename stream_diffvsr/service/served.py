@@ -1,0 +1,42 @@
+"""Files as answers: ranges, ETags, and a type that no browser takes for a page."""
+
+from __future__ import annotations
+
+import mimetypes
+from pathlib import Path
+from urllib.parse import quote
+
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+
+from .problems import ProblemError
+
+TYPES = {".mkv": "video/x-matroska", ".webp": "image/webp", ".avif": "image/avif", ".m4v": "video/mp4"}
+SHOWN = ("video/", "image/")
+NOT_SHOWN = ("image/svg+xml",)
+
+
+def serve(request: Request, path: Path, name: str = "", *, download: bool = False) -> Response:
+    """A file, or the part of it that is asked for; `name` is what a browser saves it as.
+
+    Raises `ProblemError` where it is not there. A file that is replaced meanwhile is read to its old end.
+    """
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise ProblemError(404, "There is no such file (yet).") from error
+    etag = f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
+    wanted = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Accept-Ranges": "bytes"}
+    if etag in wanted or "*" in wanted:
+        return Response(status_code=304, headers=headers)
+    if name:
+        kind = "attachment" if download else "inline"
+        headers["Content-Disposition"] = f"{kind}; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    return FileResponse(path, headers=headers, media_type=media_type(path), stat_result=stat)
+
+
+def media_type(path: Path) -> str:
+    """Of pictures and videos their own, of all else that of plain bytes."""
+    guessed = TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
+    return guessed if guessed.startswith(SHOWN) and guessed not in NOT_SHOWN else "application/octet-stream"

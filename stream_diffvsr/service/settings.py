@@ -1,0 +1,96 @@
+"""What `stream-diffvsr serve` can be told, by a flag or by an environment variable."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import IncompatibleInputError
+from ..options import check_options, option, rules
+
+PREFIX = "STREAM_DIFFVSR_"
+"""Of the environment variables; the rest is the option's name in capitals."""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+GIGABYTE = 10**9
+
+
+def parse_folders(text: str) -> tuple[Path, ...]:
+    """Folders separated as in PATH."""
+    return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Frozen; wrong values raise `IncompatibleInputError`."""
+
+    host: str = option("127.0.0.1", "Address to listen on. Any but this machine's own needs --token.")
+    port: int = option(8000, "Port to listen on. 0: any free one.", low=0, high=65535)
+    root: Path = option(
+        Path("stream-diffvsr-service"),
+        "Folder that holds uploads, results and the list of jobs. It is made if it is missing.",
+        parse=Path,
+        metavar="FOLDER",
+    )
+    token: str = option(
+        "", "Word that every request must carry, and that the page asks for. Safer in the environment."
+    )
+    allow: tuple[Path, ...] = option(
+        (),
+        f"Folders whose files may be named as a source, separated by '{os.pathsep}'.",
+        parse=parse_folders,
+        metavar="FOLDERS",
+    )
+    devices: str = option(
+        "auto", "Devices that work, each on one job at a time: auto, all, or a list such as cuda:0,cuda:1."
+    )
+    ray: str = option(
+        "", "Ray cluster that each job spreads over, one job at a time. Handed to the command as --ray."
+    )
+    max_gigabytes: float = option(20.0, "Largest file that is taken, in GB of 10^9 bytes.", low=0.001)
+    max_pixels: int = option(
+        8192 * 4320, "Most pixels of an input frame, and of an eighth of an output frame.", low=64
+    )
+    max_seconds: float = option(6 * 3600.0, "Longest video that is taken.", low=0.1)
+    max_waiting: int = option(1000, "Most jobs that may wait.", low=1)
+    keep_days: float = option(
+        0.0, "Days after which jobs that are over, and uploads nobody used, are deleted. 0: never.", low=0
+    )
+    tries: int = option(
+        3, "How often a job may die without getting further before it counts as failed.", low=1, expert=True
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if self.host not in LOOPBACK and not self.token:
+            raise IncompatibleInputError(
+                "a token (--token, or STREAM_DIFFVSR_TOKEN) to listen on more than this machine",
+                f"--host {self.host} without one",
+            )
+
+    @property
+    def max_bytes(self) -> int:
+        return int(self.max_gigabytes * GIGABYTE)
+
+
+def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The settings that environment variables name; raises `IncompatibleInputError`."""
+    found = {}
+    for name, rule in rules(Settings).items():
+        variable = PREFIX + name.upper()
+        if (text := environment.get(variable)) is None:
+            continue
+        try:
+            found[name] = (rule.parse or rule.kind)(text)
+        except ValueError as error:
+            raise IncompatibleInputError(f"{variable} as {rule.kind.__name__}", repr(text)) from error
+    return found
+
+
+def to_environment(settings: Settings) -> dict[str, str]:
+    """The variables from which `from_environment` makes the same settings."""
+    values = {name: getattr(settings, name) for name in rules(Settings)}
+    values["allow"] = os.pathsep.join(map(str, settings.allow))
+    return {PREFIX + name.upper(): str(value) for name, value in values.items()}

@@ -1,0 +1,149 @@
+"""The list of jobs: one SQLite table, and a folder for each."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sqlite3
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+KINDS = ("videos", "images")
+WAITING, RUNNING = "queued", "running"
+OVER = ("finished", "failed", "cancelled")
+"""A task is 'uploaded' before a job is asked of it."""
+TASK_ID = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A file and the job that is done with it."""
+
+    id: str
+    """32 hex digits; the name of its folder."""
+    kind: str
+    """One of KINDS."""
+    name: str
+    """What the caller calls the file; shown, never used as a path."""
+    suffix: str
+    """Of the file, with its dot, small letters."""
+    source: str = ""
+    """Where the file is, if it was not uploaded: a path, or s3://bucket/key."""
+    state: str = "uploaded"
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """The job as it was asked for."""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What is known of the source and of what will be written."""
+    message: str = ""
+    done: int = 0
+    total: int | None = None
+    deaths: int = 0
+    """How often its process died since it last got further."""
+    created: float = 0.0
+    queued: float = 0.0
+    ended: float = 0.0
+    """Seconds since 1970; 0: not yet."""
+
+
+COLUMNS = tuple(each.name for each in fields(Task))
+AS_JSON = ("request", "facts")
+
+
+class Store:
+    """The tasks of one root folder. Every change is on the disk when the call returns."""
+
+    def __init__(self, root: Path) -> None:
+        self.folder = root / "tasks"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.database = sqlite3.connect(root / "jobs.sqlite", isolation_level=None)
+        self.database.execute("PRAGMA journal_mode=WAL")
+        self.database.execute("PRAGMA busy_timeout=10000")
+        self.database.execute(f"CREATE TABLE IF NOT EXISTS tasks ({', '.join(COLUMNS)}, PRIMARY KEY (id))")
+
+    def folder_of(self, task: Task) -> Path:
+        """Where the files of a task are."""
+        return self.folder / task.id
+
+    def source_of(self, task: Task) -> Path:
+        """The file that is upscaled."""
+        local = task.source and not task.source.startswith("s3://")
+        return Path(task.source) if local else self.folder_of(task) / f"source{task.suffix}"
+
+    def result_of(self, task: Task) -> Path:
+        """The file that the job writes; whole only when the task is finished."""
+        return self.folder_of(task) / f"result{task.request.get('suffix', task.suffix)}"
+
+    def preview_of(self, task: Task) -> Path:
+        """The picture of the newest frame that the command writes."""
+        return self.folder_of(task) / "result_preview.jpg"
+
+    def add(self, task: Task) -> Task:
+        """Keep a new task."""
+        task = replace(task, created=time.time())
+        marks = ", ".join("?" for _ in COLUMNS)
+        self.database.execute(f"INSERT INTO tasks VALUES ({marks})", _row(task))
+        return task
+
+    def change(self, task: Task, **changes: Any) -> Task:
+        """The task with changes, which are kept."""
+        task = replace(task, **changes)
+        values = dict(zip(COLUMNS, _row(task), strict=True))
+        names = ", ".join(f"{name} = ?" for name in changes)
+        self.database.execute(
+            f"UPDATE tasks SET {names} WHERE id = ?", [*(values[name] for name in changes), task.id]
+        )
+        return task
+
+    def get(self, task_id: str) -> Task | None:
+        """A task by its id."""
+        found = self._select("WHERE id = ?", task_id)
+        return found[0] if found else None
+
+    def newest(self, kind: str, limit: int, offset: int = 0) -> list[Task]:
+        """Tasks of a kind, the newest first."""
+        return self._select("WHERE kind = ? ORDER BY created DESC LIMIT ? OFFSET ?", kind, limit, offset)
+
+    def waiting(self) -> list[Task]:
+        """Jobs that wait, the next one first."""
+        return self._select("WHERE state = ? ORDER BY queued", WAITING)
+
+    def running(self) -> list[Task]:
+        """Jobs that run, or ran when the server died."""
+        return self._select("WHERE state = ?", RUNNING)
+
+    def old(self, before: float) -> list[Task]:
+        """Tasks that are over, or never began, since before a time."""
+        return self._select(
+            f"WHERE state IN {(*OVER, 'uploaded')} AND MAX(created, queued, ended) < ?", before
+        )
+
+    def remove(self, task: Task) -> None:
+        """Forget a task; its files go first, so that none is left without one."""
+        self.database.execute("DELETE FROM tasks WHERE id = ?", (task.id,))
+
+    def remove_files(self, task: Task) -> None:
+        """Delete the files of a task."""
+        shutil.rmtree(self.folder_of(task), ignore_errors=True)
+
+    def remove_leftovers(self) -> None:
+        """Delete folders without a task: uploads that broke off."""
+        for folder in self.folder.iterdir():
+            if TASK_ID.fullmatch(folder.name) and self.get(folder.name) is None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _select(self, where: str, *values: Any) -> list[Task]:
+        rows = self.database.execute(f"SELECT {', '.join(COLUMNS)} FROM tasks {where}", values)
+        return [_task(row) for row in rows]
+
+
+def _row(task: Task) -> list[Any]:
+    return [json.dumps(getattr(task, name)) if name in AS_JSON else getattr(task, name) for name in COLUMNS]
+
+
+def _task(row: tuple[Any, ...]) -> Task:
+    values = dict(zip(COLUMNS, row, strict=True))
+    return Task(**{name: json.loads(value) if name in AS_JSON else value for name, value in values.items()})
