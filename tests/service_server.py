@@ -28,9 +28,8 @@ class Server:
         wanted = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "STREAM_DIFFVSR_ROOT": str(self.root)}
         wanted |= {"STREAM_DIFFVSR_PORT": "0", **self.environment}
         # The command itself, or what it becomes, which starts faster.
-        module = (
-            ("stream_diffvsr.service",) if self.direct else ("stream_diffvsr.cli.main", "serve", *self.flags)
-        )
+        command = ("stream_diffvsr.cli.main", "serve", *self.flags)
+        module = ("stream_diffvsr.service",) if self.direct else command
         self.process = subprocess.Popen(
             [sys.executable, "-m", *module],
             env={**os.environ, **wanted},

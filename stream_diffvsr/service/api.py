@@ -298,7 +298,7 @@ def page_router() -> APIRouter:
     def add(path: str, file: Path) -> None:
         @router.get(f"/{path}", name=file.name)
         async def get(request: Request) -> Response:
-            return serve(request, file)
+            return serve(request, file, kind=PAGE_TYPES[file.suffix])
 
     for path, name in PAGE_FILES.items():
         add(path, PAGE / name)

@@ -16,8 +16,10 @@ SHOWN = ("video/", "image/")
 NOT_SHOWN = ("image/svg+xml",)
 
 
-def serve(request: Request, path: Path, name: str = "", *, download: bool = False) -> Response:
-    """A file, or the part of it that is asked for; `name` is what a browser saves it as.
+def serve(
+    request: Request, path: Path, name: str = "", *, download: bool = False, kind: str = ""
+) -> Response:
+    """A file, or the part of it that is asked for; `name` is what a browser saves it as, `kind` its type.
 
     Raises `ProblemError` where it is not there. A file that is replaced meanwhile is read to its old end.
     """
@@ -31,9 +33,9 @@ def serve(request: Request, path: Path, name: str = "", *, download: bool = Fals
     if etag in wanted or "*" in wanted:
         return Response(status_code=304, headers=headers)
     if name:
-        kind = "attachment" if download else "inline"
-        headers["Content-Disposition"] = f"{kind}; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
-    return FileResponse(path, headers=headers, media_type=media_type(path), stat_result=stat)
+        how = "attachment" if download else "inline"
+        headers["Content-Disposition"] = f"{how}; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    return FileResponse(path, headers=headers, media_type=kind or media_type(path), stat_result=stat)
 
 
 def media_type(path: Path) -> str:
