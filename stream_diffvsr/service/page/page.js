@@ -264,10 +264,11 @@ function jobForm(kind, viewer) {
   sent.setAttribute("aria-label", "Upload");
   const form = make("form", { className: "card", noValidate: false },
     make("h2", {}, kind === "videos" ? "Upscale a video" : "Upscale an image"), drop,
-    elsewhere.length ? field("Or from elsewhere", source, `Instead of a file: ${elsewhere.join(" or ")}.`) : null,
     field("Model", model, "nano is small and bundled; the others are downloaded when they are first used."),
     field("Quality", preset), field("Size", size), field("Format", format),
-    capabilities.s3 ? field("Also write to", target, "Leave empty to download the result from here.") : null,
+    elsewhere.length ? make("details", {}, make("summary", {}, "From and to elsewhere"),
+      field("Source", source, `Instead of a file: ${elsewhere.join(" or ")}.`),
+      capabilities.s3 ? field("Target", target, "Where the result goes, too; it can be downloaded here in any case.") : null) : null,
     own, start, sent);
   form.onsubmit = async (event) => {
     event.preventDefault();
