@@ -14,11 +14,15 @@ from .settings import Settings, from_environment
 def main() -> int:
     """Serve until told to end; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    # It warns of every form that it cannot read, which the caller is told.
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
         run(Settings(**from_environment(os.environ)))
     except StreamDiffVSRError as error:
         logging.error("stream-diffvsr: %s", error)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
