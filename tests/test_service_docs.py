@@ -13,25 +13,16 @@ from stream_diffvsr.service.settings import PREFIX, Settings
 
 DOCS = Path(__file__).parent.parent / "docs"
 SETTINGS = {PREFIX + name.upper() for name in rules(Settings)}
-INSTRUCTIONS = [
-    "FROM",
-    "ARG",
-    "WORKDIR",
-    "COPY",
-    "RUN",
-    "USER",
-    "ENV",
-    "VOLUME",
-    "EXPOSE",
-    "HEALTHCHECK",
-    "CMD",
-]
+INSTRUCTIONS = {
+    *("FROM", "ARG", "WORKDIR", "COPY", "RUN"),
+    *("USER", "ENV", "VOLUME", "EXPOSE", "HEALTHCHECK", "CMD"),
+}
 
 
 def test_dockerfile() -> None:
     text = (DOCS / "docker" / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", "")
     lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
-    assert lines[0][0] == "FROM" and {line[0] for line in lines} <= set(INSTRUCTIONS)
+    assert lines[0][0] == "FROM" and {line[0] for line in lines} <= INSTRUCTIONS
     for line in lines:
         if line[0] == "COPY":
             assert all((DOCS.parent / name).exists() for name in line[1:-1]), line
