@@ -112,12 +112,13 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """What is known of a job before its model is opened; raises as `run` does where it cannot work.
+    """What is known of a job, of one input, before its model is opened; raises as `run` does.
 
     Sizes are (width, height) in pixels, `seconds` and `frames` None where the file does not tell.
     """
-    check_readable(args.input)
-    prepared = prepare(make_job(args, args.output or default_output(args.input)))
+    (source,) = args.input
+    check_readable(source)
+    prepared = prepare(make_job(args, source, args.output or default_output(source)))
     job, info = prepared.job, prepared.source.info
     if job.codec:
         check_opens(job.codec)
