@@ -8,7 +8,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -54,7 +54,7 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 
 @contextmanager
-def install_line() -> Iterator[None]:
+def install_line() -> Generator[None, None, None]:
     """Where a package is missing, say how to install it."""
     try:
         yield
@@ -162,7 +162,7 @@ def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:
     """A patcher that moves plain networks as a whole: ComfyUI streams only layers of its own."""
     from comfy.model_patcher import ModelPatcher
 
-    class WholePatcher(ModelPatcher):
+    class WholePatcher(ModelPatcher):  # pyright: ignore[reportUntypedBaseClass]
         def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **kwargs: Any) -> Any:
             return super().partially_load(device_to, 1e32, *args, **kwargs)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -227,7 +227,7 @@ WORDS = {
 
 
 @contextlib.contextmanager
-def node_words() -> Iterator[None]:
+def node_words() -> Generator[None, None, None]:
     """Errors of the engine in the words of the nodes."""
     try:
         yield

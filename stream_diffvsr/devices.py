@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 import torch
@@ -55,7 +55,7 @@ _nested, _before = 0, (False, False)
 
 
 @contextmanager
-def repeatable() -> Iterator[None]:
+def repeatable() -> Generator[None, None, None]:
     """Have cuDNN compute the same numbers every time while the context lasts.
 
     Some of its algorithms do not, and which is fastest may be another one in another process. TF32 stays as

@@ -8,7 +8,7 @@ import logging
 import os
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,7 +68,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
+def _opened(path: Path, device: str = "cpu") -> Generator[Any, None, None]:
     """A safetensors file whose header fits itself and the file's length; raises `CheckpointError`."""
     from safetensors import SafetensorError, safe_open
 
@@ -130,7 +130,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 
 @contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
+def atomic(path: Path) -> Generator[BinaryIO, None, None]:
     """A binary file that is renamed to `path` when the block ends well, and else vanishes."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:

@@ -88,7 +88,7 @@ class LiveTensors(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self._seen = {tensor.untyped_storage()._cdata for tensor in known}
+        self._seen = {tensor.untyped_storage()._cdata for tensor in known}  # pyright: ignore[reportPrivateUsage]
         self._now = self.peak = 0
 
     def __torch_dispatch__(
@@ -102,7 +102,7 @@ class LiveTensors(TorchDispatchMode):
         for value in tree_leaves(out):
             if isinstance(value, Tensor):
                 storage = value.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
+                key, size = storage._cdata, storage.nbytes()  # pyright: ignore[reportPrivateUsage]
                 if key not in self._seen:
                     self._seen.add(key)
                     self._now += size

@@ -189,7 +189,11 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type, titles: Sequence[
     return groups
 
 
-def add_flag(group: argparse._ActionsContainer, cls: type, name: str) -> argparse.Action:
+def add_flag(
+    group: argparse._ActionsContainer,  # pyright: ignore[reportPrivateUsage]
+    cls: type,
+    name: str,
+) -> argparse.Action:
     """Add the flag of one option."""
     rule, default = rules(cls)[name], defaults(cls)[name]
     flag = "--" + (rule.flag or name).replace("_", "-")

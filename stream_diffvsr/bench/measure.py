@@ -6,7 +6,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -73,7 +73,7 @@ class Clock:
         return time.perf_counter() * 1000
 
     @contextmanager
-    def watching(self, pipe: StreamDiffVSRPipeline) -> Iterator[Clock]:
+    def watching(self, pipe: StreamDiffVSRPipeline) -> Generator[Clock, None, None]:
         """Count what runs inside the pipeline's networks while the block lasts."""
         handles = [handle for stage, network in pipe.stages.items() for handle in self._watch(stage, network)]
         try:

@@ -108,5 +108,5 @@ def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     other = copy.copy(pipe)
     control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
     other.torch_networks = TorchNetworks(pipe.flow, stages["unet"], control, stages["vae"])  # type: ignore[arg-type]
-    other._prepared, other.dtype, other.number_format = {}, torch.float32, "float32"
+    other.dtype, other.number_format = torch.float32, "float32"
     return other

@@ -8,7 +8,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
@@ -81,7 +81,7 @@ def _json_lines(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
 
 
 @contextmanager
-def download_bar(progress: str = "bar") -> Iterator[OnProgress]:
+def download_bar(progress: str = "bar") -> Generator[OnProgress, None, None]:
     """Shows a download in bytes; it begins with the first byte, where an earlier download ended."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -180,7 +180,7 @@ class WorkFolder:
         return self.folder / "journal.json"
 
     @contextmanager
-    def locked(self) -> Iterator[WorkFolder]:
+    def locked(self) -> Generator[WorkFolder, None, None]:
         """Hold the lock, which ends with the process. Raises `VideoError`.
 
         Afterwards the folder is removed where nothing is left in it.

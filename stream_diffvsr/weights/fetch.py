@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -167,7 +167,7 @@ def _can_write(folder: Path) -> bool:
 
 
 @contextmanager
-def _alone(target: Path, tell: OnProgress) -> Iterator[None]:
+def _alone(target: Path, tell: OnProgress) -> Generator[None, None, None]:
     """Only one process downloads to a folder; others wait, and may be cancelled while they do."""
     from filelock import FileLock, Timeout
 

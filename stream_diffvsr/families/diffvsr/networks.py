@@ -6,7 +6,7 @@ the other never leaves the runtime.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -116,7 +116,7 @@ class TorchNetworks:
         dtype: torch.dtype,
         placement: Placement,
         need: Callable[[str], int] = lambda stage: 0,
-    ) -> Iterator[TorchCalls]:
+    ) -> Generator[TorchCalls, None, None]:
         """The calls for one frame, with networks that are held in `own` cast to `dtype` meanwhile.
 
         `need` tells the bytes of a stage, where the placement has to know.

@@ -7,7 +7,7 @@ once for a handful of kinds and not anew for another picture. torch keeps the co
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from typing import Any
@@ -65,17 +65,18 @@ def in_force(mode: str, device: torch.device) -> str:
 
 
 @contextmanager
-def compiled(networks: Iterable[nn.Module], mode: str) -> Iterator[None]:
+def compiled(networks: Iterable[nn.Module], mode: str) -> Generator[None, None, None]:
     """Run the blocks of these networks compiled while the context lasts; 'off' leaves them alone."""
     if mode == OFF:
         yield
         return
     blocks = [block for network in networks for block in _blocks(network)]
-    limit = next(name for name in LIMIT_NAMES if hasattr(torch._dynamo.config, name))
+    dynamo = torch._dynamo.config  # pyright: ignore[reportPrivateUsage]
+    limit = next(name for name in LIMIT_NAMES if hasattr(dynamo, name))
     try:
         for block in blocks:
             block.forward = partial(_run, type(block), mode, block)
-        with torch._dynamo.config.patch({limit: FORMS}):
+        with dynamo.patch({limit: FORMS}):
             yield
     finally:
         for block in blocks:

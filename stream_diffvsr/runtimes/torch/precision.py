@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 
 @contextmanager
-def in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> Iterator[None]:
+def in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> Generator[None, None, None]:
     """Upcast the weights of networks that are loaded as `dtype`; afterwards they are what they were."""
     networks = list(networks)
     try:
