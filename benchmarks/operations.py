@@ -1,4 +1,4 @@
-"""The table of docs/families.md: what a frame of each family costs, counted without computing anything.
+"""The table of docs/models.md: what a frame of each family costs, counted without computing anything.
 
     python benchmarks/operations.py
 
@@ -113,18 +113,33 @@ def chunks(model: Any, beside: Callable[[int, int], float]) -> Row:
     return row
 
 
-def real(cls: type, networks: dict[str, nn.Module]) -> Any:
-    """An upscaler of such networks, in bfloat16."""
-    networks = {name: each.to(torch.bfloat16).requires_grad_(False) for name, each in networks.items()}
-    prompt = torch.empty((1, 512, 4096), device=META, dtype=torch.bfloat16)
-    return cls(networks=networks, prompt=prompt, device=META, dtype=torch.bfloat16, model="")
+def real(cls: type, networks: dict[str, nn.Module], dtype: torch.dtype) -> Any:
+    """An upscaler of such networks."""
+    networks = {name: each.to(dtype).requires_grad_(False) for name, each in networks.items()}
+    prompt = torch.empty((1, 512, 4096), device=META, dtype=dtype)
+    return cls(networks=networks, prompt=prompt, device=META, dtype=dtype, model="")
+
+
+def real_flashvsr(dtype: torch.dtype = torch.bfloat16) -> FlashVSR:
+    """FlashVSR v1.1 with its tiny decoder."""
+    shapes = json.loads((TESTS / "golden_flashvsr" / "real_shapes.json").read_text())
+    shapes = {part: {key: tuple(shape) for key, shape in each.items()} for part, each in shapes.items()}
+    model = real(FlashVSR, flashvsr.build(shapes, "v1.1"), dtype)
+    model.networks.pop("full")
+    return model
+
+
+def real_swiftvr(dtype: torch.dtype = torch.bfloat16) -> SwiftVR:
+    """SwiftVR as published."""
+    golden = TESTS / "golden_swiftvr"
+    files = json.loads((golden / "state_dict_manifest.json").read_text())["files"]
+    autoencoder = {key: tuple(shape) for key, shape in files["reae.safetensors"]["tensors"].items()}
+    networks = swiftvr.build(autoencoder, json.loads((golden / "real_transformer_config.json").read_text()))
+    return real(SwiftVR, networks, dtype)
 
 
 def flashvsr_row(sparse_ratio: float) -> Row:
-    shapes = json.loads((TESTS / "golden_flashvsr" / "real_shapes.json").read_text())
-    shapes = {part: {key: tuple(shape) for key, shape in each.items()} for part, each in shapes.items()}
-    model = real(FlashVSR, flashvsr.build(shapes, "v1.1"))
-    model.networks.pop("full")
+    model: Any = real_flashvsr()
     config, options = model.networks["transformer"].config, FlashVSROptions()
     head, heads = config.attention_head_dim, config.num_attention_heads
 
@@ -136,14 +151,6 @@ def flashvsr_row(sparse_ratio: float) -> Row:
         return 4 * TOKENS**2 * head * heads * config.num_layers * entries
 
     return chunks(model, attention)
-
-
-def swiftvr_row() -> Row:
-    golden = TESTS / "golden_swiftvr"
-    files = json.loads((golden / "state_dict_manifest.json").read_text())["files"]
-    autoencoder = {key: tuple(shape) for key, shape in files["reae.safetensors"]["tensors"].items()}
-    networks = swiftvr.build(autoencoder, json.loads((golden / "real_transformer_config.json").read_text()))
-    return chunks(real(SwiftVR, networks), lambda height, width: 0)
 
 
 def image_row(network: nn.Module) -> Row:
@@ -168,7 +175,7 @@ def main() -> None:
         "Stream-DiffVSR v1, 4 steps": diffvsr(CONFIGS, "raft_large", 4, "v1"),
         "FlashVSR, tiny decoder": flashvsr_row(2.0),
         "FlashVSR, tiny decoder, `--preset fast`": flashvsr_row(1.5),
-        "SwiftVR": swiftvr_row(),
+        "SwiftVR": chunks(real_swiftvr(), lambda height, width: 0),
         "image: Compact 64x16, 4x": image_row(Compact(num_feat=64, num_conv=16, upscale=4)),
         "image: ESRGAN 64x23, 4x": image_row(ESRGAN(scale=4, num_filters=64, num_blocks=23)),
     }

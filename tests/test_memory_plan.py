@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -122,8 +123,8 @@ def test_a_damaged_record_is_refused(text):
 
 
 @lru_cache
-def planner(device: str = "cpu") -> Planner:
-    return released_planner("auto", torch.float16, torch.device(device))
+def planner(dtype: torch.dtype = torch.float16) -> Planner:
+    return released_planner("auto", dtype, torch.device("cpu"))
 
 
 def need(size, plan) -> int:
@@ -161,8 +162,9 @@ def test_auto_takes_the_first_plan_that_fits(output, monkeypatch, caplog):
 
 def test_an_accelerator_never_begins_with_tiles(monkeypatch):
     monkeypatch.setattr(choosing, "free_memory", lambda device: 1)
-    assert planner("cuda").plan((135, 240), {}, AUTO) == Plan("linear", 128)
-    assert planner("cpu").plan((135, 240), {}, AUTO) == Plan("tiled", 128, 256)
+    there = replace(planner(), device=torch.device("cuda"))
+    assert there.plan((135, 240), {}, AUTO) == Plan("linear", 128)
+    assert planner().plan((135, 240), {}, AUTO) == Plan("tiled", 128, 256)
 
 
 def test_a_recorded_plan_holds_for_its_size_only(monkeypatch):
@@ -209,10 +211,9 @@ def test_plans_of_the_released_networks_are_told_without_them(output, tmp_path, 
     size = output[0] // 4, output[1] // 4
     job = VideoJob(source=tmp_path, output=tmp_path / "out.mp4", options=AUTO)
     for dtype in (torch.float16, torch.float32):
-        planner = released_planner("auto", dtype, torch.device("cpu"))
-        plan = planner.plan(size, {}, AUTO)
-        needs = planner.needs(size, AUTO, plan)
-        lines = list(report(job, size, None, plan=str(plan), needs=needs, device=planner.device))
+        plan = planner(dtype).plan(size, {}, AUTO)
+        needs = planner(dtype).needs(size, AUTO, plan)
+        lines = list(report(job, size, None, plan=str(plan), needs=needs, device=torch.device("cpu")))
         said = float(lines[2].removeprefix("memory: about ").partition(" ")[0])
         assert 2 < said < 24 and lines[1] == f"plan: {plan}"
         assert plan.exact or size == (1080, 1920)

@@ -3,7 +3,7 @@
     python -m training.figures [CLIP_OR_FOLDER ...] [--frames 8] [--write]
 
 Generated scenes are always measured, along their true motion; clips that are named, too, along DIS flow
-of the truth. With --write the tables go into README.md and the pictures into docs/, else they are only shown.
+of the truth. With --write they go into docs/, else they are only shown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from training.rollout import lq_up
 from training.sequences import moving_clip
 
 ROOT = Path(__file__).parents[1]
-README, PICTURES = ROOT / "README.md", ROOT / "docs"
+PAGE, PICTURES = ROOT / "docs" / "nano.md", ROOT / "docs"
 BEGIN, END = "<!-- nano's figures: python -m training.figures --write -->", "<!-- end of nano's figures -->"
 
 SEED, SCENES, GENERATED, SIDE = 2026, 8, 3, 256
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("clips", type=Path, nargs="*", help="videos, or folders of them")
     parser.add_argument("--frames", type=int, default=8, help="of each named clip")
     parser.add_argument("--source", default="nano", help="checkpoint folder")
-    parser.add_argument("--write", action="store_true", help="into README.md and docs/")
+    parser.add_argument("--write", action="store_true", help="into docs/")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     pipe = load_pipeline(args.source, device="cpu")
@@ -251,7 +251,7 @@ def main() -> None:
         PICTURES.mkdir(exist_ok=True)
         still(pipe, scenes[:2], PICTURES / "nano-still.png")
         loop(pipe, PICTURES / "nano-loop.webp")
-        insert(text, README)
+        insert(text, PAGE)
 
 
 if __name__ == "__main__":

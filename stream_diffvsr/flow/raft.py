@@ -24,7 +24,8 @@ def estimate(network: Any, current: Tensor, previous: Tensor, *, linear: bool) -
     correlation = (_linear if linear else _volume)(network.corr_block, fmap1, fmap2)
     hidden, context = _context(network, current)
     start = position = _grid(fmap1)
-    for _ in range(UPDATES):
+    # Where only memory is counted, two tell as much as all.
+    for _ in range(2 if current.is_meta else UPDATES):
         # torchvision makes its offsets on the default device, and would wait to copy them from a CPU.
         with current.device:
             matches = correlation.index_pyramid(centroids_coords=position)

@@ -1,0 +1,77 @@
+"""The table of docs/memory.md: what each model needs, counted without computing anything.
+
+    python benchmarks/memory_table.py [--write]
+
+Frames become 4 times as large. Networks have their real sizes and lie on torch's meta device. The plan
+'offload' holds no weights of the transformer beside the activations; its largest block comes and goes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from operations import real_flashvsr, real_swiftvr, weights
+
+from stream_diffvsr import UpscaleOptions
+from stream_diffvsr.load import estimate_memory
+
+SIZES = {"854x480": (120, 214), "1280x720": (180, 320), "1920x1080": (270, 480), "2560x1440": (360, 640)}
+"""LQ (height, width) by the result's size."""
+PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
+BEGIN, END = "<!-- counted memory -->", "<!-- end of counted memory -->"
+
+
+def diffvsr(model: str, dtype: torch.dtype, plan: str) -> Callable[[int, int], int]:
+    options = UpscaleOptions(memory_plan=plan, num_inference_steps=1)
+    return lambda height, width: estimate_memory(height, width, options, dtype, model)["peak"]
+
+
+def chunked(model: Any, offload: bool) -> Callable[[int, int], int]:
+    held = dict(model.networks)
+    blocks = held.pop("transformer").blocks if offload else []
+    largest = max((sum(weight.nbytes for weight in block.parameters()) for block in blocks), default=0)
+    return lambda height, width: model.bytes_needed((height, width)) + weights(held) + largest
+
+
+def rows() -> Iterator[tuple[str, str, str, Callable[[int, int], int]]]:
+    """Model, number format, plan, and bytes of an LQ height and width."""
+    half, full = torch.float16, torch.float32
+    for model in ("nano", "v1"):
+        for dtype in (half, full):
+            for plan in ("whole", "banded", "tiled"):
+                yield model, str(dtype).removeprefix("torch."), plan, diffvsr(model, dtype, plan)
+    for name, real in (("flashvsr-v1.1, tiny decoder", real_flashvsr), ("swiftvr", real_swiftvr)):
+        for dtype in (torch.bfloat16, full):
+            model = real(dtype)
+            for plan in ("whole", "offload"):
+                yield name, str(dtype).removeprefix("torch."), plan, chunked(model, plan == "offload")
+
+
+def table() -> Iterator[str]:
+    yield "| model | number format | plan | " + " | ".join(SIZES) + " |"
+    yield "|---" * (3 + len(SIZES)) + "|"
+    for *names, needed in rows():
+        cells = [f"{needed(*size) / 2**30:.1f} GB" for size in SIZES.values()]
+        yield "| " + " | ".join([*names, *cells]) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true", help="into docs/memory.md")
+    lines = []
+    args = parser.parse_args()
+    for line in table():
+        print(line, flush=True)
+        lines.append(line)
+    if args.write:
+        text = PAGE.read_text(encoding="utf-8")
+        head, rest = text.split(BEGIN)
+        PAGE.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
