@@ -129,7 +129,8 @@ class Journal:
 def read_segment(content: Mapping[str, Any]) -> Segment:
     """The segment that a record tells of; raises `ValueError`, `TypeError` or `KeyError` for none."""
     place, part = content["place"], Part(**content["part"])
-    segment = Segment(**{**content, "part": part, "place": None if place is None else Place(**place)})
+    values: dict[str, Any] = {**content, "part": part, "place": None if place is None else Place(**place)}
+    segment = Segment(**values)
     named = [name for name in (part.name, part.compare, segment.state, *segment.digests) if name]
     if not all(OWN_FILES.fullmatch(name) for name in named):
         raise ValueError("it names other files")

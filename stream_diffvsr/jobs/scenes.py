@@ -70,7 +70,8 @@ class Scene:
     def from_json(cls, content: Mapping[str, Any]) -> Scene:
         """What `to_json` wrote."""
         place = content["place"]
-        return cls(**{**content, "place": None if place is None else Place(**place)})
+        values: dict[str, Any] = {**content, "place": None if place is None else Place(**place)}
+        return cls(**values)
 
 
 def in_scenes(

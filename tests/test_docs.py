@@ -1,0 +1,96 @@
+"""Every command, Python example and link in README and docs is tried."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import clips
+import pytest
+import torch
+from family_cases import CASES, image_model
+from PIL import Image
+from safetensors.torch import save_file
+
+from stream_diffvsr.cli.main import main, parse
+from stream_diffvsr.weights.folders import NANO
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "training/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+NEW = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """Fenced blocks of a page in that language ("" for commands)."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M)
+    return [text for kind, text in found if kind == language]
+
+
+def commands() -> list[str]:
+    """Every line that begins with `stream-diffvsr`, in blocks and between backticks."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for kind in ("", "bash") for block in blocks(page, kind) for line in block.splitlines()]
+        lines += re.findall(r"`(stream-diffvsr [^`\n]+)`", text) + re.findall(
+            r"^    (stream-diffvsr .+)$", text, re.M
+        )
+        found += [line.split("  #")[0].strip() for line in lines if line.startswith("stream-diffvsr ")]
+    return sorted({line for line in found if not re.search(r"\b[A-Z]{3,}\b|\.\.\.", line)})
+
+
+def test_there_are_commands():
+    assert len(commands()) > 10
+
+
+@pytest.mark.parametrize("line", commands())
+def test_the_command_is_understood(line):
+    parse(shlex.split(line)[1:])
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the files that README speaks of, and tiny models under the names of the large ones."""
+    models = tmp_path / "models"
+    shutil.copytree(NANO, models / "v1")
+    CASES["flashvsr"].make(models)
+    save_file(torch.load(image_model(tmp_path), weights_only=True), tmp_path / "4x-model.safetensors")
+    monkeypatch.setenv("STREAM_DIFFVSR_MODELS", str(models))
+    monkeypatch.chdir(tmp_path)
+    clips.write_video(tmp_path / "clip.mp4", 4)
+    clips.write_video(tmp_path / "long.mp4", 11, times=[25600 * i for i in range(11)])
+    Image.new("RGB", (16, 12), "teal").save(tmp_path / "photo.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("stream-diffvsr upscale")])
+def test_the_command_does_it(line, desk):
+    before = set(desk.iterdir())
+    assert main([*shlex.split(line)[1:], "--device", "cpu"]) == 0
+    assert set(desk.iterdir()) - before or "--plan" in line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = [link for link in NEW.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", ROOT / "docs" / "python.md"], ids=lambda page: page.name
+)
+def test_python_examples_run(page, desk):
+    """As they stand, one after the other, on four small frames."""
+    shown: list[int] = []
+    names = {
+        "frames": list(torch.rand(4, 1, 3, 12, 16) * 2 - 1),
+        "more_frames": list(torch.rand(2, 1, 3, 12, 16) * 2 - 1),
+        "show": lambda index, picture: shown.append(index),
+    }
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), names)
+    assert (desk / "here.safetensors").is_file()
+    assert page.name == "README.md" or (shown == [0, 1, 2, 3] and (desk / "out.mp4").is_file())
