@@ -70,7 +70,9 @@ def main() -> None:
     if args.write:
         text = PAGE.read_text(encoding="utf-8")
         head, rest = text.split(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        PAGE.write_text(
+            f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

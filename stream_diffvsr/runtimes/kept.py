@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 
 
 @contextmanager
-def kept(root: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> Iterator[Path]:
+def kept(root: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> Generator[Path, None, None]:
     """A folder with what `make(folder)` writes, made at most once for a `key` below `root`.
 
     `key["graph"]` begins its name. What is not whole, or was made under another key, is made again; of two

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +43,7 @@ class BuiltNetworks:
         dtype: torch.dtype,
         placement: Placement,
         need: Callable[[str], int] = lambda stage: 0,
-    ) -> Iterator[TorchCalls]:
+    ) -> Generator[TorchCalls, None, None]:
         """As `TorchNetworks.calls`; a frame that is repeated in another number format is PyTorch's."""
         if dtype != own:
             with self.networks.calls(plan, own, dtype, placement, need) as calls:
