@@ -91,7 +91,8 @@ class Run:
         now = Journal(
             identity(self.job.source), settings(self.model, self.prepared), versions(self.model.device)
         )
-        if before is None or not before.segments:
+        # What was never begun binds nobody; a file that can be played is a beginning.
+        if before is None or (not before.segments and before.partial < 0):
             if before is None or before.source != now.source:
                 self.work.clear()
             self.work.remove_leftovers(now)
