@@ -35,9 +35,8 @@ def commands() -> list[str]:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         lines = [line for kind in ("", "bash") for block in blocks(page, kind) for line in block.splitlines()]
-        lines += re.findall(r"`(stream-diffvsr [^`\n]+)`", text) + re.findall(
-            r"^    (stream-diffvsr .+)$", text, re.M
-        )
+        lines += re.findall(r"`(stream-diffvsr [^`\s]+ [^`\n]+)`", text)
+        lines += re.findall(r"^    (stream-diffvsr .+)$", text, re.M)
         found += [line.split("  #")[0].strip() for line in lines if line.startswith("stream-diffvsr ")]
     return sorted({line for line in found if not re.search(r"\b[A-Z]{3,}\b|\.\.\.", line)})
 

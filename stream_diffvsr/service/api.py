@@ -7,7 +7,7 @@ import importlib.util
 import json
 import shutil
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +98,7 @@ def create(settings: Settings) -> FastAPI:
     jobs = Jobs(store, settings, checks, workers)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         store.remove_leftovers()
         await workers.start()
         besides = [asyncio.create_task(checks.end_when_idle()), asyncio.create_task(jobs.clean())]
