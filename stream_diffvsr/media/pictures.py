@@ -398,6 +398,7 @@ def read_animation(path: Path) -> Iterator[tuple[Picture, int]]:
         with Image.open(path) as image:
             for number in range(image.n_frames):
                 image.seek(number)
+                image.load()  # only then do WebP and AVIF name this frame's duration
                 duration = round(float(image.info.get("duration", 0))) or DEFAULT_MILLISECONDS
                 yield from_pillow(image), duration
     except DAMAGE as error:
