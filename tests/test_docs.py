@@ -59,7 +59,9 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     save_file(torch.load(image_model(tmp_path), weights_only=True), tmp_path / "4x-model.safetensors")
     monkeypatch.setenv("STREAM_DIFFVSR_MODELS", str(models))
     monkeypatch.chdir(tmp_path)
-    clips.write_video(tmp_path / "clip.mp4", 4)
+    (tmp_path / "holiday").mkdir()
+    for name in ("clip", "one", "two", "holiday/beach"):
+        clips.write_video(tmp_path / f"{name}.mp4", 2)
     clips.write_video(tmp_path / "long.mp4", 11, times=[25600 * i for i in range(11)])
     Image.new("RGB", (16, 12), "teal").save(tmp_path / "photo.png")
     return tmp_path
