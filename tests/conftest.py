@@ -33,8 +33,8 @@ GOLDEN = Path(os.environ.get("STREAM_DIFFVSR_GOLDEN", Path(__file__).parent / "g
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `long` or `service` run only where `-m` asks for them."""
-    for name in ("long", "service"):
+    """Tests marked `long`, `ray` or `service` run only where `-m` asks for them."""
+    for name in ("long", "ray", "service"):
         for item in items if name not in config.getoption("markexpr") else ():
             if item.get_closest_marker(name):
                 item.add_marker(pytest.mark.skip(reason=f"takes minutes: pytest -m {name}"))

@@ -1,4 +1,4 @@
-"""Many inputs in one run: one that fails does not stop the others."""
+"""Many inputs in one run, and workers on several devices or machines."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from ..errors import IncompatibleInputError, StreamDiffVSRError, VideoError
+from ..jobs.ahead import Split
+from ..jobs.cluster import Devices, parse_devices, workers
 from ..jobs.job import VideoJob
 from ..jobs.journal import WorkFolder
 from ..jobs.prepare import known_suffix, prepare
 from ..jobs.run import run as run_job
+from ..jobs.spread import Spread, SpreadProgress
 from ..media import pictures
 from ..upscaler import Upscaler
 from .output import fail, follow
@@ -23,11 +26,54 @@ from .output import fail, follow
 log = logging.getLogger(__name__)
 
 
+def add_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--devices",
+        metavar="LIST",
+        help="Spread scenes over several devices: all, cuda:0,cuda:1 or 0,1, or cpu:2 for two workers on the "
+        "CPU. Needs the package ray; not yet run on GPUs.",
+    )
+    group.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        help="Spread scenes over a Ray cluster: auto for the one this machine belongs to, HOST:PORT, or "
+        "ray://HOST:PORT.",
+    )
+    group.add_argument(
+        "--split-scenes",
+        type=positive,
+        metavar="N",
+        help="With several workers, cut longer scenes into parts of N frames. Not exact: see --warm-up.",
+    )
+    group.add_argument(
+        "--warm-up",
+        type=int,
+        default=8,
+        metavar="K",
+        help="Each such part begins K frames early and throws them away. Default: 8.",
+    )
+
+
 def positive(text: str) -> int:
     """A flag's number of at least 1."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"needs a whole number of at least 1, got {text}")
     return int(text)
+
+
+def several(args: argparse.Namespace) -> Devices | None:
+    """The workers that the flags ask for; None where this process does the work."""
+    if args.devices is None and args.ray is None:
+        if args.split_scenes:
+            raise IncompatibleInputError("--split-scenes with --devices or --ray", "neither")
+        return None
+    if args.preview:
+        raise IncompatibleInputError("--preview in one process", "--devices or --ray")
+    if args.devices is not None and (args.ray is None or args.devices.startswith("cpu")):
+        return parse_devices(args.devices)
+    if args.devices is not None:
+        raise IncompatibleInputError("with --ray, --devices as cpu:N (else --device cuda)", args.devices)
+    return Devices((), "cpu" if args.device in ("cpu", "auto") else "cuda")
 
 
 def sources(inputs: Sequence[Path]) -> list[Path]:
@@ -107,3 +153,56 @@ def one_after_another(pipe: Upscaler, jobs: Sequence[VideoJob], results: Results
             results.told(job.output, None)
         except (StreamDiffVSRError, OSError) as error:
             results.told(job.output, error)
+
+
+def by_workers(
+    args: argparse.Namespace, devices: Devices, jobs: Sequence[VideoJob], results: Results
+) -> None:
+    """By several workers, started here or found in a cluster."""
+    for job in jobs if results.single else ():
+        prepare(job)  # before workers start, which takes a minute
+    names = ("dtype", "flow", "quantize", "runtime", "provider")
+    source = Path(args.model).absolute() if Path(args.model).exists() else args.model
+    model = {"source": str(source), **{name: getattr(args, name) for name in names}}
+    split = Split(args.split_scenes or 0, args.warm_up)
+    with workers(model, devices, args.ray, args.threads or 0) as pool:
+        driver = Spread(jobs, pool, split)
+        with contextlib.closing(driver.steps()) as steps:
+            told = 0
+            for _ in shown(steps, args.progress, len(jobs)):
+                for outcome in driver.outcomes[told:]:
+                    results.told(outcome.job.output, outcome.error)
+                told = len(driver.outcomes)
+
+
+def shown(steps: Iterator[SpreadProgress], progress: str, count: int) -> Iterator[SpreadProgress]:
+    """One bar for all workers, or lines of JSON."""
+    from tqdm import tqdm
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    if progress != "bar":
+        for step in steps:
+            if progress == "json":
+                print(json.dumps(numbers(step)), flush=True)
+            yield step
+        return
+    with logging_redirect_tqdm(), tqdm(unit="frame", dynamic_ncols=True) as bar:
+        for step in steps:
+            bar.total = step.total
+            bar.update(step.done - bar.n)
+            at = ", ".join(f"{worker} {scene}" for worker, scene in sorted(step.scenes.items())[:4])
+            files = f"file {min(step.files + 1, count)}/{count}; " if count > 1 else ""
+            bar.set_postfix_str(f"{files}{at}", refresh=True)
+            yield step
+
+
+def numbers(step: SpreadProgress) -> dict[str, object]:
+    left = step.seconds_left
+    return {
+        "done": step.done,
+        "total": step.total,
+        "fps": round(step.fps, 3),
+        "seconds_left": None if left is None else round(left, 1),
+        "files": step.files,
+        "workers": dict(step.scenes),
+    }

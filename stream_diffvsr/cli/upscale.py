@@ -55,7 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     titles = ("speed", "memory", "input", SIZE, "output", *(family.title for family in FAMILIES.values()))
     groups = add_flags(parser, UpscaleOptions, VideoJob, *families, titles=titles)
     groups["speed"].add_argument(
-        "--threads", type=many.positive, metavar="N", help="CPU threads. Default: as many as there are cores."
+        "--threads",
+        type=many.positive,
+        metavar="N",
+        help="CPU threads, of each worker where there are several. Default: its share of the cores.",
     )
     groups["speed"].add_argument(
         "--preset",
@@ -66,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups["memory"].add_argument(
         "--plan", action="store_true", help="Estimate memory, disk space and time, then exit."
     )
+    many.add_arguments(parser.add_argument_group("several devices or machines"))
     groups["output"].add_argument(
         "--preview",
         type=int,
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     if len(args.input) == 1:
         check_readable(args.input[0])
-    found = many.sources(args.input)
+    found, devices = many.sources(args.input), many.several(args)
     single = found == args.input and len(found) == 1
     named = [args.output or default_output(found[0])] if single else many.outputs(found, args, default_output)
     results = many.Results(args, single)
@@ -88,11 +92,15 @@ def run(args: argparse.Namespace) -> int:
     if jobs and jobs[0].codec:
         # Before the model is opened, which may take minutes.
         check_opens(jobs[0].codec)
+    if devices is not None and len(devices.names) == 1 and args.ray is None:
+        args.device, devices = devices.names[0], None
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    if single:
+    if single and (devices is None or args.plan):
         return run_one(args, prepare(jobs[0]))
-    if jobs:
+    if jobs and devices is not None:
+        many.by_workers(args, devices, jobs, results)
+    elif jobs:
         many.one_after_another(open_model(args), jobs, results)
     return results.code(len(found))
 

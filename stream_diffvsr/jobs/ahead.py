@@ -2,32 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..errors import IncompatibleInputError
 from ..media.read import FolderSource, SourceFrame
+from ..media.seek import Place
 from ..tensors import from_pixels
 from .overlap import prefetch
 from .prepare import Prepared
 from .scenes import Scene
 
 
-def find_scenes(prepared: Prepared) -> Iterator[Scene]:
-    """Each scene as soon as its end is known; they are those that a run finds on its way."""
-    job, source = prepared.job, prepared.source
+@dataclass(frozen=True)
+class Split:
+    """How long scenes are cut up; 0 frames: they are not."""
+
+    frames: int = 0
+    warm_up: int = 8
+
+    def __post_init__(self) -> None:
+        if self.frames < 0 or not 0 <= self.warm_up <= max(self.frames, 8):
+            raise IncompatibleInputError(
+                "a warm-up of 0 frames up to the length of the parts", f"{self.warm_up} for {self.frames}"
+            )
+
+
+def find_scenes(
+    prepared: Prepared, split: Split | None = None, state: str = "", told: bool = False
+) -> Iterator[Scene]:
+    """Each scene as soon as its end is known; they are those that a run finds on its way.
+
+    `state` names the file of a state that the first one continues. With `told`, scenes that are listed, or
+    that are not looked for, are told without reading; then an end may be open, and no scene has a place.
+    """
+    job, source, split = prepared.job, prepared.source, split or Split()
+    if told and not split.frames and (firsts := _listed(prepared)):
+        yield from _told_scenes(prepared, firsts, state)
+        return
     scene: Scene | None = None
     last: SourceFrame | None = None
-    previous: Tensor | None = None
+    previous: Tensor | None = None if job.state is None else job.state.tensors.get("previous_lq")
+    places: dict[int, Place | None] = {}
     for frame in prefetch(source.frames(job.span), job.read_ahead):
         lq = from_pixels(job.sizes.to_model(frame.rgb))
-        if scene is None or _cut(prepared, frame, previous, lq):
-            if scene is not None:
-                yield Scene(scene.first, frame.index, scene.place)
-            scene = Scene(frame.index, place=source.place(last) if last is not None else None)
+        cut = _cut(prepared, frame, previous, lq)
+        if scene is None:
+            scene = Scene(frame.index, offset=prepared.offset(frame.index), state="" if cut else state)
+        elif cut:
+            yield from _parts(replace(scene, end=frame.index), split, places)
+            scene = replace(scene, first=frame.index, state="")
+            places.clear()
+        if frame.index == scene.first:
+            places[frame.index] = source.place(last) if last is not None else None
+        if split.frames and (frame.index + 1 + split.warm_up - scene.first) % split.frames == 0:
+            places[frame.index + 1] = source.place(frame)
         previous, last = lq, frame
     if scene is not None and last is not None:
-        yield Scene(scene.first, last.index + 1, scene.place)
+        yield from _parts(replace(scene, end=last.index + 1), split, places)
 
 
 def _cut(prepared: Prepared, frame: SourceFrame, previous: Tensor | None, lq: Tensor) -> bool:
@@ -36,3 +71,40 @@ def _cut(prepared: Prepared, frame: SourceFrame, previous: Tensor | None, lq: Te
     if previous.shape != lq.shape:
         return isinstance(prepared.source, FolderSource)
     return prepared.cut_rule.between(frame.index, previous, lq)
+
+
+def _listed(prepared: Prepared) -> list[int]:
+    """First frames of the scenes of a job; none where they are found by reading only."""
+    job, rule = prepared.job, prepared.cut_rule
+    if not isinstance(job.start, int) or isinstance(prepared.source, FolderSource):
+        return []
+    if rule.listed is None and rule.threshold is not None:
+        return []
+    end = job.end if isinstance(job.end, int) else math.inf
+    return [job.start, *sorted(first for first in rule.listed or () if job.start < first <= end)]
+
+
+def _told_scenes(prepared: Prepared, firsts: list[int], state: str) -> Iterator[Scene]:
+    last = prepared.job.end
+    ends = [*firsts[1:], last + 1 if isinstance(last, int) else None]
+    offset = prepared.offset(firsts[0])
+    for first, end in zip(firsts, ends, strict=True):
+        yield Scene(first, end, offset=offset, state=state if first == firsts[0] else "")
+
+
+def _parts(scene: Scene, split: Split, places: Mapping[int, Place | None]) -> Iterator[Scene]:
+    """A scene whose end is known, or the parts into which it is cut up.
+
+    `places` has where reading begins, by the index of the first frame read.
+    """
+    end = scene.end or scene.first
+    for first in range(scene.first, end, split.frames or end - scene.first):
+        warm_up = min(split.warm_up, first - scene.first)
+        yield replace(
+            scene,
+            first=first,
+            end=min(end, first + split.frames) if split.frames else end,
+            warm_up=warm_up,
+            place=places.get(first - warm_up),
+            state=scene.state if first == scene.first else "",
+        )

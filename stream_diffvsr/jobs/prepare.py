@@ -252,10 +252,10 @@ def state_key(state: State) -> str:
     return digest.hexdigest()[:16]
 
 
-def versions(device: torch.device) -> dict[str, str]:
+def versions(device: torch.device, threads: int) -> dict[str, str]:
     """What computed and encoded the frames; on a CPU, sums depend on the number of threads."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "av")}
-    return {**found, "threads": str(torch.get_num_threads())} if device.type == "cpu" else found
+    return {**found, "threads": str(threads)} if device.type == "cpu" else found
 
 
 def check_space(folder: Path, needed: int) -> None:

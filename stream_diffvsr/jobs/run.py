@@ -15,7 +15,9 @@ import itertools
 import logging
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import VideoError
@@ -54,8 +56,9 @@ def run(
 class Run:
     """The story of one run of a job, whoever renders its scenes."""
 
-    def __init__(self, model: Model, prepared: Prepared) -> None:
+    def __init__(self, model: Model, prepared: Prepared, threads: int = 0) -> None:
         self.model, self.prepared, self.job = model, prepared, prepared.job
+        self.threads = threads or torch.get_num_threads()
         self.work = WorkFolder(self.job.output)
         self.output = Output(prepared, self.work.folder)
         self.sinks = open_sinks(prepared, self.work.folder)
@@ -80,6 +83,10 @@ class Run:
     def _guarded(self, stage: str, index: int, total: int) -> None:
         """Tell a caller how far a stage is; an exception from it means cancel."""
 
+    def settings(self) -> dict[str, Any]:
+        """All that changes the frames of the output."""
+        return settings(self.model, self.prepared)
+
     def _begin(self) -> Journal:
         """The journal to go on with, or a new one. Raises `VideoError` where that is refused."""
         if self.job.restart:
@@ -88,9 +95,8 @@ class Run:
         self._check_free(before)
         if self.prepared.writes_folder:
             self.job.output.mkdir(exist_ok=True)
-        now = Journal(
-            identity(self.job.source), settings(self.model, self.prepared), versions(self.model.device)
-        )
+        made_with = versions(self.model.device, self.threads)
+        now = Journal(identity(self.job.source), self.settings(), made_with)
         # What was never begun binds nobody; a file that can be played is a beginning.
         if before is None or (not before.segments and before.partial < 0):
             if before is None or before.source != now.source:
@@ -121,7 +127,7 @@ class Run:
         places = [(path, self.output.joined(name)) for name, path in self.output.videos.items()]
         return self.journal.finished >= 0 and all(a.is_file() or b.is_file() for a, b in places)
 
-    def _note(self, **facts: int) -> None:
+    def _note(self, **facts: Any) -> None:
         """Write what became known of the job into the journal."""
         self.journal = replace(self.journal, **facts)
         self.work.save(self.journal)

@@ -1,0 +1,353 @@
+"""Workers through Ray: on several devices of this machine, or on a cluster. Ray is imported here alone.
+
+Ray starts the processes, restarts one that died and gives it its scene again. What it does not do is here: it
+waits for ever for the place of a node that is gone, so the scenes of such a worker go to the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..devices import available, resolve_device
+from ..errors import IncompatibleInputError, VideoError
+from ..load import FAMILIES
+from ..upscaler import Info, Provenance
+
+log = logging.getLogger(__name__)
+
+INSTALL = "pip install 'stream-diffvsr[ray]'"
+START = float(os.environ.get("STREAM_DIFFVSR_WORKER_START", "600"))
+"""Seconds for workers to start and open their model; a busy machine takes minutes."""
+ANSWER = 300.0
+"""Seconds for a worker to answer a question."""
+RESTARTS = 3
+LOOK = 2.0
+"""Seconds between two looks at which nodes are there."""
+PACKAGE = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's 15 starves workers on a machine that does other work
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The workers that were asked for."""
+
+    names: tuple[str, ...]
+    """A device each, such as 'cuda:1' or 'cpu'; empty: all that the cluster has."""
+    kind: str
+    """'cuda' or 'cpu'."""
+
+
+def parse_devices(text: str) -> Devices:
+    """`all`, `cuda:0,cuda:1`, `0,1`, or `cpu:2` for two workers. Raises `IncompatibleInputError`."""
+    if text == "all":
+        found = [name for name in available() if name.startswith("cuda")]
+        return Devices(tuple(found), "cuda") if found else Devices(("cpu",), "cpu")
+    kind, _, count = text.partition(":")
+    if kind == "cpu" and (not count or (count.isdecimal() and int(count) > 0)):
+        return Devices(("cpu",) * int(count or 1), "cpu")
+    names = tuple(f"cuda:{part}" if part.isdecimal() else part for part in text.replace(" ", "").split(","))
+    if not all(name.startswith("cuda:") for name in names) or len(set(names)) < len(names):
+        raise IncompatibleInputError("devices as all, cuda:0,cuda:1, 0,1 or cpu:2", repr(text))
+    for name in names:
+        resolve_device(name)
+    return Devices(names, "cuda")
+
+
+def import_ray() -> Any:
+    """Ray, or a sentence about what to install."""
+    # Before it is imported, when it reads them.
+    os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
+    try:
+        import ray
+    except ImportError:
+        raise IncompatibleInputError(
+            "the package ray for several devices or machines", f"none: {INSTALL}"
+        ) from None
+    return ray
+
+
+class FarModel:
+    """What a job asks of a model, answered by a worker that holds it."""
+
+    def __init__(self, facts: Mapping[str, Any], ask: Any) -> None:
+        told = dict(facts["info"])
+        told["scales"] = None if told["scales"] is None else tuple(told["scales"])
+        self.info = Info(**told)
+        self.Options: type = FAMILIES[self.info.family].options
+        self.device = torch.device(facts["device"])
+        self._ask = ask
+
+    def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
+        """Of an LQ size (height, width)."""
+        found = self._ask("provenance", size, None if options is None else asdict(options))
+        return Provenance.from_texts(_checked(found)["made"])
+
+
+class RayPool:
+    """Workers that are Ray's actors."""
+
+    def __init__(self, ray: Any, actors: Mapping[str, Any], threads: int) -> None:
+        self.ray, self.threads = ray, threads
+        self.actors = dict(actors)
+        self.flying: dict[Any, tuple[str, str]] = {}
+        """What each result that is awaited belongs to: scene and worker."""
+        self.asked: dict[str, Any] = {}
+        self.frames: dict[str, int] = {}
+        self.looked = 0.0
+        facts = self._all("describe", START)
+        self.nodes = {worker: each["node"] for worker, each in facts.items()}
+        check_same(facts)
+        for worker, each in facts.items():
+            log.info("%s: %s on %s, %s", worker, each["device"], each["machine"], _threads(each))
+        self.model = FarModel(next(iter(facts.values())), self._ask)
+        self.threads = next(iter(facts.values()))["threads"]
+
+    @property
+    def workers(self) -> Sequence[str]:
+        return list(self.actors)
+
+    def _ask(self, question: str, *values: Any) -> Any:
+        """The answer of the first worker that gives one."""
+        for worker in self.workers:
+            with contextlib.suppress(self.ray.exceptions.RayError):
+                return self.ray.get(self.actors[worker].call.remote(question, *values), timeout=ANSWER)
+        raise OSError("no worker answers; the same command goes on where they were")
+
+    def _all(self, question: str, seconds: float, *values: Any) -> dict[str, Any]:
+        """The answers of all workers; raises `VideoError` where one gives none in time."""
+        asked = {self.actors[worker].call.remote(question, *values): worker for worker in self.workers}
+        there, missing = self.ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+        if missing:
+            raise VideoError(
+                f"{len(there)} of {len(asked)} workers answered within {seconds:.0f} s: ask for fewer, or "
+                "see with 'ray status' what the cluster lacks."
+            )
+        try:
+            return {asked[each]: self.ray.get(each) for each in there}
+        except self.ray.exceptions.RayError as error:
+            raise VideoError(f"a worker does not start: {_first_line(error)}") from error
+
+    def look(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
+        answers = self._all("look", ANSWER, job, dict(source), token)
+        return [answer["error"] for answer in answers.values() if "error" in answer]
+
+    def give(self, worker: str, name: str, job: Mapping[str, Any], scene: Mapping[str, Any]) -> None:
+        self.flying[self.actors[worker].call.remote("render", name, job, scene)] = name, worker
+
+    def answers(self, seconds: float) -> list[tuple[str, Mapping[str, Any] | None]]:
+        ready: list[Any] = []
+        if self.flying:
+            ready, _ = self.ray.wait(list(self.flying), timeout=seconds)
+        else:
+            time.sleep(seconds / 5)
+        found = []
+        for each in ready:
+            name, worker = self.flying.pop(each)
+            try:
+                found.append((name, self.ray.get(each)))
+            except self.ray.exceptions.RayError as error:
+                self._lose(worker, _first_line(error))
+                found.append((name, None))
+        return [*found, *self._of_lost_nodes()]
+
+    def _of_lost_nodes(self) -> Iterator[tuple[str, None]]:
+        """Scenes whose node is gone."""
+        if time.monotonic() - self.looked < LOOK:
+            return
+        self.looked = time.monotonic()
+        there = {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
+        for worker in [each for each in self.workers if self.nodes[each] not in there]:
+            self._lose(worker, "its machine is gone")
+            for ref in [ref for ref, (_, at) in self.flying.items() if at == worker]:
+                yield self.flying.pop(ref)[0], None
+
+    def _lose(self, worker: str, why: str) -> None:
+        """Give a worker up; what it was at goes to another one."""
+        actor = self.actors.pop(worker, None)
+        if actor is not None:
+            log.warning("%s is lost (%s); %d left", worker, why, len(self.actors))
+            self.asked.pop(worker, None)
+            self.ray.kill(actor, no_restart=True)
+
+    def progress(self) -> Mapping[str, int]:
+        """As of the last answers; what workers logged is passed on, each line once."""
+        for worker, asked in list(self.asked.items()):
+            if self.ray.wait([asked], timeout=0)[0]:
+                del self.asked[worker]
+                with contextlib.suppress(self.ray.exceptions.RayError):
+                    name, done, lines = self.ray.get(asked)
+                    self.frames[name] = done
+                    for level, line in lines:
+                        log.log(level, "%s: %s", worker, line)
+        for worker in self.workers:
+            if worker not in self.asked:
+                self.asked[worker] = self.actors[worker].call.remote("progress")
+        working = {name for name, _ in self.flying.values()}
+        self.frames = {name: done for name, done in self.frames.items() if name in working}
+        return self.frames
+
+    def stop(self, name: str) -> None:
+        for scene, worker in self.flying.values():
+            if scene == name and worker in self.actors:
+                self.actors[worker].call.remote("stop", name)
+
+
+def check_same(facts: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise `VideoError` where workers differ in what pixels depend on, or one cannot work at all."""
+    for each in facts.values():
+        if "error" in each:
+            raise VideoError(f"{each['machine']}: {each['error']}")
+    first, *others = facts.values()
+    told = {
+        "version": "stream-diffvsr",
+        "torch": "torch",
+        "device": "a device of kind",
+        "threads": "threads per worker",
+        "info": "the model",
+    }
+    for other in others:
+        for key, what in told.items():
+            if other[key] != first[key]:
+                a, b = (each[key] if key != "info" else each[key]["model"][:12] for each in (first, other))
+                raise VideoError(
+                    f"{first['machine']} has {what} {a}, {other['machine']} has {b}: all must have the same."
+                )
+
+
+def _checked(answer: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "error" in answer:
+        raise VideoError(answer["error"])
+    return answer
+
+
+def _threads(facts: Mapping[str, Any]) -> str:
+    return f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+@contextlib.contextmanager
+def workers(
+    model: Mapping[str, Any], devices: Devices, address: str | None = None, threads: int = 0
+) -> Iterator[RayPool]:
+    """A pool of workers with `model`, the arguments of `load_pipeline`; they end with the block.
+
+    `address` is that of a cluster; None starts workers on this machine. Raises `VideoError` where there is no
+    cluster, or its nodes do not fit together, and `IncompatibleInputError` without the package ray.
+    """
+    ray = import_ray()
+    names = devices.names
+    if address is None:
+        threads = threads or max(1, (os.cpu_count() or 1) // len(names)) if devices.kind == "cpu" else threads
+        _start_here(ray, devices)
+    else:
+        _connect(ray, address)
+    try:
+        if address is not None:
+            threads = threads or _fewest_cpus(ray)
+            names = names or _all_of(ray, devices.kind, threads)
+        actors = {}
+        for number, _ in enumerate(names, 1):
+            actors[f"worker {number}"] = _actor(ray, model, devices.kind, threads, address is not None)
+        yield RayPool(ray, actors, threads)
+    finally:
+        ray.shutdown()
+
+
+def _start_here(ray: Any, devices: Devices) -> None:
+    gpus = 0
+    if devices.kind == "cuda":
+        gpus = len(devices.names)
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(name.partition(":")[2] for name in devices.names)
+    # 'local', so that no cluster that was left over is joined unasked.
+    ray.init(
+        address="local",
+        num_cpus=len(devices.names),
+        num_gpus=gpus,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        object_store_memory=100 << 20,
+    )
+
+
+def _connect(ray: Any, address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError, ImportError, OSError) as error:
+        raise VideoError(
+            f"no Ray cluster answers at {address} ({_first_line(error)}): start one with 'ray start --head', "
+            "or check address and token."
+        ) from error
+
+
+def _fewest_cpus(ray: Any) -> int:
+    """Threads that every machine of a cluster has for one worker."""
+    counts = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    return int(min((count for count in counts if count >= 1), default=1))
+
+
+def _all_of(ray: Any, kind: str, threads: int) -> tuple[str, ...]:
+    """A worker for each GPU of a cluster, or for each share of so many cores."""
+    alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = int(sum(each.get("GPU", 0) for each in alive))
+    if kind == "cuda":
+        if not gpus:
+            raise VideoError("the cluster has no GPU: give --device cpu, or add a machine that has one.")
+        return ("cuda",) * gpus
+    return ("cpu",) * sum(math.floor(each.get("CPU", 0) / threads) for each in alive)
+
+
+def _actor(ray: Any, model: Mapping[str, Any], kind: str, threads: int, cluster: bool) -> Any:
+    """One worker; Ray restarts its process when that dies, and asks it again what it was asked."""
+
+    class Actor:
+        """Travels by value; what it does is imported where it runs, under the package's own name."""
+
+        def __init__(self, model: Any, threads: int) -> None:
+            from importlib import import_module
+
+            self.worker = import_module("stream_diffvsr.jobs.worker").Worker(model, threads)
+            self.worker.keep_lines()
+
+        def call(self, name: str, *values: Any) -> Any:
+            found = getattr(self.worker, name)(*values)
+            if name == "describe":
+                from importlib import import_module
+
+                found["node"] = import_module("ray").get_runtime_context().get_node_id()
+            return found
+
+    path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
+    variables = {"PYTHONPATH": path, "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "2000")}
+    if threads:
+        variables["OMP_NUM_THREADS"] = str(threads)
+    share = max(1, threads) if cluster and kind == "cpu" else 1
+    options = {
+        "num_cpus": share,
+        "num_gpus": int(kind == "cuda"),
+        "max_restarts": RESTARTS,
+        "max_task_retries": RESTARTS,
+        "max_concurrency": 4,  # questions are answered beside a scene
+        "scheduling_strategy": "SPREAD",
+        "runtime_env": {"env_vars": variables},
+    }
+    device = "cuda" if kind == "cuda" else "cpu"
+    return ray.remote(**options)(Actor).remote({**model, "device": device}, threads)

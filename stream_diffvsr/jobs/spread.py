@@ -1,0 +1,324 @@
+"""Jobs by several workers: scenes are found by a pass that reads ahead, and handed out, the longest first.
+
+The driver never sees a picture of the result: workers write segments into the job's folder, and the records
+that come back are checked against the files before they count. Which workers there are is a `Pool`'s matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from ..errors import StreamDiffVSRError, VideoError
+from .ahead import Split, find_scenes
+from .job import VideoJob
+from .journal import read_segment, usable
+from .prepare import Model, Prepared, prepare
+from .run import Run
+from .scenes import Scene
+from .worker import to_json
+
+log = logging.getLogger(__name__)
+
+POLL = 0.5
+"""Seconds between two looks at the workers."""
+LOSSES = 3
+"""Workers that one scene may cost before its job is given up."""
+OPEN = 4
+"""Jobs beyond the number of workers that are open at a time, so that short files keep all busy."""
+PATIENCE = 10.0
+"""Seconds that workers have for stopping."""
+
+
+class Pool(Protocol):
+    """Workers, each of which renders one scene at a time; see `worker.Worker` for what they answer."""
+
+    threads: int
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def workers(self) -> Sequence[str]:
+        """Names of those that are there; a lost one is not."""
+        ...
+
+    def look(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
+        """What some worker does not see, in sentences."""
+        ...
+
+    def give(self, worker: str, name: str, job: Mapping[str, Any], scene: Mapping[str, Any]) -> None:
+        """Have a worker render a scene; `name` tells it apart."""
+        ...
+
+    def answers(self, seconds: float) -> list[tuple[str, Mapping[str, Any] | None]]:
+        """Wait at most so long; the names of scenes and what came of them, None where the worker is lost."""
+        ...
+
+    def progress(self) -> Mapping[str, int]:
+        """Frames done of the scenes at work, by their names."""
+        ...
+
+    def stop(self, name: str) -> None:
+        """Give up a scene; it is answered all the same."""
+        ...
+
+
+@dataclass(frozen=True)
+class SpreadProgress:
+    """Told every half second."""
+
+    done: int
+    total: int | None
+    """Frames of all jobs; None until all are open and say how many they have."""
+    fps: float
+    files: int
+    """Jobs that are over."""
+    scenes: Mapping[str, str]
+    """What each worker is at."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        if self.total is None or self.fps <= 0:
+            return None
+        return max(0, self.total - self.done) / self.fps
+
+
+class SpreadRun(Run):
+    """One job, whose scenes the driver hands out."""
+
+    def __init__(self, prepared: Prepared, pool: Pool, split: Split) -> None:
+        super().__init__(pool.model, prepared, pool.threads)
+        self.pool, self.split, self.json = pool, split, to_json(prepared.job)
+        self.found: list[Scene] = []
+        self.ready: list[Scene] = []
+        self.busy: dict[str, Scene] = {}
+        self.losses: dict[int, int] = {}
+        self.error: Exception | None = None
+        self.taken, self.recorded, self.ended = 0, False, False
+        self.story: Generator[Any, None, None] = self._told()
+
+    def _told(self) -> Generator[Any, None, None]:
+        yield from self.steps()
+
+    def settings(self) -> dict[str, Any]:
+        parts = {"split": f"{self.split.frames} {self.split.warm_up}"} if self.split.frames else {}
+        return {**super().settings(), **parts}
+
+    def _upscale(self) -> Iterator[Any]:
+        """Yield until all scenes are rendered."""
+        self._note()
+        if wrong := self.pool.look(self.json, self.journal.source, self.work.token()):
+            raise VideoError(wrong[0])
+        with ThreadPoolExecutor(1, "stream-diffvsr scenes") as thread:
+            finding = thread.submit(self._find)
+            try:
+                while self.busy or not (self.error or (self.recorded and not self.ready)):
+                    if self.error is None:
+                        self._take_found(finding)
+                    yield None
+                if self.error is not None:
+                    raise self.error
+            except (GeneratorExit, KeyboardInterrupt, VideoError):
+                self._leave_playable()
+                raise
+            finally:
+                self.ended = True
+
+    def _find(self) -> None:
+        """In a thread: the pass that runs ahead, where an earlier run has not finished it."""
+        state = ""
+        if self.job.state is not None:
+            state = "state-given.safetensors"
+            self.job.state.save(self.work.folder / state)
+        known = [Scene.from_json(scene) for scene in self.journal.scenes]
+        for scene in known or find_scenes(self.prepared, self.split, state, told=True):
+            if self.ended:
+                return
+            self.found.append(scene)
+
+    def _take_found(self, finding: Future[None]) -> None:
+        """What the pass found since the last look; when it has found all, they are recorded."""
+        over, count = finding.done(), len(self.found)
+        for scene in self.found[self.taken : count]:
+            if self.journal.first < 0:
+                self._note(first=scene.first)
+            if not self._is_done(scene):
+                self.ready.append(scene)
+        self.taken = count
+        if over and not self.recorded:
+            finding.result()
+            self.recorded = True
+            self._note(scenes=tuple(scene.to_json() for scene in self.found))
+
+    def _is_done(self, scene: Scene) -> bool:
+        """Whether finished segments hold it to its end."""
+        within = [s for s in self.journal.segments if s.scene == scene.first]
+        return bool(within) and (within[-1].closed or within[-1].end == scene.end)
+
+    def take(self, name: str, answer: Mapping[str, Any] | None) -> None:
+        """What came of a scene; nothing that is not as it was written counts."""
+        scene = self.busy.pop(name)
+        if answer is None:
+            self.losses[scene.first] = self.losses.get(scene.first, 0) + 1
+            if self.losses[scene.first] >= LOSSES:
+                self.fail(OSError(f"frame {scene.first} and what follows it cost {LOSSES} workers"))
+            elif self.error is None:
+                self.ready.append(scene)
+            return
+        if "error" in answer:
+            wrong = answer["error"]
+            if answer["kind"] != "stopped":
+                self.fail(VideoError(wrong) if answer["kind"] == "input" else OSError(wrong))
+            return
+        segments = [read_segment(record) for record in answer["segments"]]
+        try:
+            self.work.check(segments)
+        except VideoError as error:
+            self.fail(error)
+            return
+        for segment in segments:
+            self.journal = self.journal.with_segment(segment)
+        if not self.journal.segment_frames and answer["segment_frames"]:
+            self._note(segment_frames=answer["segment_frames"])
+        self.prepared.source.notes.update(answer["notes"])
+
+    def fail(self, error: Exception) -> None:
+        """Give the job up; it ends when its workers have stopped."""
+        self.error = self.error or error
+        self.ready.clear()
+        for name in self.busy:
+            self.pool.stop(name)
+
+    def _leave_playable(self) -> None:
+        """A file of the segments that are whole, those of unfinished scenes too."""
+        found = self.work.load()
+        for segment in () if found is None else found.segments:
+            with contextlib.suppress(VideoError):
+                self.work.check([segment])
+                self.journal = self.journal.with_segment(segment)
+        self.journal = replace(self.journal, segments=usable(self.journal.segments))
+        if self.journal.segments and "main" in self.output.videos:
+            self._note(partial=self.output.join(self.journal.parts, finished=False))
+            self._give_names()
+            log.info("%s holds the %d frames done so far", self.job.output, self.journal.frames)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended."""
+
+    job: VideoJob
+    error: Exception | None = None
+    """What it failed with; None: its output is there."""
+
+
+class Spread:
+    """Many jobs over one pool: `steps` does them, `outcomes` tells how each ended."""
+
+    def __init__(self, jobs: Sequence[VideoJob], pool: Pool, split: Split | None = None) -> None:
+        self.waiting, self.pool, self.split = deque(jobs), pool, split or Split()
+        self.runs: list[SpreadRun] = []
+        self.outcomes: list[Outcome] = []
+        self.names: dict[str, tuple[SpreadRun, str]] = {}
+        self.over, self.all_told = 0, True
+        self.total = 0
+        self.times = deque([(time.monotonic(), 0)], maxlen=40)
+
+    def steps(self) -> Generator[SpreadProgress, None, None]:
+        """Do all jobs; one that fails does not stop the others. Closing it stops all workers.
+
+        Raises `OSError` when no worker is left; what is done is kept.
+        """
+        try:
+            while self.waiting or self.runs:
+                self._open()
+                self._advance()
+                self._hand_out()
+                for name, answer in self.pool.answers(POLL):
+                    run, _ = self.names.pop(name)
+                    run.take(name, answer)
+                if not self.pool.workers:
+                    raise OSError("all workers are lost; the same command goes on where they were")
+                yield self._progress()
+        finally:
+            self._stop()
+
+    def _open(self) -> None:
+        """Look at the next jobs while there is too little to hand out."""
+        while self.waiting and len(self.runs) < len(self.pool.workers) + OPEN:
+            job = self.waiting.popleft()
+            try:
+                run = SpreadRun(prepare(job).fitted(self.pool.model), self.pool, self.split)
+                next(run.story, None)
+            except (StreamDiffVSRError, OSError) as error:
+                self.outcomes.append(Outcome(job, error))
+                continue
+            self.runs.append(run)
+            self.all_told = self.all_told and run.prepared.total is not None
+            self.total += run.prepared.total or 0
+
+    def _advance(self) -> None:
+        """Let each job go on: take what was found, and put together what is whole."""
+        for run in list(self.runs):
+            try:
+                next(run.story)
+                continue
+            except StopIteration:
+                self.outcomes.append(Outcome(run.job))
+            except (StreamDiffVSRError, OSError) as error:
+                self.outcomes.append(Outcome(run.job, error))
+            self.over += run.journal.frames
+            self.runs.remove(run)
+
+    def _hand_out(self) -> None:
+        """One scene to each idle worker, the longest first."""
+        busy = {worker for _, worker in self.names.values()}
+        for worker in self.pool.workers:
+            ready = [(run, scene) for run in self.runs for scene in run.ready]
+            if worker in busy or not ready:
+                continue
+            run, scene = max(ready, key=lambda each: _length(*each))
+            name = f"{run.job.output}#{scene.first}"
+            run.ready.remove(scene)
+            run.busy[name] = scene
+            self.names[name] = run, worker
+            self.pool.give(worker, name, run.json, scene.to_json())
+
+    def _progress(self) -> SpreadProgress:
+        at_work = self.pool.progress()
+        done = self.over + sum(run.journal.frames for run in self.runs)
+        done += sum(frames for name, frames in at_work.items() if name in self.names)
+        self.times.append((time.monotonic(), done))
+        seconds = self.times[-1][0] - self.times[0][0]
+        return SpreadProgress(
+            done=done,
+            total=self.total if self.all_told and not self.waiting else None,
+            fps=max(0, done - self.times[0][1]) / max(1e-9, seconds),
+            files=len(self.outcomes),
+            scenes={worker: name for name, (_, worker) in self.names.items()},
+        )
+
+    def _stop(self) -> None:
+        """End everywhere: workers stop between two parts of a frame, and what is done stays."""
+        for name in self.names:
+            self.pool.stop(name)
+        end = time.monotonic() + PATIENCE
+        while self.names and self.pool.workers and time.monotonic() < end:
+            for name, answer in self.pool.answers(POLL):
+                run, _ = self.names.pop(name)
+                run.take(name, answer)
+        for run in self.runs:
+            run.story.close()
+
+
+def _length(run: SpreadRun, scene: Scene) -> float:
+    """Frames of a scene; one that goes on to the end of its job may be long."""
+    return math.inf if scene.end is None else scene.end - scene.first

@@ -1,0 +1,149 @@
+"""Scenes over a real Ray cluster on loopback: `pytest -m ray tests/test_ray.py`, with the extra `ray`.
+
+STREAM_DIFFVSR_KILLS=6 kills at that many random moments: a worker, a raylet and the command in turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import clips
+import numpy as np
+import psutil
+import pytest
+
+pytestmark = pytest.mark.ray
+ray = pytest.importorskip("ray")
+
+KILLS = int(os.environ.get("STREAM_DIFFVSR_KILLS", "3"))
+SCENES, LENGTH = 30, 4
+
+
+def many_scenes(index: int, width: int, height: int) -> np.ndarray:
+    picture = clips.picture(index, width, height)
+    return picture if index // LENGTH % 2 else 255 - picture[::-1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    return clips.write_video(folder / "in.mp4", SCENES * LENGTH, size=(32, 24), draw=many_scenes, audio=1)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def cluster(request) -> Iterator[Any]:
+    """Nodes of one core each, started as a user's would be, by processes of this test."""
+    from ray.cluster_utils import Cluster
+
+    os.environ.update({"RAY_raylet_start_wait_time_s": "300", "RAY_worker_niceness": "0"})
+    found = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    for _ in range(request.param - 1):
+        found.add_node(num_cpus=1)
+    yield found
+    found.shutdown()
+
+
+def command(checkpoint: Path, source: Path, output: Path, *more: object) -> list[str]:
+    return [
+        sys.executable, "-m", "stream_diffvsr.cli.main", "upscale", *map(str, [
+            source, "-o", output, "--model", checkpoint, "--device", "cpu", "--flow", "dis", "--steps", 1,
+            "--codec", "ffv1", "--segment", 2, "--threads", 1, "--progress", "json", *more,
+        ])
+    ]  # fmt: skip
+
+
+def same(output: Path, wanted: Path) -> None:
+    pairs = zip(clips.frames_of(output), clips.frames_of(wanted), strict=True)
+    assert all(a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in pairs)
+    assert clips.packets_of(output, "audio") == clips.packets_of(wanted, "audio")
+
+
+@pytest.fixture(scope="module")
+def whole(source, checkpoint, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("whole") / "out.mkv"
+    subprocess.run(command(checkpoint, source, output), check=True, stdout=subprocess.DEVNULL)
+    return output
+
+
+def test_a_cluster_equals_one_process(cluster, source, whole, checkpoint, tmp_path) -> None:
+    output = tmp_path / "out.mkv"
+    done = subprocess.run(
+        command(checkpoint, source, output, "--ray", cluster.address), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(output, whole)
+    last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert last[-1] == {"output": str(output)} and last[-2]["done"] == last[-2]["total"]
+    assert done.stderr.count("worker 1: cpu on") == 1
+
+
+@pytest.mark.parametrize("number", range(KILLS))
+def test_losses(number, cluster, source, whole, checkpoint, tmp_path) -> None:
+    """The job ends right, or is resumed by the same command."""
+    chance, output = random.Random(number), tmp_path / "out.mkv"
+    call = command(checkpoint, source, output, "--ray", cluster.address)
+    job = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    goal = chance.randrange(1, SCENES * LENGTH - 20)
+    for line in job.stdout:
+        if json.loads(line).get("done", 0) >= goal:
+            break
+    victim = ("worker", "command", "node")[number % 3]
+    if victim == "worker":
+        actors = [
+            p for p in psutil.process_iter(["cmdline"]) if "ray::Actor" in " ".join(p.info["cmdline"] or [])
+        ]
+        chance.choice(actors).send_signal(signal.SIGKILL)
+    elif victim == "command":
+        job.kill()
+    else:
+        node = (
+            cluster.add_node(num_cpus=1) if len(cluster.worker_nodes) < 1 else list(cluster.worker_nodes)[-1]
+        )
+        cluster.remove_node(node, allow_graceful=False)
+    for _ in job.stdout:
+        pass
+    if job.wait() != 0:
+        time.sleep(5)
+        done = subprocess.run(call, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    same(output, whole)
+    assert not Path(f"{output}.parts").exists()
+    if victim == "node":
+        cluster.add_node(num_cpus=1)
+
+
+def test_devices_of_this_machine_and_many_files(source, whole, checkpoint, tmp_path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(4):
+        (folder / f"{number}.mp4").symlink_to(source)
+    (folder / "bad.mp4").write_bytes(b"no video")
+    done = subprocess.run(
+        command(checkpoint, folder, tmp_path / "out", "--devices", "cpu:2"), capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "bad_4x.mp4: " in done.stderr, done.stderr[-2000:]
+    assert "1 of 5 files failed" in done.stderr
+    for number in range(4):
+        same(tmp_path / "out" / f"{number}_4x.mp4", whole)
+
+
+def test_a_cluster_that_is_not_there(source, checkpoint, tmp_path) -> None:
+    call = command(checkpoint, source, tmp_path / "out.mkv", "--ray", "127.0.0.1:1")
+    done = subprocess.run(
+        call,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_gcs_rpc_server_reconnect_timeout_s": "5"},
+    )
+    assert done.returncode == 2
+    assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr.splitlines()[-1]
