@@ -10,14 +10,26 @@ from typing import Any
 
 from stream_diffvsr.jobs.cluster import FarModel
 from stream_diffvsr.jobs.worker import Worker
+from stream_diffvsr.load import load_pipeline
+from stream_diffvsr.upscaler import Upscaler
+
+
+OPENED: dict[str, list[Upscaler]] = {}
 
 
 class LocalPool:
-    """As many workers, each with a model of its own; `lost` of them vanish, each with its first scene."""
+    """As many workers, each with a model of its own; `lost` of them vanish, each with its first scene.
+
+    Models are opened once for all pools with the same arguments.
+    """
 
     def __init__(self, model: Mapping[str, Any], count: int, lost: int = 0) -> None:
         self.model_arguments, self.lost, self.threads = model, lost, 1
+        opened = OPENED.setdefault(json.dumps(model), [])
+        opened += [load_pipeline(**model) for _ in range(count - len(opened))]
         self.at = {f"worker {number}": Worker(model) for number in range(count)}
+        for worker, pipe in zip(self.at.values(), opened, strict=False):
+            worker.pipe = pipe
         self.pool = ThreadPoolExecutor(count)
         self.back: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self.given: list[tuple[str, int]] = []
@@ -49,7 +61,7 @@ class LocalPool:
 
     def answers(self, seconds: float) -> list[tuple[str, Any]]:
         try:
-            return [self.back.get(timeout=seconds)]
+            return [self.back.get(timeout=min(seconds, 0.02))]
         except queue.Empty:
             return []
 

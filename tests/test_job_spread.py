@@ -36,7 +36,7 @@ def scenes_of(index: int, width: int, height: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("source")
-    return clips.write_video(folder / "in.mp4", COUNT, draw=scenes_of, audio=1)
+    return clips.write_video(folder / "in.mp4", COUNT, size=(24, 16), draw=scenes_of, audio=1)
 
 
 @pytest.fixture(scope="module")
