@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -290,12 +291,20 @@ def _start_here(ray: Any, devices: Devices) -> None:
 
 def _connect(ray: Any, address: str) -> None:
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError, ImportError, OSError) as error:
         raise VideoError(
             f"no Ray cluster answers at {address} ({_first_line(error)}): start one with 'ray start --head', "
             "or check address and token."
         ) from error
+
+
+def _knock(address: str) -> None:
+    """Raise `OSError` where nobody listens: Ray itself would end this process."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _fewest_cpus(ray: Any) -> int:
