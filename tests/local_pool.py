@@ -13,7 +13,6 @@ from stream_diffvsr.jobs.worker import Worker
 from stream_diffvsr.load import load_pipeline
 from stream_diffvsr.upscaler import Upscaler
 
-
 OPENED: dict[str, list[Upscaler]] = {}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -14,7 +13,9 @@ from ..media.seek import Place
 from ..tensors import from_pixels
 from .overlap import prefetch
 from .prepare import Prepared
-from .scenes import Scene
+from .scenes import Scene, SceneCut
+
+NO_CUTS = SceneCut(threshold=None)
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,13 @@ def find_scenes(
 ) -> Iterator[Scene]:
     """Each scene as soon as its end is known; they are those that a run finds on its way.
 
-    `state` names the file of a state that the first one continues. With `told`, scenes that are listed, or
-    that are not looked for, are told without reading; then an end may be open, and no scene has a place.
+    `state` names the file of a state that the first one continues. With `told`, the one scene of a job whose
+    cuts are not looked for is told without reading; its end may be open.
     """
     job, source, split = prepared.job, prepared.source, split or Split()
-    if told and not split.frames and (firsts := _listed(prepared)):
-        yield from _told_scenes(prepared, firsts, state)
+    if told and not split.frames and _is_one_scene(prepared) and isinstance(job.start, int):
+        end = job.end + 1 if isinstance(job.end, int) else None
+        yield Scene(job.start, end, offset=prepared.offset(job.start), state=state)
         return
     scene: Scene | None = None
     last: SourceFrame | None = None
@@ -73,23 +75,9 @@ def _cut(prepared: Prepared, frame: SourceFrame, previous: Tensor | None, lq: Te
     return prepared.cut_rule.between(frame.index, previous, lq)
 
 
-def _listed(prepared: Prepared) -> list[int]:
-    """First frames of the scenes of a job; none where they are found by reading only."""
-    job, rule = prepared.job, prepared.cut_rule
-    if not isinstance(job.start, int) or isinstance(prepared.source, FolderSource):
-        return []
-    if rule.listed is None and rule.threshold is not None:
-        return []
-    end = job.end if isinstance(job.end, int) else math.inf
-    return [job.start, *sorted(first for first in rule.listed or () if job.start < first <= end)]
-
-
-def _told_scenes(prepared: Prepared, firsts: list[int], state: str) -> Iterator[Scene]:
-    last = prepared.job.end
-    ends = [*firsts[1:], last + 1 if isinstance(last, int) else None]
-    offset = prepared.offset(firsts[0])
-    for first, end in zip(firsts, ends, strict=True):
-        yield Scene(first, end, offset=offset, state=state if first == firsts[0] else "")
+def _is_one_scene(prepared: Prepared) -> bool:
+    """Whether that is known without reading; pictures of another size begin a scene of their own."""
+    return prepared.cut_rule == NO_CUTS and not isinstance(prepared.source, FolderSource)
 
 
 def _parts(scene: Scene, split: Split, places: Mapping[int, Place | None]) -> Iterator[Scene]:
