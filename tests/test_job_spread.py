@@ -75,7 +75,10 @@ def same(output: Path, wanted: list[Any]) -> None:
     assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(found, wanted, strict=True))
 
 
-@pytest.mark.parametrize(("count", "lost"), [(1, 0), (2, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("count", "lost"),
+    [(3, 2), *(pytest.param(count, 0, marks=pytest.mark.long) for count in (1, 2))],
+)
 def test_many_equal_one(count, lost, source, model, whole, tmp_path) -> None:
     pool = LocalPool(model, count, lost)
     task = job(source, tmp_path / "out.mkv", cuts_out=tmp_path / "cuts.csv")
@@ -114,6 +117,7 @@ def test_a_run_that_is_stopped_goes_on_in_either_way(source, model, plain, whole
     same(task.output, whole)
 
 
+@pytest.mark.long
 def test_a_scene_goes_on_where_the_lost_worker_left_a_state(source, model, whole, tmp_path) -> None:
     task = job(source, tmp_path / "out.mkv", scene_cut="off")
     driver = Spread([task], LocalPool(model, 1))
@@ -179,6 +183,7 @@ def test_the_pass_ahead_finds_what_one_process_finds(state, source, plain, tmp_p
         assert scene.place.index == scene.first - 1
 
 
+@pytest.mark.long
 def test_parts_of_a_long_scene_begin_earlier(source, plain, model, tmp_path) -> None:
     task = job(source, tmp_path / "out.mkv", scene_cut="off")
     found = list(find_scenes(prepare(task), Split(5, 2)))
