@@ -26,7 +26,9 @@ from .output import fail, follow
 log = logging.getLogger(__name__)
 
 
-def add_arguments(group: argparse._ArgumentGroup) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--devices, --ray, --split-scenes, --warm-up."""
+    group = parser.add_argument_group("several devices or machines")
     group.add_argument(
         "--devices",
         metavar="LIST",

@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     groups["memory"].add_argument(
         "--plan", action="store_true", help="Estimate memory, disk space and time, then exit."
     )
-    many.add_arguments(parser.add_argument_group("several devices or machines"))
+    many.add_arguments(parser)
     groups["output"].add_argument(
         "--preview",
         type=int,

@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -247,7 +247,7 @@ def _first_line(error: BaseException) -> str:
 @contextlib.contextmanager
 def workers(
     model: Mapping[str, Any], devices: Devices, address: str | None = None, threads: int = 0
-) -> Iterator[RayPool]:
+) -> Generator[RayPool]:
     """A pool of workers with `model`, the arguments of `load_pipeline`; they end with the block.
 
     `address` is that of a cluster; None starts workers on this machine. Raises `VideoError` where there is no
