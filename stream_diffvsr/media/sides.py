@@ -8,6 +8,7 @@ when the job is continued.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import logging
@@ -188,6 +189,7 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
     with open_container(source) as original:
         wanted = [s for s in original.streams if s.type in ("audio", "subtitle") and s.codec_context]
         said = what_is_lost(original, container_format)
+        remedies = {stream.index: keeps(stream, container_format) for stream in wanted}
         ways = {stream.index: ways_of(stream) for stream in wanted}
         names = {
             stream.index: f"{stream.type} stream {stream.index} ({stream.codec_context.name})"
@@ -209,13 +211,13 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
             elif making.way.name:
                 said.append(
                     f"{names[index]} is converted to {making.way.name}: {container_format} cannot hold it "
-                    f"({reasons.get(index)}); {keeps(container_format)}"
+                    f"({reasons.get(index)}); {remedies[index]}"
                 )
         for index in left:
             ways[index] = ways[index][1:]
     said += [
         f"{names[index]} is left out: {container_format} cannot hold it ({reasons.get(index)}); "
-        f"{keeps(container_format)}"
+        f"{remedies[index]}"
         for index in sorted(set(ways) - set(done))
     ]
     return [side for _, side in sorted(done.items()) if side is not None], said
@@ -241,9 +243,19 @@ def what_is_lost(original: Any, container_format: str) -> list[str]:
     return said
 
 
-def keeps(container_format: str) -> str:
-    """What would keep a stream as it is."""
-    return "--no-audio leaves it out" if container_format == "matroska" else "an output .mkv keeps it"
+def keeps(stream: Any, container_format: str) -> str:
+    """What would keep a stream as it is, or nearly so."""
+    import av
+
+    if container_format != "matroska":
+        try:
+            with refusals(), av.open(io.BytesIO(), "w", format="matroska") as mkv:
+                add_copy(mkv, stream)
+            return "an output .mkv keeps it"
+        except RefusedError:
+            if stream.type == "audio":
+                return "an output .mkv has it as FLAC, without further loss"
+    return "--no-audio leaves it out"
 
 
 def _one_reading(
