@@ -41,6 +41,14 @@ def commands() -> list[str]:
     return sorted({line for line in found if not re.search(r"\b[A-Z]{3,}\b|\.\.\.", line)})
 
 
+DOES = [
+    line
+    for line in commands()
+    # Those of several devices need Ray: tests/test_ray.py.
+    if line.startswith("stream-diffvsr upscale") and not re.search("--devices|--ray", line)
+]
+
+
 def test_there_are_commands():
     assert len(commands()) > 10
 
@@ -67,7 +75,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("line", [line for line in commands() if line.startswith("stream-diffvsr upscale")])
+@pytest.mark.parametrize("line", DOES)
 def test_the_command_does_it(line, desk):
     before = set(desk.iterdir())
     assert main([*shlex.split(line)[1:], "--device", "cpu"]) == 0
