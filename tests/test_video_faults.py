@@ -221,14 +221,6 @@ def only(kind: str) -> Callable[[Any, int], bool]:
     return lambda packet, number: packet.stream.type == kind
 
 
-def joined(folder: Path) -> Path:
-    """A list of files that FFmpeg reads as one."""
-    for name in ("1.mp4", "2.mp4"):
-        write(folder / name, sound="aac")
-    (folder / "list.ffconcat").write_text("ffconcat version 1.0\nfile 1.mp4\nfile 2.mp4\n")
-    return folder / "list.ffconcat"
-
-
 def with_font(folder: Path) -> Path:
     clips.needs(av.container.OutputContainer, "add_attachment")
     source = write(folder / "plain.mkv")
@@ -342,7 +334,6 @@ FAULTS: dict[str, Fault] = {
         ),
         times=[3600 + t for t in TENTHS],
     ),
-    "time of a list of files": Fault(joined, times=[i / 10 for i in range(10)], beside=("aac",)),
     "time of 120 a second in milliseconds": Fault(
         picture_only("a.mkv", "mpeg4", rate=120), times=[round(i / 0.12) / 1000 for i in range(5)]
     ),
@@ -451,12 +442,13 @@ def test_a_file_as_people_have_them(name: str, pipe, tmp_path: Path, caplog) -> 
     source = fault.make(tmp_path / "in")
     with caplog.at_level(logging.WARNING):
         output = upscale(pipe, source, tmp_path / fault.output, **fault.job)
+    # FFmpeg's own lines are not ours: whether they are logged depends on what ran before.
+    told = "\n".join(each.getMessage() for each in caplog.records if each.name.startswith("stream_diffvsr"))
     if fault.said:
-        assert fault.said in caplog.text
+        assert fault.said in told
     else:
-        assert not any(
-            word in caplog.text for word in ("left out", "converted", "fewer", "missing", "damaged")
-        ), caplog.text
+        words = ("left out", "converted", "fewer", "missing", "damaged")
+        assert not any(word in told for word in words), told
     if output.is_dir():
         made = [Image.open(file) for file in sorted(output.iterdir())]
         assert len(made) == 5 and {image.mode for image in made} == {"RGBA"}
