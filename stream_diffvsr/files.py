@@ -143,6 +143,16 @@ def atomic(path: Path) -> Generator[BinaryIO, None, None]:
         part.unlink(missing_ok=True)
 
 
+def keep_json(path: Path, value: object) -> None:
+    """Write a small file that saves work later; where that fails, only the log says so."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic(path) as file:
+            file.write(json.dumps(value).encode())
+    except OSError as error:
+        log.info("%s is not kept: %s", path, error)
+
+
 def fingerprint(paths: Iterable[Path]) -> str:
     """Name the content of weight files: 32 hex digits from their headers and sampled bytes.
 

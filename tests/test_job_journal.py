@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from chunk_family import ChunkOptions, ChunkUpscaler
 
 from stream_diffvsr import UpscaleOptions, VideoError
 from stream_diffvsr.jobs import render
-from stream_diffvsr.jobs.journal import Journal, Segment, WorkFolder, usable
+from stream_diffvsr.jobs.journal import Journal, Segment, WorkFolder, continue_from, usable
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media.join import Part
 
@@ -148,3 +149,25 @@ def test_what_work_can_go_on_from() -> None:
     assert usable([a, c, d]) == ()
     gaps = Journal({}, {}, {}, first=0, segments=(a, b, segment(6, 8, 6, closed=True))).gaps()
     assert [(x and x.start, y and y.start) for x, y in gaps] == [(2, 6), (6, None)]
+
+
+def test_other_versions_are_told_when_a_job_goes_on(tmp_path, caplog):
+    before = Journal({"size": 1}, {"seed": 0}, {"torch": "2.1", "threads": "1"})
+    with caplog.at_level(logging.WARNING):
+        assert continue_from(before, replace(before), tmp_path) == before
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        continue_from(before, replace(before, versions={"torch": "2.1", "threads": "2"}), tmp_path)
+    assert "not an exact continuation" in caplog.text and "'threads': '2'" in caplog.text
+
+
+def test_a_folder_without_a_journal_goes_with_its_run(tmp_path):
+    """What was made ready for a job that never began goes; beside a journal it stays."""
+    work = WorkFolder(tmp_path / "out.mp4")
+    with work.locked():
+        (work.folder / "side-list.json").write_text("[]")
+    assert not work.folder.exists()
+    with work.locked():
+        (work.folder / "side-list.json").write_text("[]")
+        work.save(Journal({}, {}, {}))
+    assert (work.folder / "side-list.json").is_file()

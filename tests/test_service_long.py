@@ -16,6 +16,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -195,6 +196,8 @@ NAMES = (
     "-o.mp4",
     "http://x/y.mp4",
 )
+EVIL = Path(tempfile.gettempdir()) / f"evil-{os.getpid()}"
+"""What no request may write."""
 VALUES: tuple[Any, ...] = (
     None,
     True,
@@ -205,8 +208,8 @@ VALUES: tuple[Any, ...] = (
     "x" * 3000,
     "../../x",
     "/etc/passwd",
-    "-o/tmp/evil",
-    "--output=/tmp/evil",
+    f"-o{EVIL}",
+    f"--output={EVIL}",
     "a\0b",
     "\ud800",
     [],
@@ -217,8 +220,8 @@ VALUES: tuple[Any, ...] = (
     "s3://",
     "file:///etc/passwd",
     "concat:/etc/passwd|/etc/hosts",
-    "; touch /tmp/evil",
-    "$(touch /tmp/evil)",
+    f"; touch {EVIL}",
+    f"$(touch {EVIL})",
 )
 FIELDS = ("model", "preset", "size", "format", "options", "source", "target", "download", "x", "__class__")
 OPTIONS = (
@@ -294,8 +297,7 @@ def hostile(chance: random.Random, task: str) -> dict[str, Any]:
 def test_a_thousand_hostile_requests(tmp_path: Path) -> None:
     """None makes the server fail, and nothing is written outside the root."""
     chance = random.Random(7)
-    evil = Path("/tmp/evil")
-    assert not evil.exists()
+    assert not EVIL.exists()
     server = Server(tmp_path / "root", direct=True, STREAM_DIFFVSR_MAX_GIGABYTES="0.01")
     task = server.upload(write_video(tmp_path / "in.mp4", 2))
     outside = sorted(tmp_path.rglob("*"))
@@ -320,7 +322,7 @@ def test_a_thousand_hostile_requests(tmp_path: Path) -> None:
     print(codes)
     assert server.client.get("/models").status_code == 200
     now = [path for path in sorted(tmp_path.rglob("*")) if server.root not in path.parents]
-    assert now == [path for path in outside if server.root not in path.parents] and not evil.exists()
+    assert now == [path for path in outside if server.root not in path.parents] and not EVIL.exists()
     assert {path.name for path in server.root.iterdir()} <= inside
     assert all(len(path.name) == 32 for path in (server.root / "tasks").iterdir())
     names = {path.name for path in (server.root / "tasks").rglob("*") if path.is_file()}

@@ -277,7 +277,7 @@ def _start_here(ray: Any, devices: Devices) -> None:
     if devices.kind == "cuda":
         gpus = len(devices.names)
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(name.partition(":")[2] for name in devices.names)
-    # 'local', so that no cluster that was left over is joined unasked.
+    # 'local': never join a cluster that an earlier run left behind.
     ray.init(
         address="local",
         num_cpus=len(devices.names),

@@ -204,6 +204,10 @@ class WorkFolder:
             owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
             yield self
         finally:
+            # While it is still ours: what another run writes after it must stay.
+            if not self.journal_file.is_file():
+                with contextlib.suppress(OSError):
+                    self.clear()
             lock.release()
             self._remove_if_done()
 
@@ -212,9 +216,7 @@ class WorkFolder:
             return
         # A run that began in this moment holds the lock anew, and keeps the folder.
         with contextlib.suppress(OSError):
-            # Sound that was made ready is of use to a job that was begun.
-            made = [file.name for file in self._files() if file.name.startswith("side-")]
-            for name in (*made, OWNER, LOCK):
+            for name in (OWNER, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
             if left := sorted(file.name for file in self.folder.iterdir()):
                 log.warning("%s stays: it holds %s", self.folder, ", ".join(left[:3]))
@@ -314,6 +316,8 @@ def work_state(folder: Path) -> str | None:
                 pass
         except Timeout:
             return "in use by a run"
+        except OSError as error:
+            return f"cannot be looked into ({error.strerror}): check its permissions"
     try:
         journal = work.load()
     except VideoError as error:

@@ -1,4 +1,4 @@
-"""Files are opened here: what cannot be read is said plainly."""
+"""Opens media files; a file that cannot be read raises one clear sentence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is said when a request cannot be done: RFC 9457 problems."""
+"""Answers to requests that fail: RFC 9457 problems."""
 
 from __future__ import annotations
 

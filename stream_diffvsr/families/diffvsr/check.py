@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import CheckpointError, ModelNotFoundError, StreamDiffVSRError
-from ...files import atomic, read_json
+from ...files import keep_json, read_json
 from ...weights.folders import user_cache
 from ...weights.networks import Shapes, check_keys, shapes_of
 from .build import build, named_for
@@ -144,10 +144,5 @@ def remembered_shapes(part: Part) -> Shapes:
         return {key: tuple(shape) for key, shape in read_json(path).items()}
     except CheckpointError:
         shapes = shapes_of(build(part))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as file:
-            file.write(json.dumps(shapes).encode())
-    except OSError as error:
-        log.info("shapes not kept in %s: %s", path, error)
+    keep_json(path, shapes)
     return shapes

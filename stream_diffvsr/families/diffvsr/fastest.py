@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import StreamDiffVSRError
-from ...files import atomic
+from ...files import keep_json
 from ...runtimes.choose import open_runtime
 from ...weights.folders import user_cache
 from .options import UpscaleOptions
@@ -57,7 +57,7 @@ def fastest(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     told = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in times.items())
     log.info("runtime %s, the fastest exact one here (a %dx%d frame: %s)", chosen, SIDE, SIDE, told)
     if not known:
-        _write(path, times)
+        keep_json(path, times)
     return pipes[chosen]
 
 
@@ -95,12 +95,3 @@ def _read(path: Path, pipes: Mapping[str, object]) -> dict[str, float]:
         return {name: float(seconds) for name, seconds in times.items() if name in pipes}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
-
-
-def _write(path: Path, times: Mapping[str, float]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic(path) as file:
-            file.write(json.dumps(times).encode())
-    except OSError as error:
-        log.debug("%s cannot be written: %s", path, error)
