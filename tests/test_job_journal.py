@@ -18,6 +18,7 @@ from stream_diffvsr.jobs import render
 from stream_diffvsr.jobs.journal import Journal, Segment, WorkFolder, continue_from, usable
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media.join import Part
+from stream_diffvsr.media.write import VideoSink
 
 COUNT, CUTS = 12, (5, 9)
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
@@ -171,3 +172,37 @@ def test_a_folder_without_a_journal_goes_with_its_run(tmp_path):
         (work.folder / "side-list.json").write_text("[]")
         work.save(Journal({}, {}, {}))
     assert (work.folder / "side-list.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "done"),
+    [
+        (
+            VideoSink,
+            "finish",
+            2,
+        ),  # the first call is the rehearsal's
+        (render, "digest", 5),
+        (WorkFolder, "add", 5),
+        (Journal, "with_segment", 5),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+def test_ctrl_c_while_a_segment_is_closed(pipe, source, tmp_path, monkeypatch, where, name, done):
+    """What is done can be played, and the job continues."""
+    task, real, calls = job(source, tmp_path / "out.mkv"), getattr(where, name), []
+
+    def interrupted(*args: Any) -> Any:
+        result = real(*args)
+        calls.append(name)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(where, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(run(pipe, task))
+    monkeypatch.undo()
+    assert len(clips.frames_of(task.output)) == done
+    list(run(pipe, task))
+    assert len(clips.frames_of(task.output)) == COUNT

@@ -71,6 +71,7 @@ class Renderer:
         self.made = Provenance.from_texts(journal.provenance)
         self.clock = Speed()
         self.open: list[FrameTime] = []
+        self.closed: Part | None = None
         self.last: SourceFrame | None = None
         self.scene, self.state_bytes = 0, self._guessed_state()
 
@@ -162,15 +163,16 @@ class Renderer:
             self.writer.add(sink.add, prepared[name], frame.index, frame.time)
 
     def close(self) -> Part | None:
-        """Finish the files of the open segment; None where none is open."""
-        if not self.open:
-            return None
+        """Finish the files of the open segment, once; None where none is open."""
+        if not self.open or self.closed is not None:
+            return self.closed
         self.writer.wait()
         finished = {name: sink.finish() for name, sink in self.sinks.items()}
         name, size, depth = finished["main"]
         compare, _, compare_depth = finished.get("compare", ("", 0, 0))
         start, end = self.open[0].start, self.open[-1].end
-        return Part(name, len(self.open), size, start, end, depth, compare, compare_depth)
+        self.closed = Part(name, len(self.open), size, start, end, depth, compare, compare_depth)
+        return self.closed
 
     def _finish(self, state: State, lq: Tensor | None, closed: bool) -> None:
         """Close the segment and save the state; only then a record says that both are there.
@@ -202,7 +204,7 @@ class Renderer:
         for name in states - {"", segment.state}:
             (self.work.folder / name).unlink(missing_ok=True)
         self.saved = self.journal = self.journal.with_segment(segment)
-        self.open = []
+        self.open, self.closed = [], None
 
     def _save_state(self, state: State, lq: Tensor | None, start: int) -> str:
         """Write a state beside its segment; returns its name, '' of one that is too large to be kept."""

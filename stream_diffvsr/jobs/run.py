@@ -273,8 +273,12 @@ class _Here(Run):
 
     def _leave_playable(self, renderer: Renderer) -> None:
         """After a cancel: a file of what is done so far; the open segment is done again next time."""
-        parts, open_part = renderer.journal.parts, renderer.close()
-        if open_part is not None:
+        parts, open_part = renderer.journal.parts, None
+        try:
+            open_part = renderer.close()
+        except Exception as error:  # the cancel came while the encoder was being closed
+            log.info("the frames of the open segment are not in the file: %r", error)
+        if open_part is not None and open_part not in parts:
             parts = (*parts, open_part)
         if not parts or "main" not in self.output.videos:
             return
