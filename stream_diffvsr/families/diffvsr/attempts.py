@@ -12,7 +12,7 @@ from torch import Tensor
 from ...devices import repeatable
 from ...errors import CheckpointError, VRAMError
 from ...memory import free_memory, is_out_of_memory, release_caches
-from ...runtimes.torch import compilation
+from ...runtimes.torch import compilation, packed
 from ...tensors import is_finite
 from .method import Frame, upscale
 from .networks import TorchCalls
@@ -54,7 +54,13 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
             networks = (pipe.built or pipe.torch_networks).calls(
                 plan, pipe.dtype, dtype, pipe.placement, need
             )
-            with repeatable(), compilation.compiled(pipe.stages.values(), mode), networks as calls:
+            eager = pipe.stages.values() if mode == compilation.OFF and dtype == pipe.dtype else ()
+            with (
+                repeatable(),
+                compilation.compiled(pipe.stages.values(), mode),
+                packed.packed(eager),
+                networks as calls,
+            ):
                 here = replace(frame.to(pipe.device), plan=plan)
                 hq = upscale(here, calls, *pipe.prepared(frame.options, dtype))
             calls.stage = "frame"

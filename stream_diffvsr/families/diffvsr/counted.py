@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...flow.estimators import TILE as FLOW_TILE
 from ...memory import count_bytes, on_meta
+from ...runtimes.torch import packed
 from ...tensors import SCALE, padded_size
 from ...upscaler import FixedPlacement, ignore
 from .denoise import Schedule, denoise, latent_tiles
@@ -44,8 +45,9 @@ class Needs:
     def __call__(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> dict[str, int]:
         """For an LQ size (height, width).
 
-        Keys: 'weights', 'frames', the activations of 'flow', 'controlnet' (embedding the warped frame),
-        'unet' (with the ControlNet beside it) and 'vae', and 'peak': all that is held at the worst moment.
+        Keys: 'weights' (those that are packed count twice), 'frames', the activations of 'flow', 'controlnet'
+        (embedding the warped frame), 'unet' (with the ControlNet beside it) and 'vae', and 'peak': all that is
+        held at the worst moment.
         """
         height, width = padded_size(*size)
         scale = options.flow_scale
@@ -58,8 +60,9 @@ class Needs:
         weights = sum(
             weight.nbytes for network in self.networks.stages().values() for weight in network.parameters()
         )
-        beside = self._beside(height, width)
-        peak = weights + beside + max(stages.values())
+        have, to_come = packed.bytes_beside(self.networks.stages().values())
+        beside, weights = self._beside(height, width), weights + have
+        peak = weights + to_come + beside + max(stages.values())
         return {"weights": weights, "frames": beside - LIBRARIES, **stages, "peak": peak}
 
     def _beside(self, height: int, width: int) -> int:
@@ -74,7 +77,9 @@ class Needs:
         height, width = padded_size(*size)
         networks = self.networks.stages().values()
         widest = max((max(x.shape, default=1) for net in networks for x in net.parameters()), default=1)
-        return self._beside(height, width) + max(400 * widest * height * width, (height * width) ** 2)
+        _, to_come = packed.bytes_beside(networks)
+        work = max(400 * widest * height * width, (height * width) ** 2)
+        return self._beside(height, width) + to_come + work
 
     def _once(self, key: tuple[object, ...], count: Callable[..., int]) -> int:
         if key not in self._counted:
