@@ -75,7 +75,9 @@ def child(args: argparse.Namespace) -> None:
         result = pipe.process_frame(lq, state)
         times = time.process_time() - processor, time.perf_counter() - clock
         state, index = result.state, index + 1
-        print(json.dumps([1000 * times[0], 1000 * times[1], float(result.hq.double().abs().mean())]), flush=True)
+        print(
+            json.dumps([1000 * times[0], 1000 * times[1], float(result.hq.double().abs().mean())]), flush=True
+        )
 
 
 def compare(args: argparse.Namespace, threads: int) -> dict[str, float]:

@@ -46,8 +46,8 @@ class Needs:
         """For an LQ size (height, width).
 
         Keys: 'weights' (those that are packed count twice), 'frames', the activations of 'flow', 'controlnet'
-        (embedding the warped frame), 'unet' (with the ControlNet beside it) and 'vae', and 'peak': all that is
-        held at the worst moment.
+        (embedding the warped frame), 'unet' (with the ControlNet beside it) and 'vae', and 'peak': all that
+        is held at the worst moment.
         """
         height, width = padded_size(*size)
         scale = options.flow_scale
