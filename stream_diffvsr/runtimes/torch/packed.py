@@ -53,7 +53,7 @@ def packed(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
     layers = [layer for network in networks for layer in _layers(network)]
     try:
         for layer in layers:
-            layer.forward = partial(_run, layer)
+            layer.forward = partial(_run, layer)  # type: ignore[method-assign,assignment]
         yield
     finally:
         for layer in layers:
