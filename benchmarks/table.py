@@ -1,52 +1,71 @@
-"""README.md's table of speed, from what `stream-diffvsr bench --json FILE` wrote.
+"""The table of docs/speed.md, from what `stream-diffvsr bench --json FILE` or `benchmarks/gpu.py` wrote.
 
-python benchmarks/table.py FILE...
+python benchmarks/table.py FILE... [--write]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
+
 HEAD = (
     "model",
-    "input",
+    "device, threads",
+    "runtime",
     "number format",
     "compile_mode",
+    "input",
     "ms per frame",
-    "first frame, s",
+    "first result, s",
     "peak, MB",
-    "U-Net, share of a matrix product's rate",
+    "share of the best rate",
     "outside the networks",
-    "plain time / ours",
+    "plain / ours",
 )
 
 
 def rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """One for each size of a report."""
+    best = max(report["limits"].values())
     for result in report["results"]:
-        share = result["rates"]["denoise"] / report["matrix_rate"]
         yield (
             report["model"],
-            f"{result['width']}x{result['height']}",
+            f"{report['device']}, {report['threads']}",
+            report["runtime"],
             report["dtype"],
             report["compile_mode"],
+            f"{result['width']}x{result['height']}",
             f"{result['milliseconds']:.0f}",
             f"{result['first_frame'] / 1000:.1f}",
             f"{result['peak_mb']:.0f}",
-            f"{share:.0%}",
+            f"{result['rates']['frame'] / best:.0%}",
             f"{result['stages']['rest'] / sum(result['stages'].values()):.1%}",
             f"{result['plain_ratio']:.2f}" if result["plain_ratio"] else "",
         )
 
 
+def table(reports: list[dict[str, Any]]) -> str:
+    lines = (HEAD, ("---",) * len(HEAD), *(row for report in reports for row in rows(report)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
-    reports = [json.loads(Path(name).read_text()) for name in sys.argv[1:]]
-    for line in (HEAD, ("---",) * len(HEAD), *(row for report in reports for row in rows(report))):
-        print(f"| {' | '.join(line)} |")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("file", type=Path, nargs="+")
+    parser.add_argument("--write", action="store_true", help="into docs/speed.md")
+    args = parser.parse_args()
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in args.file]
+    made = table([report for each in found for report in (each if isinstance(each, list) else [each])])
+    print(made)
+    if args.write:
+        head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        PAGE.write_text(f"{head}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

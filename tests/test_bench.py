@@ -8,13 +8,19 @@ import sys
 
 import pytest
 import torch
+from family_cases import CASES
 from node_pack import ROOT
+from PIL import Image
 from samples import moving
 
 from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
 from stream_diffvsr.bench.measure import Clock, count_operations, measure
-from stream_diffvsr.bench.networks import CONFIGS, plain
+from stream_diffvsr.bench.networks import CONFIGS, plain, wan_networks
 from stream_diffvsr.cli.main import main
+from stream_diffvsr.runtimes.torch import packed
+
+QUIET = ("rest", "flow", "full")
+"""What need not compute anything, as the decoder that was not asked for."""
 
 
 def test_the_plain_path_gives_the_same_numbers(guided):
@@ -73,18 +79,56 @@ def test_operations_are_those_of_the_network(guided):
 
 def test_command(checkpoint, tmp_path, capsys):
     command = ["bench", "--model", str(checkpoint), "--flow", "dis", "--device", "cpu", "--frames", "1"]
-    assert main([*command, "--size", "16x12", "--plain", "--json", str(tmp_path / "b.json")]) == 0
+    written = ["--json", str(tmp_path / "b.json"), "--chart", str(tmp_path / "b.png")]
+    assert main([*command, "--size", "16x12", "--plain", *written]) == 0
     report = json.loads((tmp_path / "b.json").read_text())
-    assert report["results"][0]["width"] == 16 and report["matrix_rate"] > 0
+    assert report["results"][0]["width"] == 16 and min(report["limits"].values()) > 0
+    assert Image.open(tmp_path / "b.png").size[0] > 500
     table = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "table.py"), str(tmp_path / "b.json")],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    assert "| 16x12 | float32 | off |" in table
+    assert "| float32 | off | 16x12 |" in table
     assert "| 16x12 |" in capsys.readouterr().out
     assert main([*command, "--size", "16"]) == 2
+
+
+@pytest.mark.parametrize("family", ["flashvsr", "swiftvr", "image"])
+def test_every_family(family, tmp_path, capsys):
+    """Times, stages and operations per frame, of chunks that are not the first."""
+    path, options = CASES[family].make(tmp_path), ["--size", "16x16", "--frames", "1", "--device", "cpu"]
+    assert main(["bench", "--model", str(path), *options, "--json", str(tmp_path / "b.json")]) == 0
+    (result,) = json.loads((tmp_path / "b.json").read_text())["results"]
+    stages = result["stages"]
+    assert all(stages[name] > 0 and result["operations"][name] > 0 for name in stages if name not in QUIET)
+    assert sum(stages.values()) > 0.5 * stages["rest"] and result["rates"]["frame"] > 0
+    assert main(["bench", "--model", str(path), *options, "--plain"]) == 2
+    assert "none of --plain" in capsys.readouterr().err
+
+
+def test_packed_layers_are_counted(checkpoint, monkeypatch):
+    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        pytest.skip("this torch has no oneDNN")
+    pipe, lq = load_pipeline(checkpoint, device="cpu", flow="none"), moving(1)
+    state, options = pipe.process_frame(lq).state, UpscaleOptions(num_inference_steps=1)
+    plainly = count_operations(pipe, lq, state, options)
+    monkeypatch.setattr(packed, "pays", lambda: True)
+    monkeypatch.setattr(packed, "SMALLEST", 1)
+    assert count_operations(pipe, lq, state, options) == plainly
+    assert len(packed._kept)
+
+
+def test_random_networks_have_the_published_sizes():
+    """The shapes that others have recorded of the published files."""
+    counts = {
+        "random-flashvsr": {"transformer": 1_418_996_800, "projection": 287_845_888, "tiny": 45_338_371},
+        "random-swiftvr": {"encoder": 1_494_576, "transformer": 4_999_787_712, "decoder": 39_369_868},
+    }
+    for name, wanted in counts.items():
+        networks = wan_networks(name)
+        assert {part: sum(x.numel() for x in each.parameters()) for part, each in networks.items()} == wanted
 
 
 def test_released_sizes():

@@ -6,39 +6,45 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..devices import synchronize
 from ..families.diffvsr.options import UpscaleOptions
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.state import StreamDiffVSRState
 from ..tensors import upsample
+from ..upscaler import Session, Upscaler
 
 STAGES = {"flow": "flow", "controlnet": "control", "unet": "denoise", "vae": "decode"}
-"""Networks of a pipeline, and what their time is called; the remainder is `rest`."""
+"""Networks of Stream-DiffVSR, and what their time is called; others keep their names, and there is `rest`."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians over the measured frames; `stages` in milliseconds."""
+    """Medians over what was measured; `stages` in milliseconds per frame."""
 
     width: int
     height: int
     frames: int
+    """Measured, or chunks of them where a model takes several at once."""
     milliseconds: float
+    """Per frame."""
     first_frame: float
-    """Milliseconds of the first frame, everything cold."""
+    """Milliseconds until the first result, everything cold."""
     stages: dict[str, float] = field(default_factory=dict)
     peak_mb: float = 0.0
     """Resident memory of the process on a CPU, the allocator's on CUDA; its highest so far."""
     operations: dict[str, float] = field(default_factory=dict)
-    """Of matrix products and convolutions in one guided frame, by stage, in 1e9."""
+    """Of matrix products and convolutions in one further frame, by stage, in 1e9."""
     plain_ratio: float | None = None
     """Median over interleaved pairs of plain time / time; None where the plain path was not run."""
 
@@ -58,12 +64,12 @@ class Result:
 
 
 class Clock:
-    """Adds up what is spent inside the networks of a pipeline: milliseconds, or whatever `read` counts."""
+    """Adds up what is spent inside a model's networks: milliseconds, or whatever `read` counts."""
 
     def __init__(self, device: torch.device, read: Callable[[], float] | None = None) -> None:
         self.device = device
         self.now = read or self._time
-        self.spent: dict[str, float] = dict.fromkeys(STAGES.values(), 0.0)
+        self.spent: dict[str, float] = {}
         self._depth = 0
         self._since = 0.0
 
@@ -73,24 +79,24 @@ class Clock:
         return time.perf_counter() * 1000
 
     @contextmanager
-    def watching(self, pipe: StreamDiffVSRPipeline) -> Generator[Clock, None, None]:
-        """Count what runs inside the pipeline's networks while the block lasts."""
-        handles = [handle for stage, network in pipe.stages.items() for handle in self._watch(stage, network)]
+    def watching(self, model: Upscaler) -> Generator[Clock, None, None]:
+        """Count anew what runs inside the model's networks while the block lasts."""
+        self.spent = {STAGES.get(name, name): 0.0 for name in model.networks}
+        handles = [
+            handle
+            for name, network in model.networks.items()
+            for part in _parts(model, name, network)
+            for handle in self._watch(STAGES.get(name, name), part)
+        ]
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _watch(self, stage: str, network: nn.Module) -> Iterator[Any]:
-        # The autoencoder is not called as a whole, so that its layers are watched; the outermost call counts.
-        # Nothing inside a compiled block is: a hook there would have it compiled anew.
-        vae = (*network.encoder.layers, *network.decoder.layers) if stage == "vae" else ()  # type: ignore[union-attr]
-        for part in vae or (network, *network.children()):
-            yield part.register_forward_pre_hook(lambda *_: self._enter())
-            yield part.register_forward_hook(
-                lambda *_, name=STAGES[stage]: self._leave(name), always_call=True
-            )
+    def _watch(self, stage: str, part: nn.Module) -> Iterator[Any]:
+        yield part.register_forward_pre_hook(lambda *_: self._enter())
+        yield part.register_forward_hook(lambda *_: self._leave(stage), always_call=True)
 
     def _enter(self) -> None:
         if self._depth == 0:
@@ -101,6 +107,16 @@ class Clock:
         self._depth -= 1
         if self._depth == 0:
             self.spent[name] += self.now() - self._since
+
+
+def _parts(model: Upscaler, name: str, network: nn.Module) -> Iterable[nn.Module]:
+    """Modules one of which is called wherever the network computes: of nested ones the outermost counts."""
+    if not isinstance(model, StreamDiffVSRPipeline):
+        return network.modules()
+    # Nothing inside a compiled block: a hook there would have it compiled anew.
+    if name == "vae":
+        return (*network.encoder.layers, *network.decoder.layers)  # type: ignore[union-attr]
+    return (network, *network.children())
 
 
 def moving_picture(count: int, height: int, width: int) -> list[Tensor]:
@@ -188,7 +204,6 @@ def _stages(
     clock: Clock, pipe: StreamDiffVSRPipeline, lq: Tensor, state: Any, options: UpscaleOptions
 ) -> dict[str, float]:
     """The same frame once more with the clock in its networks, which costs a little itself."""
-    clock.spent = dict.fromkeys(clock.spent, 0.0)
     with clock.watching(pipe):
         total, _ = _time(clock, pipe, lq, state, options)
     return {**clock.spent, "rest": total - sum(clock.spent.values())}
@@ -198,28 +213,113 @@ def count_operations(
     pipe: StreamDiffVSRPipeline, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
 ) -> dict[str, float]:
     """1e9 operations of one frame by stage; two for each multiplication that is added to a sum."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     pipe = copy.copy(pipe)
     pipe.built = None  # what another runtime does is the same work, unseen by torch's counter
+    eager = replace(options, compile_mode="off")
+    return _operations(pipe, lambda: pipe.process_frame(lq, _unsettled(state), eager))
 
-    with FlopCounterMode(display=False) as counter:
-        clock = Clock(pipe.device, lambda: counter.get_total_flops() / 1e9)
-        with clock.watching(pipe):
-            pipe.process_frame(lq, _unsettled(state), replace(options, compile_mode="off"))
+
+def _operations(model: Upscaler, call: Callable[[], object]) -> dict[str, float]:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    packed = {torch.ops.mkldnn._linear_pointwise: _of_packed} if torch.backends.mkldnn.is_available() else {}
+    with FlopCounterMode(display=False, custom_mapping=packed) as counter:
+        clock = Clock(model.device, lambda: counter.get_total_flops() / 1e9)
+        with clock.watching(model):
+            call()
     return clock.spent
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """1e9 operations per second of a large matrix product: what the device can give at most."""
-    side = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn((side, side), device=device, dtype=dtype) for _ in range(2))
-    clock, times = Clock(device), []
-    for _ in range(6):
+def _of_packed(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
+    """Operations of a packed linear layer, from the shapes of what it takes."""
+    return 2 * math.prod(x) * weight[0]
+
+
+def measure_sequence(
+    model: Upscaler,
+    height: int,
+    width: int,
+    rounds: int,
+    options: Any,
+    on_round: Callable[[], None] = lambda: None,
+) -> Result:
+    """Upscale a moving picture with a model of any family, which may take several frames at once.
+
+    The first two chunks warm up, `rounds` more count.
+    """
+    clock, session = Clock(model.device), model.session(options)
+    frames = cycle(moving_picture(8, height, width))
+    more = partial(_next_results, session, frames)
+    start = clock.now()
+    more()
+    first = clock.now() - start
+    more()
+    times = []
+    for _ in range(rounds):
         start = clock.now()
-        torch.mm(a, b)
+        count = more()
+        times.append((clock.now() - start) / count)
+        on_round()
+    with clock.watching(model):
+        start = clock.now()
+        count = more()
+        total = clock.now() - start
+    stages = {name: spent / count for name, spent in clock.spent.items()}
+    operations = _operations(model, more)
+    return Result(
+        width=width,
+        height=height,
+        frames=rounds,
+        milliseconds=statistics.median(times),
+        first_frame=first,
+        stages={**stages, "rest": total / count - sum(stages.values())},
+        peak_mb=peak_memory(model.device),
+        operations={name: each / count for name, each in operations.items()},
+    )
+
+
+def _next_results(session: Session, frames: Iterator[Tensor]) -> int:
+    """Push frames until results come; how many come."""
+    while True:
+        if results := session.push(next(frames)):
+            return len(results)
+
+
+def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """1e9 operations per second that the device gives at best: of a 'convolution' and of a 'linear' layer.
+
+    A plain matrix product says less: on AMD's processors with AVX-512, torch's takes twice the time of the
+    same linear layer with packed weights.
+    """
+    large = device.type == "cuda"
+    given = {"device": device, "dtype": dtype}
+    found = {"convolution": 0.0, "linear": 0.0}
+    with torch.no_grad():
+        for channels, side in ((512, 256), (256, 512)) if large else ((256, 64), (64, 128)):
+            x, weight = (
+                torch.randn((1, channels, side, side), **given),
+                torch.randn((channels, channels, 3, 3), **given),
+            )
+            x, weight = (each.to(memory_format=torch.channels_last) for each in (x, weight))
+            rate = _rate(device, 18 * (channels * side) ** 2, lambda x=x, w=weight: F.conv2d(x, w, padding=1))
+            found["convolution"] = max(found["convolution"], rate)
+        side = 8192 if large else 1024
+        x, weight = (torch.randn((side, side), **given) for _ in range(2))
+        calls: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight)]
+        if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+            calls.append(lambda: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], ""))
+        found["linear"] = max(_rate(device, 2 * side**3, call) for call in calls)
+    return found
+
+
+def _rate(device: torch.device, operations: int, call: Callable[[], object]) -> float:
+    clock, times = Clock(device), []
+    for _ in range(8):
+        start = clock.now()
+        call()
         times.append(clock.now() - start)
-    return 2 * side**3 / 1e6 / min(times)
+    return operations / 1e6 / min(times)
 
 
 def peak_memory(device: torch.device) -> float:

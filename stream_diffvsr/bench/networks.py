@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
@@ -18,13 +18,48 @@ from ..families.diffvsr.networks import TorchNetworks
 from ..families.diffvsr.parts import NETWORKS
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.released import CONFIGS, untrained_flow
+from ..families.flashvsr import checkpoint as flashvsr
+from ..families.flashvsr.method import FlashVSR
+from ..families.swiftvr import checkpoint as swiftvr
+from ..families.swiftvr.method import SwiftVR
 from ..flow import open_flow
 from ..load import load_pipeline
 from ..tensors import SCALE
+from ..upscaler import Upscaler
 from ..weights.networks import empty
 
-RANDOM = "random"
-"""Name of the released architecture with random weights: their speed is that of the trained ones."""
+RANDOM, RANDOM_FLASHVSR, RANDOM_SWIFTVR = "random", "random-flashvsr", "random-swiftvr"
+"""Names of released architectures with random weights: their speed is that of the trained ones."""
+
+TOKENS, TEXT = 512, 4096
+"""Of a prompt's embedding in the two that are made from Wan."""
+
+FLASHVSR = {
+    "transformer": {
+        "patch_embedding.weight": (1536, 16, 1, 2, 2),
+        "text_embedding.0.weight": (1536, TEXT),
+        "time_embedding.0.weight": (1536, 256),
+        "blocks.0.ffn.0.weight": (8960, 1536),
+    },
+    "projection": {"conv1.weight": (2048,), "conv2.weight": (3072,), "linear_layers.0.weight": (1536,)},
+    "tiny": {
+        f"decoder.{index}.weight": (width,) for index, width in ((1, 512), (10, 256), (16, 128), (22, 128))
+    },
+}
+"""Those of the published shapes that tell all others."""
+
+SWIFTVR = {
+    **{f"encoder.{index}.weight": (width,) for index, width in ((0, 64), (17, 48))},
+    **{f"decoder.{index}.weight": (width, 48) for index, width in ((1, 512), (8, 256), (14, 128), (20, 64))},
+}
+
+SWIFTVR_TRANSFORMER = {
+    "num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 48, "out_channels": 48,
+    "ffn_dim": 14336, "freq_dim": 256, "text_dim": TEXT,
+}  # fmt: skip
+
+BLOCKS = 30
+"""Of both transformers."""
 
 
 class RandomPrompts:
@@ -35,15 +70,14 @@ class RandomPrompts:
         return torch.randn((1, 77, CONFIGS["unet"]["cross_attention_dim"]), generator=generator)
 
 
-def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
-    """The pipeline to measure."""
-    if model != RANDOM:
-        pipe = load_pipeline(model, device=device, dtype=dtype, flow=flow)
-        if not isinstance(pipe, StreamDiffVSRPipeline):
-            raise IncompatibleInputError("a model of Stream-DiffVSR, which alone is measured", str(model))
-        return pipe
+def open_model(model: str | Path, device: str, dtype: str, flow: str, blocks: int = BLOCKS) -> Upscaler:
+    """The model to measure; `blocks`: of the transformers of random-flashvsr and random-swiftvr."""
+    if model not in (RANDOM, RANDOM_FLASHVSR, RANDOM_SWIFTVR):
+        return load_pipeline(model, device=device, dtype=dtype, flow=flow)
     chosen = resolve_device(device)
     number = resolve_dtype(dtype, chosen)
+    if model != RANDOM:
+        return _random_wan(str(model), chosen, number, blocks)
     nets = {name: random_network(name, CONFIGS[name], chosen, number) for name in NETWORKS}
     return StreamDiffVSRPipeline(
         unet=nets["unet"],
@@ -58,14 +92,43 @@ def open_model(model: str | Path, device: str, dtype: str, flow: str) -> StreamD
     )
 
 
+def open_diffvsr(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
+    """The same where only Stream-DiffVSR will do."""
+    pipe = open_model(model, device, dtype, flow)
+    if not isinstance(pipe, StreamDiffVSRPipeline):
+        raise IncompatibleInputError("a model of Stream-DiffVSR", str(model))
+    return pipe
+
+
+def wan_networks(model: str, blocks: int = BLOCKS) -> dict[str, nn.Module]:
+    """The networks of FlashVSR v1.1 with its tiny decoder, or of SwiftVR, without weights."""
+    if model == RANDOM_SWIFTVR:
+        return swiftvr.build(SWIFTVR, {**SWIFTVR_TRANSFORMER, "num_layers": blocks})
+    named = {f"blocks.{index}.": () for index in range(blocks)}
+    shapes = {**FLASHVSR, "transformer": {**FLASHVSR["transformer"], **named}}
+    return flashvsr.build(shapes, "v1.1")  # type: ignore[arg-type]
+
+
+def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: int) -> Upscaler:
+    networks = {name: randomized(each, device, dtype) for name, each in wan_networks(model, blocks).items()}
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randn((1, TOKENS, TEXT), generator=generator).to(device, dtype)
+    cls = SwiftVR if model == RANDOM_SWIFTVR else FlashVSR
+    return cls(networks=networks, prompt=prompt, device=device, dtype=dtype, model=model)
+
+
 def random_network(name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     """A network of a checkpoint with random weights of the usual sizes, in seconds also when it is large."""
-    network = empty(lambda: from_config(name, config))
+    return randomized(empty(lambda: from_config(name, config)), device, dtype)
+
+
+def randomized(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    """A network that was built without weights, with random ones."""
     # Drawn once and repeated: what the weights are changes nothing about their speed.
     drawn = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     weights = {key: _random(drawn, value) for key, value in network.state_dict().items()}
     network.load_state_dict(weights, assign=True)
-    return network.eval().requires_grad_(False)
+    return network.to(device).eval().requires_grad_(False)
 
 
 def _random(drawn: Tensor, like: Tensor) -> Tensor:
@@ -85,7 +148,7 @@ class PlainControl(Control):
     """The ControlNet as the reference calls it: its picture is embedded anew in every step."""
 
     def __init__(self, control: Control) -> None:
-        torch.nn.Module.__init__(self)
+        nn.Module.__init__(self)
         self.embedding, self.body = control.embedding, control.body
 
     def embed(self, warped: Tensor) -> Tensor:
@@ -104,7 +167,7 @@ def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     for network in stages.values():
         network.float()
-        torch.nn.Module.to(network, memory_format=torch.contiguous_format)
+        nn.Module.to(network, memory_format=torch.contiguous_format)
     other = copy.copy(pipe)
     control = PlainControl(stages["controlnet"])  # type: ignore[arg-type]
     other.torch_networks = TorchNetworks(pipe.flow, stages["unet"], control, stages["vae"])  # type: ignore[arg-type]

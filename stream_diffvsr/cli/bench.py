@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import IncompatibleInputError
 from ..families.diffvsr.options import PRESET_HELP, PRESETS, UpscaleOptions
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
+from ..load import FAMILIES
 from ..options import add_flag, given, with_preset
+from ..upscaler import Upscaler
 from .allocator import keep_freed_memory
 from .model import add_model_arguments
+
+if TYPE_CHECKING:
+    from ..bench.measure import Result
+
+LARGEST = "denoise", "transformer"
+"""The stage that has most of the work, by family."""
 
 SIZE = "160x90"
 SIZES = ("320x180", "480x270", "640x360", "960x540")
 """LQ sizes of 720p, 1080p, 1440p and 2160p."""
 
-TOLD = ("model", "preset", "compile_mode", "device", "dtype", "runtime", "flow", "threads", "torch")
+TOLD = ("model", "preset", "compile_mode", "device", "dtype", "runtime", "threads", "torch")
 """The settings that the line above the table names."""
 
 
@@ -33,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         help=f"LQ size as WIDTHxHEIGHT, may be repeated; all: {', '.join(SIZES)}. Default: {SIZE}.",
     )
-    parser.add_argument("--frames", type=int, default=8, help="Frames to measure. Default: 8.")
+    parser.add_argument(
+        "--frames", type=int, default=8, help="Frames to measure, or chunks of them. Default: 8."
+    )
     for name in ("num_inference_steps", "compile_mode"):
         add_flag(parser, UpscaleOptions, name)
     parser.add_argument("--preset", choices=PRESETS, default="exact", help=f"{PRESET_HELP} Default: exact.")
@@ -43,36 +55,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain", action="store_true", help="Compare with the reference's way of computing, too."
     )
+    parser.add_argument(
+        "--blocks",
+        type=int,
+        default=30,
+        help="Of random-flashvsr and random-swiftvr; fewer for a trial. Default: 30.",
+    )
     parser.add_argument("--json", type=Path, help="Write the figures to this file.")
+    parser.add_argument("--chart", type=Path, help="Draw them into this PNG; it needs matplotlib.")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..bench.measure import matrix_rate, measure
-    from ..bench.networks import open_model, plain
-    from ..families.diffvsr.fastest import with_runtime
+    from ..bench.chart import write_chart
+    from ..bench.measure import limits
+    from ..bench.networks import open_model
 
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     asked = args.size or [SIZE]
     sizes = [parse_size(text) for text in (SIZES if "all" in asked else asked)]
-    pipe = open_model(args.model, args.device, args.dtype, args.flow)
+    model = open_model(args.model, args.device, args.dtype, args.flow, args.blocks)
+    how = _of_diffvsr if isinstance(model, StreamDiffVSRPipeline) else _of_any_family
+    model, settings, measured = how(model, args)
+    results = []
+    for width, height in sizes:
+        print(f"measuring {width}x{height} ...", file=sys.stderr)
+        results.append(measured(height, width).to_json())
+    report = {"model": args.model, **environment(model), **settings}
+    report |= {"limits": limits(model.device, model.dtype), "results": results}
+    print(table(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if args.chart:
+        write_chart(args.chart, report)
+    return 0
+
+
+Measured = tuple[Upscaler, dict[str, Any], Callable[[int, int], "Result"]]
+"""A model, the settings to tell, and what measures it at an LQ height and width."""
+
+
+def _of_diffvsr(pipe: StreamDiffVSRPipeline, args: argparse.Namespace) -> Measured:
+    from ..bench.measure import measure
+    from ..bench.networks import plain
+    from ..families.diffvsr.fastest import with_runtime
+
     other = plain(pipe) if args.plain else None
     pipe.quantize(args.quantize)
     pipe = with_runtime(pipe, args.runtime, args.provider, args.dtype, args.quantize)
     options = UpscaleOptions(**with_preset(PRESETS, args.preset, given(args, UpscaleOptions)))
-    results = []
-    for width, height in sizes:
-        print(f"measuring {width}x{height} ...", file=sys.stderr)
-        results.append(measure(pipe, height, width, args.frames, options, other).to_json())
-    settings = {"model": args.model, "preset": args.preset, "compile_mode": options.compile_mode}
-    settings["steps"] = options.num_inference_steps or pipe.traits.steps
-    rate = matrix_rate(pipe.device, pipe.dtype)
-    report = {**environment(pipe), **settings, "matrix_rate": rate, "results": results}
-    print(table(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return 0
+    steps = options.num_inference_steps or pipe.traits.steps
+    settings = {"compile_mode": options.compile_mode, "steps": steps, "flow": pipe.flow.name}
+    return (
+        pipe,
+        {"preset": args.preset, **settings},
+        lambda height, width: measure(pipe, height, width, args.frames, options, other),
+    )
+
+
+def _of_any_family(model: Upscaler, args: argparse.Namespace) -> Measured:
+    from ..bench.measure import measure_sequence
+
+    family = FAMILIES[model.info.family]
+    own = given(args, UpscaleOptions)
+    usual = {"plain": False, "quantize": "none", "runtime": "torch"}
+    if own or any(getattr(args, name) != value for name, value in usual.items()):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in (*usual, "steps", "compile_mode"))
+        raise IncompatibleInputError(f"none of {names} with {family.title}, which has none", str(args.model))
+    options = family.options(**with_preset(family.presets, args.preset, {}))
+    return (
+        model,
+        {"preset": args.preset, "compile_mode": "off"},
+        lambda height, width: measure_sequence(model, height, width, args.frames, options),
+    )
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -82,42 +138,56 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
-def environment(pipe: StreamDiffVSRPipeline) -> dict[str, str | int]:
+def environment(model: Upscaler) -> dict[str, str | int]:
     """What the figures depend on."""
-    cuda = pipe.device.type == "cuda"
+    cuda = model.device.type == "cuda"
+    details = getattr(model, "runtime_details", "")
     return {
-        "device": torch.cuda.get_device_name(pipe.device)
-        if cuda
-        else platform.processor() or platform.machine(),
-        "dtype": pipe.number_format,
-        "runtime": f"{pipe.runtime} {pipe.runtime_details}".strip(),
-        "flow": pipe.flow.name,
+        "device": torch.cuda.get_device_name(model.device) if cuda else _processor(),
+        "dtype": model.info.number_format,
+        "runtime": f"{model.info.runtime} {details}".strip(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
 
 
-def table(report: dict) -> str:
+def _processor() -> str:
+    """Its name, where the system tells it, and the instructions that torch uses."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(": ")[2] for line in lines if line.startswith("model name")), name)
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def table(report: dict[str, Any]) -> str:
     """Rows of milliseconds per frame, as Markdown."""
     stages = list(report["results"][0]["stages"])
-    head = ["LQ size", "ms per frame", "fps", "first frame", *stages, "peak MB", "U-Net", "plain / ours"]
-    rows = [_row(result, stages, report["matrix_rate"]) for result in report["results"]]
-    told = ", ".join(f"{key} {report[key]}" for key in TOLD)
-    told += f"; a matrix product runs at {report['matrix_rate'] / 1000:.2f} TFLOP/s"
-    return "\n".join([told, "", _line(head), _line(["---"] * len(head)), *map(_line, rows)])
+    head = ["LQ size", "ms per frame", "fps", "first result", *stages, "peak MB", "largest network", "frame"]
+    rows = [_row(result, stages, report["limits"]) for result in report["results"]]
+    rates = " and ".join(f"a {name} runs at {_told(rate)}" for name, rate in report["limits"].items())
+    told = ", ".join(f"{key} {report[key]}" for key in TOLD) + f"; at best {rates}"
+    return "\n".join(
+        [told, "", _line([*head, "plain / ours"]), _line(["---"] * (len(head) + 1)), *map(_line, rows)]
+    )
 
 
-def _row(result: dict, stages: Sequence[str], matrix_rate: float) -> list[str]:
+def _row(result: dict[str, Any], stages: Sequence[str], limits: Mapping[str, float]) -> list[str]:
     times = [result["milliseconds"], result["fps"], result["first_frame"], *map(result["stages"].get, stages)]
-    ratio, rate = result["plain_ratio"], result["rates"].get("denoise")
+    rates, best, ratio = result["rates"], max(limits.values()), result["plain_ratio"]
+    largest = next((rates[name] for name in LARGEST if name in rates), None)
     return [
         f"{result['width']}x{result['height']}",
         *(f"{value:.1f}" for value in times),
         f"{result['peak_mb']:.0f}",
-        f"{rate / 1000:.2f} TFLOP/s, {rate / matrix_rate:.0%}" if rate else "",
+        *(f"{_told(rate)}, {rate / best:.0%}" if rate else "" for rate in (largest, rates["frame"])),
         f"{ratio:.3f}" if ratio else "",
     ]
+
+
+def _told(rate: float) -> str:
+    return f"{rate / 1000:.2f} TFLOP/s" if rate >= 1000 else f"{rate:.0f} GFLOP/s"
 
 
 def _line(cells: Sequence[str]) -> str:
