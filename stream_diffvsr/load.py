@@ -33,6 +33,7 @@ from .families.image.options import ImageOptions
 from .families.swiftvr import checkpoint as swiftvr
 from .families.swiftvr import options as swiftvr_options
 from .families.swiftvr.options import SwiftVROptions
+from .families.wan.attention import check as check_attention
 from .files import read_json
 from .flow import open_flow
 from .runtimes.choose import open_runtime
@@ -99,6 +100,10 @@ FAMILIES = {
 """By name, in the order in which a path is looked at."""
 
 
+WAN = ("flashvsr", "swiftvr")
+"""Families with a transformer that attends to large parts of a clip."""
+
+
 class Found(NamedTuple):
     """A folder that is meant to be a checkpoint."""
 
@@ -116,6 +121,7 @@ def load_pipeline(
     dtype: str | torch.dtype = "auto",
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
     quantize: str = "none",
+    attention: str = "auto",
     version: str | None = None,
     runtime: str = "torch",
     provider: str = "auto",
@@ -130,6 +136,7 @@ def load_pipeline(
     dtype: str | torch.dtype = "auto",
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
     quantize: str = "none",
+    attention: str = "auto",
     version: str | None = None,
     runtime: str = "torch",
     provider: str = "auto",
@@ -143,6 +150,7 @@ def load_pipeline(
     dtype: str | torch.dtype = "auto",
     flow: str | Callable[[Tensor, Tensor], Tensor] = "auto",
     quantize: str = "none",
+    attention: str = "auto",
     version: str | None = None,
     runtime: str = "torch",
     provider: str = "auto",
@@ -160,25 +168,33 @@ def load_pipeline(
     'fp8' also a GPU that has it). So is `runtime`, which computes its networks: 'torch', 'openvino', 'onnx',
     or 'auto': the fastest exact one of those that are installed, measured once. `provider` is its device:
     'auto', 'cpu', 'gpu' or 'npu' for OpenVINO, 'auto', 'cpu', 'cuda' or 'tensorrt' for ONNX Runtime.
+    `attention` is FlashVSR's and SwiftVR's: 'auto' and 'sdpa' are PyTorch's own, 'sage' (an approximation)
+    and 'flash' SwiftVR's alone, on CUDA, with their packages.
     `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
     download, which resumes from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
     """
     folders = list(extra_folders)
     family = family_named(source, folders)
-    _refuse_what_is_not_there(family, flow, quantize, version, runtime)
+    _refuse_what_is_not_there(family, flow, quantize, version, runtime, attention)
     # OpenVINO takes its frames from the CPU.
     chosen_device = resolve_device("cpu" if (runtime, device) == ("openvino", "auto") else device)
     other = open_runtime(runtime, provider, chosen_device, dtype, quantize)
     quantized.check(quantize, chosen_device)
     chosen_dtype = resolve_dtype(dtype, chosen_device) if other is None else other.dtype
     folder = resolve(source, folders) or download(str(source), folders, on_progress=on_progress)
+    if family in WAN:
+        check_attention(attention, chosen_device, chosen_dtype)
     if family == "flashvsr":
         release = RELEASES.get(str(source)) or release_named(folder.name)
         told = version or (release.version if release and release.family == family else None)
-        return flashvsr.open_flashvsr(folder, told, chosen_device, chosen_dtype)
+        model = flashvsr.open_flashvsr(folder, told, chosen_device, chosen_dtype)
+        model.use_attention(attention)
+        return model
     if family == "swiftvr":
-        return swiftvr.open_swiftvr(folder, chosen_device, chosen_dtype)
+        model = swiftvr.open_swiftvr(folder, chosen_device, chosen_dtype)
+        model.use_attention(attention)
+        return model
     if family == "image":
         return image.open_image_model(folder, chosen_device, chosen_dtype)
     pipe = diffvsr.open_diffvsr(folder, chosen_device, chosen_dtype, flow, models_folders(folders))
@@ -189,9 +205,13 @@ def load_pipeline(
 
 
 def _refuse_what_is_not_there(
-    family: str, flow: object, quantize: str, version: str | None, runtime: str
+    family: str, flow: object, quantize: str, version: str | None, runtime: str, attention: str
 ) -> None:
-    """Settings of the loader that only one family has."""
+    """Settings of the loader that not every family has."""
+    if family not in WAN and attention != "auto":
+        raise IncompatibleInputError(
+            f"attention 'auto', as {FAMILIES[family].title} has no large self-attention", repr(attention)
+        )
     own = {"flow": ("diffvsr", flow, "auto"), "quantize": ("diffvsr", quantize, "none")}
     own["runtime"] = ("diffvsr", runtime, "torch")
     for name, (owner, value, usual) in {**own, "version": ("flashvsr", version, None)}.items():

@@ -208,6 +208,20 @@ def test_auto_chooses_once_and_tells(tiny, caplog, monkeypatch):
     assert fastest.fastest(tiny).runtime == chosen.runtime
 
 
+@pytest.mark.long
+def test_export_builds_what_a_run_then_finds(checkpoint, name, capsys):
+    """Afterwards nothing is exported, at other sizes of the form neither."""
+    command = ["export", "--model", str(checkpoint), "--device", "cpu", "--flow", "dis", "--runtime", name]
+    assert main([*command, "--sizes", "40x24"]) == 0
+    folder = Path(capsys.readouterr().out.strip())
+    assert {path.name.partition("-")[0] for path in folder.iterdir() if path.is_dir()} >= {"unet", "control"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Graph, "export", lambda graph: pytest.fail("exported again"))
+        pipe = load_pipeline(checkpoint, device="cpu", flow="dis", runtime=name)
+        pipe(moving(2, 32, 48), UpscaleOptions(num_inference_steps=1))  # type: ignore[operator]
+    assert main([*command, "--runtime", "torch", "--sizes", "40x24"]) == 2
+
+
 # What is refused, in one sentence.
 
 

@@ -292,19 +292,16 @@ def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     same linear layer with packed weights.
     """
     large = device.type == "cuda"
-    given = {"device": device, "dtype": dtype}
+    drawn = partial(torch.randn, device=device, dtype=dtype)
     found = {"convolution": 0.0, "linear": 0.0}
     with torch.no_grad():
         for channels, side in ((512, 256), (256, 512)) if large else ((256, 64), (64, 128)):
-            x, weight = (
-                torch.randn((1, channels, side, side), **given),
-                torch.randn((channels, channels, 3, 3), **given),
-            )
+            x, weight = drawn((1, channels, side, side)), drawn((channels, channels, 3, 3))
             x, weight = (each.to(memory_format=torch.channels_last) for each in (x, weight))
             rate = _rate(device, 18 * (channels * side) ** 2, lambda x=x, w=weight: F.conv2d(x, w, padding=1))
             found["convolution"] = max(found["convolution"], rate)
         side = 8192 if large else 1024
-        x, weight = (torch.randn((side, side), **given) for _ in range(2))
+        x, weight = (drawn((side, side)) for _ in range(2))
         calls: list[Callable[[], Tensor]] = [lambda: F.linear(x, weight)]
         if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
             packed = torch.ops.mkldnn._reorder_linear_weight(weight)

@@ -70,14 +70,18 @@ class RandomPrompts:
         return torch.randn((1, 77, CONFIGS["unet"]["cross_attention_dim"]), generator=generator)
 
 
-def open_model(model: str | Path, device: str, dtype: str, flow: str, blocks: int = BLOCKS) -> Upscaler:
+def open_model(
+    model: str | Path, device: str, dtype: str, flow: str, attention: str = "auto", blocks: int = BLOCKS
+) -> Upscaler:
     """The model to measure; `blocks`: of the transformers of random-flashvsr and random-swiftvr."""
     if model not in (RANDOM, RANDOM_FLASHVSR, RANDOM_SWIFTVR):
-        return load_pipeline(model, device=device, dtype=dtype, flow=flow)
+        return load_pipeline(model, device=device, dtype=dtype, flow=flow, attention=attention)
     chosen = resolve_device(device)
     number = resolve_dtype(dtype, chosen)
     if model != RANDOM:
-        return _random_wan(str(model), chosen, number, blocks)
+        wan = _random_wan(str(model), chosen, number, blocks)
+        wan.use_attention(attention)
+        return wan
     nets = {name: random_network(name, CONFIGS[name], chosen, number) for name in NETWORKS}
     return StreamDiffVSRPipeline(
         unet=nets["unet"],
@@ -109,7 +113,7 @@ def wan_networks(model: str, blocks: int = BLOCKS) -> dict[str, nn.Module]:
     return flashvsr.build(shapes, "v1.1")  # type: ignore[arg-type]
 
 
-def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: int) -> Upscaler:
+def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: int) -> FlashVSR | SwiftVR:
     networks = {name: randomized(each, device, dtype) for name, each in wan_networks(model, blocks).items()}
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randn((1, TOKENS, TEXT), generator=generator).to(device, dtype)

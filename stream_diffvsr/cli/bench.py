@@ -75,9 +75,11 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     asked = args.size or [SIZE]
     sizes = [parse_size(text) for text in (SIZES if "all" in asked else asked)]
-    model = open_model(args.model, args.device, args.dtype, args.flow, args.blocks)
-    how = _of_diffvsr if isinstance(model, StreamDiffVSRPipeline) else _of_any_family
-    model, settings, measured = how(model, args)
+    model = open_model(args.model, args.device, args.dtype, args.flow, args.attention, args.blocks)
+    if isinstance(model, StreamDiffVSRPipeline):
+        model, settings, measured = _of_diffvsr(model, args)
+    else:
+        settings, measured = _of_any_family(model, args)
     results = []
     for width, height in sizes:
         print(f"measuring {width}x{height} ...", file=sys.stderr)
@@ -92,11 +94,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-Measured = tuple[Upscaler, dict[str, Any], Callable[[int, int], "Result"]]
-"""A model, the settings to tell, and what measures it at an LQ height and width."""
+Measure = Callable[[int, int], "Result"]
+"""At an LQ height and width."""
 
 
-def _of_diffvsr(pipe: StreamDiffVSRPipeline, args: argparse.Namespace) -> Measured:
+def _of_diffvsr(
+    pipe: StreamDiffVSRPipeline, args: argparse.Namespace
+) -> tuple[StreamDiffVSRPipeline, dict[str, Any], Measure]:
+    """The pipeline by its runtime, the settings to tell, and what measures it."""
     from ..bench.measure import measure
     from ..bench.networks import plain
     from ..families.diffvsr.fastest import with_runtime
@@ -114,7 +119,8 @@ def _of_diffvsr(pipe: StreamDiffVSRPipeline, args: argparse.Namespace) -> Measur
     )
 
 
-def _of_any_family(model: Upscaler, args: argparse.Namespace) -> Measured:
+def _of_any_family(model: Upscaler, args: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
+    """The same of a model that has one runtime."""
     from ..bench.measure import measure_sequence
 
     family = FAMILIES[model.info.family]
@@ -125,7 +131,6 @@ def _of_any_family(model: Upscaler, args: argparse.Namespace) -> Measured:
         raise IncompatibleInputError(f"none of {names} with {family.title}, which has none", str(args.model))
     options = family.options(**with_preset(family.presets, args.preset, {}))
     return (
-        model,
         {"preset": args.preset, "compile_mode": "off"},
         lambda height, width: measure_sequence(model, height, width, args.frames, options),
     )

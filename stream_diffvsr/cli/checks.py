@@ -33,8 +33,10 @@ from ..weights.released import RELEASES
 from . import upscale
 from .main import parse
 
-OF_THE_LOADER = ("dtype", "quantize", "flow")
+OF_THE_LOADER = ("dtype", "quantize", "runtime", "provider", "attention", "flow", "threads")
 """Options of a job that choose how the model is opened."""
+NUMBER = {"type": ["integer", "null"], "minimum": 1}
+"""The schema of those that are not one of several names."""
 LOCAL = ("overwrite", "restart", "read_ahead", "compare")
 """Options that are the service's own business."""
 SCENE_CUT = r"^(auto|off|\d{1,3}(\.\d{1,6})?)$"
@@ -127,10 +129,9 @@ def _loader() -> dict[str, Any]:
     made = {each.dest: each for each in parser._actions if each.dest in OF_THE_LOADER}
     properties: Mapping[str, Any] = {
         name: {
-            "type": "string",
+            **({"type": "string", "enum": list(each.choices)} if each.choices else NUMBER),
             "description": (each.help or "").partition(" Default:")[0],
             "default": each.default,
-            "enum": list(each.choices or ()),
         }
         for name, each in made.items()
     }

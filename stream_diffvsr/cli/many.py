@@ -163,7 +163,7 @@ def by_workers(
     """By several workers, started here or found in a cluster."""
     for job in jobs if results.single else ():
         prepare(job)  # before workers start, which takes a minute
-    names = ("dtype", "flow", "quantize", "runtime", "provider")
+    names = ("dtype", "flow", "quantize", "runtime", "provider", "attention")
     source = Path(args.model).absolute() if Path(args.model).exists() else args.model
     model = {"source": str(source), **{name: getattr(args, name) for name in names}}
     split = Split(args.split_scenes or 0, args.warm_up)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..devices import DTYPES
+from ..families.wan.attention import ATTENTIONS
 from ..flow import FLOW_MODELS
 from ..load import load_pipeline
 from ..runtimes.choose import PROVIDERS, RUNTIMES
@@ -15,7 +16,7 @@ from .output import PROGRESS, download_bar
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype, --quantize, --runtime, --provider, --flow, --progress."""
+    """--model, --device, --dtype, --quantize, --runtime, --provider, --attention, --flow, --progress."""
     parser.add_argument(
         "--model",
         default="nano",
@@ -54,6 +55,13 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "cpu has been run on hardware so far. Default: auto.",
     )
     parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=ATTENTIONS,
+        help="What computes self-attention of SwiftVR: PyTorch (auto, sdpa), or on CUDA SageAttention, an "
+        "approximation, or FlashAttention; FlashVSR has auto and sdpa. Default: auto.",
+    )
+    parser.add_argument(
         "--flow",
         default="auto",
         choices=["auto", *FLOW_MODELS],
@@ -76,6 +84,7 @@ def open_model(args: argparse.Namespace) -> Upscaler:
             dtype=args.dtype,
             flow=args.flow,
             quantize=args.quantize,
+            attention=args.attention,
             runtime=args.runtime,
             provider=args.provider,
             on_progress=on_progress,

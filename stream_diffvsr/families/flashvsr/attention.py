@@ -108,10 +108,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
     flex = _flex(q.device, q.dtype, q.shape[-1]) if q.is_cuda else None
     if flex is not None:
         return _by_blocks(flex, q, k, v, selected)
-    return _gathered(q, k, v, selected)
+    return gathered(q, k, v, selected)
 
 
-def _gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
+def gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
     """One query window after another, its keys copied together."""
     if q.is_meta:  # where nothing is known of the selection, it is everything: an upper bound of memory
         copies = k.clone(), v.clone()
@@ -167,7 +167,10 @@ def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., 
 
 
 class SparseAttention:
-    """Takes the place of a Wan block's self-attention; it holds nothing."""
+    """Takes the place of a Wan block's self-attention; it holds nothing but how to compute it."""
+
+    def __init__(self) -> None:
+        self.attend = attend
 
     def __call__(
         self,
@@ -188,6 +191,6 @@ class SparseAttention:
         )
         if reach.past:
             k, v = (torch.cat([*(pair[i] for pair in reach.past), x], 1) for i, x in enumerate((k, v)))
-        found = attend(q, k, v, select(q, k, reach.selection))
+        found = self.attend(q, k, v, select(q, k, reach.selection))
         found = rearrange(found, "h w t d -> 1 (w t) (h d)")
         return attn.to_out[1](attn.to_out[0](found))

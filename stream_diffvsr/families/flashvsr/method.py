@@ -25,7 +25,7 @@ from ...upscaler import Info, OnStep, State
 from ..wan.chunks import ChunkSession, ChunkUpscaler
 from ..wan.state import frames_before
 from ..wan.taehv import Memory as DecoderMemory
-from .attention import Selection
+from .attention import Selection, gathered
 from .decoders import decode_full
 from .options import FlashVSROptions
 from .pictures import enlarge, groups, scaled
@@ -68,6 +68,12 @@ class FlashVSR(ChunkUpscaler):
             chunk=CHUNK,
             look_ahead=FIRST - 1,  # a scene's first 6 latents see each other
         )
+
+    def attend_by(self, name: str) -> Any:
+        if name != "sdpa":
+            expected = "attention auto or sdpa, as no other library attends to FlashVSR's chosen windows"
+            raise IncompatibleInputError(expected, repr(name))
+        return gathered
 
     def session(
         self,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from einops import rearrange
 from torch import Tensor
-from torch.nn import functional as F
 
+from ..wan.attention import Attend, attention
 from ..wan.transformer import TIMESTEP, conditions, projected, rotations, run, turns
 
 WINDOW = 16, 16
@@ -59,6 +59,7 @@ class WindowAttention:
 
     def __init__(self, window: tuple[int, int], shifted: bool) -> None:
         self.window, self.shifted = window, shifted
+        self.attend: Attend = attention("auto")
 
     def corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Of the windows, in the order in which they are written: where they overlap, the last one counts.
@@ -89,7 +90,7 @@ class WindowAttention:
         for row, column in self.corners(grid.rows, grid.columns):
             area = slice(None), slice(row, row + height), slice(column, column + width)
             own = [rearrange(each[area], "t r c h d -> 1 h (t r c) d") for each in (q, k, v)]
-            one = F.scaled_dot_product_attention(own[0], own[1], own[2])
+            one = self.attend(own[0], own[1], own[2])
             found[area] = rearrange(one, "1 h (t r c) d -> t r c h d", r=height, c=width)
         found = rearrange(found, "t r c h d -> 1 (t r c) (h d)")
         return attn.to_out[1](attn.to_out[0](found))

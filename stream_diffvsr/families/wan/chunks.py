@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import chain
 from threading import Lock
@@ -29,6 +29,7 @@ from ...upscaler import (
     ignore,
     stream,
 )
+from .attention import attention, check
 from .state import size_of
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,24 @@ class ChunkUpscaler(ABC):
         self._offloaded = False
         self._needs = lru_cache(maxsize=64)(self._count)
         self._lock = Lock()
+
+    def use_attention(self, name: str) -> None:
+        """Have one of `ATTENTIONS` compute self-attention from now on; said in states.
+
+        To be called before the first frame, if at all. Raises as `attention.check`.
+        """
+        check(name, self.device, self.dtype)
+        if name == "auto":
+            return
+        transformer: Any = self.networks["transformer"]
+        for block in transformer.blocks:
+            block.attn1.processor.attend = self.attend_by(name)
+        self.number_format += f", attention {name}"
+        self.info = replace(self.info, number_format=self.number_format)
+
+    def attend_by(self, name: str) -> Any:
+        """What a block's processor is to call."""
+        return attention(name)
 
     @abstractmethod
     def whole(self, memory: Any, options: Any) -> int:

@@ -166,6 +166,9 @@ function previewViewer() {
 
 // ---- the form of a new job
 
+const WAN = ["flashvsr", "swiftvr"], DIFFVSR = ["diffvsr"];
+const OF_FAMILIES = { attention: WAN, flow: DIFFVSR, provider: DIFFVSR, quantize: DIFFVSR, runtime: DIFFVSR };
+
 function optionControl(name, rule) {
   const types = [rule.type].flat();
   if (rule.enum) {
@@ -200,7 +203,7 @@ function options(kind, family, remembered) {
     for (const [name, rule] of Object.entries(part.schema.properties)) {
       const hidden = ELSEWHERE.includes(name) || (kind === "images" && OF_VIDEOS.includes(name));
       if (hidden || found[name] || !part.options[name]) continue;
-      if (family !== "diffvsr" && part === capabilities.loader && name !== "dtype") continue;
+      if (part === capabilities.loader && !(OF_FAMILIES[name] ?? [family]).includes(family)) continue;
       const control = (found[name] = optionControl(name, rule));
       control.usual = JSON.stringify(control.read());
       if (name in remembered) {

@@ -1,0 +1,59 @@
+"""Which library computes whole self-attentions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...errors import IncompatibleInputError
+
+ATTENTIONS = ("auto", "sdpa", "sage", "flash")
+"""auto and sdpa are PyTorch's own; sage computes in 8 bits, an approximation; flash differs by rounding."""
+
+PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys and values, (1, heads, tokens, head size) each -> the same shape."""
+
+
+def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse what cannot be had here.
+
+    Raises `IncompatibleInputError` for another name, device or number format, `ModuleNotFoundError` where the
+    package is missing.
+    """
+    if name not in ATTENTIONS:
+        raise IncompatibleInputError(f"attention as one of {', '.join(ATTENTIONS)}", repr(name))
+    if name not in PACKAGES:
+        return
+    if device.type != "cuda" or dtype == torch.float32:
+        number = str(dtype).removeprefix("torch.")
+        raise IncompatibleInputError(
+            f"a CUDA device with dtype float16 or bfloat16 for attention {name!r}", f"{device} with {number}"
+        )
+    try:
+        from diffusers.models.attention_dispatch import attention_backend
+
+        with attention_backend(name):
+            pass
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise ModuleNotFoundError(
+            f"attention {name!r} needs diffusers 0.35 or newer and {PACKAGES[name]}: "
+            f"pip install -U diffusers {PACKAGES[name]}, or leave attention at 'auto'"
+        ) from error
+
+
+def attention(name: str) -> Attend:
+    """What computes it, by a name that `check` has let through."""
+    return partial(_dispatched, name) if name in PACKAGES else F.scaled_dot_product_attention
+
+
+def _dispatched(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # tokens before heads there
+    return dispatch_attention_fn(q, k, v, backend=backend).transpose(1, 2)  # type: ignore[arg-type]
