@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="into docs/speed.md")
     args = parser.parse_args()
     found = [json.loads(path.read_text(encoding="utf-8")) for path in args.file]
-    made = table([report for each in found for report in (each if isinstance(each, list) else [each])])
+    made = table([report for each in found for report in each.get("reports", [each])])
     print(made)
     if args.write:
         head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
