@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 
 import av
 import clips
+import numpy as np
 import pytest
 from PIL import Image
-from test_video_sides import SIZE, seen, upscale, write
+from test_video_sides import ONE_STEP, SIZE, seen, upscale, write
 
 from stream_diffvsr import VideoError
+from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media import pictures
 
 
@@ -66,6 +72,128 @@ def test_a_smaller_picture(pipe, tmp_path: Path, monkeypatch) -> None:
             upscale(pipe, folder / "huge.png", tmp_path / "b.png")
         output = upscale(pipe, folder / "small.png", tmp_path / "b.png")
     assert pictures.size_of(output) == (48, 48)
+
+
+def test_a_picture_cut_into_parts(pipe, tmp_path: Path, monkeypatch) -> None:
+    folder = mixed(tmp_path / "in", ("huge.png", (24, 16)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 150)
+        with pytest.raises(VideoError, match="cut it into parts"):
+            upscale(pipe, folder / "huge.png", tmp_path / "b.png")
+    (folder / "huge.png").unlink()
+    whole = Image.fromarray(clips.picture(0, 24, 16))
+    for left in (0, 12):
+        whole.crop((left, 0, left + 12, 16)).save(folder / f"{left}.png")
+    parts = sorted(upscale(pipe, folder, tmp_path / "out").iterdir())
+    assert [part.name for part in parts] == ["0.png", "12.png"]
+    assert all(pictures.size_of(part) == (48, 64) for part in parts)
+
+
+def test_heic_with_the_package_or_as_jpeg(pipe, tmp_path: Path, monkeypatch) -> None:
+    """Of several pictures in a file the one that it names first is meant."""
+    heif = pytest.importorskip("pillow_heif")
+    made, names = heif.HeifFile(), Image.Exif()
+    names[0x10F] = "ACME"
+    for turned in (0, 180):
+        picture = Image.fromarray(clips.picture(0, 64, 48)).rotate(turned)
+        picture.info["exif"] = names.tobytes()
+        made.add_from_pillow(picture)
+    made.save(tmp_path / "a.heic", quality=-1)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pillow_heif", None)
+        with pytest.raises(VideoError, match="pip install pillow-heif, or save it as JPEG"):
+            upscale(pipe, tmp_path / "a.heic", tmp_path / "a.png")
+    with Image.open(upscale(pipe, tmp_path / "a.heic", tmp_path / "a.png")) as picture:
+        assert picture.size == (256, 192) and picture.getexif()[0x10F] == "ACME"
+        found = np.asarray(picture.resize((64, 48), Image.Resampling.BOX)).astype(int)
+    Image.fromarray(clips.picture(0, 64, 48)).save(tmp_path / "b.jpg", quality=98)
+    with Image.open(upscale(pipe, tmp_path / "b.jpg", tmp_path / "b.png")) as picture:
+        jpeg = np.asarray(picture.resize((64, 48), Image.Resampling.BOX)).astype(int)
+    assert np.abs(found - jpeg).mean() < 8 < np.abs(found - jpeg[::-1, ::-1]).mean()
+
+
+def test_a_pipe_saved_as_a_file(pipe, tmp_path: Path) -> None:
+    os = pytest.importorskip("os")
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(tmp_path / "in.mkv")
+    with pytest.raises(VideoError, match="save it as a file first"):
+        upscale(pipe, tmp_path / "in.mkv", tmp_path / "b.mp4")
+    (tmp_path / "in.mkv").unlink()
+    assert len(clips.frames_of(upscale(pipe, write(tmp_path / "in.mkv"), tmp_path / "b.mp4"))) == 5
+
+
+def test_frames_of_another_size_by_themselves(pipe, tmp_path: Path) -> None:
+    for name, size in (("a", (16, 16)), ("b", (24, 16))):
+        clips.write_video(tmp_path / f"{name}.h264", 3, size=size)
+    with (tmp_path / "c.h264").open("wb") as both:
+        for name in "ab":
+            both.write((tmp_path / f"{name}.h264").read_bytes())
+    with pytest.raises(VideoError, match=r"with --start 3 and another output"):
+        upscale(pipe, tmp_path / "c.h264", tmp_path / "c.mp4")
+    (tmp_path / "rest").mkdir()
+    rest = clips.frames_of(upscale(pipe, tmp_path / "c.h264", tmp_path / "rest" / "c.mp4", start="3"))
+    assert [picture.shape for _, picture in rest] == [(64, 96, 3)] * 3
+
+
+def test_waiting_for_another_run_or_another_output(pipe, tmp_path: Path) -> None:
+    source, job = write(tmp_path / "a.mkv"), {"options": ONE_STEP, "output": tmp_path / "b.mp4"}
+    with contextlib.closing(run(pipe, VideoJob(source=source, **job))) as other:
+        next(other)
+        with pytest.raises(VideoError, match="wait for it, or choose another output"):
+            upscale(pipe, source, tmp_path / "b.mp4")
+        (tmp_path / "new").mkdir()
+        upscale(pipe, source, tmp_path / "new" / "b.mp4")
+        for _ in other:
+            pass
+    with pytest.raises(VideoError, match="choose another with -o, or give --overwrite"):
+        upscale(pipe, source, tmp_path / "b.mp4")
+    upscale(pipe, source, tmp_path / "b.mp4", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("codec", "settings", "remedy"),
+    [
+        ("h264", {"target": (17_000, 64)}, {"codec": "ffv1"}),
+        ("h265", {"target": (8, 8)}, {"target": (48, 48)}),
+        ("h265", {"crf": 60}, {"crf": 30}),
+    ],
+)
+def test_another_setting_where_an_encoder_refuses(codec, settings, remedy, pipe, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.mkv")
+    with pytest.raises(VideoError, match="choose another --codec, --target, --pix-fmt or --crf"):
+        upscale(pipe, source, tmp_path / "b.mkv", codec=codec, **settings)
+    upscale(pipe, source, tmp_path / "b.mkv", **{"codec": codec, **settings, **remedy})
+
+
+def test_a_film_that_was_deinterlaced(pipe, tmp_path: Path, caplog) -> None:
+    source = clips.write_video(tmp_path / "a.mkv", 4, size=(32, 32), options={"x264-params": "tff=1"})
+    upscale(pipe, source, tmp_path / "b.mp4")
+    assert "is interlaced: deinterlace it first" in caplog.text
+    with av.open(str(source)) as given, av.open(str(tmp_path / "c.mkv"), "w") as out:
+        video = out.add_stream("mpeg4", rate=25)
+        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        graph = av.filter.Graph()
+        steps = [
+            graph.add_buffer(template=given.streams.video[0]),
+            graph.add("bwdif"),
+            graph.add("buffersink"),
+        ]
+        for first, second in pairwise(steps):
+            first.link_to(second)
+        graph.configure()
+        frames = [*given.decode(video=0), None]
+        for frame in frames:
+            graph.push(frame)
+            with contextlib.suppress(av.BlockingIOError, av.EOFError):
+                while True:
+                    made = graph.pull()
+                    made.pict_type, made.pts, made.time_base = 0, None, Fraction(1, 25)
+                    out.mux(video.encode(made))
+        out.mux(video.encode(None))
+    caplog.clear()
+    upscale(pipe, tmp_path / "c.mkv", tmp_path / "d.mp4")
+    assert "interlaced" not in caplog.text
 
 
 def test_another_codec_or_suffix(pipe, tmp_path: Path) -> None:
