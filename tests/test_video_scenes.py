@@ -40,12 +40,13 @@ def test_the_measure_is_opencvs(seed: int) -> None:
     one, other = (cv2.cvtColor(frame, cv2.COLOR_RGB2HSV).astype(int) for frame in (before, now))
     wanted = np.abs(one - other).mean()
     lq = [from_pixels(torch.from_numpy(f).movedim(-1, 0)[None].float() / 255) for f in (before, now)]
-    assert scenes.difference(lq[0], lq[1]) == pytest.approx(wanted, abs=0.35)
+    looks = [scenes.SceneCut().look(each) for each in lq]
+    assert scenes.difference(*looks) == pytest.approx(wanted, abs=0.35)
 
 
 def test_equal_frames_differ_by_nothing() -> None:
-    frame = torch.rand(1, 3, 8, 8) * 2 - 1
-    assert scenes.difference(frame, frame) == 0
+    look = scenes.hsv(torch.rand(1, 3, 8, 8) * 2 - 1)
+    assert scenes.difference(look, look) == 0
 
 
 def test_a_frame_after_a_cut_is_as_with_an_empty_state(source, guided) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from ..errors import IncompatibleInputError
@@ -47,11 +48,12 @@ def find_scenes(
         return
     scene: Scene | None = None
     last: SourceFrame | None = None
-    previous: Tensor | None = None if job.state is None else job.state.tensors.get("previous_lq")
+    previous_lq = None if job.state is None else job.state.tensors.get("previous_lq")
+    before = None if previous_lq is None else _seen(prepared, previous_lq)
     places: dict[int, Place | None] = {}
     for frame in prefetch(source.frames(job.span), job.read_ahead):
-        lq = from_pixels(job.sizes.to_model(frame.rgb))
-        cut = _cut(prepared, frame, previous, lq)
+        now = _seen(prepared, from_pixels(job.sizes.to_model(frame.rgb)))
+        cut = before is not None and _cut(prepared, frame.index, before, now)
         if scene is None:
             scene = Scene(frame.index, offset=prepared.offset(frame.index), state="" if cut else state)
         elif cut:
@@ -62,17 +64,23 @@ def find_scenes(
             places[frame.index] = source.place(last) if last is not None else None
         if split.frames and (frame.index + 1 + split.warm_up - scene.first) % split.frames == 0:
             places[frame.index + 1] = source.place(frame)
-        previous, last = lq, frame
+        before, last = now, frame
     if scene is not None and last is not None:
         yield from _parts(replace(scene, end=last.index + 1), split, places)
 
 
-def _cut(prepared: Prepared, frame: SourceFrame, previous: Tensor | None, lq: Tensor) -> bool:
-    if previous is None:
-        return False
-    if previous.shape != lq.shape:
+Seen = tuple[torch.Size, Tensor | None]
+"""Of a frame: its shape, and what of it is compared."""
+
+
+def _seen(prepared: Prepared, lq: Tensor) -> Seen:
+    return lq.shape, prepared.cut_rule.look(lq)
+
+
+def _cut(prepared: Prepared, index: int, before: Seen, now: Seen) -> bool:
+    if before[0] != now[0]:
         return isinstance(prepared.source, FolderSource)
-    return prepared.cut_rule.between(frame.index, previous, lq)
+    return prepared.cut_rule.between(index, before[1], now[1])
 
 
 def _is_one_scene(prepared: Prepared) -> bool:

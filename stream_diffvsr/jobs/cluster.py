@@ -40,7 +40,7 @@ ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray's 15 starves workers on a machine that does other work
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray's own way for a driver that 'uv run' started packs up the current folder and has each worker install it.
+    # Else Ray packs up the current folder of a driver that 'uv run' started, and each worker installs it.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 

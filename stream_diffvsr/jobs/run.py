@@ -244,7 +244,8 @@ class _Here(Run):
             cut = isinstance(self.prepared.source, FolderSource)
         else:
             rule = self.prepared.cut_rule
-            cut = first or (previous is not None and rule.between(frame.index, previous, lq))
+            before = None if first or previous is None else rule.look(previous)
+            cut = first or (previous is not None and rule.between(frame.index, before, rule.look(lq)))
         if cut:
             log.info("a new scene begins at frame %d", frame.index)
         return cut

@@ -36,13 +36,17 @@ class SceneCut:
     listed: frozenset[int] | None = None
     """Indices of the frames that begin a scene; then the threshold does not count."""
 
-    def between(self, index: int, previous_lq: Tensor | None, lq: Tensor) -> bool:
-        """Whether frame `index` begins a new scene; both frames (1, 3, h, w) in model range."""
+    def look(self, lq: Tensor) -> Tensor | None:
+        """What is compared of a frame (1, 3, h, w) in model range; None where nothing is."""
+        return None if self.threshold is None or self.listed is not None else hsv(lq)
+
+    def between(self, index: int, before: Tensor | None, now: Tensor | None) -> bool:
+        """Whether frame `index` begins a new scene, by the looks of it and of the frame before it."""
         if self.listed is not None:
             return index in self.listed
-        if self.threshold is None or previous_lq is None:
+        if self.threshold is None or before is None or now is None:
             return False
-        return difference(previous_lq.to(lq.device), lq) >= self.threshold
+        return difference(before.to(now.device), now) >= self.threshold
 
 
 @dataclass(frozen=True)
@@ -114,26 +118,34 @@ def parse(text: str) -> SceneCut:
     return SceneCut(threshold)
 
 
+STRIP = 64
+"""Rows that are looked at together: their intermediate values stay in a processor's cache."""
+
+
 def difference(before: Tensor, now: Tensor) -> float:
-    """Mean difference of hue (0 to 179), saturation and value (0 to 255) of two LQ frames.
+    """Mean difference of the looks of two frames: hue (0 to 179), saturation and value (0 to 255).
 
     Whole numbers are added exactly, so that it is the same with any number of threads.
     """
-    apart = (hsv(to_pixels(before)) - hsv(to_pixels(now))).abs()
-    return int(apart.long().sum()) / apart.numel()
+    strips = zip(before.split(STRIP, 2), now.split(STRIP, 2), strict=True)
+    return sum(int((a.short() - b.short()).abs().sum()) for a, b in strips) / now.numel()
 
 
-def hsv(rgb: Tensor) -> Tensor:
-    """RGB (1, 3, h, w) in [0, 1] -> hue / 2 in degrees, saturation and value of 255, rounded."""
-    rgb = (rgb * 255).round()
-    red, green, blue = rgb.unbind(1)
-    value, most = rgb.max(dim=1)
-    span = value - rgb.amin(dim=1)
-    safe = span.clamp(min=1)
-    sixths = torch.stack([(green - blue) / safe, 2 + (blue - red) / safe, 4 + (red - green) / safe], dim=1)
-    hue = sixths.gather(1, most[:, None])[:, 0] * 30
-    saturation = 255 * span / value.clamp(min=1)
-    return torch.stack([(hue % 180).round() % 180, saturation.round(), value], dim=1)
+def hsv(lq: Tensor) -> Tensor:
+    """A frame in model range -> hue / 2 in degrees, saturation and value of 255, (1, 3, h, w) uint8."""
+    return torch.cat([_hsv(to_pixels(strip)) for strip in lq.split(STRIP, 2)], dim=2)
+
+
+def _hsv(rgb: Tensor) -> Tensor:
+    red, green, blue = (rgb * 255).round_().squeeze(0).unbind(0)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    span = value - torch.minimum(torch.minimum(red, green), blue)
+    from_red, from_green = value == red, value == green
+    apart = torch.where(from_red, green - blue, torch.where(from_green, blue - red, red - green))
+    sixths = torch.where(from_red, 0.0, torch.where(from_green, 2.0, 4.0)) + apart / span.clamp(min=1)
+    hue = (sixths * 30).remainder_(180).round_().remainder_(180)
+    saturation = (255 * span / value.clamp(min=1)).round_()
+    return torch.stack([hue.byte(), saturation.byte(), value.byte()])[None]
 
 
 def read_list(path: Path) -> frozenset[int]:

@@ -133,7 +133,7 @@ class Planes:
             alpha = values / (2**bits - 1)
         if self.is_rgb:
             return torch.cat([values / (2**bits - 1) for values, bits in planes], dim=1), alpha
-        return yuv_to_rgb(planes, self.colour, self.size).clamp(0, 1), alpha
+        return yuv_to_rgb(planes, self.colour, self.size), alpha
 
     def checksum(self) -> int:
         """Tells frames apart."""
@@ -193,35 +193,56 @@ def read_plane(frame: Any, component: Any) -> np.ndarray:
     return rows[: component.height, : component.width].astype(np.uint8 if component.bits <= 8 else np.int32)
 
 
+STRIP = 64
+"""Rows that a CPU converts together, so that what lies between stays in its cache."""
+
+
 def yuv_to_rgb(planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int, int]) -> Tensor:
-    """Luma and two chroma planes, with their bits -> RGB (1, 3, h, w), not clamped; luma alone is grey."""
+    """Luma and two chroma planes, with their bits -> RGB (1, 3, h, w) in [0, 1]; luma alone is grey."""
     (luma, bits), *chroma = planes
     step = 2.0 ** (bits - 8)
-    luma = luma / (2**bits - 1) if colour.full_range else (luma - 16 * step) / (219 * step)
+    black, white = (0.0, 2.0**bits - 1) if colour.full_range else (16 * step, 219 * step)
     if not chroma:
-        return luma.expand(-1, 3, -1, -1)
+        return ((luma - black) / white).clamp(0, 1).expand(-1, 3, -1, -1)
     span = 2**bits - 1 if colour.full_range else 224 * step
-    blue, red = ((upsample_chroma(p, size, colour.siting) - 128 * step) / span for p, _ in chroma)
     weight_red, weight_blue = LUMA_WEIGHTS[colour.matrix]
-    red = luma + 2 * (1 - weight_red) * red
-    blue = luma + 2 * (1 - weight_blue) * blue
-    green = (luma - weight_red * red - weight_blue * blue) / (1 - weight_red - weight_blue)
-    return torch.cat([red, green, blue], dim=1)
+    rgb = luma.new_empty(1, 3, *size)
+    strip = STRIP if luma.device.type == "cpu" else size[0]
+    between = [_between(p, size, colour.siting) for p, _ in chroma]
+    for top in range(0, size[0], strip):
+        grey = (luma[:, :, top : top + strip] - black) / white
+        blue, red = (
+            (_upsample(p, rows[top : top + strip], columns) - 128 * step) / span
+            for (p, _), (rows, columns) in zip(chroma, between, strict=True)
+        )
+        red = grey + 2 * (1 - weight_red) * red
+        blue = grey + 2 * (1 - weight_blue) * blue
+        green = (grey - weight_red * red - weight_blue * blue) / (1 - weight_red - weight_blue)
+        torch.cat([red, green, blue], dim=1, out=rgb[:, :, top : top + strip]).clamp_(0, 1)
+    return rgb
 
 
 def upsample_chroma(plane: Tensor, size: tuple[int, int], siting: str = "left") -> Tensor:
     """(1, 1, h', w') -> (1, 1, *size): linear between where the samples sit."""
-    height, width = size
-    down, across = -(-height // plane.shape[-2]), -(-width // plane.shape[-1])
-    x, y = SITINGS[siting]
-    rows = (torch.arange(height) - y * (down - 1)) / down
-    columns = (torch.arange(width) - x * (across - 1)) / across
+    return _upsample(plane, *_between(plane, size, siting))
+
+
+def _between(plane: Tensor, size: tuple[int, int], siting: str) -> tuple[Tensor, Tensor]:
+    """For rows and columns of the picture, where they lie between the samples of a plane, edges held."""
+    found = []
+    for length, have, place in zip(size, plane.shape[-2:], reversed(SITINGS[siting]), strict=True):
+        factor = -(-length // have)
+        positions = (torch.arange(length, device=plane.device) - place * (factor - 1)) / factor
+        found.append(positions.clamp(0, have - 1))
+    return found[0], found[1]
+
+
+def _upsample(plane: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return _lerp(_lerp(plane, rows, -2), columns, -1)
 
 
 def _lerp(x: Tensor, positions: Tensor, dim: int) -> Tensor:
-    """Read between the samples of one axis, holding the edges."""
-    positions = positions.clamp(0, x.shape[dim] - 1)
+    """Read between the samples of one axis."""
     low = positions.long()
     high = (low + 1).clamp(max=x.shape[dim] - 1)
     share = (positions - low).reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
