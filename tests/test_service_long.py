@@ -411,6 +411,11 @@ def test_from_s3_to_s3(s3: tuple[Any, int], tmp_path: Path) -> None:
     status = server.wait(bad)
     assert status["status"] == "failed" and "cannot be written" in status["message"], status
     server.stop()
+    small = Server(tmp_path / "small", direct=True, STREAM_DIFFVSR_MAX_PIXELS="100")
+    assert small.ask(task, **asked).status_code == 202, "what is in S3 is seen only when it is here"
+    status = small.wait(task)
+    assert status["status"] == "failed" and "larger than the 100 pixels" in status["message"], status
+    small.stop()
 
 
 def test_broken_transfers_begin_again(

@@ -16,11 +16,14 @@ from typing import Any
 from jsonschema import Draft202012Validator
 
 from .problems import ProblemError
+from .settings import Settings
 
 log = logging.getLogger(__name__)
 
 PYTHON_MODULE = "stream_diffvsr.cli.main"
 CHECKS = "stream_diffvsr.cli.checks"
+ANY_SIZE = 8
+"""An output frame may have so many times the pixels that an input frame may have."""
 PATIENCE = 60.0
 """Seconds within which a file must have been looked at."""
 IDLE = 120.0
@@ -172,6 +175,23 @@ def _check_options(options: Mapping[str, Any], model: Mapping[str, Any], about: 
     for error in Draft202012Validator(schema).iter_errors(dict(options)):
         place = ".".join(["options", *(str(part) for part in error.absolute_path)])
         raise ProblemError(422, f"{place}: {error.message[:300]}.")
+
+
+def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
+    """Raise `ProblemError` where a source or its result is larger than is taken."""
+    (width, height), (out_width, out_height) = facts["size"], facts["output_size"]
+    most = settings.max_pixels
+    if width * height > most:
+        raise ProblemError(413, f"Frames of {width}x{height} are larger than the {most:,} pixels taken here.")
+    if out_width * out_height > ANY_SIZE * most:
+        raise ProblemError(
+            413,
+            f"Frames of {out_width}x{out_height} are larger than the {ANY_SIZE * most:,} pixels made here.",
+        )
+    if (facts["seconds"] or 0) > settings.max_seconds:
+        raise ProblemError(
+            413, f"{facts['seconds']:.0f} seconds are more than the {settings.max_seconds:g} taken here."
+        )
 
 
 def arguments(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import s3
-from .command import Checks, arguments, check_request
+from .command import Checks, arguments, check_limits, check_request
 from .problems import ProblemError
 from .schemas import Status, Upscaling
 from .settings import Settings
@@ -21,8 +21,6 @@ from .store import KINDS, OVER, WAITING, Store, Task
 from .worker import Workers
 
 SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
-ANY_SIZE = 8
-"""An output frame may have so many times the pixels that an input frame may have."""
 SPARE = 256 * 2**20
 """Bytes of the disk that stay free."""
 
@@ -223,23 +221,6 @@ def allowed(path: str, folders: tuple[Path, ...]) -> Path:
     if not (Path(path).is_absolute() and inside and real.is_file()):
         raise refused
     return real
-
-
-def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
-    """Raise `ProblemError` where a source or its result is larger than is taken."""
-    (width, height), (out_width, out_height) = facts["size"], facts["output_size"]
-    most = settings.max_pixels
-    if width * height > most:
-        raise ProblemError(413, f"Frames of {width}x{height} are larger than the {most:,} pixels taken here.")
-    if out_width * out_height > ANY_SIZE * most:
-        raise ProblemError(
-            413,
-            f"Frames of {out_width}x{out_height} are larger than the {ANY_SIZE * most:,} pixels made here.",
-        )
-    if (facts["seconds"] or 0) > settings.max_seconds:
-        raise ProblemError(
-            413, f"{facts['seconds']:.0f} seconds are more than the {settings.max_seconds:g} taken here."
-        )
 
 
 def _format(kind: str, task: Task, asked: str | None, about: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import s3
-from .command import PYTHON_MODULE, Checks, arguments, environment
+from .command import PYTHON_MODULE, Checks, arguments, check_limits, environment
 from .problems import ProblemError
 from .settings import Settings
 from .store import RUNNING, WAITING, Store, Task
@@ -151,13 +151,23 @@ class Workers:
 
     async def _fetch(self, live: Live) -> bool:
         """Bring the source here, if it is elsewhere; False where the job was stopped meanwhile."""
-        task = live.task
-        if not s3.is_url(task.source) or self.store.source_of(task).is_file():
-            return not live.cancelled
-        live.doing = f"reading {task.source}"
-        return await self._transfer(
-            live, s3.fetch(task.source, self.store.source_of(task), self.settings.max_bytes)
-        )
+        task, source = live.task, self.store.source_of(live.task)
+        if s3.is_url(task.source) and not source.is_file():
+            live.doing = f"reading {task.source}"
+            if not await self._transfer(live, s3.fetch(task.source, source, self.settings.max_bytes)):
+                return False
+        if not task.facts:
+            # Only now it can be told what would have been refused when it was asked for.
+            facts = await self.checks.facts(await self._arguments(live))
+            check_limits(facts, self.settings)
+            live.task = self.store.change(task, facts=facts)
+        return not live.cancelled
+
+    async def _arguments(self, live: Live) -> list[str]:
+        """What the command is told."""
+        task, about = live.task, await self.checks.about()
+        source, result = self.store.source_of(task), self.store.result_of(task)
+        return arguments(task.request, about, source, result, live.device, self.settings.ray)
 
     async def _deliver(self, live: Live) -> bool:
         """Bring the result to where it was asked for."""
@@ -186,12 +196,7 @@ class Workers:
             return True
         task, folder = live.task, self.store.folder_of(live.task)
         folder.mkdir(exist_ok=True)
-        about = await self.checks.about()
-        flags = arguments(
-            *(task.request, about, self.store.source_of(task), self.store.result_of(task)),
-            live.device,
-            self.settings.ray,
-        )
+        flags = await self._arguments(live)
         command = [sys.executable, "-m", PYTHON_MODULE, "upscale", "--progress=json", "--preview=1", *flags]
         while not (live.cancelled or self._stopping):
             before = live.task.done
