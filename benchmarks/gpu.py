@@ -16,6 +16,7 @@ import json
 import logging
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ WHEELS = (
     "onnxruntime", "onnx", "onnxscript", "tensorrt-cu12", "tensorrt-cu13", "sageattention", "flash-attn",
 )  # fmt: skip
 """What has a say in the figures; those that are missing leave out their cases."""
+
+ANSWER = "answer: "
+"""Begins the lines of the process that measures."""
 
 SIZES = {"720p": (180, 320), "1080p": (270, 480), "1440p": (360, 640)}
 """LQ (height, width)."""
@@ -160,19 +164,41 @@ def wheels() -> dict[str, str]:
 
 
 def measured(args: argparse.Namespace, until: float) -> Iterator[tuple[Case, dict[str, Any] | str]]:
-    """Each case with its report, or with the reason why there is none."""
+    """Each case with its report, or with the reason why there is none.
+
+    They run in a process of their own, which ends with the time, whatever it is at; one that dies at a case
+    is followed by another with the rest.
+    """
+    waiting = list(range(len(CASES)))
+    while waiting and time.monotonic() < until:
+        command = [sys.executable, __file__, *sys.argv[1:], "--cases", *map(str, waiting)]
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert child.stdout is not None
+        end = threading.Timer(until - time.monotonic(), child.kill)
+        end.start()
+        for line in child.stdout:
+            if line.startswith(ANSWER):
+                index, made = json.loads(line.removeprefix(ANSWER))
+                waiting.remove(index)
+                yield CASES[index], made
+        end.cancel()
+        if child.wait() and waiting and time.monotonic() < until:
+            yield CASES[waiting.pop(0)], f"its process ended with {child.returncode}"
+    yield from ((CASES[index], "no time was left") for index in waiting)
+
+
+def answer(args: argparse.Namespace) -> None:
+    """Run these cases, and write a line for each."""
     best: dict[str, dict[str, float]] = {}
-    for case in CASES:
-        if time.monotonic() > until:
-            yield case, "no time was left"
-            continue
+    for case in (CASES[index] for index in args.cases):
         log.info("%s ...", case)
         try:
             if case.dtype not in best:
                 best[case.dtype] = limits(torch.device(args.device), getattr(torch, case.dtype))
-            yield case, report(case, args, best[case.dtype])
+            made: dict[str, Any] | str = report(case, args, best[case.dtype])
         except Exception as error:  # each case stands by itself
-            yield case, f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+            made = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
+        print(ANSWER + json.dumps([CASES.index(case), made]), flush=True)
         release_caches(torch.device(args.device))
 
 
@@ -184,9 +210,13 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--size", choices=("real", "tiny"), default="real", help="tiny: the tests' networks.")
     parser.add_argument("--frames", type=int, default=8)
-    parser.add_argument("--minutes", type=float, default=9.0, help="After which no case is begun.")
+    parser.add_argument("--minutes", type=float, default=9.0, help="After which it ends.")
+    parser.add_argument("--cases", type=int, nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if args.cases:
+        answer(args)
+        return
     began = time.monotonic()
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device: --device cpu --size tiny tries the script itself")
@@ -195,8 +225,7 @@ def main() -> None:
         log.info("%s %s", name, version)
     found["tests"] = correctness(60 * args.minutes / 3)
     log.info("tests marked cuda: %s", found["tests"])
-    # A case that has begun goes on: engines and compiled code take a minute or two.
-    for case, made in measured(args, began + 60 * (args.minutes - 1.5)):
+    for case, made in measured(args, began + 60 * args.minutes):
         if isinstance(made, str):
             found["left_out"][str(case)] = made
             log.info("%s: %s", case, made)
