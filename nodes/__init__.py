@@ -5,12 +5,13 @@ sockets     socket types and the widgets that several nodes share
 layout      IMAGE tensors to model range and back
 sizes       sizes and presets that nodes share
 job         files upscaled to files; temporary writes what lies in memory to a file first
-load, upscale, video, simple, live, state, settings        the nodes
+load, lora, upscale, video, simple, live, state, settings        the nodes
 """
 
 from ..stream_diffvsr import errors
 from .live import Live
 from .load import Loader
+from .lora import LoRA
 from .settings import FlashVSRSettings, ImageSettings, Settings, SwiftVRSettings
 from .simple import SimpleUpscale
 from .state import CreateState, ExtractState, LoadState, SaveState
@@ -37,6 +38,7 @@ NODES = {
     "ImageSettings": (ImageSettings, "Image Model Settings"),
     "SimpleUpscale": (SimpleUpscale, "Simple Video Upscale"),
     "Live": (Live, "Live Upscale"),
+    "LoRA": (LoRA, "LoRA"),
 }
 
 NODE_CLASS_MAPPINGS = {f"StreamDiffVSR_{name}": node for name, (node, _) in NODES.items()}

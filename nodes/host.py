@@ -367,6 +367,14 @@ def image_model_path(name: str) -> str | None:
     return paths.get_full_path("upscale_models", name) if paths and name in image_models() else None
 
 
+def lora_files() -> list[tuple[str, Path]]:
+    """Name and path of every file that ComfyUI lists as a LoRA, of whatever model."""
+    paths = comfy("folder_paths")
+    names = paths.get_filename_list("loras") if paths else []
+    found = ((name, paths.get_full_path("loras", name)) for name in names)
+    return [(name, Path(path)) for name, path in found if path]
+
+
 def model_folders() -> list[Path]:
     """Where ComfyUI's user may keep checkpoints; downloads go to the first.
 

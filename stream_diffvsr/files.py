@@ -49,6 +49,12 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file says of itself; raises `CheckpointError`."""
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a weight file, mapped: safetensors, or torch's own format without any code in it.
 

@@ -125,6 +125,7 @@ def load_pipeline(
     version: str | None = None,
     runtime: str = "torch",
     provider: str = "auto",
+    loras: Iterable[tuple[str | Path, float]] = (),
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> StreamDiffVSRPipeline: ...
@@ -140,6 +141,7 @@ def load_pipeline(
     version: str | None = None,
     runtime: str = "torch",
     provider: str = "auto",
+    loras: Iterable[tuple[str | Path, float]] = (),
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> Upscaler: ...
@@ -154,6 +156,7 @@ def load_pipeline(
     version: str | None = None,
     runtime: str = "torch",
     provider: str = "auto",
+    loras: Iterable[tuple[str | Path, float]] = (),
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> Upscaler:
@@ -170,13 +173,14 @@ def load_pipeline(
     'auto', 'cpu', 'gpu' or 'npu' for OpenVINO, 'auto', 'cpu', 'cuda' or 'tensorrt' for ONNX Runtime.
     `attention` is FlashVSR's and SwiftVR's: 'auto' and 'sdpa' are PyTorch's own, 'sage' (an approximation)
     and 'flash' SwiftVR's alone, on CUDA, with their packages.
+    `loras` are files that 'stream-diffvsr train' made, each with a strength from -2 to 2 (1: as trained).
     `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
     download, which resumes from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
     """
-    folders = list(extra_folders)
+    folders, loras = list(extra_folders), tuple(loras)
     family = family_named(source, folders)
-    _refuse_what_is_not_there(family, flow, quantize, version, runtime, attention)
+    _refuse_what_is_not_there(family, flow, quantize, version, runtime, attention, loras)
     # OpenVINO takes its frames from the CPU.
     chosen_device = resolve_device("cpu" if (runtime, device) == ("openvino", "auto") else device)
     other = open_runtime(runtime, provider, chosen_device, dtype, quantize)
@@ -198,6 +202,8 @@ def load_pipeline(
     if family == "image":
         return image.open_image_model(folder, chosen_device, chosen_dtype)
     pipe = diffvsr.open_diffvsr(folder, chosen_device, chosen_dtype, flow, models_folders(folders))
+    if loras:
+        pipe = pipe.with_loras(*loras)
     pipe.quantize(quantize)
     if other is not None:
         return pipe.on(other)
@@ -205,7 +211,13 @@ def load_pipeline(
 
 
 def _refuse_what_is_not_there(
-    family: str, flow: object, quantize: str, version: str | None, runtime: str, attention: str
+    family: str,
+    flow: object,
+    quantize: str,
+    version: str | None,
+    runtime: str,
+    attention: str,
+    loras: object,
 ) -> None:
     """Settings of the loader that not every family has."""
     if family not in WAN and attention != "auto":
@@ -213,7 +225,7 @@ def _refuse_what_is_not_there(
             f"attention 'auto', as {FAMILIES[family].title} has no large self-attention", repr(attention)
         )
     own = {"flow": ("diffvsr", flow, "auto"), "quantize": ("diffvsr", quantize, "none")}
-    own["runtime"] = ("diffvsr", runtime, "torch")
+    own |= {"runtime": ("diffvsr", runtime, "torch"), "loras": ("diffvsr", loras, ())}
     for name, (owner, value, usual) in {**own, "version": ("flashvsr", version, None)}.items():
         if family != owner and value != usual:
             raise IncompatibleInputError(

@@ -14,7 +14,7 @@ import torch
 from node_pack import ROOT, load_pack
 from node_pack import part as module
 
-GENERATED = ("FlashVSRSettings", "SwiftVRSettings", "ImageSettings", "SimpleUpscale", "Live")
+GENERATED = ("FlashVSRSettings", "SwiftVRSettings", "ImageSettings", "SimpleUpscale", "Live", "LoRA")
 """Nodes that are made from a table of options, or have few: a picture would tell no more than the list."""
 
 SCHEMAS = Path(__file__).parent / "node_schemas.json"
@@ -72,7 +72,7 @@ def test_schemas_are_frozen(nodes: dict[str, type]) -> None:
 def test_the_nodes_are_there(nodes: dict[str, type]) -> None:
     names = (
         "Loader Upscale UpscaleVideo ProcessFrame CreateState ExtractState SaveState LoadState Settings "
-        "FlashVSRSettings SwiftVRSettings ImageSettings SimpleUpscale Live"
+        "FlashVSRSettings SwiftVRSettings ImageSettings SimpleUpscale Live LoRA"
     )
     assert set(nodes) == {f"StreamDiffVSR_{name}" for name in names.split()}
 
@@ -167,7 +167,7 @@ print(sorted(name for name in new if not name.startswith(pack.__name__)))
 
 def test_missing_packages_do_not_break_loading() -> None:
     done = run_python("print(len(pack.NODE_CLASS_MAPPINGS))", missing=HEAVY)
-    assert (done.stdout.strip(), done.stderr) == ("14", "")
+    assert (done.stdout.strip(), done.stderr) == ("15", "")
 
 
 @pytest.mark.parametrize(

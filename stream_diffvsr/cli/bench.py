@@ -107,6 +107,7 @@ def _of_diffvsr(
     from ..families.diffvsr.fastest import with_runtime
 
     other = plain(pipe) if args.plain else None
+    pipe = pipe.with_loras(*args.loras) if args.loras else pipe
     pipe.quantize(args.quantize)
     pipe = with_runtime(pipe, args.runtime, args.provider, args.dtype, args.quantize)
     options = UpscaleOptions(**with_preset(PRESETS, args.preset, given(args, UpscaleOptions)))
@@ -125,9 +126,12 @@ def _of_any_family(model: Upscaler, args: argparse.Namespace) -> tuple[dict[str,
 
     family = FAMILIES[model.info.family]
     own = given(args, UpscaleOptions)
-    usual = {"plain": False, "quantize": "none", "runtime": "torch"}
+    usual = {"plain": False, "loras": [], "quantize": "none", "runtime": "torch"}
     if own or any(getattr(args, name) != value for name, value in usual.items()):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in (*usual, "steps", "compile_mode"))
+        names = ", ".join(
+            f"--{name.replace('_', '-').replace('loras', 'lora')}"
+            for name in (*usual, "steps", "compile_mode")
+        )
         raise IncompatibleInputError(f"none of {names} with {family.title}, which has none", str(args.model))
     options = family.options(**with_preset(family.presets, args.preset, {}))
     return (

@@ -165,7 +165,8 @@ def by_workers(
         prepare(job)  # before workers start, which takes a minute
     names = ("dtype", "flow", "quantize", "runtime", "provider", "attention")
     source = Path(args.model).absolute() if Path(args.model).exists() else args.model
-    model = {"source": str(source), **{name: getattr(args, name) for name in names}}
+    loras = [(str(Path(path).absolute()), strength) for path, strength in args.loras]
+    model = {"source": str(source), "loras": loras, **{name: getattr(args, name) for name in names}}
     split = Split(args.split_scenes or 0, args.warm_up)
     with workers(model, devices, args.ray, args.threads or 0) as pool:
         driver = Spread(jobs, pool, split)

@@ -16,12 +16,22 @@ from .output import PROGRESS, download_bar
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --device, --dtype, --quantize, --runtime, --provider, --attention, --flow, --progress."""
+    """--model, --lora, --device, and all else that says how a model is opened and runs."""
     parser.add_argument(
         "--model",
         default="nano",
         help=f"nano (small, bundled), a released model, downloaded when first used ({', '.join(RELEASES)}), "
         "a checkpoint folder, or the file of a single-image model. Default: nano.",
+    )
+    parser.add_argument(
+        "--lora",
+        dest="loras",
+        type=lora_argument,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="Of Stream-DiffVSR: a file that 'stream-diffvsr train' made, with a strength from -2 to 2 if "
+        "not 1; may be repeated, and adds up.",
     )
     parser.add_argument(
         "--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps. Default: auto, the fastest."
@@ -75,6 +85,15 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def lora_argument(text: str) -> tuple[str, float]:
+    """A path, and the strength behind its last colon, where that is a number."""
+    path, colon, strength = text.rpartition(":")
+    try:
+        return (path, float(strength)) if colon else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def open_model(args: argparse.Namespace) -> Upscaler:
     """The model that these options name."""
     with download_bar(args.progress) as on_progress:
@@ -87,5 +106,6 @@ def open_model(args: argparse.Namespace) -> Upscaler:
             attention=args.attention,
             runtime=args.runtime,
             provider=args.provider,
+            loras=args.loras,
             on_progress=on_progress,
         )

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from ...runtimes.graph import Runtime
 from ...runtimes.torch import compilation, quantized
 from ...tensors import MINIMUM_SIDE, SCALE, check_frame, check_shape, padded_size
 from ...upscaler import FixedPlacement, Info, OnStep, Placement, Provenance, State, Upscaled, ignore
+from . import lora
 from .attempts import OVERFLOWED, attempt, outside_the_networks
 from .built import BuiltNetworks
 from .control import Control
@@ -78,6 +80,8 @@ class StreamDiffVSRPipeline:
         self.placement: Placement = FixedPlacement(device)
         self.prompts, self.scheduler_config = prompts, scheduler_config
         self.device, self.dtype, self.model, self.traits = device, dtype, model, traits
+        self.base: StreamDiffVSRPipeline | None = None
+        self.loras: tuple[lora.Lora, ...] = ()
         self.number_format = str(dtype).removeprefix("torch.")
         self.needs = Needs(self.torch_networks, scheduler_config, dtype)
         self._prepared: dict[object, tuple[Schedule, list[Tensor]]] = {}
@@ -93,6 +97,31 @@ class StreamDiffVSRPipeline:
         if kind != "none":
             quantized.quantize(kind, self.torch_networks.unet, self.torch_networks.controlnet)
             self.number_format += f", linear layers {kind}"
+
+    def with_loras(self, *loras: tuple[str | Path, float]) -> StreamDiffVSRPipeline:
+        """A pipeline with these LoRA files, as (path, strength), beside those that this one has.
+
+        It shares all that they do not change with this one, which stays as it is. Raises as `lora.read` and
+        `lora.merge`, and `IncompatibleInputError` where layers are quantised or another runtime has them.
+        """
+        if self.built is not None or self.number_format != str(self.dtype).removeprefix("torch."):
+            raise IncompatibleInputError(
+                "a model as its files have it: LoRAs come before quantize and runtime",
+                f"one of {self.runtime}, {self.number_format}",
+            )
+        base = self.base or self
+        told = (lora.read(path, strength) for path, strength in loras)
+        every = (*self.loras, *(each for each in told if each.strength))
+        other = base.around(lora.merge(base.torch_networks, base.model, every))
+        other.base, other.loras, other.model = base, every, lora.combined(base.model, every)
+        return other
+
+    def around(self, networks: TorchNetworks) -> StreamDiffVSRPipeline:
+        """The same pipeline around other weights of the same layers."""
+        other = copy.copy(self)
+        other.torch_networks = networks
+        other.needs = Needs(networks, self.scheduler_config, self.dtype)
+        return other
 
     def on(self, runtime: Runtime) -> StreamDiffVSRPipeline:
         """A pipeline that shares everything with this one, and has `runtime` compute its networks.
@@ -289,6 +318,8 @@ class StreamDiffVSRPipeline:
         now = {"flow": self.flow.name, "compilation": self._compile_mode(options)}
         if self.built is not None:
             now[self.runtime] = self.runtime_details
+        if self.loras:
+            now["loras"] = "; ".join(map(str, self.loras))
         return Provenance(
             self.model,
             self.number_format,

@@ -1,0 +1,80 @@
+"""The node that adds a LoRA to a model."""
+
+# ruff: noqa: N802 (ComfyUI prescribes the names)
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..stream_diffvsr.errors import IncompatibleInputError, ModelNotFoundError
+from . import files, host
+from .sockets import ADVANCED, PIPE, PIPE_IN
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr.upscaler import Upscaler
+
+
+class LoRA:
+    """A new pipe with a LoRA; the one that comes in stays as it is."""
+
+    DESCRIPTION = (
+        "Adds what was learned from certain footage to Stream-DiffVSR: a LoRA of 'stream-diffvsr train'. "
+        "Several in a row add up; the model that comes in stays as it is and can be used beside it."
+    )
+    SEARCH_ALIASES: ClassVar = ["stream diffvsr lora", "fine-tuned video upscale", "load lora"]
+    CATEGORY = ADVANCED
+    FUNCTION = "execute"
+    RETURN_TYPES = (PIPE,)
+    RETURN_NAMES = ("pipe",)
+    OUTPUT_TOOLTIPS = ("The model with the LoRA, for the pipe input of the other nodes.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "pipe": PIPE_IN,
+                "lora": (
+                    [name for name, path in host.lora_files() if is_ours(path, files.identity(path))],
+                    {
+                        "tooltip": "Files in ComfyUI's LoRA folders that 'stream-diffvsr train' made; those "
+                        "of other models do not fit and are not listed."
+                    },
+                ),
+                "strength": (
+                    "FLOAT",
+                    {
+                        "default": 1.0,
+                        "min": -2.0,
+                        "max": 2.0,
+                        "step": 0.05,
+                        "tooltip": "How much of it to add. 1: as it was trained; 0: the model as it was.",
+                    },
+                ),
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, lora: str, **_: Any) -> str:
+        path = dict(host.lora_files()).get(lora)
+        return "missing" if path is None else files.identity(path)
+
+    def execute(self, pipe: Upscaler, lora: str, strength: float) -> tuple[Upscaler]:
+        from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
+
+        if not isinstance(pipe, StreamDiffVSRPipeline):
+            raise IncompatibleInputError("a model of Stream-DiffVSR for a LoRA", pipe.info.family)
+        path = dict(host.lora_files()).get(lora)
+        if path is None:
+            raise ModelNotFoundError(f"LoRA {lora!r}", lora, "Put it into ComfyUI's folder models/loras.")
+        made = pipe.with_loras((path, strength))
+        host.manage(made, pipe.device)
+        return (made,)
+
+
+@lru_cache(maxsize=4096)
+def is_ours(path: Path, files_identity: str) -> bool:
+    """Whether a file says that it was made for Stream-DiffVSR, asked again only when it changes."""
+    from ..stream_diffvsr.families.diffvsr.lora import is_lora
+
+    return is_lora(path)
