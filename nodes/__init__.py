@@ -2,16 +2,19 @@
 
 host        the only module that talks to ComfyUI
 sockets     socket types and the widgets that several nodes share
+pipes       what is known of a pipe beside itself
 layout      IMAGE tensors to model range and back
 sizes       sizes and presets that nodes share
 job         files upscaled to files; temporary writes what lies in memory to a file first
-load, lora, upscale, video, simple, live, state, settings        the nodes
+load, lora, runtime, upscale, video, simple, live, state, settings, example        the nodes
 """
 
 from ..stream_diffvsr import errors
+from .example import ExampleVideo
 from .live import Live
 from .load import Loader
 from .lora import LoRA
+from .runtime import Runtime
 from .settings import FlashVSRSettings, ImageSettings, Settings, SwiftVRSettings
 from .simple import SimpleUpscale
 from .state import CreateState, ExtractState, LoadState, SaveState
@@ -39,6 +42,8 @@ NODES = {
     "SimpleUpscale": (SimpleUpscale, "Simple Video Upscale"),
     "Live": (Live, "Live Upscale"),
     "LoRA": (LoRA, "LoRA"),
+    "Runtime": (Runtime, "Runtime"),
+    "ExampleVideo": (ExampleVideo, "Example Video"),
 }
 
 NODE_CLASS_MAPPINGS = {f"StreamDiffVSR_{name}": node for name, (node, _) in NODES.items()}

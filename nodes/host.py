@@ -158,6 +158,14 @@ def make_room(pipe: Upscaler, size: tuple[int, int], options: Any) -> None:
         pipe.placement.acquire(largest, pipe.bytes_needed(size, options))
 
 
+def make_all_room() -> None:
+    """Have all models give way: other processes are about to use the devices."""
+    mm = management()
+    if mm:
+        mm.unload_all_models()
+        mm.soft_empty_cache()
+
+
 def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:
     """A patcher that moves plain networks as a whole: ComfyUI streams only layers of its own."""
     from comfy.model_patcher import ModelPatcher

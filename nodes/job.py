@@ -12,13 +12,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..stream_diffvsr.errors import IncompatibleInputError, VideoError
 from . import files, host
+from .pipes import known
+from .runtime import workers_on
 from .settings import SettingsValue
 from .sizes import AS_SETTINGS, OWN, asked
 
 if TYPE_CHECKING:
     from fractions import Fraction
 
+    from torch import Tensor
+
     from ..stream_diffvsr.jobs.run import VideoJob
+    from ..stream_diffvsr.jobs.spread import Pool
     from ..stream_diffvsr.upscaler import Upscaler
 
 READ_AHEAD = 4
@@ -105,9 +110,11 @@ def upscale_file(
     check_output(output_path)
     with host.install_line(), node_words():
         job = replace(plan(pipe, choose(), settings, output_path, **widgets), metadata=metadata)
-        host.make_room(pipe, frame_size(job), job.options)
-        size = widgets.get("size") or OWN
-        names = outputs(job.source, clean(output_path), job.output.name, size)
+        size = frame_size(job)
+        if not workers_on(known(pipe).devices):
+            host.make_room(pipe, size, job.options)
+        named = widgets.get("size") or OWN
+        names = outputs(job.source, clean(output_path), job.output.name, named)
         path = do(pipe, (replace(job, output=name) for name in names), node_id)
     files.made(node_id, path)
     return path
@@ -178,20 +185,39 @@ def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]
 
 def do(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
     """Do the job under the first name that is free, or that it was cancelled under; returns the file."""
-    for job in jobs:
-        begun = job.output.with_name(job.output.name + ".parts").exists()
-        if (begun or not job.output.exists()) and finish(pipe, job, begun, node_id):
-            return job.output
+    with working(pipe, node_id) as pool:
+        for job in jobs:
+            begun = job.output.with_name(job.output.name + ".parts").exists()
+            if (begun or not job.output.exists()) and finish(pipe, job, begun, node_id, pool):
+                return job.output
     raise AssertionError("names never end")
 
 
-def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None) -> bool:
+@contextlib.contextmanager
+def working(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, None, None]:
+    """The workers that a Runtime node asked for; None where the pipe itself works."""
+    from ..stream_diffvsr.jobs.cluster import workers
+
+    about = known(pipe)
+    devices = workers_on(about.devices)
+    if devices is None:
+        yield None
+        return
+    count = len(devices.names)
+    host.Progress(1, node_id).say(f"starting {count} workers, which takes up to a minute", last=True)
+    host.make_all_room()
+    with workers(about.model, devices) as pool:
+        yield pool
+
+
+def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None) -> bool:
     """Run a job with bar, words and cancel button; False if what was `begun` there is another job."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
     progress, told = host.Progress(1, node_id), ""
-    with contextlib.closing(run(pipe, job, on_step=progress.step)) as steps:
+    doing = run(pipe, job, on_step=progress.step) if pool is None else spread(pool, job)
+    with contextlib.closing(doing) as steps:
         try:
             before = WorkFolder(job.output).load() if begun else None
             if before is not None and before.frames:
@@ -205,10 +231,34 @@ def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None) -> b
         for step in itertools.chain([first] if first else [], steps):
             total = max(step.done, step.total or 0)  # files name a frame too few now and then
             progress.count(step.done, total)
-            progress.live(step.hq[0].movedim(0, -1))
+            if step.hq is not None:
+                progress.live(step.hq[0].movedim(0, -1))
             said = host.frames_done(step.done, step.total and total, step.fps)
             progress.say(told + said, last=step.done == total)
     return True
+
+
+class Step(NamedTuple):
+    """How far several workers are; their pictures stay with them."""
+
+    done: int
+    total: int | None
+    fps: float
+    hq: Tensor | None = None
+
+
+def spread(pool: Pool, job: VideoJob) -> Generator[Step, None, None]:
+    """The same as `run`, by several workers; told every half second."""
+    from ..stream_diffvsr.jobs.spread import Spread
+
+    driver = Spread([job], pool)
+    with contextlib.closing(driver.steps()) as steps:
+        for step in steps:
+            for outcome in driver.outcomes:
+                if outcome.error:
+                    raise outcome.error
+            host.check_interrupt()
+            yield Step(step.done, step.total, step.fps)
 
 
 WORDS = {

@@ -14,6 +14,7 @@ import torch
 
 from ..stream_diffvsr.errors import StreamDiffVSRError
 from . import files, host
+from .pipes import Known, note
 from .sockets import CATEGORY, PIPE
 
 if TYPE_CHECKING:
@@ -181,14 +182,16 @@ _open: WeakValueDictionary[tuple[Any, ...], Upscaler] = WeakValueDictionary()
 """Pipes in use, so that two loaders with equal settings hold one."""
 
 
-def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str) -> Upscaler:
+def shared_pipe(
+    source: str, device: torch.device, dtype: torch.dtype, flow: str, quantize: str = "none"
+) -> Upscaler:
     """A pipe with these settings: the one that is in use, or a new one."""
-    from ..stream_diffvsr import load_pipeline
-
-    settings = (source, device, dtype, flow)
+    settings = (source, device, dtype, flow, quantize)
     pipe = _open.get((source_identity(source), *settings))
     if pipe is None:
         with host.install_line():
+            from ..stream_diffvsr import StreamDiffVSRPipeline, load_pipeline
+
             pipe = load_pipeline(
                 located(source),
                 device="cpu",
@@ -197,6 +200,12 @@ def shared_pipe(source: str, device: torch.device, dtype: torch.dtype, flow: str
                 extra_folders=host.model_folders(),
                 on_progress=Downloading(source),
             )
+            if isinstance(pipe, StreamDiffVSRPipeline):
+                pipe.device = device  # on which 8 bits depend
+                pipe.quantize(quantize)
         host.manage(pipe, device)
+        folders = [str(folder) for folder in host.model_folders()]
+        model = {"source": located(source), "dtype": str(dtype).removeprefix("torch."), "flow": flow}
+        note(pipe, Known(source, {**model, "extra_folders": folders}))
         _open[(source_identity(source), *settings)] = pipe  # asked again: it may just have been downloaded
     return pipe

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.options import from_widgets
+from .pipes import known
 from .sockets import ADVANCED, SETTINGS, Widget, check_values
 
 if TYPE_CHECKING:
@@ -101,9 +102,9 @@ class SettingsValue:
     def options(self, pipe: Upscaler | None = None, preset: str = "settings", **own: Any) -> Any:
         """The options of a model's family (default: Stream-DiffVSR's); what the node itself says wins.
 
-        A `preset` of the node takes the place of the one of Settings, with all that presets set. What the
-        family does not know of that is left out. Raises `IncompatibleInputError` for settings of another
-        family.
+        A `preset` of the node takes the place of the one of Settings, with all that presets set, and the
+        compile mode of a Runtime node that of all others. What the family does not know of that is left out.
+        Raises `IncompatibleInputError` for settings of another family.
         """
         from ..stream_diffvsr.load import FAMILIES
         from ..stream_diffvsr.options import rules
@@ -113,14 +114,17 @@ class SettingsValue:
         if self.engine and self.family != family:
             expected = f"settings of {FAMILIES[family].title}, as the model is"
             raise IncompatibleInputError(expected, f"settings of {FAMILIES[self.family].title}")
-        known = {name: value for name, value in own.items() if name in rules(cls)}
+        own = {name: value for name, value in own.items() if name in rules(cls)}
         engine = dict(self.engine)
         if preset != "settings":
             presets = FAMILIES[family].presets
             for name in itertools.chain(*presets.values()):
                 engine.pop(name, None)
             engine |= presets.get(preset, {})
-        return cls(**{**engine, **from_widgets(cls, known)})
+        mode = known(pipe).compile_mode if pipe else None
+        if mode is not None and "compile_mode" in rules(cls):
+            engine["compile_mode"] = mode
+        return cls(**{**engine, **from_widgets(cls, own)})
 
 
 class Settings:

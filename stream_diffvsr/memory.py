@@ -132,6 +132,9 @@ def on_meta(network: Network) -> Network:
     memo: dict[int, Any] = {}
     with torch.inference_mode(False), torch.no_grad():
         for tensor in tensors:
-            empty = torch.empty_like(tensor, device="meta")
+            if type(tensor) in (Tensor, nn.Parameter):
+                empty = torch.empty_like(tensor, device="meta")
+            else:  # in 8 bits, which stands for a plain one
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
         return copy.deepcopy(network, memo)

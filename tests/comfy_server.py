@@ -175,3 +175,9 @@ def widget_values(node: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str,
         extra = ("pix_fmt", "crf", "save_metadata", "trim_to_audio")
         return {name: value for name, value in saved.items() if name in names or name in extra}
     return {name: value for name, value in zip(names, saved, strict=False) if name}
+
+
+def missing_kinds(workflow: Mapping[str, Any], server: Server) -> list[str]:
+    """Types of nodes that this ComfyUI does not have."""
+    kinds = {node["type"] for node in workflow["nodes"]} - set(NOTES)
+    return sorted(kinds - set(server.get("/object_info")))

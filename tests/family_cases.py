@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from samples import shift_flow
 from spandrel.architectures.SPAN import SPAN
 
@@ -43,3 +44,14 @@ CASES = {
     "swiftvr": Case(copied("golden_swiftvr", "swiftvr"), {"scale": 1.0}),
     "image": Case(image_model, {"steady": 0.6}),
 }
+
+
+def stand_ins(models: Path) -> None:
+    """Tiny models under the names of those that the examples download, in ComfyUI's folder `models`."""
+    for family in ("flashvsr", "swiftvr"):
+        CASES[family].make(models / "StreamDiffVSR")
+    folder = models / "upscale_models"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    network = SPAN(num_in_ch=3, num_out_ch=3, feature_channels=8, upscale=4)
+    save_file(network.state_dict(), folder / "RealESRGAN_x4plus.safetensors")

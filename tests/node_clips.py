@@ -26,11 +26,12 @@ def make_clip(
     height: int = 32,
     rate: int = 12,
     draw: Callable[[int, int, int], np.ndarray] = pattern,
+    crf: int = 23,
 ) -> Path:
     """A moving picture with a tone, H.264 and AAC."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=Fraction(rate))
+        video = container.add_stream("libx264", rate=Fraction(rate), options={"crf": str(crf)})
         video.width, video.height, video.pix_fmt = width, height, "yuv420p"
         audio = container.add_stream("aac", rate=SOUND_RATE, layout="mono")
         for index in range(frames):

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
-from comfy_server import Server, messages, to_prompt, video_helper_suite
+from comfy_server import Server, messages, missing_kinds, to_prompt, video_helper_suite
+from family_cases import stand_ins
 from node_clips import frames_of, make_clip, pattern
 from node_pack import ROOT
 
@@ -23,7 +26,7 @@ pytestmark = [
     pytest.mark.comfyui,
     pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI"),
 ]
-FRAMES, WIDTH, HEIGHT = 20, 48, 32
+FRAMES, WIDTH, HEIGHT = 16, 48, 32
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 SUITE = "COMFYUI_PATH" in os.environ and video_helper_suite() is not None
 
@@ -36,6 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     make_clip(server.base / "input" / "video.mp4", FRAMES, WIDTH, HEIGHT)
     make_clip(server.base / "input" / "short.mp4", 6, WIDTH, HEIGHT)
     Image.fromarray(pattern(0, 52, 36)).save(server.base / "input" / "example.png")
+    stand_ins(server.base / "models")
     server.start()
     yield server
     server.stop()
@@ -95,14 +99,21 @@ def test_help_pages_and_templates_are_served(server: Server) -> None:
 
 
 EXPECTED = {
+    "simple_upscale": (FRAMES, True),
+    "simple_upscale.app": (FRAMES, True),
     "simple_video": (FRAMES, True),
     "long_video_file": (FRAMES, True),
+    "several_devices": (FRAMES, True),
     "vhs_video_with_audio": (FRAMES, True),
     "vhs_meta_batch": (FRAMES, True),
+    "flashvsr": (FRAMES, True),
+    "swiftvr": (FRAMES, True),
+    "image_model_steady": (FRAMES, True),
     "save_state": (8, False),
     "resume_state": (8, False),
     "frame_loop_with_state": (3, None),
     "single_image": (1, None),
+    "before_after": (0, None),
 }
 """Frames, and whether there is sound; None where pictures come out. In the order in which they run."""
 
@@ -113,6 +124,8 @@ def test_every_example_runs_to_its_end(server: Server, name: str) -> None:
         pytest.skip("no VideoHelperSuite: set COMFYUI_VHS_PATH")
     frames, sound = EXPECTED[name]
     workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    if missing := missing_kinds(workflow, server):
+        pytest.skip(f"this ComfyUI has no {', '.join(missing)}")
     before = server.files()
     server.run(to_prompt(workflow, server))
     new = sorted(server.files() - before)
@@ -122,7 +135,8 @@ def test_every_example_runs_to_its_end(server: Server, name: str) -> None:
         return
     # VideoHelperSuite writes a silent file first, and then one with sound.
     video = max(new, key=lambda file: (file.suffix == ".mp4", "-audio" in file.name))
-    assert frames_of(video).shape == (frames, 4 * HEIGHT, 4 * WIDTH, 3)
+    height, width = (32, 48) if name == "simple_upscale.app" else (72, 128)
+    assert frames_of(video).shape == (frames, 4 * height, 4 * width, 3)
     with av.open(str(video)) as container:
         assert bool(container.streams.audio) == sound
         if sound:
@@ -290,6 +304,50 @@ def test_live_goes_on_from_run_to_run(server: Server) -> None:
         frame["6"]["inputs"]["filename_prefix"] = "live"
         server.run(frame)
     assert np.array_equal(read_pictures(server, "batch"), read_pictures(server, "live"))
+
+
+def needs(package: str) -> None:
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", f"import {package}"], capture_output=True, check=False).returncode:
+        pytest.skip(f"ComfyUI's Python has no {package}")
+
+
+@pytest.mark.parametrize("name, package", [("openvino", "openvino"), ("onnx", "onnxscript")])
+def test_another_runtime_in_comfyui(server: Server, name: str, package: str) -> None:
+    needs(package)
+    server.run(pictures(f"torch_{name}", count=2, num_inference_steps=1, seed=5))
+    prompt = pictures(f"with_{name}", count=2, num_inference_steps=1, seed=5)
+    prompt["7"] = ours("Runtime", pipe=["4", 0], runtime=name, **RUNTIME)
+    prompt["5"]["inputs"]["pipe"] = ["7", 0]
+    server.run(prompt)
+    one, two = (read_pictures(server, f"{way}_{name}").astype(int) for way in ("torch", "with"))
+    assert np.abs(one - two).max() <= 1
+
+
+RUNTIME = {"provider": "auto", "compile_mode": "off", "quantize": "none"}
+
+
+def two_scenes(index: int, width: int, height: int) -> np.ndarray:
+    picture = pattern(index, width, height)
+    return picture if index < 8 else 255 - picture[::-1]
+
+
+def test_scenes_are_spread_over_workers(server: Server) -> None:
+    """By Ray, as several GPUs would be: the same video as on one device."""
+    needs("ray")
+    make_clip(server.base / "input" / "scenes.mp4", 16, WIDTH, HEIGHT, draw=two_scenes)
+    lossless = {"3": ours("Settings", codec="ffv1")}
+    run = {"video_path": "scenes.mp4", "num_inference_steps": 1, "settings": ["3", 0]}
+    server.run({**file_job(output_path="one.mkv", **run), **lossless})
+    many = {**file_job(output_path="many.mkv", **run), **lossless}
+    many["4"] = ours("Runtime", pipe=["1", 0], runtime="torch", devices="cpu:2", **RUNTIME)
+    many["2"]["inputs"]["pipe"] = ["4", 0]
+    server.run(many)
+    one, two = (frames_of(server.base / "output" / name) for name in ("one.mkv", "many.mkv"))
+    # Threads per worker differ, and so may the last bits.
+    assert one.shape == two.shape and np.abs(one.astype(int) - two).max() <= 1
+    log = server.log.read_text()
+    assert "worker 1: cpu" in log and "worker 2: cpu" in log
 
 
 def test_the_finished_file_goes_on_as_path_and_as_video(server: Server) -> None:

@@ -56,7 +56,7 @@ def test_continuity(quantized, cut, tmp_path):
 def test_the_state_tells(quantized, guided, caplog):
     _, state = quantized(moving(1), OPTIONS)
     guided(moving(2)[1:], OPTIONS, state)
-    assert f"dtype was {quantized.number_format}, is float32" in caplog.text
+    assert f"dtype: {quantized.number_format} -> float32" in caplog.text
     assert quantized.number_format in [f"float32, linear layers {kind}" for kind in KINDS]
 
 
@@ -69,6 +69,10 @@ def test_half_precision_falls_back_and_comes_back(checkpoint, anywhere, kind):
     with in_float32([unet], torch.bfloat16):
         assert layer(torch.randn(1, 4, layer.in_features)).dtype == torch.float32
     assert torch.equal(pipe(moving(1), OPTIONS)[0], before)
+
+
+def test_its_memory_is_counted(quantized, guided):
+    assert quantized.bytes_needed((16, 24)) == pytest.approx(guided.bytes_needed((16, 24)), rel=0.1)
 
 
 def test_convolutions_and_prompts_stay(quantized, guided):

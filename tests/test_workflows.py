@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from comfy_examples import TABLE
+from node_clips import frames_of
 from node_pack import ROOT, load_pack
+
+from stream_diffvsr.jobs.scenes import THRESHOLD, difference
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 NODES = load_pack().NODE_CLASS_MAPPINGS
@@ -48,12 +54,37 @@ def fits(value: object, kind: object, options: dict) -> bool:
 
 
 def test_there_is_one_for_each_way_of_working() -> None:
-    names = "frame_loop_with_state long_video_file resume_state save_state simple_video single_image"
-    assert [path.stem for path in WORKFLOWS] == [*names.split(), "vhs_meta_batch", "vhs_video_with_audio"]
+    names = (
+        "before_after flashvsr frame_loop_with_state image_model_steady live_webcam long_video_file "
+        "resume_state "
+        "save_state several_devices simple_upscale simple_upscale.app simple_video single_image swiftvr "
+        "vhs_meta_batch vhs_video_with_audio"
+    )
+    assert sorted(path.stem for path in WORKFLOWS) == sorted(names.split())
 
 
-ALONE = ("Settings", "FlashVSRSettings", "SwiftVRSettings", "ImageSettings", "SimpleUpscale", "Live")
-"""Nodes that need no example: settings of other models, and what is linked to one or two others."""
+def test_they_are_what_their_table_says() -> None:
+    """Nodes, what is set and what is linked; the page adds the rest (`comfy_examples`)."""
+    for name, example in TABLE.items():
+        workflow = read(ROOT / "example_workflows" / f"{name}.json")
+        kinds = [node.kind for column in example.columns for node in column if node.kind]
+        assert [node["type"] for node in workflow["nodes"]] == [*kinds, "MarkdownNote"], name
+        assert workflow["nodes"][-1]["widgets_values"] == [example.note], name
+        links = sum(len(node.links) for column in example.columns for node in column)
+        assert len(workflow["links"]) == links, name
+    assert len({read(path)["id"] for path in WORKFLOWS}) == len(WORKFLOWS)  # by which Live tells them apart
+
+
+def test_the_clip_is_small_and_has_two_scenes() -> None:
+    clip = ROOT / "example_workflows" / "example.mp4"
+    assert clip.stat().st_size < 200_000
+    frames = [torch.from_numpy(frame / 127.5 - 1).float().movedim(-1, 0)[None] for frame in frames_of(clip)]
+    steps = [difference(before, now) for before, now in itertools.pairwise(frames)]
+    assert [index for index, step in enumerate(steps, 1) if step > THRESHOLD] == [8]
+
+
+ALONE = ("Settings", "FlashVSRSettings", "SwiftVRSettings", "LoRA")
+"""Nodes that need no example: settings whose defaults suit most runs, and what needs a file of the user."""
 
 
 def test_each_node_is_shown_in_one() -> None:
@@ -66,9 +97,13 @@ def test_widget_values_stand_where_they_belong(path: Path) -> None:
     for node in our_nodes(path):
         widgets = widgets_of(node["type"])
         values = node.get("widgets_values") or []
+        files = {model["name"] for model in node["properties"].get("models", ())}
+        assert files <= set(values)
         assert len(values) == len(widgets), node["type"]
         for value, (name, kind, options) in zip(values, widgets, strict=True):
-            assert name in FREE or fits(value, kind, options), f"{node['type']}.{name} = {value!r}"
+            assert name in FREE or value in files or fits(value, kind, options), (
+                f"{node['type']}.{name} = {value!r}"
+            )
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)

@@ -35,6 +35,7 @@ RESTARTS = 3
 LOOK = 2.0
 """Seconds between two looks at which nodes are there."""
 PACKAGE = Path(__file__).resolve().parents[2]
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_worker_niceness": "0",  # Ray's 15 starves workers on a machine that does other work
@@ -257,13 +258,14 @@ def workers(
     """
     ray = import_ray()
     names = devices.names
-    if address is None:
-        threads = threads or max(1, (os.cpu_count() or 1) // len(names)) if devices.kind == "cpu" else threads
-        _start_here(ray, devices)
-    else:
-        _connect(ray, address)
+    visible = os.environ.get(VISIBLE)
+    if address is None and devices.kind == "cpu":
+        threads = threads or max(1, (os.cpu_count() or 1) // len(names))
     try:
-        if address is not None:
+        if address is None:
+            _start_here(ray, devices)
+        else:
+            _connect(ray, address)
             threads = threads or _fewest_cpus(ray)
             names = names or _all_of(ray, devices.kind, threads)
         actors = {}
@@ -272,13 +274,17 @@ def workers(
         yield RayPool(ray, actors, threads)
     finally:
         ray.shutdown()
+        if visible is None:
+            os.environ.pop(VISIBLE, None)
+        else:
+            os.environ[VISIBLE] = visible
 
 
 def _start_here(ray: Any, devices: Devices) -> None:
     gpus = 0
     if devices.kind == "cuda":
         gpus = len(devices.names)
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(name.partition(":")[2] for name in devices.names)
+        os.environ[VISIBLE] = cards(devices.names, os.environ.get(VISIBLE))
     # 'local': never join a cluster that an earlier run left behind.
     ray.init(
         address="local",
@@ -289,6 +295,13 @@ def _start_here(ray: Any, devices: Devices) -> None:
         logging_level=logging.ERROR,
         object_store_memory=100 << 20,
     )
+
+
+def cards(names: Sequence[str], visible: str | None) -> str:
+    """What CUDA calls these devices, where it shows this process only the `visible` ones."""
+    numbers = [int(name.partition(":")[2]) for name in names]
+    shown = visible.split(",") if visible else []
+    return ",".join(shown[number] if shown else str(number) for number in numbers)
 
 
 def _connect(ray: Any, address: str) -> None:

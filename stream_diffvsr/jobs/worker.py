@@ -13,12 +13,12 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
 from ..load import FAMILIES, load_pipeline
 from ..upscaler import Provenance, State, Upscaler
@@ -110,7 +110,7 @@ class Worker:
     def describe(self) -> dict[str, Any]:
         """Open the model; tell what it is, and where."""
         facts = {
-            "version": version("stream-diffvsr"),
+            "version": __version__,
             "torch": torch.__version__,
             "machine": place_of_work(),
             "process": os.getpid(),

@@ -1,0 +1,34 @@
+"""The node that brings a short clip, so that every example runs before a user has chosen a video."""
+
+# ruff: noqa: N802 (ComfyUI prescribes the names)
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from . import host
+from .sockets import CATEGORY
+
+CLIP = Path(__file__).parent.parent / "example_workflows" / "example.mp4"
+
+
+class ExampleVideo:
+    """A file of this pack as a VIDEO; core's Load Video lists those of the input folder alone."""
+
+    DESCRIPTION = (
+        "A small clip that comes with this pack, for trying things out: 128x72, two scenes of a second each, "
+        "with sound. Put Load Video in its place for a video of your own."
+    )
+    SEARCH_ALIASES: ClassVar = ["sample video", "demo clip", "test video"]
+    CATEGORY = CATEGORY
+    FUNCTION = "execute"
+    RETURN_TYPES = ("VIDEO", "STRING")
+    RETURN_NAMES = ("video", "path")
+    OUTPUT_TOOLTIPS = ("The clip, as Load Video hands on a video.", "Where the clip lies.")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {}}
+
+    def execute(self) -> tuple[Any, str]:
+        return host.video_file(CLIP), str(CLIP)

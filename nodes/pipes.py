@@ -1,0 +1,40 @@
+"""What the nodes know of a pipe beside the pipe itself: how it was opened, and what a wrapper asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr.upscaler import Upscaler
+
+
+@dataclass(frozen=True)
+class Known:
+    """Of one pipe."""
+
+    source: str = ""
+    """As the loader node has it."""
+    model: Mapping[str, Any] = field(default_factory=dict)
+    """The arguments of `load_pipeline` that open the same model elsewhere, as JSON values."""
+    base: Upscaler | None = None
+    """The loader's pipe that a Runtime node made it of; None for a loader's own."""
+    compile_mode: str | None = None
+    """In force whatever Settings say; None: they decide."""
+    devices: str = ""
+    """Over which Upscale Video spreads its scenes; '': it runs where the loader put it."""
+
+
+_known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()
+
+
+def known(pipe: Upscaler) -> Known:
+    """What there is to know; nothing of a pipe that no node made."""
+    return _known.get(pipe, Known())
+
+
+def note(pipe: Upscaler, about: Known) -> None:
+    """Remember it as long as there is the pipe."""
+    _known[pipe] = about

@@ -1,0 +1,181 @@
+"""The node that chooses how a model is computed: by what, how precisely, and on which devices."""
+
+# ruff: noqa: N802 (ComfyUI prescribes the names)
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..stream_diffvsr.errors import IncompatibleInputError
+from . import host
+from .load import shared_pipe
+from .pipes import known, note
+from .sockets import ADVANCED, PIPE, PIPE_IN, Widget, check_values
+
+if TYPE_CHECKING:
+    from ..stream_diffvsr.jobs.cluster import Devices
+    from ..stream_diffvsr.upscaler import Upscaler
+
+OWN = {"runtime": "torch", "provider": "auto", "compile_mode": "off", "quantize": "none"}
+"""What every model has; anything else is Stream-DiffVSR's alone."""
+
+
+class Runtime:
+    """A wrapper: the pipe that comes in stays as it is."""
+
+    DESCRIPTION = (
+        "Chooses how a model is computed: by PyTorch, OpenVINO or ONNX Runtime, compiled, in 8 bits, or on "
+        "several devices at once. What it says wins over Settings; of two in a row, the last one counts."
+    )
+    SEARCH_ALIASES: ClassVar = [
+        "openvino",
+        "onnx",
+        "tensorrt",
+        "torch compile video upscale",
+        "several gpus",
+        "quantize int8 fp8",
+    ]
+    CATEGORY = ADVANCED
+    FUNCTION = "execute"
+    RETURN_TYPES = (PIPE,)
+    RETURN_NAMES = ("pipe",)
+    OUTPUT_TOOLTIPS = ("The model, computed as chosen here.",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        devices = (
+            "Upscale Video spreads the scenes of a video over these: all, cuda:0,cuda:1, or cpu:2 for two "
+            "workers on the CPU. Needs the Python package ray; not yet run on GPUs. Empty: the loader's "
+            "device alone."
+        )
+        return {
+            "required": {"pipe": PIPE_IN, **choice_widgets()},
+            "optional": {"devices": ("STRING", {"default": "", "advanced": True, "tooltip": devices})},
+        }
+
+    @classmethod
+    def VALIDATE_INPUTS(
+        cls,
+        runtime: str | None = None,
+        provider: str | None = None,
+        compile_mode: str | None = None,
+        quantize: str | None = None,
+        devices: str | None = None,
+    ) -> bool:
+        """Raises what execution would refuse; None is linked."""
+        given = {"runtime": runtime, "provider": provider, "compile_mode": compile_mode, "quantize": quantize}
+        check_values(choice_widgets(), given)
+        workers_on(devices or "")
+        return True
+
+    def execute(
+        self,
+        pipe: Upscaler,
+        runtime: str = "torch",
+        provider: str = "auto",
+        compile_mode: str = "off",
+        quantize: str = "none",
+        devices: str = "",
+    ) -> tuple[Upscaler]:
+        asked = {"runtime": runtime, "provider": provider, "compile_mode": compile_mode, "quantize": quantize}
+        check_has(pipe, asked)
+        if workers_on(devices) and find_spec("ray") is None:
+            raise ModuleNotFoundError(
+                'devices needs the Python package ray: run python -m pip install "ray" with ComfyUI\'s '
+                "Python, and restart ComfyUI; or leave devices empty"
+            )
+        base = known(pipe).base or pipe
+        about = known(base)
+        made = computed(base, runtime, provider, quantize)
+        model = {**about.model, "runtime": runtime, "provider": provider, "quantize": quantize}
+        note(made, replace(about, model=model, base=base, compile_mode=compile_mode, devices=devices))
+        return (made,)
+
+
+def choice_widgets() -> dict[str, Widget]:
+    """The widgets with a list of choices, in their order, which never changes."""
+    from ..stream_diffvsr.families.diffvsr.options import UpscaleOptions
+    from ..stream_diffvsr.options import widgets
+    from ..stream_diffvsr.runtimes.choose import PROVIDERS, RUNTIMES
+    from ..stream_diffvsr.runtimes.torch.quantized import QUANTIZATIONS
+
+    kind, about = widgets(UpscaleOptions, ["compile_mode"])["compile_mode"]
+    return {
+        "runtime": (
+            list(RUNTIMES),
+            {
+                "default": "torch",
+                "tooltip": "What computes the networks of Stream-DiffVSR. openvino and onnx: often faster on "
+                "a CPU, equal but for rounding; each needs a package of its own and converts the model once. "
+                "auto: the fastest of those that are installed, tried with a few small frames.",
+            },
+        ),
+        "provider": (
+            list(PROVIDERS),
+            {
+                "default": "auto",
+                "tooltip": "Where the runtime computes. openvino: cpu, gpu or npu of Intel. onnx: cpu, cuda "
+                "or tensorrt. auto: the device of the loader. With torch, leave it at auto.",
+            },
+        ),
+        "compile_mode": (
+            kind,
+            {**about, "advanced": False, "tooltip": f"{about['tooltip']} Only for torch."},
+        ),
+        "quantize": (
+            list(QUANTIZATIONS),
+            {
+                "default": "none",
+                "tooltip": "int8, fp8: linear layers in 8 bits, an approximation. Needs the Python package "
+                "torchao, fp8 also an NVIDIA card of the 40 series or newer. Only for torch.",
+            },
+        ),
+    }
+
+
+def check_has(pipe: Upscaler, asked: dict[str, str]) -> None:
+    """Refuse what the family of a model does not have."""
+    from ..stream_diffvsr.load import FAMILIES
+
+    for name, value in asked.items():
+        if pipe.info.family != "diffvsr" and value != OWN[name]:
+            title = FAMILIES[pipe.info.family].title
+            raise IncompatibleInputError(f"{name} {OWN[name]}, as {title} has no other", value)
+
+
+def workers_on(devices: str) -> Devices | None:
+    """The workers that are asked for; None where the loader's device does the work.
+
+    Raises `IncompatibleInputError` for one device alone: it is chosen in the loader.
+    """
+    from ..stream_diffvsr.jobs.cluster import parse_devices
+
+    text = devices.strip()
+    found = parse_devices(text) if text else None
+    if found and len(found.names) > 1:
+        return found
+    if found and text != "all":
+        raise IncompatibleInputError("several devices (one is chosen in the Loader)", devices)
+    return None
+
+
+def computed(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upscaler:
+    """A pipe that shares with `pipe` all but what is asked for; weights in 8 bits are other weights."""
+    from ..stream_diffvsr.families.diffvsr.fastest import with_runtime
+    from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
+    from ..stream_diffvsr.runtimes.choose import open_runtime
+
+    made = pipe
+    if isinstance(pipe, StreamDiffVSRPipeline):
+        with host.install_line():
+            # Before a model is loaded, which takes long.
+            open_runtime(runtime, provider, pipe.device, pipe.dtype, quantize)
+            if quantize != "none":
+                about = known(pipe)
+                flow = about.model["flow"]
+                pipe = shared_pipe(about.source, pipe.device, pipe.dtype, flow, quantize)
+                assert isinstance(pipe, StreamDiffVSRPipeline)
+            made = with_runtime(pipe, runtime, provider, pipe.dtype, quantize)
+    return copy.copy(pipe) if made is pipe else made
