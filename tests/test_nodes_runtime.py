@@ -42,6 +42,7 @@ def upscaled(pipe: Any, images: torch.Tensor) -> tuple[torch.Tensor, Any]:
     return UPSCALE().execute(pipe, images, num_inference_steps=1)
 
 
+@pytest.mark.long  # graphs are built
 @pytest.mark.parametrize("name, package", [("openvino", "openvino"), ("onnx", "onnxruntime")])
 def test_another_runtime_gives_the_same_pixels_but_for_rounding(pipe, name: str, package: str) -> None:
     pytest.importorskip(package)
