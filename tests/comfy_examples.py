@@ -144,9 +144,9 @@ TABLE = {
         ),
     ),
     "before_after": Example(
-        "## Before and after\n\nNeeds ComfyUI 0.33 or newer for **Compare Images**. Move the pointer "
-        "over the "
-        f"picture: bicubic on one side, ours on the other.\n\n{OWN_VIDEO} {NANO}",
+        "## Before and after\n\n**Compare Images** needs ComfyUI 0.33 or newer, and *Nodes 2.0* turned on in "
+        "the menu. Move the pointer over the picture: bicubic on one side, ours on the other.\n\n"
+        f"{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (PARTS,),

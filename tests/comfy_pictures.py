@@ -22,11 +22,13 @@ from node_pack import ROOT, load_pack
 
 HELP = ROOT / "web" / "docs"
 STAND_INS = ("flashvsr", "swiftvr", "image_model_steady")
+NODES_2 = ("before_after",)
 ORDER = {"save_state": 0, "resume_state": 1}
 
 
 def example(page: ComfyPage, server: Server, path: Path) -> None:
     """The thumbnail of an example that has run; of one whose model is a stand-in, before it."""
+    page.set("Comfy.VueNodes.Enabled", path.stem in NODES_2)
     page.load(json.loads(path.read_text(encoding="utf-8")))
     if path.stem not in STAND_INS:
         before = set(server.get("/history"))

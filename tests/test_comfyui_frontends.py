@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 from comfy_page import ComfyPage, chromium
 from comfy_server import Server
-from node_clips import make_clip
 from node_pack import ROOT
 
 pytestmark = [
@@ -23,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(chromium() is None, reason="no Chromium: set CHROMIUM"),
 ]
 FRONTENDS = os.environ.get("COMFYUI_FRONTENDS", "").split(os.pathsep)
-FRAMES, WIDTH, HEIGHT = 12, 48, 32
+SIZE = [512, 288]
+"""Of the result of the clip that comes with the pack."""
 VIDEO = """[...document.querySelectorAll('video')].find(video => video.src.includes('type=output')
     && video.src.includes('_4x_') && video.videoWidth > 0 && video.getBoundingClientRect().width > 50)"""
 
@@ -34,7 +34,6 @@ def server(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server
         if request.param:
             patch.setenv("COMFYUI_FRONTEND", request.param)
         server = Server(tmp_path_factory.mktemp("comfy"))
-        make_clip(server.base / "input" / "video.mp4", FRAMES, WIDTH, HEIGHT)
         server.start()
         server.post("/settings/Comfy.TutorialCompleted", True)
         yield server
@@ -73,7 +72,7 @@ def test_the_video_is_shown_after_the_live_picture(server: Server, tmp_path: Pat
             page.picture(screenshots / f"{version}_{nodes_2}_{seed}_live.png")
             shown = page.wait_for(f"({VIDEO})?.src !== {json.dumps(shown)} && ({VIDEO})?.src", 300)
             size = page.evaluate(f"(v => [v.videoWidth, v.videoHeight])({VIDEO})")
-            assert size == [4 * WIDTH, 4 * HEIGHT]
+            assert size == SIZE
             page.evaluate("new Promise(done => setTimeout(done, 2000)).then(() => 0)")
             page.picture(screenshots / f"{version}_{nodes_2}_{seed}_video.png")
             assert page.evaluate("document.querySelectorAll(\"img[src^='data:image/jpeg']\").length") == 0
