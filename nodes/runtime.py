@@ -27,7 +27,7 @@ class Runtime:
 
     DESCRIPTION = (
         "Chooses how a model is computed: by PyTorch, OpenVINO or ONNX Runtime, compiled, in 8 bits, or on "
-        "several devices at once. What it says wins over Settings; of two in a row, the last one counts."
+        "several devices at once. Put it last; what it says wins over Settings, and the last of two counts."
     )
     SEARCH_ALIASES: ClassVar = [
         "openvino",
@@ -88,6 +88,9 @@ class Runtime:
             )
         base = known(pipe).base or pipe
         about = known(base)
+        if not about.source and (quantize != "none" or workers_on(devices)):
+            expected = "quantize none and no devices for a model that a node changed, as LoRA does"
+            raise IncompatibleInputError(expected, f"{quantize} and {devices!r}")
         made = computed(base, runtime, provider, quantize)
         model = {**about.model, "runtime": runtime, "provider": provider, "quantize": quantize}
         note(made, replace(about, model=model, base=base, compile_mode=compile_mode, devices=devices))
@@ -174,8 +177,7 @@ def computed(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upsc
             open_runtime(runtime, provider, pipe.device, pipe.dtype, quantize)
             if quantize != "none":
                 about = known(pipe)
-                flow = about.model["flow"]
-                pipe = shared_pipe(about.source, pipe.device, pipe.dtype, flow, quantize)
+                pipe = shared_pipe(about.source, pipe.device, pipe.dtype, about.model["flow"], quantize)
                 assert isinstance(pipe, StreamDiffVSRPipeline)
             made = with_runtime(pipe, runtime, provider, pipe.dtype, quantize)
     return copy.copy(pipe) if made is pipe else made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -95,6 +96,12 @@ def test_what_cannot_be_is_refused(pipe, asked: dict[str, str], message: str) ->
         pytest.importorskip({"onnx": "onnxruntime"}.get(asked["runtime"], asked["runtime"]))
     with pytest.raises(ValueError, match=message):
         RUNTIME().execute(pipe, **asked)
+
+
+def test_a_model_that_a_node_changed_is_not_loaded_anew(pipe) -> None:
+    changed = copy.copy(pipe)  # with weights that no name stands for
+    with pytest.raises(ValueError, match="no devices for a model that a node changed"):
+        RUNTIME().execute(changed, quantize="int8")
 
 
 def test_widgets_are_checked_before_anything_runs() -> None:

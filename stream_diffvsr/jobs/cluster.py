@@ -266,14 +266,17 @@ def workers(
             _start_here(ray, devices)
         else:
             _connect(ray, address)
-            threads = threads or _fewest_cpus(ray)
-            names = names or _all_of(ray, devices.kind, threads)
-        actors = {}
-        for number, _ in enumerate(names, 1):
-            actors[f"worker {number}"] = _actor(ray, model, devices.kind, threads, address is not None)
-        yield RayPool(ray, actors, threads)
+        try:
+            if address is not None:
+                threads = threads or _fewest_cpus(ray)
+                names = names or _all_of(ray, devices.kind, threads)
+            actors = {}
+            for number, _ in enumerate(names, 1):
+                actors[f"worker {number}"] = _actor(ray, model, devices.kind, threads, address is not None)
+            yield RayPool(ray, actors, threads)
+        finally:
+            ray.shutdown()
     finally:
-        ray.shutdown()
         if visible is None:
             os.environ.pop(VISIBLE, None)
         else:
