@@ -12,7 +12,7 @@ from comfy_examples import TABLE
 from node_clips import frames_of
 from node_pack import ROOT, load_pack
 
-from stream_diffvsr.jobs.scenes import THRESHOLD, difference
+from stream_diffvsr.jobs.scenes import THRESHOLD, difference, hsv
 
 WORKFLOWS = sorted((ROOT / "example_workflows").glob("*.json"))
 NODES = load_pack().NODE_CLASS_MAPPINGS
@@ -78,7 +78,9 @@ def test_they_are_what_their_table_says() -> None:
 def test_the_clip_is_small_and_has_two_scenes() -> None:
     clip = ROOT / "example_workflows" / "example.mp4"
     assert clip.stat().st_size < 200_000
-    frames = [torch.from_numpy(frame / 127.5 - 1).float().movedim(-1, 0)[None] for frame in frames_of(clip)]
+    frames = [
+        hsv(torch.from_numpy(frame / 127.5 - 1).float().movedim(-1, 0)[None]) for frame in frames_of(clip)
+    ]
     steps = [difference(before, now) for before, now in itertools.pairwise(frames)]
     assert [index for index, step in enumerate(steps, 1) if step > THRESHOLD] == [8]
 
