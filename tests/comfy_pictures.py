@@ -35,6 +35,7 @@ def example(page: ComfyPage, server: Server, path: Path) -> None:
         page.queue()
         server.wait_until_idle(lambda history: set(history) - before)
         time.sleep(4)
+        page.resize(1600, 1200)
         page.fit()
     page.picture(path.with_suffix(".jpg"), page.graph_box())
 
