@@ -49,6 +49,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
+@pytest.mark.long
 def test_without_a_compiler_frames_are_the_same(checkpoint, tmp_path):
     nowhere = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", WITHOUT_COMPILER, str(checkpoint)]

@@ -90,10 +90,10 @@ def test_two_processes_at_once(hub: StandInHub, home: Path):
     assert len(hub.gets(UNET)) == 1, "the second waited for the first"
 
 
-def test_command(hub: StandInHub, home: Path, raft: Path):
+def test_command(hub: StandInHub, home: Path, raft: Path, capsys: pytest.CaptureFixture[str]):
     hub.fail(UNET, cut_after(1000))
-    code, out, error = end(start(hub, home, "download"))
-    assert code == 0, error
+    assert main(["download"]) == 0
+    out, error = capsys.readouterr()
     assert f"v1: {home / 'v1'}\n" in out and f"raft_large: {raft}\n" in out
     assert "100%" in error and "B/s" in error
     assert "HTTP" not in error, "the hub's client tells every request to those who listen"
