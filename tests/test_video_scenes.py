@@ -49,6 +49,13 @@ def test_equal_frames_differ_by_nothing() -> None:
     assert scenes.difference(look, look) == 0
 
 
+def test_a_difference_that_reaches_the_threshold_is_a_cut() -> None:
+    first, second = (scenes.hsv(torch.rand(1, 3, 8, 8) * 2 - 1) for _ in range(2))
+    apart = scenes.difference(first, second)
+    assert scenes.SceneCut(apart).between(1, first, second)
+    assert not scenes.SceneCut(apart + 1e-6).between(1, first, second)
+
+
 def test_a_frame_after_a_cut_is_as_with_an_empty_state(source, guided) -> None:
     """And the frame index, and with it the noise, goes on."""
     steps = list(run_frames(source, guided, "auto"))

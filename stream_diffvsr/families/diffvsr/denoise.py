@@ -20,7 +20,10 @@ UNET_MULTIPLE = 8
 
 
 def noise(seed: int, frame_index: int, channels: int, height: int, width: int) -> Tensor:
-    """Initial latents of one frame, (1, C, h, w) float32 on the CPU: the same on every machine."""
+    """Initial latents of one frame, (1, C, h, w) float32 on the CPU: the same on every machine.
+
+    Any 64 bits are taken, as ComfyUI draws them; torch's generator uses the lower 32 on a CPU.
+    """
     generator = torch.Generator().manual_seed((seed + frame_index) % 2**64)
     return torch.randn((1, channels, height, width), generator=generator)
 
