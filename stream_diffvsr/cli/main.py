@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
-from . import bench, demo, doctor, download, export, metrics, scenes, serve, upscale
+from . import bench, demo, doctor, download, export, metrics, scenes, serve, train, upscale
 from .output import fail
 
 COMMANDS = {
@@ -25,6 +25,7 @@ COMMANDS = {
     "export": export,
     "bench": bench,
     "metrics": metrics,
+    "train": train,
     "serve": serve,
 }
 """Each module has a one-line docstring (its help), `add_arguments(parser)` and `run(args) -> int`."""

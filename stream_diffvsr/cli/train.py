@@ -1,0 +1,166 @@
+"""Fine-tune Stream-DiffVSR on your own footage; the result is a LoRA for --lora, or a checkpoint folder."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from ..errors import IncompatibleInputError, VRAMError
+from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
+from ..load import load_pipeline, resolve
+from ..memory import free_memory, is_out_of_memory
+from ..options import add_flags, given
+from ..tensors import SCALE, to_pixels
+from ..training.clips import Footage, look
+from ..training.degrade import Recipe, open_recipe
+from ..training.loop import Run, window
+from ..training.options import TrainOptions
+from ..training.report import stacked, write_picture
+
+LICENCE = "The base's licence applies to what is derived from it; you need the rights to the clips, too."
+MEGABYTE = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "clips",
+        nargs="+",
+        type=Path,
+        help="Videos, folders of pictures, or folders of these, in good quality.",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        help="Name of the result. Default: the first clip's with _lora.safetensors, or _full for a folder.",
+    )
+    parser.add_argument(
+        "--base", default="nano", help="nano, v1, mix, or a folder of Stream-DiffVSR. Default: nano."
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1. Default: auto.")
+    parser.add_argument("--resume", action="store_true", help="Go on with a run that was stopped.")
+    parser.add_argument(
+        "--show-degradation",
+        type=Path,
+        metavar="PNG",
+        help="Write a picture of what the degradation makes of your clips, and end.",
+    )
+    add_flags(parser, TrainOptions, titles=())
+
+
+def run(args: argparse.Namespace) -> int:
+    options = TrainOptions(**given(args, TrainOptions))
+    recipe = open_recipe(options.degradation)
+    output = None if args.show_degradation else output_of(args, options)
+    footage = look(args.clips, options.size, options.frames)
+    for line in footage.told:
+        say(line)
+    if output is None:
+        show(args.show_degradation, footage, recipe, options)
+        return 0
+    return train(args, options, footage, recipe, output)
+
+
+def say(line: str) -> None:
+    """To the person, beside what scripts read."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def show(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
+    """Four sequences: the true frame, and beside it what the model gets, its pixels enlarged."""
+    rows = []
+    for index in range(4):
+        lqs, truths = window(footage, recipe, options, np.random.default_rng((options.seed, 2, index)))
+        large = F.interpolate(to_pixels(lqs[-1:]), scale_factor=SCALE, mode="nearest")
+        rows.append(torch.cat([to_pixels(truths[-1:]), large], dim=3))
+    write_picture(path, stacked(rows))
+    print(path)
+
+
+def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
+    """Where the result goes; raises `IncompatibleInputError` where something is there already."""
+    own: Path = args.output or args.clips[0].with_name(f"{args.clips[0].stem}_{options.what}")
+    named = options.what == "full" or own.suffix == ".safetensors"
+    output = own if named else own.with_name(f"{own.name}.safetensors")
+    begun = run_folder(output).exists()
+    if begun and not args.resume:
+        raise IncompatibleInputError("a new --output, or --resume", f"{output}, of which a run has begun")
+    if args.resume and not begun:
+        raise IncompatibleInputError("--resume with the --output of a run that has begun", str(output))
+    if output.exists() and not begun:
+        raise IncompatibleInputError("an --output that is not there yet", str(output))
+    return output
+
+
+def run_folder(output: Path) -> Path:
+    """Beside the result: the state of the run, its figures and pictures."""
+    return output.with_name(f"{output.stem}.run")
+
+
+def train(
+    args: argparse.Namespace, options: TrainOptions, footage: Footage, recipe: Recipe, output: Path
+) -> int:
+    base = load_pipeline(args.base, device=args.device, dtype=torch.float32)
+    if not isinstance(base, StreamDiffVSRPipeline):
+        raise IncompatibleInputError("a model of Stream-DiffVSR as --base", base.info.family)
+    told = {"base_name": str(args.base), "settings": repr(options), "licence": LICENCE}
+    run_folder(output).mkdir(parents=True, exist_ok=True)
+    run = Run(base, footage, recipe, options, output, run_folder(output), told)
+    if args.resume and run.state_file.exists():
+        run.resume()
+    tell_costs(run)
+    for progress in run:
+        if progress.figures is not None:
+            gain = f"{progress.figures.psnr - run.begun.psnr:+.3f} dB"
+            say(f"step {progress.step} of {progress.steps}: {progress.figures}, {gain} over the base")
+    if options.what == "full":
+        run.tuned.save_folder(output, run.best_file, resolve(args.base) or Path(args.base), told)
+    say(f"the base: {run.begun}")
+    gain = run.best.psnr - run.begun.psnr
+    said = "the best" if gain > 0 else "no better than the base: the best"
+    say(f"{said}, step {run.best_step}: {run.best}, {gain:+.3f} dB")
+    print(output)
+    return 0
+
+
+def tell_costs(run: Run) -> None:
+    """Memory, disk and time, measured by a step that changes nothing; with --minutes it tells the steps."""
+    options, device = run.options, run.base.device
+    try:
+        seconds = run.rehearse()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        remedy = "take a smaller --size, or --checkpointing"
+        used = memory_used(device) // MEGABYTE
+        raise VRAMError(used, free_memory(device) // MEGABYTE, remedy) from error
+    learning = sum(weight.numel() for weight in run.parameters)
+    files = 4 * learning * 5 + (options.steps // options.every + 1) * MEGABYTE
+    free = shutil.disk_usage(run.report.folder).free
+    if files > free:
+        needed = f"{files // MEGABYTE} MB of free disk beside the output"
+        raise IncompatibleInputError(needed, f"{free // MEGABYTE} MB")
+    if options.minutes is not None and run.step == 0:
+        run.steps = max(1, min(options.steps, int(60 * options.minutes / seconds)))
+    left, trained, held = run.steps - run.step, run.footage.train, run.footage.held
+    say(
+        f"{learning:,} numbers learn from {sum(map(len, trained))} frames; "
+        f"{sum(map(len, held))} are held out\n"
+        f"{left} steps of {seconds:.2f} s: about {left * seconds / 60:.1f} minutes; "
+        f"{memory_used(device) // MEGABYTE} MB of memory, {files // MEGABYTE} MB of disk"
+    )
+
+
+def memory_used(device: torch.device) -> int:
+    """The most bytes that were held on a GPU so far; on others what this process holds."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss

@@ -1,0 +1,292 @@
+"""The loop: sequences through the frame of the engine, with gradients, on the model's own results.
+
+What a step sees depends on seed, step and device alone, so that a run which was killed ends with the same
+weights when it is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, parametrize
+
+from ..errors import IncompatibleInputError
+from ..families.diffvsr.method import Frame, upscale
+from ..families.diffvsr.networks import TorchCalls
+from ..families.diffvsr.options import UpscaleOptions
+from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
+from ..families.diffvsr.plan import Plan
+from ..families.diffvsr.state import StreamDiffVSRState
+from ..files import read_tensors, save_tensors
+from ..tensors import SCALE, from_pixels
+from ..upscaler import FixedPlacement
+from .clips import Footage, Window, crop
+from .degrade import Recipe, degrade
+from .options import TrainOptions
+from .report import Figures, Report, measured
+from .tuned import Tuned
+
+log = logging.getLogger(__name__)
+
+MARGIN = 64
+"""True pixels around a crop that are degraded with it, so that codecs and filters see more than the crop."""
+WARM = 10
+"""Steps in which the learning rate rises."""
+HELD_SCENES, HELD_FRAMES, HELD_SIDE = 4, 8, 256
+"""What is measured of the part held out."""
+SAVED_SECONDS = 60.0
+"""After so long the state of a run is kept again."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a step tells."""
+
+    step: int
+    steps: int
+    loss: float
+    figures: Figures | None = None
+    """Where the step was measured."""
+
+
+def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.random.Generator) -> Window:
+    """A random sequence to learn from; long scenes are taken more often."""
+    lengths = np.array([len(scene) for scene in footage.train], float)
+    scene = footage.train[rng.choice(len(lengths), p=lengths / lengths.sum())]
+    truth = crop(scene, rng, options.size + 2 * MARGIN, options.frames)
+    truth = truth.flip(-1) if rng.random() < 0.5 else truth
+    return cut(degrade(truth, recipe, rng), truth, options.size)
+
+
+def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
+    """Always the same sequences of the part held out."""
+    found = []
+    for index, scene in enumerate(footage.held[:HELD_SCENES]):
+        rng = np.random.default_rng((seed, 1, index))
+        truth = crop(scene, rng, HELD_SIDE, min(HELD_FRAMES, len(scene)))
+        found.append(cut(degrade(truth, recipe, rng), truth, HELD_SIDE))
+    return found
+
+
+def cut(lq: Tensor, truth: Tensor, side: int) -> Window:
+    """The middle of degraded frames, and of the true ones, to model range."""
+    top, left = (max(0, (length - side // SCALE) // 2) for length in lq.shape[-2:])
+    small = side // SCALE
+    lq = lq[..., top : top + small, left : left + small]
+    top, left = top * SCALE, left * SCALE
+    return from_pixels(lq), from_pixels(truth[..., top : top + small * SCALE, left : left + small * SCALE])
+
+
+def distance(difference: Tensor, kind: str) -> Tensor:
+    """L1, smooth at zero, or L2 times 10, which is about as large."""
+    return 10 * difference.square().mean() if kind == "l2" else (difference.square() + 1e-6).sqrt().mean()
+
+
+class Run:
+    """A fine-tuning on its way: parameters, optimiser, step, and the best step so far."""
+
+    def __init__(
+        self,
+        base: StreamDiffVSRPipeline,
+        footage: Footage,
+        recipe: Recipe,
+        options: TrainOptions,
+        output: Path,
+        folder: Path,
+        told: Mapping[str, str],
+    ) -> None:
+        """`output` is the LoRA to be written, `folder` is for the state, the figures and the pictures."""
+        from accelerate import Accelerator
+
+        precision = "bf16" if options.precision == "bfloat16" else "no"
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=base.device.type == "cpu")
+        self.base, self.footage, self.recipe = base, footage, recipe
+        self.options, self.told = options, dict(told)
+        self.tuned = Tuned(base, options)
+        self.parameters = list(self.tuned.parameters.values())
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=0.0)
+        self.step, self.steps, self.best_step = 0, options.steps, 0
+        self.begun, self.best = Figures(-math.inf, 0, 0), Figures(-math.inf, 0, 0)
+        self.report = Report(folder)
+        self.best_file = output if options.what == "lora" else folder / "best.safetensors"
+        self.held = held_windows(footage, recipe, options.seed)
+
+    # One step
+
+    def sequences(self, step: int) -> Iterator[Window]:
+        """What this device learns from in a step."""
+        for index in range(self.options.batch):
+            seed = (self.options.seed, 0, step, self.accelerator.process_index, index)
+            yield window(self.footage, self.recipe, self.options, np.random.default_rng(seed))
+
+    def gradients(self, step: int) -> float:
+        """Add up the gradients of a step; returns its loss."""
+        losses = [
+            self._sequence(lqs.to(self.base.device), truths.to(self.base.device), step)
+            for lqs, truths in self.sequences(step)
+        ]
+        return sum(losses) / len(losses)
+
+    def _sequence(self, lqs: Tensor, truths: Tensor, step: int) -> float:
+        """Gradients of a sequence, frame by frame: the one before is given and not learned through."""
+        options, pipe, state, total = UpscaleOptions(seed=step * 1000), self.base, StreamDiffVSRState(), 0.0
+        masked = pipe.traits.occlusion == "mask"
+        schedule, prompts = pipe.prepared(options, torch.float32)
+        whole = FixedPlacement(pipe.device)
+        low_rank = self.options.what == "lora"
+        for index, (lq, truth) in enumerate(zip(lqs.split(1), truths.split(1), strict=True)):
+            calls = TorchCalls(self.tuned.networks, Plan(), torch.float32, whole, _nothing)
+            calls.latent_channels = pipe.vae.latent_channels
+            frame = Frame(lq, state, options, Plan(), estimates=pipe.flow.estimates, masked=masked)
+            with parametrize.cached() if low_rank else nullcontext():
+                self.tuned.fill_cache()
+                with self.accelerator.autocast():
+                    hq = upscale(frame, calls, schedule, prompts)
+                loss = distance(hq - truth, self.options.loss)
+                if state.previous_hq is not None and self.options.steadiness:
+                    change = (hq - state.previous_hq) - (truth - truths[index - 1])
+                    loss = loss + self.options.steadiness * distance(change, self.options.loss)
+                (loss / (len(lqs) * self.options.batch)).backward()
+            total += float(loss.detach()) / len(lqs)
+            state = StreamDiffVSRState(previous_hq=hq.detach(), previous_lq=lq, frame_index=index + 1)
+        return total
+
+    def rate_now(self) -> float:
+        """It rises at first, and falls along a cosine to nothing."""
+        fall = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+        return self.options.learning_rate * min(1.0, (self.step + 1) / WARM) * fall
+
+    def update(self) -> float:
+        """One step; returns its loss."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate_now()
+        self.optimiser.zero_grad()
+        loss = self.gradients(self.step)
+        if self.accelerator.num_processes > 1:
+            for weight in self.parameters:
+                if weight.grad is not None:
+                    mean: Any = self.accelerator.reduce(weight.grad, "mean")
+                    weight.grad.copy_(mean)
+        clip_grad_norm_(self.parameters, 1.0)
+        self.optimiser.step()
+        self.step += 1
+        return loss
+
+    # The whole
+
+    def rehearse(self) -> float:
+        """Seconds of a step with its share of measuring, by steps that change nothing."""
+        if self.step == 0 and self.accelerator.is_main_process:
+            self._measure_base()
+        seconds = 0.0
+        for _ in range(2):  # the first fills caches
+            started = time.perf_counter()
+            self.gradients(self.step)
+            seconds = time.perf_counter() - started
+        self.optimiser.zero_grad()
+        return seconds + self.report.seconds_of_measuring / self.options.every
+
+    def _measure_base(self) -> None:
+        if not math.isfinite(self.begun.psnr):
+            self.begun = self._measure(self.base)
+            self.keep()
+
+    def _measure(self, pipe: StreamDiffVSRPipeline) -> Figures:
+        started = time.perf_counter()
+        figures, frames = measured(pipe, self.held)
+        self.report.add(self.step, figures, frames, self.held)
+        self.report.seconds_of_measuring = time.perf_counter() - started
+        return figures
+
+    def __iter__(self) -> Iterator[Progress]:
+        """Go on to the last step, or until the time is over; the best step is kept in `best_file`."""
+        main, started = self.accelerator.is_main_process, time.monotonic()
+        kept, end = started, 60 * (self.options.minutes or math.inf)
+        if main and self.step == 0:
+            self._measure_base()
+        while self.step < self.steps:
+            loss, figures = self.update(), None
+            if time.monotonic() - started > end:
+                self.steps = self.step
+            due = self.step % self.options.every == 0 or self.step == self.steps
+            if main:
+                self.report.log(self.step, loss, self.rate_now())
+                figures = self._judge() if due else None
+                if due or time.monotonic() - kept > SAVED_SECONDS:
+                    self.keep()
+                    kept = time.monotonic()
+            self.accelerator.wait_for_everyone()
+            yield Progress(self.step, self.steps, loss, figures)
+
+    def _judge(self) -> Figures:
+        """Measure what would be loaded now, and keep it where it is the best."""
+        now = self.report.folder / "now.safetensors"
+        self.tuned.save(now, {**self.told, "step": str(self.step)})
+        figures = self._measure(self.tuned.pipe(now))
+        if figures.psnr > self.best.psnr:
+            self.best, self.best_step = figures, self.step
+            now.replace(self.best_file)
+        now.unlink(missing_ok=True)
+        return figures
+
+    # Kept and resumed
+
+    @property
+    def state_file(self) -> Path:
+        return self.report.folder / "state.safetensors"
+
+    def settings(self) -> dict[str, Any]:
+        """What a run that is resumed must have in common with the one before."""
+        own = {name: value for name, value in asdict(self.options).items() if name != "every"}
+        return {**own, "base": self.base.model, "clips": self.footage.identity, "recipe": repr(self.recipe)}
+
+    def keep(self) -> None:
+        """Write all that the following steps depend on, whole or not at all."""
+        tensors = {f"weights.{name}": weight for name, weight in self.tuned.parameters.items()}
+        for name, weight in self.tuned.parameters.items():
+            moments = self.optimiser.state.get(weight, {})
+            tensors |= {f"{key}.{name}": value for key, value in moments.items()}
+        facts = {name: getattr(self, name) for name in ("step", "steps", "best_step")}
+        facts |= {"best": asdict(self.best), "begun": asdict(self.begun), "settings": self.settings()}
+        plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_tensors(self.state_file, plain, {"run": json.dumps(facts)})
+
+    def resume(self) -> None:
+        """Go on from what `keep` wrote; raises `IncompatibleInputError` where it was another run."""
+        tensors, texts = read_tensors(self.state_file)
+        facts = json.loads(texts["run"])
+        now = json.loads(json.dumps(self.settings()))
+        changed = [
+            f"{name} {now.get(name)!r} instead of {value!r}"
+            for name, value in facts["settings"].items()
+            if now.get(name) != value
+        ]
+        if changed:
+            raise IncompatibleInputError("the settings with which this run began", ", ".join(changed))
+        self.step, self.steps, self.best_step = facts["step"], facts["steps"], facts["best_step"]
+        self.best, self.begun = Figures(**facts["best"]), Figures(**facts["begun"])
+        with torch.no_grad():
+            for name, weight in self.tuned.parameters.items():
+                weight.copy_(tensors[f"weights.{name}"])
+                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
+                moments = {key: tensors[f"{key}.{name}"].clone() for key in keys}
+                # torch counts the steps on the CPU, whatever the device.
+                moments = {key: x if key == "step" else x.to(weight.device) for key, x in moments.items()}
+                if moments:
+                    self.optimiser.state[weight] = moments
+        self.report.back_to(self.step)
+
+
+def _nothing(stage: str) -> int:
+    return 0
