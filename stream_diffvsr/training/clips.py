@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import IncompatibleInputError, StreamDiffVSRError
-from ..jobs.scenes import THRESHOLD, difference
+from ..jobs.scenes import SceneCut
 from ..media import pictures
 from ..media.read import Span, open_source
 from ..tensors import SCALE, from_pixels
@@ -115,7 +115,7 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 def _scenes(path: Path, room: int) -> Iterator[Scene]:
     """Cut as jobs cut, by a reduced copy of each frame."""
-    before, kept, first, size, index = None, list[Tensor](), 0, (0, 0), -1
+    before, kept, first, size, index, rule = None, list[Tensor](), 0, (0, 0), -1, SceneCut()
 
     def scene(end: int) -> Scene:
         whole = len(kept) == end - first
@@ -124,8 +124,8 @@ def _scenes(path: Path, room: int) -> Iterator[Scene]:
     for index, frame in enumerate(open_source(path).frames(Span())):
         rgb, size = frame.rgb, frame.size
         small = F.interpolate(rgb, scale_factor=min(1.0, LOOKED_AT / size[1]), mode="area")
-        now = from_pixels(small)
-        if before is not None and difference(before, now) >= THRESHOLD:
+        now = rule.look(from_pixels(small))
+        if rule.between(index, before, now):
             yield scene(index)
             first, kept = index, []
         before = now
