@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from dataclasses import replace
@@ -14,11 +15,13 @@ import pytest
 from chunk_family import ChunkOptions, ChunkUpscaler
 
 from stream_diffvsr import UpscaleOptions, VideoError
+from stream_diffvsr.families.diffvsr import plan
 from stream_diffvsr.jobs import render
 from stream_diffvsr.jobs.journal import Journal, Segment, WorkFolder, continue_from, usable
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media.join import Part
 from stream_diffvsr.media.write import VideoSink
+from stream_diffvsr.upscaler import State
 
 COUNT, CUTS = 12, (5, 9)
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
@@ -61,6 +64,32 @@ def same(output: Path, wanted: list[Any]) -> None:
     found = clips.frames_of(output)
     assert [time for time, _ in found] == [time for time, _ in wanted]
     assert all(np.array_equal(a, b) for (_, a), (_, b) in zip(found, wanted, strict=True))
+
+
+def test_a_finished_file_only_gets_its_name(source, guided, whole, tmp_path, monkeypatch) -> None:
+    """Where a run died between the join and the renaming, nothing is joined or computed again."""
+    task = job(source, tmp_path / "out.mkv")
+    with monkeypatch.context() as patch:
+        patch.setattr("stream_diffvsr.jobs.run.Run._give_names", lambda self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            list(run(guided, task))
+    monkeypatch.setattr("stream_diffvsr.jobs.run.Run._join", lambda self: pytest.fail("joined again"))
+    assert list(run(guided, task)) == []
+    same(task.output, whole)
+    assert not WorkFolder(task.output).folder.exists()
+
+
+def test_every_scene_keeps_the_memory_plan_of_the_job(source, guided, tmp_path, monkeypatch) -> None:
+    """It is chosen once: memory that is free again does not change the rest of the frames."""
+    task = job(source, tmp_path / "out.mkv", state_out=tmp_path / "end.safetensors")
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "free_memory", lambda device: 1)
+        with contextlib.closing(run(guided, task)) as steps:
+            next(steps)
+    begun = WorkFolder(task.output).load()
+    assert begun is not None
+    list(run(guided, task))
+    assert State.load(tmp_path / "end.safetensors").provenance.details["plan"] == begun.provenance["plan"]
 
 
 def test_segments_are_named_by_their_frames_and_end_with_their_scene(source, guided, tmp_path) -> None:

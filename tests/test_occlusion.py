@@ -83,6 +83,21 @@ def test_bands_fade_as_the_whole_does(pipe, rows):
     assert not torch.allclose(whole, pipe.vae.decode(latents, features), atol=1e-4)
 
 
+def test_the_way_back_is_estimated(checkpoint):
+    asked = []
+
+    def flow(current, previous):
+        asked.append((current, previous))
+        return shift_flow(current, previous)
+
+    pipe = load_pipeline(checkpoint, device="cpu", flow=flow)
+    pipe(moving(2), MASKED)
+    (there, back) = asked
+    assert torch.equal(there[0], back[1]) and torch.equal(there[1], back[0])
+    pipe(moving(2), OFF)
+    assert len(asked) == 3
+
+
 def test_continuity_with_the_mask(checkpoint, tmp_path):
     """The second half of the clip is another picture, so that the mask has something to do."""
     pipe = load_pipeline(checkpoint, device="cpu", flow=shift_flow)

@@ -21,6 +21,7 @@ from stream_diffvsr import (
     to_pixels,
 )
 from stream_diffvsr.families.diffvsr.denoise import noise
+from stream_diffvsr.families.diffvsr.networks import TorchCalls
 from stream_diffvsr.flow.warp import warp
 from stream_diffvsr.tensors import is_finite, pad_to, padded_size
 
@@ -232,6 +233,16 @@ def test_given_flow_guides_although_none_is_estimated(pipe, clip):
     assert state.has_previous
     free = pipe.process_frame(clip[1:2], state, FAST).hq
     assert not torch.allclose(pipe.process_frame(clip[1:2], state, FAST, flow=flow).hq, free, atol=1e-3)
+
+
+def test_the_warped_frame_is_padded_after_the_warp(pipe, monkeypatch):
+    """With the flow of the true size: padding both before it would pull in other pixels at the edges."""
+    clip, flow = moving(2, 13, 18), 6 * torch.randn(1, 2, 52, 72)
+    embed, seen = TorchCalls.embed, []
+    monkeypatch.setattr(TorchCalls, "embed", lambda own, warped: seen.append(warped) or embed(own, warped))
+    _, state = pipe(clip[:1], FAST)
+    pipe.process_frame(clip[1:], state, FAST, flow=flow)
+    assert torch.equal(seen[0], pad_to(warp(state.previous_hq, flow), 64, 80))
 
 
 def test_an_empty_state_starts_a_sequence(guided, clip):
