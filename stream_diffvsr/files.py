@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import tarfile
 import zipfile
 from collections.abc import Generator, Iterable, Mapping
@@ -138,7 +139,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 @contextmanager
 def atomic(path: Path) -> Generator[BinaryIO, None, None]:
     """A binary file that is renamed to `path` when the block ends well, and else vanishes."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # Processes of several machines, and threads of one, may write the same file.
+    part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         with part.open("wb") as file:
             yield file

@@ -13,7 +13,9 @@ import torch
 from family_cases import CASES, image_model
 from PIL import Image
 from safetensors.torch import save_file
+from test_lora import make as make_lora
 
+from stream_diffvsr import load_pipeline
 from stream_diffvsr.cli.main import main, parse
 from stream_diffvsr.weights.folders import NANO
 
@@ -68,7 +70,8 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("STREAM_DIFFVSR_MODELS", str(models))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "holiday").mkdir()
-    for name in ("clip", "one", "two", "holiday/beach"):
+    make_lora(tmp_path / "my_anime.safetensors", load_pipeline("nano", device="cpu"), names="unet")
+    for name in ("clip", "one", "two", "episode", "holiday/beach"):
         clips.write_video(tmp_path / f"{name}.mp4", 2)
     clips.write_video(tmp_path / "long.mp4", 11, times=[25600 * i for i in range(11)])
     Image.new("RGB", (16, 12), "teal").save(tmp_path / "photo.png")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,19 @@ def test_many_equal_one(count, lost, source, model, whole, tmp_path) -> None:
     assert firsts == [str(start + 1) for start in STARTS]
     assert {first for _, first in pool.given} == set(STARTS)
     assert not WorkFolder(task.output).folder.exists()
+
+
+def test_the_journal_is_written_by_the_command_alone(source, model, tmp_path, monkeypatch) -> None:
+    """A worker's would lack the scenes that were found meanwhile."""
+    save, writers = WorkFolder.save, set()
+
+    def noted(work: WorkFolder, journal: Any) -> None:
+        writers.add(threading.current_thread())
+        save(work, journal)
+
+    monkeypatch.setattr(WorkFolder, "save", noted)
+    assert spread(LocalPool(model, 2), job(source, tmp_path / "out.mkv")) == [None]
+    assert writers == {threading.main_thread()}
 
 
 def test_a_run_that_is_stopped_goes_on_in_either_way(source, model, plain, whole, tmp_path) -> None:

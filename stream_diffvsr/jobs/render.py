@@ -62,8 +62,11 @@ class Renderer:
         journal: Journal,
         writer: Background,
         on_step: OnStep | None = None,
+        alone: bool = True,
     ) -> None:
+        """With others at work on the job (`alone` is False), its journal is written by the command only."""
         self.pipe, self.prepared, self.work, self.writer = pipe, prepared, work, writer
+        self.alone = alone
         self.on_step = on_step or ignore
         self.sinks = open_sinks(prepared, work.folder)
         self.journal = journal
@@ -197,7 +200,7 @@ class Renderer:
         else:  # the scene ended where its last segment did
             segment = before.pop()
             segment = replace(segment, closed=True, state=segment.state if keeps else "")
-        if self.journal != self.saved:
+        if self.alone and self.journal != self.saved:
             self.work.save(self.journal)
             self.saved = self.journal
         self.work.add(segment)

@@ -181,7 +181,7 @@ class Worker:
         journal = replace(journal, segments=usable(journal.segments))
         self.done = journal.frames
         with Background(WRITE_DEPTH) as writer:
-            renderer = Renderer(pipe, prepared, work, journal, writer, self._check)
+            renderer = Renderer(pipe, prepared, work, journal, writer, self._check, alone=False)
             try:
                 self._go_on(renderer, scene)
             finally:

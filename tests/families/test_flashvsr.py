@@ -229,7 +229,7 @@ def test_flex_attention_selects_the_same():
     selected = torch.rand(2, 2, 4) > 0.5
     selected[0, 1] = False
     found = attention._by_blocks(flex_attention, q, k, v, selected)
-    torch.testing.assert_close(found, attention._gathered(q, k, v, selected), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, attention.gathered(q, k, v, selected), atol=1e-5, rtol=0)
 
 
 # The promises
