@@ -196,7 +196,7 @@ def test_any_size_gives_exactly_four_times(guided, height, width, guidance):
     assert state.previous_hq.shape[-2:] == (4 * height, 4 * width)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 2.0])
+@pytest.mark.parametrize("guidance", [0.0, pytest.param(2.0, marks=pytest.mark.long)])
 def test_480x270_gives_1920x1080(guided, guidance):
     options = UpscaleOptions(num_inference_steps=1, guidance_scale=guidance)
     state = guided.process_frame(moving(1, 270, 480), None, options).state
