@@ -155,7 +155,7 @@ def test_waiting_for_another_run_or_another_output(pipe, tmp_path: Path) -> None
     ("codec", "settings", "remedy"),
     [
         ("h264", {"target": (17_000, 64)}, {"codec": "ffv1"}),
-        ("h265", {"target": (8, 8)}, {"target": (48, 48)}),
+        ("h265", {"target": (8, 8)}, {"target": (64, 64)}),
         ("h265", {"crf": 60}, {"crf": 30}),
     ],
 )

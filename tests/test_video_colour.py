@@ -16,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_diffvsr.errors import VideoError
+from stream_diffvsr.media import colour as colours
 from stream_diffvsr.media.codecs import choose_encoding
 from stream_diffvsr.media.colour import (
     LAYOUTS,
     LUMA_WEIGHTS,
     SITINGS,
     Colour,
+    Planes,
     downsample_chroma,
     frame_to_rgb,
     planar,
@@ -55,6 +57,18 @@ def test_there_and_back(name: str, full: bool, matrix: int) -> None:
     # Chroma that was halved is interpolated at the borders; else it is rounding, of three values.
     allowed = 4 / 2**layout.bits + (0.02 if layout.chroma_width > 1 else 0)
     assert float((back - rgb).abs().max()) <= allowed
+
+
+@pytest.mark.parametrize("siting", SITINGS)
+def test_strips_give_what_the_whole_gives(siting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, where strips meet, too."""
+    values = torch.randint(0, 256, (150, 34)).byte().numpy()
+    colour = replace(Colour(1, False, 1, 1), siting=siting)
+    chroma = values[::2, ::2].copy(), values[1::2, 1::2].copy()
+    planes = Planes((values, *chroma), (8, 8, 8), False, False, (150, 34), colour)
+    strips, _ = planes.to_rgb()
+    monkeypatch.setattr(colours, "STRIP", 1000)
+    assert torch.equal(strips, planes.to_rgb()[0])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
