@@ -146,7 +146,7 @@ def test_who_may_ask(server: Server) -> None:
     with httpx.Client(base_url=server.address) as stranger:
         refused = stranger.get("api/v1/videos")
         assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
-        for word in ("no", "", TOKEN[:-1], TOKEN + "x"):
+        for word in ("no", TOKEN[:-1], TOKEN + "x"):
             told = {"Authorization": f"Bearer {word}"}
             assert stranger.get("api/v1/videos", headers=told).status_code == 401
         page = stranger.get("")
