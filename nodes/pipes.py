@@ -22,9 +22,9 @@ class Known:
     base: Upscaler | None = None
     """The loader's pipe that a Runtime node made it of; None for a loader's own."""
     compile_mode: str | None = None
-    """In force whatever Settings say; None: they decide."""
+    """Used instead of what Settings say; None: Settings decide."""
     devices: str = ""
-    """Over which Upscale Video spreads its scenes; '': it runs where the loader put it."""
+    """Upscale Video spreads its scenes over these; '': it uses the loader's device alone."""
 
 
 _known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()

@@ -79,6 +79,19 @@ def test_a_finished_file_only_gets_its_name(source, guided, whole, tmp_path, mon
     assert not WorkFolder(task.output).folder.exists()
 
 
+def test_a_file_that_took_the_place_of_a_partial_one_is_kept(source, guided, tmp_path) -> None:
+    """Only what this job wrote itself may be replaced when it goes on."""
+    task = job(source, tmp_path / "out.mkv")
+    with contextlib.closing(run(guided, task)) as steps:
+        for _ in range(3):
+            next(steps)
+    assert task.output.is_file()
+    task.output.write_bytes(b"a user's own")
+    with pytest.raises(VideoError, match="exists: choose another"):
+        list(run(guided, task))
+    assert task.output.read_bytes() == b"a user's own"
+
+
 def test_every_scene_keeps_the_memory_plan_of_the_job(source, guided, tmp_path, monkeypatch) -> None:
     """It is chosen once: memory that is free again does not change the rest of the frames."""
     task = job(source, tmp_path / "out.mkv", state_out=tmp_path / "end.safetensors")

@@ -41,7 +41,7 @@ class SceneCut:
         return None if self.threshold is None or self.listed is not None else hsv(lq)
 
     def between(self, index: int, before: Tensor | None, now: Tensor | None) -> bool:
-        """Whether frame `index` begins a new scene, by the looks of it and of the frame before it."""
+        """Whether frame `index` begins a new scene, by what `look` gave for both frames."""
         if self.listed is not None:
             return index in self.listed
         if self.threshold is None or before is None or now is None:
@@ -123,7 +123,7 @@ STRIP = 64
 
 
 def difference(before: Tensor, now: Tensor) -> float:
-    """Mean difference of the looks of two frames: hue (0 to 179), saturation and value (0 to 255).
+    """Mean difference of two frames' hue (0 to 179), saturation and value (0 to 255), as `hsv` gives them.
 
     Whole numbers are added exactly, so that it is the same with any number of threads.
     """
