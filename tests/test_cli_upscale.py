@@ -132,6 +132,10 @@ def test_unreadable_by_a_failing_system(command, tmp_path: Path, monkeypatch) ->
         (["-o", "{folder}/in.mp4", "--overwrite"], "is the source itself"),
         (["--steps", "0"], "num_inference_steps"),
         (["--codec", "prores", "--crf", "3"], "no quality setting"),
+        (["--crf", "52"], "h264 takes a --crf from 0 to 51, got 52"),
+        (["--codec", "av1", "--crf=-1"], "av1 takes a --crf from 0 to 63"),
+        (["--scale", "1e9"], "scale as a finite number from 0.01 to 100"),
+        (["--short-edge", "99999999"], "short_edge as a whole number from 2 to 65535"),
         (["--codec", "ffv1", "-o", "{folder}/out.webm"], "cannot be written to webm"),
         (["--pix-fmt", "nonsense"], "choose from"),
         (["--target", "101x51"], "even sides"),
@@ -165,8 +169,11 @@ def test_bad_arguments(arguments: list[str], said: str, command, tmp_path: Path)
     [
         (["--start", "soon"], "no place in a video"),
         (["--target", "wide"], "no size such as 1920x1080"),
+        (["--target", "100000x64"], "sides of at most 65535"),
         (["--fps", "1/0"], "rate as FRAMES_PER_SECOND"),
         (["--fps", "0"], "rate as FRAMES_PER_SECOND"),
+        (["--fps", "1e400"], "rate as FRAMES_PER_SECOND"),
+        (["--fps", "1/1000000000000"], "rate as FRAMES_PER_SECOND"),
         (["--codec", "divx"], "invalid choice"),
     ],
 )
@@ -176,6 +183,18 @@ def test_arguments_that_cannot_be_read(
     with pytest.raises(SystemExit) as stopped:
         command(tmp_path / "in.mp4", *arguments)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["-o", "--compare", "--state-out", "--cuts-out"])
+def test_a_folder_in_the_place_of_a_file(flag: str, command, tmp_path: Path) -> None:
+    """Told before the work, and not when the file is given its name."""
+    (tmp_path / "there.mp4").mkdir()
+    source = clips.write_video(tmp_path / "in.mp4", 2)
+    code, _, error = command(source, flag, tmp_path / "there.mp4", "--overwrite")
+    assert code == 2 and "is a folder: name a file in it" in error
+    Image.fromarray(clips.picture(0)).save(tmp_path / "a.png")
+    code, _, error = command(tmp_path / "a.png", "-o", tmp_path / "there.mp4")
+    assert code == 2 and "is a folder" in error
 
 
 def test_a_read_only_output_folder(command, tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -99,6 +101,36 @@ def test_a_cmyk_jpeg_and_a_grey_one(tmp_path: Path) -> None:
     assert pictures.read(tmp_path / "b.jpg").rgb.shape == (1, 3, clips.HEIGHT, clips.WIDTH)
 
 
+def profile_of_inks(lab: list[tuple[int, int, int]]) -> bytes:
+    """An ICC profile of CMYK; `lab` are the colours of the 16 mixtures of none or all of each ink."""
+    number = lambda value: struct.pack(">i", round(value * 65536))  # noqa: E731
+    curve = bytes(range(256))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + b"".join(map(number, (1, 0, 0, 0, 1, 0, 0, 0, 1)))
+    table += 4 * curve + b"".join(map(bytes, lab)) + 3 * curve
+    table += bytes(-len(table) % 4)
+    head = bytes(4) + bytes(4) + b"\x02\x40\0\0" + b"prtrCMYKLab " + struct.pack(">6H", 2020, 1, 1, 0, 0, 0)
+    head += b"acsp" + bytes(28) + b"".join(map(number, (0.9642, 1, 0.8249))) + bytes(48)
+    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(table))
+    return struct.pack(">I", 144 + len(table)) + head[4:] + tags + table
+
+
+def test_the_profile_of_inks_is_applied(tmp_path: Path, caplog) -> None:
+    """By the profile here all inks are grey, each a quarter of the darkness."""
+    inks = profile_of_inks([(255 - 63 * bin(mixture).count("1"), 128, 128) for mixture in range(16)])
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    cyan.save(tmp_path / "plain.tif")
+    cyan.save(tmp_path / "inks.tif", icc_profile=inks)
+    cyan.save(tmp_path / "damaged.tif", icc_profile=b"none" * 40)
+    plain, grey, damaged = (
+        values(pictures.read(tmp_path / f"{name}.tif").rgb)[8, 8] for name in ("plain", "inks", "damaged")
+    )
+    assert plain[0] < 60 < plain[2] and np.array_equal(damaged, plain)
+    assert "profile" in caplog.text and "not applied" in caplog.text
+    assert np.ptp(grey) <= 2 and abs(grey.mean() - 184) < 4  # L* = 75
+    picture = pictures.read(tmp_path / "inks.tif")
+    assert "icc_profile" not in picture.profile
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation(orientation: int, tmp_path: Path) -> None:
     """Eight and sixteen bits are turned alike, as Pillow turns."""
@@ -187,6 +219,23 @@ def test_profiles_are_kept(pipe, tmp_path: Path) -> None:
     with Image.open(upscale(pipe, tmp_path / "a.png", tmp_path / "b.png")) as result:
         assert result.info["icc_profile"] == profile
         assert result.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+
+
+def test_a_folder_with_what_is_no_file(pipe, tmp_path: Path, caplog) -> None:
+    """A pipe is refused, a folder is no picture; of an animation one frame is read, which is said."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "c.png").mkdir()
+    stills = [Image.fromarray(clips.picture(index, 24, 16)) for index in range(3)]
+    stills[0].save(folder / "a.gif", save_all=True, append_images=stills[1:])
+    stills[0].save(folder / "b.png")
+    made = upscale(pipe, folder, tmp_path / "out")
+    assert sorted(file.name for file in made.iterdir()) == ["a.png", "b.png"]
+    assert "a.gif has 3 frames: only the first is read" in caplog.text
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "d.png")
+        with pytest.raises(VideoError, match="save it as a file first"):
+            upscale(pipe, folder, tmp_path / "new")
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif"])

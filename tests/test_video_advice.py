@@ -13,6 +13,7 @@ import clips
 import numpy as np
 import pytest
 from PIL import Image
+from test_video_faults import bitmaps, frames
 from test_video_sides import ONE_STEP, SIZE, seen, upscale, write
 
 from stream_diffvsr import VideoError
@@ -155,8 +156,8 @@ def test_waiting_for_another_run_or_another_output(pipe, tmp_path: Path) -> None
     ("codec", "settings", "remedy"),
     [
         ("h264", {"target": (17_000, 64)}, {"codec": "ffv1"}),
-        ("h265", {"target": (8, 8)}, {"target": (64, 64)}),
-        ("h265", {"crf": 60}, {"crf": 30}),
+        ("h265", {"target": (64, 8)}, {"target": (64, 64)}),
+        ("h265", {"target": (48, 64)}, {"target": (64, 64)}),
     ],
 )
 def test_another_setting_where_an_encoder_refuses(codec, settings, remedy, pipe, tmp_path: Path) -> None:
@@ -218,8 +219,33 @@ def test_another_folder_or_a_new_one(pipe, tmp_path: Path) -> None:
 
 
 def test_a_bitmap_subtitle_is_left_out_by_no_audio(pipe, tmp_path: Path, caplog) -> None:
-    from test_video_faults import bitmaps
-
     source = bitmaps(tmp_path)
     upscale(pipe, source, tmp_path / "b.mp4", audio=False)
     assert "left out" not in caplog.text
+
+
+def test_a_target_with_square_pixels(pipe, tmp_path: Path, caplog) -> None:
+    """AV1 has no word for the shape of pixels, and Matroska is not told it."""
+    source = clips.write_video(tmp_path / "a.mp4", 1, size=(36, 28), aspect=Fraction(4, 3))
+    upscale(pipe, source, tmp_path / "b.webm")
+    assert "b.webm will be shown as 144x112 and not as 192x112" in caplog.text
+    assert "--target 192x112 makes them square" in caplog.text
+    caplog.clear()
+    with av.open(str(upscale(pipe, source, tmp_path / "c.webm", target=(192, 112)))) as container:
+        stream = container.streams.video[0]
+        assert (stream.width, stream.height, stream.sample_aspect_ratio or 1) == (192, 112, 1)
+    upscale(pipe, source, tmp_path / "d.mkv")
+    assert "will be shown" not in caplog.text
+
+
+def test_a_source_that_was_still_being_written(pipe, tmp_path: Path, caplog) -> None:
+    whole = frames(tmp_path / "whole.ts", "mpeg2video", count=50, size=(64, 64)).read_bytes()
+    source, output = tmp_path / "a.ts", tmp_path / "b.mp4"
+    source.write_bytes(whole[: len(whole) // 2])
+    with contextlib.closing(run(pipe, VideoJob(source=source, output=output, options=ONE_STEP))) as steps:
+        for _ in steps:
+            source.write_bytes(whole)
+    assert "it was being written" in caplog.text and "do it again when it is whole" in caplog.text
+    caplog.clear()
+    assert len(clips.frames_of(upscale(pipe, source, output, overwrite=True))) == 50
+    assert "being written" not in caplog.text

@@ -398,7 +398,7 @@ FAULTS: dict[str, Fault] = {
     "colour 4:1:0": Fault(picture_only("a.avi", "ffv1", "yuv410p")),
     "colour grey of 10 bits": Fault(picture_only("a.mkv", "ffv1", "gray10le")),
     "colour one bit": Fault(picture_only("a.avi", "rawvideo", "monow")),
-    "colour jpeg in hevc": Fault(picture_only("a.mp4", "libx265", "yuvj420p")),
+    "colour jpeg in hevc": Fault(picture_only("a.mp4", "libx265", "yuvj420p", size=(64, 32))),
     "text ass to mp4": Fault(
         texts("a.mkv", "ass", ASS), beside=("mov_text",), said="is converted to mov_text"
     ),
@@ -495,9 +495,26 @@ def still(folder: Path, name: str, orientation: int = 1, **options: Any) -> Path
     return folder / name
 
 
+def flic(folder: Path) -> Path:
+    """An animation of Autodesk's: three frames of one colour each, a tenth of a second apart."""
+    made = b""
+    for number in range(3):
+        colours = struct.pack("<IHHBB", 778, 4, 1, 0, 0) + bytes([80 * number] * 768)
+        pixels = struct.pack("<IH", 6 + 256, 16) + bytes(256)
+        made += struct.pack("<IHH8x", 16 + len(colours + pixels), 0xF1FA, 2) + colours + pixels
+    head = struct.pack("<IHHHHHHI", 128 + len(made), 0xAF12, 3, 16, 16, 8, 3, 100)
+    (folder / "a.flc").write_bytes(
+        head.ljust(80, b"\0") + struct.pack("<II", 128, 128).ljust(48, b"\0") + made
+    )
+    return folder / "a.flc"
+
+
 @pytest.mark.parametrize(
     ("make", "output", "wanted"),
     [
+        (flic, "b.mp4", [0, 0.1, 0.2]),
+        # Its first bytes could be those of a TGA picture.
+        (picture_only("a.obu", "libsvtav1", size=(64, 64)), "b.mp4", [i / 25 for i in range(5)]),
         (lambda folder: animation(folder, "a.webp"), "b.mp4", [0, 0.1, 0.3]),
         (lambda folder: animation(folder, "a.png"), "b.mp4", [0, 0.1, 0.3]),
         (lambda folder: animation(folder, "a.avif"), "b.mp4", [0, 0.1, 0.3]),
@@ -520,3 +537,12 @@ def test_still_or_moving_by_content(make, output: str, wanted: Any, pipe, tmp_pa
             assert image.size == wanted and image.getexif().get(0x0112, 1) == 1
     else:
         assert [float(time) for time, _ in clips.frames_of(result)] == pytest.approx(wanted)
+
+
+def test_a_still_before_others_is_said(pipe, tmp_path: Path, caplog) -> None:
+    """A stream of JPEG pictures under the name of one."""
+    frames(tmp_path / "a.mjpeg", "mjpeg", "yuvj420p").rename(tmp_path / "a.jpg")
+    upscale(pipe, tmp_path / "a.jpg", tmp_path / "b.jpg")
+    assert "more JPEG pictures behind the first" in caplog.text
+    (tmp_path / "a.jpg").rename(tmp_path / "a.mjpeg")
+    assert len(clips.frames_of(upscale(pipe, tmp_path / "a.mjpeg", tmp_path / "b.mp4"))) == 5

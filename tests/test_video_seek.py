@@ -52,10 +52,14 @@ CASES = {
     "vfr mkv": Case("in.mkv", {"options": X264, "times": UNEVEN}),
     "late start": Case(make={"options": X264, "times": [64000 + 512 * i for i in range(FRAMES)]}),
     "rotated": Case(make={"options": X264, "rotation": 90}),
-    "h265": Case(make={"codec": "libx265", "options": X265}),
+    "h265": Case(make={"codec": "libx265", "options": X265, "size": (64, 48)}),
     "h265 open": Case(
         "in.mkv",
-        {"codec": "libx265", "options": {"x265-params": f"{GOP}:open-gop=1:log-level=error"}},
+        {
+            "codec": "libx265",
+            "options": {"x265-params": f"{GOP}:open-gop=1:log-level=error"},
+            "size": (64, 48),
+        },
     ),
     # In a stream without an index, seeking goes back by seconds.
     "ts": Case("in.ts", {"frames": 120, "options": X264}, starts=False),

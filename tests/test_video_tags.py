@@ -42,6 +42,7 @@ def hdr(tmp_path_factory) -> Path:
     return clips.write_video(
         tmp_path_factory.mktemp("hdr") / "in.mp4",
         4,
+        size=(64, 48),
         codec="libx265",
         pix_fmt="yuv420p10le",
         colour=(9, 1, 9, 16),
@@ -215,15 +216,37 @@ def test_the_time_code_is_kept(pipe, tmp_path: Path, caplog) -> None:
     with av.open(str(tmp_path / "a.mov"), "w") as out:
         stream = out.add_stream("libx264", rate=25)
         stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        stream.metadata["timecode"] = "01:00:00:00"
-        for index in range(3):
+        stream.metadata["timecode"] = "01:00:00:23"
+        for index in range(4):
             frame = av.VideoFrame.from_ndarray(clips.picture(index, 32, 32), format="rgb24")
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
-    with av.open(str(upscale(pipe, tmp_path / "a.mov", tmp_path / "b.mov"))) as container:
-        assert container.streams.video[0].metadata["timecode"] == "01:00:00:00"
-    upscale(pipe, tmp_path / "a.mov", tmp_path / "c.mov", start=1)
-    assert "the time code is left out" in caplog.text
+    for start, code in ((0, "01:00:00:23"), (2, "01:00:01:00"), ("0.12s", "01:00:01:01")):
+        output = upscale(pipe, tmp_path / "a.mov", tmp_path / f"{start}.mov", start=start)
+        with av.open(str(output)) as container:
+            assert container.streams.video[0].metadata["timecode"] == code
+    assert "time code" not in caplog.text
+
+
+@pytest.mark.parametrize("rate", [Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(60000, 1001)])
+def test_time_codes_of_later_frames(rate: Fraction) -> None:
+    """Counted one by one, from before midnight: with dropped numbers where the rate is 29.97 or 59.94."""
+    from stream_diffvsr.media.tracks import later_time_code, with_later_time_code
+
+    second = round(rate)
+    drop, mark = (second // 15, ";") if rate.denominator > 1 else (0, ":")
+    codes = [
+        f"{hour:02}:{minute:02}:{s:02}{mark}{number:02}"
+        for hour, minute in [(23, minute) for minute in range(48, 60)] + [(0, minute) for minute in range(12)]
+        for s in range(60)
+        for number in range(0 if s or minute % 10 == 0 else drop, second)
+    ]
+    for number in [*range(0, len(codes), 7), *range(60 * second - 99, 60 * second + 99)]:
+        assert later_time_code(codes[0], number, rate) == codes[number]
+        assert later_time_code(codes[99], number - 99, rate) == codes[number]
+    words = {"TIMECODE": codes[0], "title": "a"}
+    assert with_later_time_code(words, Fraction(0), rate) == words
+    assert with_later_time_code({"timecode": "soon", "title": "a"}, Fraction(1), rate) == {"title": "a"}
 
 
 def test_the_shape_shown_stays_at_any_size(pipe, tmp_path: Path) -> None:

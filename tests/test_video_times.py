@@ -91,9 +91,9 @@ def test_h264_in_avi_is_shown_in_the_order_of_its_frames(pipe, tmp_path: Path, c
 def test_raw_streams_have_the_rate_that_they_name(name, codec, rate, pipe, tmp_path: Path, caplog) -> None:
     with av.open(str(tmp_path / name), "w") as out:
         video = out.add_stream(codec, rate=rate)
-        video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
+        video.width, video.height, video.pix_fmt = 64, 32, "yuv420p"
         for index in range(6):
-            out.mux(video.encode(av.VideoFrame.from_ndarray(clips.picture(index, 32, 32), format="rgb24")))
+            out.mux(video.encode(av.VideoFrame.from_ndarray(clips.picture(index, 64, 32), format="rgb24")))
         out.mux(video.encode(None))
     assert VideoSource(tmp_path / name).info.rate == rate
     result = upscale(pipe, tmp_path / name, tmp_path / "out.mp4")

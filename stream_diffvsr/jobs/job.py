@@ -23,21 +23,25 @@ from ..upscaler import Info, State
 
 SIZE = "size of the output"
 """Title of the flags that set it."""
+SLOWEST, FASTEST = Fraction(1, 1000), 1000
+"""Frames per second of a folder of pictures."""
+MOST = 65535
+"""Pixels of a side, which is what picture formats can say."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
     """`1920x1080` -> width and height."""
     width, _, height = text.partition("x")
-    if not (width.isdecimal() and height.isdecimal()):
-        raise VideoError(f"{text!r} is no size such as 1920x1080.")
+    if not (width.isdecimal() and height.isdecimal() and max(int(width), int(height)) <= MOST):
+        raise VideoError(f"{text!r} is no size such as 1920x1080, of sides of at most {MOST}.")
     return int(width), int(height)
 
 
 def parse_rate(text: str) -> Fraction:
     """`25`, `29.97` or `30000/1001` frames per second; raises `ValueError` or `ArithmeticError`."""
-    rate = Fraction(text)
-    if rate <= 0:
-        raise ValueError(f"no positive rate: {text}")
+    rate = Fraction(text).limit_denominator(100_000)
+    if not SLOWEST <= rate <= FASTEST:
+        raise ValueError(f"no rate from {SLOWEST} to {FASTEST}: {text}")
     return rate
 
 
@@ -85,7 +89,7 @@ class VideoJob:
     )
     rate: Fraction | None = option(
         None,
-        "Frames per second of a folder of pictures.",
+        "Frames per second of a folder of pictures, from 1/1000 to 1000.",
         parse=parse_rate,
         flag="fps",
         group="input",
@@ -110,10 +114,10 @@ class VideoJob:
     )
     """Width and height of the output; at most one of target, short_edge and scale."""
     short_edge: int | None = option(
-        None, "Pixels of the shorter side.", kind=int, low=2, group=SIZE, metavar="N"
+        None, "Pixels of the shorter side.", kind=int, low=2, high=MOST, group=SIZE, metavar="N"
     )
     scale: float | None = option(
-        None, "Multiple of the input's size.", kind=float, low=0.01, group=SIZE, metavar="FACTOR"
+        None, "Multiple of the input's size.", kind=float, low=0.01, high=100, group=SIZE, metavar="FACTOR"
     )
     colour_fix: str = option(
         "model",

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import VideoError
 from ..files import sync_folder
+from ..media.containers import open_container
 from ..media.join import Part, join
 from ..media.pictures import Picture
 from ..media.read import VideoSource
@@ -64,8 +65,27 @@ class Output:
                 sink.abort()
             part = Part(file, 1, size, 0, self.prepared.step, depth, file, depth)
             self._join(name, (part,), Window(shift=self._shift(Fraction(0))))
+            self._check_shape(name)
             (self.folder / file).unlink()
             self.joined(name).unlink()
+
+    def _check_shape(self, name: str) -> None:
+        """Say where the joined file does not tell the shape of its pixels.
+
+        PyAV has no way to tell it to Matroska, so it must be in the encoder's own stream.
+        """
+        encoding = self.prepared.videos[name][1]
+        width, height = encoding.width, encoding.height
+        with open_container(self.joined(name)) as container:
+            told = container.streams.video[0].sample_aspect_ratio or 1
+        wanted = round(width * (encoding.aspect or 1))
+        if abs(wanted - width * told) >= 1:
+            log.warning(
+                "%s will be shown as %dx%d and not as %dx%d: with %s it cannot say that its pixels are not "
+                "square; --target %dx%d makes them square",
+                *(self.videos[name].name, round(width * told), height, wanted, height),
+                *(encoding.codec, wanted + wanted % 2, height),
+            )
 
     def join(self, parts: Sequence[Part], finished: bool) -> int:
         """Put segments together; returns the size of the file, 0 of pictures."""

@@ -115,6 +115,8 @@ def check_paths(job: VideoJob) -> None:
         check_folder(path)
         if path.resolve() in [other.resolve() for other in paths[:number]]:
             raise VideoError(f"{path} is named for two outputs: give each a name of its own.")
+        if path.is_dir() and (number or container_of(path) is not None or one_picture(job.source)):
+            raise VideoError(f"{path} is a folder: name a file in it.")
         if number and path.exists() and not (begun or job.overwrite):
             raise VideoError(f"{path} exists: choose another name, or give --overwrite.")
         if path.resolve() == job.source.resolve():
@@ -124,13 +126,18 @@ def check_paths(job: VideoJob) -> None:
     # A folder may have a dot in its name, but not look like a file that is not written here.
     folder = job.output.is_dir() or (job.source.is_dir() and not known_suffix(job.output.suffix))
     if job.output.suffix and container_of(job.output) is None and not folder:
-        single = job.source.is_file() and pictures.is_picture(job.source)
+        single = one_picture(job.source)
         known = pictures.WRITABLE if single else CONTAINERS
         if job.output.suffix.lower() not in known:
             raise VideoError(
                 f"{job.output.name} names no format that can be written here: use {', '.join(known)}"
                 f"{'' if single else ', or a folder name for pictures'}."
             )
+
+
+def one_picture(source: Path) -> bool:
+    """Whether a source is a file with a picture."""
+    return source.is_file() and pictures.is_picture(source)
 
 
 def known_suffix(suffix: str) -> bool:
@@ -145,7 +152,7 @@ def known_suffix(suffix: str) -> bool:
 
 def open_job_source(job: VideoJob) -> Source:
     """The source of a job; a single picture is a folder of one."""
-    if job.source.is_file() and pictures.is_picture(job.source):
+    if one_picture(job.source):
         return FolderSource(job.source, job.rate or Fraction(1))
     source = open_source(job.source, job.stream, job.rate)
     if isinstance(source, VideoSource) and job.start != 0:
@@ -215,12 +222,18 @@ def check_sizes(job: VideoJob, source: FolderSource) -> None:
 
 def identity(source: Path) -> dict[str, Any]:
     """What a source is, wherever it lies: its size and a fingerprint of its bytes."""
-    files = pictures.list_folder(source) if source.is_dir() else [source]
-    return {
-        "files": len(files),
-        "size": sum(file.stat().st_size for file in files),
-        "content": fingerprint(files),
-    }
+    files = source_files(source)
+    return {"files": len(files), "size": size_of(source), "content": fingerprint(files)}
+
+
+def source_files(source: Path) -> list[Path]:
+    """The pictures of a folder, or the file itself."""
+    return pictures.list_folder(source) if source.is_dir() else [source]
+
+
+def size_of(source: Path) -> int:
+    """Bytes of a source."""
+    return sum(file.stat().st_size for file in source_files(source))
 
 
 def settings(model: Model, prepared: Prepared) -> dict[str, Any]:

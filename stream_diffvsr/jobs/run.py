@@ -29,7 +29,7 @@ from .job import JobProgress, VideoJob
 from .journal import Journal, Segment, WorkFolder, continue_from, usable
 from .output import Output
 from .overlap import Background, prefetch
-from .prepare import Model, Prepared, identity, open_sinks, prepare, settings, versions
+from .prepare import Model, Prepared, identity, open_sinks, prepare, settings, size_of, versions
 from .render import Made, Renderer, load_state
 
 __all__ = ["JobProgress", "VideoJob", "prepare", "run"]
@@ -175,6 +175,13 @@ class Run:
         for what, count in self.prepared.source.notes.items():
             if count:
                 log.warning("%s: %d %s", self.job.source, count, what)
+        with contextlib.suppress(OSError, VideoError):
+            if (now := size_of(self.job.source)) != (before := self.journal.source["size"]):
+                log.warning(
+                    "%s had %d bytes at first and has %d now: it was being written, so the output may lack "
+                    "what came later; do it again when it is whole",
+                    *(self.job.source, before, now),
+                )
 
 
 class _Here(Run):

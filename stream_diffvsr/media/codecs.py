@@ -30,11 +30,14 @@ class Codec:
     crf: int | None = None
     """Default quality; None: there is no such setting."""
     crf_names: tuple[str, ...] = ("crf",)
+    crf_most: int = 51
     crf_unit: int = 1
     """What one step of quality is in the encoder's own numbers."""
     options: Mapping[str, str] = field(default_factory=dict)
     native: Mapping[str, str] = field(default_factory=dict)
     """Pixel format -> the same values in the order that the encoder takes."""
+    narrowest: int = 1
+    """Width of a frame from which on the encoder works."""
     sitings: tuple[str, ...] = ("left",)
     """Where the chroma samples of 4:2:0 may sit, the first where the source's place is none of them."""
 
@@ -58,12 +61,15 @@ CODECS = {
         YUV8 + YUV10 + YUV12,
         18,
         options={"x265-params": "log-level=error"},
+        # At 48 and less it writes beyond its memory, and ends the process sooner or later.
+        narrowest=64,
         sitings=tuple(SITINGS),
     ),
     "av1": Codec(
         "libsvtav1",
         ("yuv420p", "yuv420p10le"),
         24,
+        crf_most=63,
         options={"preset": "6"},
         sitings=("left", "topleft"),
     ),
@@ -76,7 +82,9 @@ CODECS = {
     "hevc_nvenc": Codec(
         "hevc_nvenc", ("yuv420p", "yuv444p", "yuv420p10le"), 18, ("qp",), options=NVENC, native=SHUFFLED
     ),
-    "av1_nvenc": Codec("av1_nvenc", ("yuv420p", "yuv420p10le"), 90, ("qp",), options=NVENC, native=SHUFFLED),
+    "av1_nvenc": Codec(
+        "av1_nvenc", ("yuv420p", "yuv420p10le"), 90, ("qp",), 255, options=NVENC, native=SHUFFLED
+    ),
     "h264_qsv": Codec("h264_qsv", ("yuv420p",), 18, ("global_quality",), native=SHUFFLED),
     "hevc_qsv": Codec("hevc_qsv", ("yuv420p", "yuv420p10le"), 18, ("global_quality",), native=SHUFFLED),
     "av1_qsv": Codec("av1_qsv", ("yuv420p", "yuv420p10le"), 24, ("global_quality",), native=SHUFFLED),
@@ -85,10 +93,10 @@ CODECS = {
         "hevc_amf", ("yuv420p", "yuv420p10le"), 18, ("qp_i", "qp_p"), options=AMF, native=SHUFFLED
     ),
     "h264_videotoolbox": Codec(
-        "h264_videotoolbox", ("yuv420p",), 65, ("global_quality",), LAMBDA, APPLE, SHUFFLED
+        "h264_videotoolbox", ("yuv420p",), 65, ("global_quality",), 100, LAMBDA, APPLE, SHUFFLED
     ),
     "hevc_videotoolbox": Codec(
-        "hevc_videotoolbox", ("yuv420p", "yuv420p10le"), 65, ("global_quality",), LAMBDA, APPLE, SHUFFLED
+        "hevc_videotoolbox", ("yuv420p", "yuv420p10le"), 65, ("global_quality",), 100, LAMBDA, APPLE, SHUFFLED
     ),
 }
 """`--codec` -> encoder."""
@@ -197,6 +205,8 @@ def encoder_options(codec: str, crf: int | None, info: SourceInfo) -> dict[str, 
     options = dict(spec.options)
     if crf is not None and spec.crf is None:
         raise VideoError(f"{codec} has no quality setting: leave --crf away.")
+    if crf is not None and not 0 <= crf <= spec.crf_most:
+        raise VideoError(f"{codec} takes a --crf from 0 to {spec.crf_most}, got {crf}.")
     if spec.crf is not None:
         quality = str(spec.crf_unit * (spec.crf if crf is None else crf))
         options |= dict.fromkeys(spec.crf_names, quality)
@@ -265,14 +275,17 @@ def check_encoder(encoding: Encoding, container: str) -> None:
     import av
 
     check_opens(encoding.codec)
+    refused = (
+        f"{encoding.codec} does not encode {encoding.width}x{encoding.height} as {encoding.pix_fmt} with "
+        "these settings ({}): choose another --codec, --target, --pix-fmt or --crf."
+    )
+    if encoding.width < (narrowest := CODECS[encoding.codec].narrowest):
+        raise VideoError(refused.format(f"its frames are at least {narrowest} wide"))
     try:
         with av.open(io.BytesIO(), "w", format=container) as out:
             open_encoder(out, encoding).codec_context.open()
     except av.FFmpegError as error:
-        raise VideoError(
-            f"{encoding.codec} does not encode {encoding.width}x{encoding.height} as {encoding.pix_fmt} with "
-            f"these settings ({error.strerror}): choose another --codec, --target, --pix-fmt or --crf."
-        ) from error
+        raise VideoError(refused.format(error.strerror)) from error
     except ValueError as error:
         raise VideoError(
             f"{encoding.codec} cannot be written to {container} ({error}): choose another --codec or suffix."

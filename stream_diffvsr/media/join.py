@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import logging
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,16 @@ from ..files import sync_file
 from .codecs import Encoding
 from .containers import open_container
 from .sides import Side, side_packets
-from .tracks import MP4_WORDS, Window, copy_attachments, copy_chapters, copy_covers, kept_words
+from .tracks import (
+    MP4_WORDS,
+    Window,
+    copy_attachments,
+    copy_chapters,
+    copy_covers,
+    kept_words,
+    with_later_time_code,
+)
 from .ways import refusals
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,9 @@ def join(
 
     with refusals(), ExitStack() as stack:
         original = None if source is None else stack.enter_context(open_container(source))
+        skipped = seconds_before(original, stream, window)
         tags = {} if original is None or not words else kept_words(original.metadata)
-        tags.update(metadata)
+        tags = with_later_time_code(tags, skipped, encoding.rate) | dict(metadata)
         others = sorted(tags.keys() - MP4_WORDS) if container_format in ("mp4", "mov") else []
         options = {}
         if container_format in ("mp4", "mov"):
@@ -82,7 +89,7 @@ def join(
         out.metadata.update(tags)
         if source is not None and original is not None:
             if words and stream is not None:
-                keep_words_of_video(video, original.streams[stream], window)
+                keep_words_of_video(video, original.streams[stream], skipped, encoding.rate)
             found = (side_packets(out, original, side, window) for side in sides)
             streams += [packets for packets in found if packets is not None]
             if words:
@@ -93,14 +100,19 @@ def join(
     sync_file(target)
 
 
-def keep_words_of_video(video: Any, original: Any, window: Window) -> None:
-    """Title, language, time code and flags of the picture's stream."""
-    words = kept_words(original.metadata)
+def seconds_before(original: Any, stream: int | None, window: Window) -> Fraction:
+    """Seconds of the picture that lie before the window."""
+    if original is None or stream is None or not math.isfinite(window.low):
+        return Fraction(0)
+    video = original.streams[stream]
+    return window.shift - (video.start_time or 0) * video.time_base
+
+
+def keep_words_of_video(video: Any, original: Any, skipped: Fraction, rate: Fraction) -> None:
+    """Title, language, time code and flags of a picture that begins `skipped` seconds in."""
+    words = with_later_time_code(kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
         del words[key]
-    if "timecode" in words and math.isfinite(window.low):
-        log.warning("the time code is left out: it is that of the first frame, not of --start")
-        del words["timecode"]
     video.metadata.update(words)
     video.disposition = original.disposition.value
 

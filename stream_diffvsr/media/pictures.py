@@ -5,10 +5,12 @@ Pillow does the work; PyAV where Pillow would cut 16 bits to 8.
 
 from __future__ import annotations
 
+import io
 import logging
 import mmap
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,7 +25,7 @@ from torch import Tensor
 from ..errors import VideoError
 from ..files import atomic
 from .colour import Colour, frame_to_rgb
-from .containers import open_container
+from .containers import check_readable, open_container
 from .streams import upright
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,10 @@ PROFILE_WORDS = {
     "text": "its texts, which only .png holds",
 }
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
+VIDEOS = {"MPEG", "FLI"}
+"""Formats of Pillow's that are videos."""
+TGA_SUFFIXES = (".tga", ".icb", ".vda", ".vst")
+"""TGA is known by its name alone: its first bytes are also those of some streams of video."""
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 """What a HEIC file calls itself in its first bytes."""
 DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, struct.error)
@@ -73,9 +79,18 @@ class Picture:
 
 def list_folder(folder: Path) -> list[Path]:
     """The pictures of a folder in natural order: frame2 before frame10. Raises `VideoError`."""
-    files = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+    named = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
+    files = [f for f in named if not f.is_dir()]
+    for file in files:
+        if not file.is_file():
+            check_readable(file)
     if not files:
         raise VideoError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).")
+    return sorted(files, key=lambda file: natural_key(file.name))
+
+
+def say_left_out(folder: Path) -> None:
+    """Name the kinds of files in a folder that are not among its pictures."""
     others = {
         f.suffix.lower() or f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")
     }
@@ -83,7 +98,6 @@ def list_folder(folder: Path) -> list[Path]:
         log.warning(
             "files of %s in %s are left out: they are not read as pictures", ", ".join(left_out), folder
         )
-    return sorted(files, key=lambda file: natural_key(file.name))
 
 
 def writable_name(name: str) -> str:
@@ -113,8 +127,13 @@ def open_picture(path: Path) -> Any:
                 "save it as JPEG."
             ) from error
         register_heif_opener()
+    Image.init()
+    others = VIDEOS if path.suffix.lower() in TGA_SUFFIXES else VIDEOS | {"TGA"}
     try:
-        return Image.open(path)
+        with warnings.catch_warnings():
+            # Up to twice as many pixels as Pillow likes are read here.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            return Image.open(path, formats=sorted(set(Image.ID) - others))
     except Image.DecompressionBombError as error:
         raise VideoError(
             f"{path} has more pixels than are read in one picture ({2 * (Image.MAX_IMAGE_PIXELS or 0):,}): "
@@ -126,8 +145,7 @@ def is_picture(path: Path) -> bool:
     """Whether a file is a still picture, by its content; of several pages the first is meant."""
     try:
         with open_picture(path) as image:
-            # Pillow knows an MPEG stream by its first bytes, and cannot read it.
-            if image.format == "MPEG" or _animated(image):
+            if _animated(image):
                 return False
             return image.format != "JPEG" or path.suffix.lower() in SUFFIXES or not _goes_on(path)
     except DAMAGE:
@@ -174,8 +192,11 @@ def read(path: Path) -> Picture:
 
     try:
         with open_picture(path) as image:
-            if image.format == "TIFF" and (pages := getattr(image, "n_frames", 1)) > 1:
-                log.warning("%s has %d pages: only the first is read", path, pages)
+            if image.format in ("TIFF", *ANIMATED) and (count := getattr(image, "n_frames", 1)) > 1:
+                kind = "pages" if image.format == "TIFF" else "frames"
+                log.warning("%s has %d %s: only the first is read", path, count, kind)
+            if image.format == "JPEG" and _goes_on(path):
+                log.warning("%s holds more JPEG pictures behind the first, which alone is read", path)
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
             image.load()
@@ -235,7 +256,23 @@ def from_pillow(image: Any) -> Picture:
     if image.has_transparency_data:
         pixels = _tensor(image.convert("RGBA"))
         return Picture(pixels[:, :3].contiguous(), pixels[:, 3:].contiguous(), 8, profile)
-    return Picture(_tensor(image.convert("RGB")), None, 8, profile)
+    return Picture(_tensor(_in_rgb(image)), None, 8, profile)
+
+
+def _in_rgb(image: Any) -> Any:
+    """The picture as RGB: in sRGB by its own profile where it has one of inks, grey or Lab."""
+    icc = image.info.get("icc_profile")
+    if not icc or image.mode not in ("CMYK", "L", "LAB"):
+        return image.convert("RGB")
+    from PIL import ImageCms
+
+    try:
+        return ImageCms.profileToProfile(
+            image, io.BytesIO(icc), ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
+    except (ImageCms.PyCMSError, *DAMAGE) as error:
+        log.warning("the colour profile of a picture is not applied: %s", error)
+        return image.convert("RGB")
 
 
 def _profile(image: Any) -> dict[str, Any]:

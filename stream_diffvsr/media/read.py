@@ -359,7 +359,10 @@ class FolderSource:
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path = path
         self.notes: Counter[str] = Counter()
-        self.files = pictures.list_folder(path) if path.is_dir() else [path]
+        self.files = [path]
+        if path.is_dir():
+            self.files = pictures.list_folder(path)
+            pictures.say_left_out(path)
         first = pictures.read(self.files[0])
         height, width = first.rgb.shape[-2:]
         self.info = SourceInfo(

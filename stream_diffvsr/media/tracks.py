@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -50,6 +51,34 @@ class Window:
 def kept_words(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata that still holds in another container."""
     return {key: value for key, value in metadata.items() if key.lower() not in CONTAINER_KEYS}
+
+
+def with_later_time_code(words: dict[str, str], skipped: Fraction, rate: Fraction) -> dict[str, str]:
+    """Words whose time code is that of a frame so many seconds later; one that cannot be read is left out."""
+    moved = dict(words)
+    for key in [key for key in words if key.lower() == "timecode" and skipped]:
+        try:
+            moved[key] = later_time_code(words[key], round(skipped * rate), rate)
+        except ValueError:
+            log.warning("the time code %r is left out: it is that of the first frame", moved.pop(key))
+    return moved
+
+
+def later_time_code(code: str, frames: int, rate: Fraction) -> str:
+    """`01:00:00:00` so many frames later. Raises `ValueError` where it is no time code.
+
+    Where a semicolon says so, two frames of every 30 a second have no number at the begin of each minute,
+    but for every tenth.
+    """
+    hours, minutes, seconds, number = (int(text) for text in re.split("[:;.]", code))
+    second, minute = round(rate), 60 * hours + minutes
+    drop = second // 15 if code[-3:-2] in (";", ".") else 0
+    counted = (60 * minute + seconds) * second + number - drop * (minute - minute // 10) + frames
+    tens, rest = divmod(counted, 600 * second - 9 * drop)
+    named = counted + 9 * drop * tens + drop * max(0, (rest - drop) // (60 * second - drop))
+    whole, number = divmod(named, second)
+    whole %= 24 * 3600
+    return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{':;'[drop > 0]}{number:02}"
 
 
 def copy_chapters(out: Any, original: Any, window: Window) -> None:
