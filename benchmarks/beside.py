@@ -56,10 +56,10 @@ def child(args: argparse.Namespace) -> None:
     """Answer every line with a frame."""
     import torch
 
-    from stream_diffvsr.bench.networks import open_model
+    from stream_diffvsr.bench.networks import open_measured
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    pipe = open_model(args.model, "cpu", "float32", "auto")
+    pipe = open_measured(args.model, "cpu", "float32", "auto")
     if args.runtime != "torch":
         from stream_diffvsr.families.diffvsr.fastest import with_runtime
 

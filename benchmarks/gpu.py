@@ -27,8 +27,8 @@ import torch
 from table import table
 
 from stream_diffvsr import StreamDiffVSRPipeline, UpscaleOptions, load_pipeline
-from stream_diffvsr.bench.measure import limits, measure, measure_sequence
-from stream_diffvsr.bench.networks import open_model, plain
+from stream_diffvsr.bench.measure import best_rates, measure, measure_sequence
+from stream_diffvsr.bench.networks import open_measured, reference_way
 from stream_diffvsr.cli.bench import environment
 from stream_diffvsr.families.diffvsr.fastest import with_runtime
 from stream_diffvsr.memory import release_caches
@@ -101,7 +101,7 @@ CASES = (
 def opened(case: Case, args: argparse.Namespace) -> Any:
     """The model of a case, not yet as it is to be run."""
     if args.size == "real":
-        return open_model(REAL[case.family], args.device, case.dtype, "auto", case.attention)
+        return open_measured(REAL[case.family], args.device, case.dtype, "auto", case.attention)
     own = {"diffvsr": {"flow": "none"}, "flashvsr": {"version": "v1.1"}, "swiftvr": {}}[case.family]
     settings = {"device": args.device, "dtype": case.dtype, "attention": case.attention}
     return load_pipeline(TINY[case.family], **settings, **own)
@@ -110,7 +110,7 @@ def opened(case: Case, args: argparse.Namespace) -> Any:
 def report(case: Case, args: argparse.Namespace, best: dict[str, float]) -> dict[str, Any]:
     """What `stream-diffvsr bench --json` would say of a case."""
     tiny, model = args.size == "tiny", opened(case, args)
-    other = plain(model) if case.against_plain else None
+    other = reference_way(model) if case.against_plain else None
     if case.quantize != "none":
         model.quantize(case.quantize)
     if case.runtime != "torch":
@@ -194,7 +194,7 @@ def answer(args: argparse.Namespace) -> None:
         log.info("%s ...", case)
         try:
             if case.dtype not in best:
-                best[case.dtype] = limits(torch.device(args.device), getattr(torch, case.dtype))
+                best[case.dtype] = best_rates(torch.device(args.device), getattr(torch, case.dtype))
             made: dict[str, Any] | str = report(case, args, best[case.dtype])
         except Exception as error:  # each case stands by itself
             made = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"

@@ -112,12 +112,11 @@ def write_network(folder: Path, name: str, config: dict[str, Any], dtype: str) -
     import torch
     from safetensors.torch import save_file
 
-    from stream_diffvsr.families.diffvsr.build import build
-    from stream_diffvsr.families.diffvsr.parts import STEMS, Part
+    from stream_diffvsr.families.diffvsr.components import STEMS, Component, build
     from stream_diffvsr.weights.networks import shapes_of
 
     write_json(folder / "config.json", config)
-    shapes = shapes_of(build(Part(name, config, folder / "config.json", folder, ())))
+    shapes = shapes_of(build(Component(name, config, folder / "config.json", folder, ())))
     generator = torch.Generator().manual_seed(0)
     # Small values: nothing overflows in float16, whatever the text encoder makes of them.
     weights = {

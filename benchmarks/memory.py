@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torchvision  # noqa: F401
 
     from stream_diffvsr import UpscaleOptions
-    from stream_diffvsr.bench.networks import open_model
+    from stream_diffvsr.bench.networks import open_measured
     from stream_diffvsr.families.diffvsr.plan import Plan
 
     width, height = (int(side) for side in args.sizes[0].split("x"))
@@ -90,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         torch.rand(1, 3, height // 8 + 3, width // 8 + 3), size=(height, width + 2), mode="bicubic"
     )
     with peak_memory(args.device) as found:
-        pipe = open_model(args.model, args.device, args.dtype, args.flow)
+        pipe = open_measured(args.model, args.device, args.dtype, args.flow)
         state = pipe.process_frame(picture[..., :width].contiguous(), None, options).state
         begin = time.perf_counter()
         state = pipe.process_frame(picture[..., 2:].contiguous(), state, options).state

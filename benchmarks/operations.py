@@ -22,10 +22,10 @@ from spandrel.architectures.ESRGAN import ESRGAN
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from stream_diffvsr.families.diffvsr.components import NETWORKS, SCHEDULER_CONFIG, open_component
 from stream_diffvsr.families.diffvsr.denoise import Schedule, denoise, latent_tiles
 from stream_diffvsr.families.diffvsr.networks import Guidance, TorchCalls
 from stream_diffvsr.families.diffvsr.options import UpscaleOptions
-from stream_diffvsr.families.diffvsr.parts import NETWORKS, SCHEDULER_CONFIG, open_part
 from stream_diffvsr.families.diffvsr.plan import Plan
 from stream_diffvsr.families.diffvsr.released import CONFIGS, untrained_flow, without_weights
 from stream_diffvsr.families.flashvsr import checkpoint as flashvsr
@@ -42,7 +42,7 @@ from stream_diffvsr.flow.open import open_bundled
 from stream_diffvsr.load import estimate_memory
 from stream_diffvsr.memory import on_meta
 from stream_diffvsr.tensors import SCALE, padded_size
-from stream_diffvsr.upscaler import FixedPlacement, ignore
+from stream_diffvsr.upscaler import FixedPlacement, ignore_progress
 from stream_diffvsr.weights.folders import NANO
 
 SIZES = {"1280x720": (180, 320), "1920x1080": (270, 480), "2560x1440": (360, 640)}
@@ -81,7 +81,12 @@ def diffvsr(configs: dict[str, dict[str, Any]], flow: str, steps: int, model: st
 
         def frame() -> None:
             calls.flow(lq[..., :height, :width], lq[..., :height, :width], 1.0)
-            given = {"prompts": [prompt], "schedule": schedule, "options": options, "on_step": ignore}
+            given = {
+                "prompts": [prompt],
+                "schedule": schedule,
+                "options": options,
+                "on_step": ignore_progress,
+            }
             tiles = latent_tiles(*padded, None, 0)
             denoise(calls, latents, lq, Guidance(calls.embed(warped)), tiles=tiles, **given)
             calls.decode(latents, calls.features(warped), None)
@@ -102,7 +107,7 @@ def chunks(model: Any, beside: Callable[[int, int], float]) -> Row:
             """The operations, the frames, and the memory after them."""
             frames = [torch.empty(1, 3, height, width, device=META)] * model.whole(memory, options)
             with FlopCounterMode(display=False) as counter:
-                hq, after = model.chunk(frames, memory, options, ignore)
+                hq, after = model.chunk(frames, memory, options, ignore_progress)
             return counter.get_total_flops(), len(hq), after
 
         *_, memory = chunk(model.Memory())
@@ -161,14 +166,14 @@ def image_row(network: nn.Module) -> Row:
 
     def row(height: int, width: int) -> tuple[float, float]:
         frame = torch.empty(1, 3, height, width, device=META)
-        operations = counted(lambda: whole.upscale(frame, None, 0, ignore))
+        operations = counted(lambda: whole.upscale(frame, None, 0, ignore_progress))
         return operations, model.bytes_needed((height, width)) + weights(model.networks)
 
     return row
 
 
 def main() -> None:
-    nano = {name: dict(open_part(NANO, name).config) for name in NETWORKS}
+    nano = {name: dict(open_component(NANO, name).config) for name in NETWORKS}
     nano["scheduler"] = read_json(NANO / SCHEDULER_CONFIG)
     rows = {
         "Stream-DiffVSR nano, 1 step": diffvsr(nano, "bundled", 1, "nano"),

@@ -20,7 +20,7 @@ HEADER = 1 << 16
 """A saved state names its format in so many bytes."""
 
 
-def identity(path: Path) -> str:
+def file_stamp(path: Path) -> str:
     """What changes when a file, or one right in a folder, is edited or replaced."""
     try:
         inside = sorted(map(_stamp, path.iterdir())) if path.is_dir() else []
@@ -55,12 +55,12 @@ _lost: Counter[str | None] = Counter()
 """The file that a node made last, and how often one was gone when the node was queued again."""
 
 
-def made(node_id: str | None, path: Path) -> None:
+def remember_made(node_id: str | None, path: Path) -> None:
     """Remember what a node made."""
     _made[node_id] = path
 
 
-def lost(node_id: str | None) -> str:
+def lost_stamp(node_id: str | None) -> str:
     """For IS_CHANGED: changes once the file that a node made is gone, so that it is made again."""
     path = _made.get(node_id)
     if path is not None and not path.exists():
@@ -98,11 +98,11 @@ def saved_states() -> list[str]:
     for kind in ("output", "input"):
         root = host.folder(kind)
         files = [file for file in root.rglob("*" + STATE_SUFFIX) if is_state(file)]
-        found += [(file.stat().st_mtime, entry(file, root, kind)) for file in files]
+        found += [(file.stat().st_mtime, listed_name(file, root, kind)) for file in files]
     return [name for _, name in sorted(found, reverse=True)]
 
 
-def entry(file: PurePath, root: PurePath, kind: str) -> str:
+def listed_name(file: PurePath, root: PurePath, kind: str) -> str:
     """How a file of a folder is shown and kept in workflows: with / on every system."""
     return f"{file.relative_to(root).as_posix()} [{kind}]"
 

@@ -35,7 +35,7 @@ STEP_WORDS = {"denoise": "step"}
 MODEL_KEY = "streamdiffvsr"
 
 
-def comfy(module: str) -> Any:
+def comfy_module(module: str) -> Any:
     """A module of ComfyUI, or None where the pack runs without it."""
     try:
         return importlib.import_module(module)
@@ -45,9 +45,9 @@ def comfy(module: str) -> Any:
         raise
 
 
-def management() -> Any:
+def memory_management() -> Any:
     """ComfyUI's memory management, or None."""
-    return comfy("comfy.model_management")
+    return comfy_module("comfy.model_management")
 
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
@@ -72,7 +72,7 @@ def install_line() -> Generator[None, None, None]:
 
 def device_names() -> list[str]:
     """'auto' and the devices that ComfyUI may use."""
-    mm = management()
+    mm = memory_management()
     if mm is None:
         found = devices.available()
         return ["auto", "cpu", *(["cuda"] if "cuda:0" in found else []), *found[:-1]]
@@ -84,7 +84,7 @@ def device_names() -> list[str]:
 
 def resolve_device(name: str) -> torch.device:
     """The device of that name; 'auto' is the one that ComfyUI was started with."""
-    mm = management()
+    mm = memory_management()
     if mm is None:
         return devices.resolve_device(name)
     if name not in device_names():
@@ -95,7 +95,7 @@ def resolve_device(name: str) -> torch.device:
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """The number format of that name; 'auto' is float16 where ComfyUI would use it, else float32."""
-    mm = management()
+    mm = memory_management()
     if mm is None or name != "auto":
         return devices.resolve_dtype(name, device)
     return torch.float16 if mm.should_use_fp16(device) else torch.float32
@@ -103,7 +103,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def intermediate_device() -> torch.device:
     """Where outputs of nodes are kept."""
-    mm = management()
+    mm = memory_management()
     return mm.intermediate_device() if mm else torch.device("cpu")
 
 
@@ -121,7 +121,7 @@ class ManagedPlacement:
     def acquire(self, stage: str, activation_bytes: int) -> torch.device:
         """Load what `stage` needs, making room for its activations; returns its device."""
         patcher = self._patchers[stage]
-        management().load_models_gpu([patcher], memory_required=activation_bytes, force_full_load=True)
+        memory_management().load_models_gpu([patcher], memory_required=activation_bytes, force_full_load=True)
         if any(weight.device.type != patcher.load_device.type for weight in patcher.model.parameters()):
             patcher.model.to(patcher.load_device)
             patcher.model.model_loaded_weight_memory = patcher.model_size()
@@ -131,7 +131,7 @@ class ManagedPlacement:
 def manage(pipe: Upscaler, device: torch.device) -> None:
     """Hand the networks of `pipe`, which lie on the CPU, to ComfyUI's memory management."""
     pipe.device = device
-    mm = management()
+    mm = memory_management()
     if mm is None:
         for network in pipe.networks.values():
             network.to(device)
@@ -160,7 +160,7 @@ def make_room(pipe: Upscaler, size: tuple[int, int], options: Any) -> None:
 
 def make_all_room() -> None:
     """Have all models give way: other processes are about to use the devices."""
-    mm = management()
+    mm = memory_management()
     if mm:
         mm.unload_all_models()
         mm.soft_empty_cache()
@@ -181,7 +181,7 @@ def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:
     root = nn.Module()
     for name, network in networks.items():
         root.add_module(name, network)
-    offload = management().unet_offload_device() if device.type != "cpu" else torch.device("cpu")
+    offload = memory_management().unet_offload_device() if device.type != "cpu" else torch.device("cpu")
     return WholePatcher(root, load_device=device, offload_device=offload)
 
 
@@ -193,7 +193,7 @@ class Progress:
 
     def __init__(self, total: int, node_id: str | None = None) -> None:
         self._done, self._line, self._since = 0, "", time.monotonic()
-        self._utils = comfy("comfy.utils")
+        self._utils = comfy_module("comfy.utils")
         self._bar = self._utils.ProgressBar(total) if self._utils else None
         self._node_id = node_id
         self._total = total
@@ -207,7 +207,7 @@ class Progress:
             return
         preview = None
         if image is not None and self._since >= self._next_picture:
-            small = picture(image)
+            small = preview_picture(image)
             preview = ("JPEG", small, max(small.size))
             self._next_picture = self._since + PREVIEW_SECONDS
         self._bar.update_absolute(done, self._total, preview)
@@ -225,7 +225,7 @@ class Progress:
         instance, now = _page(), time.monotonic()
         if instance and self._node_id and now >= self._next_picture:
             packed = io.BytesIO()
-            picture(image).save(packed, "JPEG")
+            preview_picture(image).save(packed, "JPEG")
             shown = {"node": self._node_id, "jpeg": base64.b64encode(packed.getvalue()).decode()}
             instance.send_sync(LIVE_EVENT, shown, instance.client_id)
             self._next_picture = now + PREVIEW_SECONDS
@@ -264,19 +264,19 @@ def frames_done(done: int, total: int | None, fps: float) -> str:
 
 def running_node() -> str | None:
     """Id of the node that ComfyUI runs at present, where it tells."""
-    execution = comfy("comfy_execution.utils")
+    execution = comfy_module("comfy_execution.utils")
     context = execution.get_executing_context() if execution else None
     return context.node_id if context else None
 
 
 def check_interrupt(*_: Any) -> None:
     """Raise ComfyUI's interrupt if the user cancelled; takes what the engine's `on_step` gets."""
-    mm = management()
+    mm = memory_management()
     if mm:
         mm.throw_exception_if_processing_interrupted()
 
 
-def picture(image: Tensor) -> Any:
+def preview_picture(image: Tensor) -> Any:
     """A small Pillow image of one picture (H, W, 3 or 4) in [0, 1]."""
     from PIL import Image
 
@@ -308,7 +308,7 @@ def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> 
 
 def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str]:
     """The workflow as ComfyUI's own nodes write it into files; nothing where the user forbade that."""
-    arguments = getattr(comfy("comfy.cli_args"), "args", None)
+    arguments = getattr(comfy_module("comfy.cli_args"), "args", None)
     if getattr(arguments, "disable_metadata", False):
         return {}
     content = {**({"prompt": prompt} if prompt else {}), **(extra or {})}
@@ -320,7 +320,7 @@ def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str,
 
 def is_file_video(video: Any) -> bool:
     """Whether a VIDEO is what its stream source holds: a file, or the bytes of one, with no edits pending."""
-    implementations = comfy("comfy_api.input_impl")
+    implementations = comfy_module("comfy_api.input_impl")
     known = implementations is None or isinstance(video, implementations.VideoFromFile)
     return known and not getattr(video, "has_pending_frame_edits", bool)()
 
@@ -333,7 +333,7 @@ def trim_window(video: Any) -> tuple[float, float]:
 
 def video_file(path: Path) -> Any:
     """A VIDEO that stands for a file; the path itself where there is no ComfyUI."""
-    implementations = comfy("comfy_api.input_impl")
+    implementations = comfy_module("comfy_api.input_impl")
     return implementations.VideoFromFile(str(path)) if implementations else str(path)
 
 
@@ -359,25 +359,25 @@ def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
 
 def folder(kind: str) -> Path:
     """ComfyUI's 'output', 'temp' or 'input' folder; below the working folder where there is no ComfyUI."""
-    paths = comfy("folder_paths")
+    paths = comfy_module("folder_paths")
     return Path(getattr(paths, f"get_{kind}_directory")()) if paths else Path.cwd() / kind
 
 
 def image_models() -> list[str]:
     """Names of the single-image models that ComfyUI lists."""
-    paths = comfy("folder_paths")
+    paths = comfy_module("folder_paths")
     return paths.get_filename_list("upscale_models") if paths else []
 
 
 def image_model_path(name: str) -> str | None:
     """Where one of them lies; None for any other name."""
-    paths = comfy("folder_paths")
+    paths = comfy_module("folder_paths")
     return paths.get_full_path("upscale_models", name) if paths and name in image_models() else None
 
 
 def lora_files() -> list[tuple[str, Path]]:
     """Name and path of every file that ComfyUI lists as a LoRA, of whatever model."""
-    paths = comfy("folder_paths")
+    paths = comfy_module("folder_paths")
     names = paths.get_filename_list("loras") if paths else []
     found = ((name, paths.get_full_path("loras", name)) for name in names)
     return [(name, Path(path)) for name, path in found if path]
@@ -388,7 +388,7 @@ def model_folders() -> list[Path]:
 
     Every path registered for the key StreamDiffVSR, in any spelling, then the usual places.
     """
-    paths = comfy("folder_paths")
+    paths = comfy_module("folder_paths")
     if paths is None:
         return []
     known = paths.folder_names_and_paths

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..stream_diffvsr.errors import IncompatibleInputError, VideoError
 from . import files, host
-from .pipes import known
+from .pipes import how_made
 from .runtime import workers_on
 from .settings import SettingsValue
-from .sizes import AS_SETTINGS, OWN, asked
+from .sizes import AS_SETTINGS, OWN, size_fields
 
 if TYPE_CHECKING:
     from fractions import Fraction
@@ -53,7 +53,7 @@ class Source(NamedTuple):
     """Whether its frames lay in memory, so that their depth is none that was chosen."""
 
 
-def clean(text: str | None) -> str:
+def unquoted(text: str | None) -> str:
     """A path as people paste it: without quotes and blanks around."""
     return (text or "").strip().strip("\"'").strip()
 
@@ -61,14 +61,14 @@ def clean(text: str | None) -> str:
 def source_path(video_path: str) -> Path:
     """A path as given; a relative one starts in the input folder."""
     try:
-        return host.folder("input") / Path(clean(video_path)).expanduser()
+        return host.folder("input") / Path(unquoted(video_path)).expanduser()
     except RuntimeError as error:
         raise IncompatibleInputError("a home folder that there is in video_path", video_path) from error
 
 
 def check_output(output_path: str | None) -> None:
     """Refuse a place where nothing may be written, and an ending that is not written there."""
-    name = clean(output_path)
+    name = unquoted(output_path)
     files.writable(name)
     ending = Path(name).suffix.lower()
     if ending not in CONTAINERS and ENDING.fullmatch(ending):
@@ -77,7 +77,7 @@ def check_output(output_path: str | None) -> None:
 
 def choose_source(video_path: str, video: Any) -> Source:
     """What to read: the file of one of the two inputs."""
-    given = bool(clean(video_path))
+    given = bool(unquoted(video_path))
     if given == (video is not None):
         raise IncompatibleInputError("either video_path or video", "both" if given else "neither")
     return Source(source_path(video_path)) if given else video_source(video)
@@ -109,18 +109,18 @@ def upscale_file(
     """Do what a node asks for, and return the finished file; `widgets` go to `plan`."""
     check_output(output_path)
     with host.install_line(), node_words():
-        job = replace(plan(pipe, choose(), settings, output_path, **widgets), metadata=metadata)
+        job = replace(make_job(pipe, choose(), settings, output_path, **widgets), metadata=metadata)
         size = frame_size(job)
-        if not workers_on(known(pipe).devices):
+        if not workers_on(how_made(pipe).devices):
             host.make_room(pipe, size, job.options)
         named = widgets.get("size") or OWN
-        names = outputs(job.source, clean(output_path), job.output.name, named)
-        path = do(pipe, (replace(job, output=name) for name in names), node_id)
-    files.made(node_id, path)
+        names = outputs(job.source, unquoted(output_path), job.output.name, named)
+        path = run_under_free_name(pipe, (replace(job, output=name) for name in names), node_id)
+    files.remember_made(node_id, path)
     return path
 
 
-def plan(
+def make_job(
     pipe: Upscaler,
     source: Source,
     settings: SettingsValue,
@@ -142,7 +142,7 @@ def plan(
     if trimmed and (start_frame or end_frame != LAST):
         raise IncompatibleInputError("a trimmed video or start_frame and end_frame", "both")
     codec = settings.file.get("codec", "h264")
-    if codec == "h264" and clean(output_path).lower().endswith(".webm"):
+    if codec == "h264" and unquoted(output_path).lower().endswith(".webm"):
         codec = "av1"  # the default in a container that holds none of the sort
     pix_fmt = settings.file.get("pix_fmt", "auto")
     if pix_fmt == "auto" and drawn and codec in WITH_QUALITY:
@@ -159,7 +159,7 @@ def plan(
         pix_fmt=None if pix_fmt == "auto" else pix_fmt,
         scene_cut=str(settings.file.get("scene_cut_threshold", 27.0)) if cut == "auto" else cut,
         read_ahead=frames_per_batch or READ_AHEAD,
-        **(asked(size, pipe.info) if size else {}),
+        **(size_fields(size, pipe.info) if size else {}),
         **fidelity,
     )
 
@@ -183,22 +183,22 @@ def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]
         yield base.with_name(f"{base.name}_{number:05}_{suffix}")
 
 
-def do(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
+def run_under_free_name(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
     """Do the job under the first name that is free, or that it was cancelled under; returns the file."""
-    with working(pipe, node_id) as pool:
+    with worker_pool(pipe, node_id) as pool:
         for job in jobs:
             begun = job.output.with_name(job.output.name + ".parts").exists()
-            if (begun or not job.output.exists()) and finish(pipe, job, begun, node_id, pool):
+            if (begun or not job.output.exists()) and run_with_progress(pipe, job, begun, node_id, pool):
                 return job.output
     raise AssertionError("names never end")
 
 
 @contextlib.contextmanager
-def working(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, None, None]:
+def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, None, None]:
     """The workers that a Runtime node asked for; None where the pipe itself works."""
     from ..stream_diffvsr.jobs.cluster import workers
 
-    about = known(pipe)
+    about = how_made(pipe)
     devices = workers_on(about.devices)
     if devices is None:
         yield None
@@ -210,13 +210,15 @@ def working(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, None,
         yield pool
 
 
-def finish(pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None) -> bool:
+def run_with_progress(
+    pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None
+) -> bool:
     """Run a job with bar, words and cancel button; False if what was `begun` there is another job."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
     progress, told = host.Progress(1, node_id), ""
-    doing = run(pipe, job, on_step=progress.step) if pool is None else spread(pool, job)
+    doing = run(pipe, job, on_step=progress.step) if pool is None else run_spread(pool, job)
     with contextlib.closing(doing) as steps:
         try:
             before = WorkFolder(job.output).load() if begun else None
@@ -247,7 +249,7 @@ class Step(NamedTuple):
     hq: Tensor | None = None
 
 
-def spread(pool: Pool, job: VideoJob) -> Generator[Step, None, None]:
+def run_spread(pool: Pool, job: VideoJob) -> Generator[Step, None, None]:
     """The same as `run`, by several workers; told every half second."""
     from ..stream_diffvsr.jobs.spread import Spread
 

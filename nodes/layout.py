@@ -70,7 +70,7 @@ def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) ->
     return torch.empty(shape, device=device)
 
 
-def put(result: Tensor, index: int, rgb: Tensor, image: Tensor) -> None:
+def write_frame(result: Tensor, index: int, rgb: Tensor, image: Tensor) -> None:
     """Write frame `index` of a result: (1, 3, H, W) in [0, 1], and alpha (if any) enlarged from `image`."""
     result[index, ..., :COLOURS] = to_image(rgb)
     if image.shape[-1] > COLOURS:

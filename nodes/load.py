@@ -14,7 +14,7 @@ import torch
 
 from ..stream_diffvsr.errors import StreamDiffVSRError
 from . import files, host
-from .pipes import Known, note
+from .pipes import Known, remember
 from .sockets import CATEGORY, PIPE
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def checkpoints() -> list[str]:
     found = [
         each.name
         for each in candidates(host.model_folders(), family_of)
-        if is_complete(each, identity(each.path) + files.identity(each.path / FILE))
+        if is_complete(each, checkpoint_stamp(each.path) + files.file_stamp(each.path / FILE))
     ]
     v1, *others = RELEASES
     return list(dict.fromkeys([v1, "nano", *others, *found, *host.image_models()]))
@@ -127,14 +127,14 @@ def is_complete(candidate: Candidate, files_identity: str) -> bool:
         return True
 
 
-def identity(folder: Path) -> str:
+def checkpoint_stamp(folder: Path) -> str:
     """A short text that changes with the files of a checkpoint folder, but for the prompts kept there."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
 
     inside = [
         path for path in [*folder.glob("*"), *folder.glob("*/*")] if path.is_file() and path.name != FILE
     ]
-    parts = sorted(files.identity(path) for path in inside)
+    parts = sorted(files.file_stamp(path) for path in inside)
     return hashlib.sha256("\n".join([str(folder), *parts]).encode()).hexdigest()[:16]
 
 
@@ -148,7 +148,7 @@ def source_identity(source: str) -> str:
         path = None
     if path is None:
         return "missing"
-    return identity(path) if path.is_dir() else files.identity(path)
+    return checkpoint_stamp(path) if path.is_dir() else files.file_stamp(path)
 
 
 def located(source: str) -> str:
@@ -206,6 +206,6 @@ def shared_pipe(
         host.manage(pipe, device)
         folders = [str(folder) for folder in host.model_folders()]
         model = {"source": located(source), "dtype": str(dtype).removeprefix("torch."), "flow": flow}
-        note(pipe, Known(source, {**model, "extra_folders": folders}))
+        remember(pipe, Known(source, {**model, "extra_folders": folders}))
         _open[(source_identity(source), *settings)] = pipe  # asked again: it may just have been downloaded
     return pipe

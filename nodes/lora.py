@@ -35,7 +35,7 @@ class LoRA:
             "required": {
                 "pipe": PIPE_IN,
                 "lora": (
-                    [name for name, path in host.lora_files() if is_ours(path, files.identity(path))],
+                    [name for name, path in host.lora_files() if is_ours(path, files.file_stamp(path))],
                     {
                         "tooltip": "Files in ComfyUI's LoRA folders that 'stream-diffvsr train' made; those "
                         "of other models do not fit and are not listed."
@@ -57,7 +57,7 @@ class LoRA:
     @classmethod
     def IS_CHANGED(cls, lora: str, **_: Any) -> str:
         path = dict(host.lora_files()).get(lora)
-        return "missing" if path is None else files.identity(path)
+        return "missing" if path is None else files.file_stamp(path)
 
     def execute(self, pipe: Upscaler, lora: str, strength: float) -> tuple[Upscaler]:
         from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline

@@ -30,11 +30,11 @@ class Known:
 _known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()
 
 
-def known(pipe: Upscaler) -> Known:
+def how_made(pipe: Upscaler) -> Known:
     """What there is to know; nothing of a pipe that no node made."""
     return _known.get(pipe, Known())
 
 
-def note(pipe: Upscaler, about: Known) -> None:
+def remember(pipe: Upscaler, about: Known) -> None:
     """Remember it as long as there is the pipe."""
     _known[pipe] = about

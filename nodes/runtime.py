@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..stream_diffvsr.errors import IncompatibleInputError
 from . import host
 from .load import shared_pipe
-from .pipes import known, note
+from .pipes import how_made, remember
 from .sockets import ADVANCED, PIPE, PIPE_IN, Widget, check_values
 
 if TYPE_CHECKING:
@@ -86,14 +86,14 @@ class Runtime:
                 'devices needs the Python package ray: run python -m pip install "ray" with ComfyUI\'s '
                 "Python, and restart ComfyUI; or leave devices empty"
             )
-        base = known(pipe).base or pipe
-        about = known(base)
+        base = how_made(pipe).base or pipe
+        about = how_made(base)
         if not about.source and (quantize != "none" or workers_on(devices)):
             expected = "quantize none and no devices for a model that a node changed, as LoRA does"
             raise IncompatibleInputError(expected, f"{quantize} and {devices!r}")
-        made = computed(base, runtime, provider, quantize)
+        made = with_runtime(base, runtime, provider, quantize)
         model = {**about.model, "runtime": runtime, "provider": provider, "quantize": quantize}
-        note(made, replace(about, model=model, base=base, compile_mode=compile_mode, devices=devices))
+        remember(made, replace(about, model=model, base=base, compile_mode=compile_mode, devices=devices))
         return (made,)
 
 
@@ -164,7 +164,7 @@ def workers_on(devices: str) -> Devices | None:
     return None
 
 
-def computed(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upscaler:
+def with_runtime(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upscaler:
     """A pipe that shares with `pipe` all but what is asked for; weights in 8 bits are other weights."""
     from ..stream_diffvsr.families.diffvsr.fastest import with_runtime
     from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
@@ -176,7 +176,7 @@ def computed(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upsc
             # Before a model is loaded, which takes long.
             open_runtime(runtime, provider, pipe.device, pipe.dtype, quantize)
             if quantize != "none":
-                about = known(pipe)
+                about = how_made(pipe)
                 pipe = shared_pipe(about.source, pipe.device, pipe.dtype, about.model["flow"], quantize)
                 assert isinstance(pipe, StreamDiffVSRPipeline)
             made = with_runtime(pipe, runtime, provider, pipe.dtype, quantize)

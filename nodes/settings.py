@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.options import from_widgets
-from .pipes import known
+from .pipes import how_made
 from .sockets import ADVANCED, SETTINGS, Widget, check_values
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def file_widgets() -> dict[str, Widget]:
     return {name: (kind, {**about, "advanced": True}) for name, (kind, about) in made.items()}
 
 
-def complete(widgets: dict[str, Widget], values: dict[str, Any]) -> dict[str, Any]:
+def with_defaults(widgets: dict[str, Widget], values: dict[str, Any]) -> dict[str, Any]:
     """A value for every widget; refuses a crf that the codec does not know."""
     given = {name: about["default"] for name, (_, about) in widgets.items()} | values
     if given["codec"] in ("h264", "h265") and given["crf"] > H26X_CRF:
@@ -121,7 +121,7 @@ class SettingsValue:
             for name in itertools.chain(*presets.values()):
                 engine.pop(name, None)
             engine |= presets.get(preset, {})
-        mode = known(pipe).compile_mode if pipe else None
+        mode = how_made(pipe).compile_mode if pipe else None
         if mode is not None and "compile_mode" in rules(cls):
             engine["compile_mode"] = mode
         return cls(**{**engine, **from_widgets(cls, own)})
@@ -154,7 +154,7 @@ class Settings:
         from ..stream_diffvsr.families.diffvsr.options import PRESETS, UpscaleOptions
         from ..stream_diffvsr.options import defaults, with_preset
 
-        values = complete(settings_widgets(), values)
+        values = with_defaults(settings_widgets(), values)
         engine = from_widgets(UpscaleOptions, {name: values[name] for name in (*ENGINE, *LAST)})
         file = {name: values[name] for name in FILE}
         # Widgets always have a value: the preset's is taken where it stands at the default.
@@ -187,7 +187,7 @@ class FamilySettings:
     def execute(self, **values: Any) -> tuple[SettingsValue]:
         from ..stream_diffvsr.load import FAMILIES
 
-        given = complete(family_widgets(self.FAMILY), values)
+        given = with_defaults(family_widgets(self.FAMILY), values)
         file = {name: given.pop(name) for name in FILE}
         engine = from_widgets(FAMILIES[self.FAMILY].options, given)
         FAMILIES[self.FAMILY].options(**engine)  # which refuses what does not fit together

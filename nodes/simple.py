@@ -51,7 +51,7 @@ class SimpleUpscale:
 
     @classmethod
     def IS_CHANGED(cls, model: str, unique_id: str | None = None, **_: Any) -> str:
-        return source_identity(model) + files.lost(unique_id)
+        return source_identity(model) + files.lost_stamp(unique_id)
 
     def execute(
         self,

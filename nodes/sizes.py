@@ -42,7 +42,7 @@ def fidelity_widgets() -> dict[str, Widget]:
     return widgets(VideoJob, ("colour_fix", "strength"))
 
 
-def asked(size: str, info: Info) -> dict[str, Any]:
+def size_fields(size: str, info: Info) -> dict[str, Any]:
     """A size as fields of a job: none where the model makes it by itself."""
     if size.endswith("p"):
         return {"short_edge": int(size[:-1])}
@@ -55,8 +55,8 @@ def fitted_job(
     pipe: Upscaler, options: Any, height: int, width: int, size: str = OWN, **fidelity: Any
 ) -> VideoJob:
     """What becomes of frames of that size, as the options and the finish of a job."""
-    from ..stream_diffvsr.jobs.job import VideoJob, fitted
+    from ..stream_diffvsr.jobs.job import VideoJob, settle_job
 
-    asked_for = {**asked(size, pipe.info), **fidelity} if size else fidelity
+    asked_for = {**size_fields(size, pipe.info), **fidelity} if size else fidelity
     job = VideoJob(source=Path(), output=Path(), options=options, **asked_for)
-    return fitted(job, pipe.info, pipe.Options, height, width)
+    return settle_job(job, pipe.info, pipe.Options, height, width)

@@ -121,12 +121,12 @@ class SaveState:
 
     @classmethod
     def IS_CHANGED(cls, unique_id: str | None = None, **_: Any) -> str:
-        return files.lost(unique_id)
+        return files.lost_stamp(unique_id)
 
     def execute(self, state: State, filename_prefix: str, unique_id: str | None = None) -> dict[str, Any]:
         path = files.numbered(filename_prefix, files.STATE_SUFFIX)
         state.save(path)
-        files.made(unique_id, path)
+        files.remember_made(unique_id, path)
         return {"ui": {"text": [str(path)]}, "result": (str(path),)}
 
 
@@ -150,7 +150,7 @@ class LoadState:
 
     @classmethod
     def IS_CHANGED(cls, state_file: str) -> str:
-        return files.identity(files.state_path(state_file))
+        return files.file_stamp(files.state_path(state_file))
 
     @classmethod
     def VALIDATE_INPUTS(cls, state_file: str) -> bool | str:

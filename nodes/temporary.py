@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 def from_bytes(content: bytes) -> Path:
     """The bytes of a video file as a file."""
-    return kept(hashlib.sha256(content).hexdigest()[:16], lambda file: file.write(content))
+    return temp_file(hashlib.sha256(content).hexdigest()[:16], lambda file: file.write(content))
 
 
 def from_components(components: Any) -> Path:
@@ -40,10 +40,10 @@ def from_components(components: Any) -> Path:
     if audio is not None:
         digest.update(f"{audio['sample_rate']} {tuple(audio['waveform'].shape)}".encode())
         digest.update(audio["waveform"].cpu().contiguous().numpy())
-    return kept(digest.hexdigest()[:16], lambda file: encode(file, images, rate, audio))
+    return temp_file(digest.hexdigest()[:16], lambda file: encode(file, images, rate, audio))
 
 
-def kept(name: str, write: Any) -> Path:
+def temp_file(name: str, write: Any) -> Path:
     """A file of the temp folder whose name says its content; one that is there is whole."""
     path = host.folder("temp") / f"stream_diffvsr_{name}"
     path.parent.mkdir(parents=True, exist_ok=True)

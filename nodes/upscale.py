@@ -243,7 +243,7 @@ def upscale(
         if index < 0:
             continue  # handed on by the batch before
         lq = layout.to_frame(images[index, ..., : layout.COLOURS])
-        layout.put(result, index, job.finished(step.hq, lq, source), images[index])
+        layout.write_frame(result, index, job.finished(step.hq, lq, source), images[index])
         progress.show(index + 1, result[index])
         speed.tick()
         if len(images) > 1:

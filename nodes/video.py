@@ -105,7 +105,7 @@ class UpscaleVideo:
 
     @classmethod
     def IS_CHANGED(cls, video_path: str | None = "", unique_id: str | None = None, **_: Any) -> str:
-        return (files.identity(source_path(video_path)) if video_path else "") + files.lost(unique_id)
+        return (files.file_stamp(source_path(video_path)) if video_path else "") + files.lost_stamp(unique_id)
 
     @classmethod
     def VALIDATE_INPUTS(cls, video_path: str | None = "", output_path: str | None = "") -> bool:

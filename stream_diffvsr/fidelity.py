@@ -22,10 +22,10 @@ def adain(hq: Tensor, lq_up: Tensor) -> Tensor:
 
 def wavelet(hq: Tensor, lq_up: Tensor) -> Tensor:
     """Give (1, 3, H, W) the low frequencies of `lq_up`, which has the same size; all finer ones stay."""
-    return hq + _low(lq_up - hq)
+    return hq + _low_pass(lq_up - hq)
 
 
-def _low(x: Tensor) -> Tensor:
+def _low_pass(x: Tensor) -> Tensor:
     """Low-pass by the stationary wavelet's kernel 1 2 1, each level over pixels twice as far apart."""
     for level in range(LEVELS):
         for axis in (2, 3):
@@ -38,7 +38,7 @@ def _low(x: Tensor) -> Tensor:
     return x
 
 
-def faithful(hq: Tensor, lq_up: Tensor, colour_fix: str, strength: float) -> Tensor:
+def apply_fidelity(hq: Tensor, lq_up: Tensor, colour_fix: str, strength: float) -> Tensor:
     """The model's result with its colours fixed, then mixed with the enlarged frame.
 
     All (1, 3, H, W) in [0, 1]. `strength` 1 keeps the result, 0 gives `lq_up`, more than 1 goes beyond.

@@ -17,10 +17,10 @@ from .families.diffvsr import checkpoint as diffvsr
 from .families.diffvsr import options as diffvsr_options
 from .families.diffvsr.check import default_flow
 from .families.diffvsr.check import problem as diffvsr_problem
+from .families.diffvsr.components import NETWORKS, SCHEDULER_CONFIG, open_component
 from .families.diffvsr.counted import Needs
 from .families.diffvsr.fastest import fastest
 from .families.diffvsr.options import UpscaleOptions
-from .families.diffvsr.parts import NETWORKS, SCHEDULER_CONFIG, open_part
 from .families.diffvsr.pipeline import StreamDiffVSRPipeline
 from .families.diffvsr.plan import requested_plan
 from .families.diffvsr.released import CONFIGS, untrained_flow, without_weights
@@ -33,7 +33,7 @@ from .families.image.options import ImageOptions
 from .families.swiftvr import checkpoint as swiftvr
 from .families.swiftvr import options as swiftvr_options
 from .families.swiftvr.options import SwiftVROptions
-from .families.wan.attention import check as check_attention
+from .families.wan.attention import check_attention as check_attention
 from .files import read_json
 from .flow import open_flow
 from .runtimes.choose import open_runtime
@@ -184,7 +184,7 @@ def load_pipeline(
     # OpenVINO takes its frames from the CPU.
     chosen_device = resolve_device("cpu" if (runtime, device) == ("openvino", "auto") else device)
     other = open_runtime(runtime, provider, chosen_device, dtype, quantize)
-    quantized.check(quantize, chosen_device)
+    quantized.check_quantize(quantize, chosen_device)
     chosen_dtype = resolve_dtype(dtype, chosen_device) if other is None else other.dtype
     folder = resolve(source, folders) or download(str(source), folders, on_progress=on_progress)
     if family in WAN:
@@ -260,10 +260,12 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
     huggingface_hub; each may hold a checkpoint itself or checkpoints in folders. A released name such as 'v1'
     means the first complete folder so named. Nothing is loaded, and nothing is raised for damaged folders.
     """
-    return [Found(each.name, each.path, why_not(each)) for each in candidates(extra_folders, family_of)]
+    return [
+        Found(each.name, each.path, reason_ignored(each)) for each in candidates(extra_folders, family_of)
+    ]
 
 
-def why_not(candidate: Candidate) -> str | None:
+def reason_ignored(candidate: Candidate) -> str | None:
     """Why a folder is ignored, in words; also where packages that tell are missing or broken."""
     try:
         error = FAMILIES[candidate.family].problem(candidate.path)
@@ -366,7 +368,7 @@ def estimate_memory(
     configs, flow = CONFIGS, "raft_large"
     folder = None if model == RELEASED else resolve(model)
     if folder is not None:
-        configs = {name: open_part(folder, name).config for name in NETWORKS}
+        configs = {name: open_component(folder, name).config for name in NETWORKS}
         configs["scheduler"], flow = read_json(folder / SCHEDULER_CONFIG), default_flow(folder)
     estimator = open_flow(flow, untrained_flow)
     needs = Needs(without_weights(configs, estimator, dtype), configs["scheduler"], dtype)

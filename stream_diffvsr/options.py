@@ -217,7 +217,7 @@ def _from_argument(name: str, rule: Rule, text: str) -> Any:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def given(args: argparse.Namespace, cls: type) -> dict[str, Any]:
+def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
     """The options of a class that the command line names."""
     return {name: value for name, value in vars(args).items() if name in rules(cls)}
 

@@ -28,7 +28,7 @@ OnStep = Callable[[str, int, int], None]
 """Called as (stage, parts done, parts in all) between the parts of a frame; may raise to cancel."""
 
 
-def ignore(stage: str, done: int, total: int) -> None:
+def ignore_progress(stage: str, done: int, total: int) -> None:
     """An `on_step` that wants nothing."""
 
 

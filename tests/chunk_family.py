@@ -39,7 +39,9 @@ class ChunkUpscaler:
         return 1000 * math.prod(size)
 
     def session(self, options=None, state=None, on_step=None, noise=None):
-        return ChunkSession(self, options or ChunkOptions(), state or State(), on_step or upscaler.ignore)
+        return ChunkSession(
+            self, options or ChunkOptions(), state or State(), on_step or upscaler.ignore_progress
+        )
 
     def stream(self, frames, options=None, state=None, on_step=None, noise=None):
         return upscaler.stream(self.session(options, state, on_step), frames)

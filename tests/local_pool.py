@@ -41,8 +41,8 @@ class LocalPool:
     def workers(self) -> list[str]:
         return list(self.at)
 
-    def look(self, *values: Any) -> list[str]:
-        answers = [worker.look(*travelled(values)) for worker in self.at.values()]
+    def check_access(self, *values: Any) -> list[str]:
+        answers = [worker.check_access(*travelled(values)) for worker in self.at.values()]
         return [answer["error"] for answer in answers if "error" in answer]
 
     def give(self, worker: str, name: str, job: Any, scene: Any) -> None:

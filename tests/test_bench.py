@@ -15,7 +15,7 @@ from samples import moving
 
 from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
 from stream_diffvsr.bench.measure import Clock, count_operations, measure
-from stream_diffvsr.bench.networks import CONFIGS, plain, wan_networks
+from stream_diffvsr.bench.networks import CONFIGS, reference_way, wan_networks
 from stream_diffvsr.cli.main import main
 from stream_diffvsr.runtimes.torch import packed
 
@@ -29,14 +29,14 @@ def test_the_plain_path_gives_the_same_numbers(guided):
     hook = guided.control.embedding.register_forward_hook(lambda *_: calls.append(1))
     ours, _ = guided(clip, options)
     once = len(calls)
-    theirs, _ = plain(guided)(clip, options)
+    theirs, _ = reference_way(guided)(clip, options)
     hook.remove()
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     assert (once, len(calls) - once) == (2, 4)
 
 
 def test_figures(guided):
-    result = measure(guided, 12, 16, 2, UpscaleOptions(num_inference_steps=1), plain(guided))
+    result = measure(guided, 12, 16, 2, UpscaleOptions(num_inference_steps=1), reference_way(guided))
     assert set(result.stages) == {"flow", "control", "denoise", "decode", "rest"}
     assert all(value > 0 for name, value in result.stages.items() if name != "flow")
     assert result.plain_ratio > 0
@@ -49,7 +49,7 @@ def test_figures(guided):
 
 def test_the_plain_path_is_float32(checkpoint):
     half = load_pipeline(checkpoint, device="cpu", dtype="bfloat16", flow="none")
-    other = plain(half)
+    other = reference_way(half)
     assert {weight.dtype for weight in other.stages["unet"].parameters()} == {torch.float32}
     assert other(moving(1))[1].metadata["dtype"] == "float32"
     assert {weight.dtype for weight in half.stages["unet"].parameters()} == {torch.bfloat16}
@@ -57,7 +57,7 @@ def test_the_plain_path_is_float32(checkpoint):
 
 def test_the_plain_path_takes_no_approximation(guided):
     """Eager and exact, whatever ours does, and nothing is said of it."""
-    other, seen = plain(guided), []
+    other, seen = reference_way(guided), []
     original = other.process_frame
     other.process_frame = lambda lq, state, options: seen.append(options) or original(lq, state, options)
     options = UpscaleOptions(num_inference_steps=2, control_every=2)
@@ -114,7 +114,7 @@ def test_packed_layers_are_counted(checkpoint, monkeypatch):
     pipe, lq = load_pipeline(checkpoint, device="cpu", flow="none"), moving(1)
     state, options = pipe.process_frame(lq).state, UpscaleOptions(num_inference_steps=1)
     plainly = count_operations(pipe, lq, state, options)
-    monkeypatch.setattr(packed, "pays", lambda: True)
+    monkeypatch.setattr(packed, "is_faster_here", lambda: True)
     monkeypatch.setattr(packed, "SMALLEST", 1)
     assert count_operations(pipe, lq, state, options) == plainly
     assert len(packed._kept)
@@ -133,7 +133,7 @@ def test_random_networks_have_the_published_sizes():
 
 def test_released_sizes():
     """Counts of the real networks, built without weights."""
-    from stream_diffvsr.families.diffvsr.build import from_config
+    from stream_diffvsr.families.diffvsr.components import from_config
     from stream_diffvsr.weights.networks import empty
 
     counts = {"unet": 472_374_020, "controlnet": 207_699_264, "vae": 2_052_501}

@@ -222,7 +222,7 @@ def test_failing_while_running_is_exit_code_1(command, tmp_path: Path, monkeypat
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write.Segment, "add", full)
+    monkeypatch.setattr(write.SegmentWriter, "add", full)
     code, _, error = command(clips.write_video(tmp_path / "in.mp4", 2))
     assert code == 1 and "No space left" in error
     assert not (tmp_path / "in_4x.mp4").exists()
@@ -237,7 +237,7 @@ def test_interrupted_is_exit_code_130(command, tmp_path: Path, monkeypatch) -> N
 
     source = clips.write_video(tmp_path / "in.mp4", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(upscale, "follow", interrupt)
+        patch.setattr(upscale, "run_to_end", interrupt)
         assert command(source)[0] == 130
     assert len(clips.frames_of(tmp_path / "in_4x.mp4")) == 1
     assert command(source)[0] == 0

@@ -45,7 +45,8 @@ save_file({"hq": hq}, folder / f"{start}-{stop}")
 """
 
 needs_compiler = pytest.mark.skipif(
-    compilation.problem("cpu") is not None, reason=f"torch.compile: {compilation.problem('cpu')}"
+    compilation.compile_problem("cpu") is not None,
+    reason=f"torch.compile: {compilation.compile_problem('cpu')}",
 )
 
 

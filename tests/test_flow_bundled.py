@@ -20,12 +20,12 @@ from stream_diffvsr.errors import CheckpointError, ModelNotFoundError
 from stream_diffvsr.flow import BundledFlow, open_flow
 from stream_diffvsr.flow.bundled import (
     FlowNetwork,
-    differences,
     enlarged_and_reduced,
     least_squares,
     levels_for,
     near_change,
-    pull,
+    sample_with_inside,
+    window_differences,
 )
 from stream_diffvsr.flow.open import BUNDLED, open_bundled, open_flow_network
 from stream_diffvsr.tensors import upsample
@@ -59,7 +59,9 @@ def shifted(shift: tuple[float, float], height: int = 60, width: int = 80) -> tu
     """LQ frames (current, previous) under a camera that pans; their flow (dx, dy) in LQ pixels is `shift`."""
     margin = 32
     picture = textured(2 * (height + 2 * margin), 2 * (width + 2 * margin))
-    moved, _ = pull(picture, torch.tensor(shift).mul(2).view(1, 2, 1, 1).expand(1, 2, *picture.shape[-2:]))
+    moved, _ = sample_with_inside(
+        picture, torch.tensor(shift).mul(2).view(1, 2, 1, 1).expand(1, 2, *picture.shape[-2:])
+    )
     return tuple(  # type: ignore[return-value]
         F.avg_pool2d(frame, 2)[..., margin:-margin, margin:-margin] for frame in (moved, picture)
     )
@@ -169,7 +171,7 @@ def test_levels(height: int, width: int):
 def test_the_difference_is_least_at_the_true_shift():
     previous = textured(30, 40)
     current = previous.roll((2, -1), (2, 3))  # what is at (y, x) was at (y - 2, x + 1)
-    least = differences(current, previous, 3)[..., 6:-6, 6:-6].argmin(1)
+    least = window_differences(current, previous, 3)[..., 6:-6, 6:-6].argmin(1)
     assert least.unique().tolist() == [(3 - 2) * 7 + 3 + 1]
 
 
@@ -202,11 +204,11 @@ def test_nothing_holds_what_is_flat_or_one_edge():
 
 def test_pull_is_exact():
     picture = torch.rand(1, 2, 6, 9)
-    still, inside = pull(picture, torch.zeros(1, 2, 6, 9))
+    still, inside = sample_with_inside(picture, torch.zeros(1, 2, 6, 9))
     torch.testing.assert_close(still, picture)
     assert inside.all()
     flow = torch.tensor([2.0, -1.0]).view(1, 2, 1, 1).expand(1, 2, 6, 9)
-    moved, inside = pull(picture, flow)
+    moved, inside = sample_with_inside(picture, flow)
     torch.testing.assert_close(moved[..., 1:, :-2], picture[..., :-1, 2:])
     assert not inside[..., 0, :].any()
     assert not inside[..., -2:].any()

@@ -17,9 +17,9 @@ from chunk_family import ChunkOptions, ChunkUpscaler
 from stream_diffvsr import UpscaleOptions, VideoError
 from stream_diffvsr.families.diffvsr import plan
 from stream_diffvsr.jobs import render
-from stream_diffvsr.jobs.journal import Journal, Segment, WorkFolder, continue_from, usable
+from stream_diffvsr.jobs.journal import Journal, Segment, WorkFolder, continue_from, resumable
 from stream_diffvsr.jobs.run import VideoJob, run
-from stream_diffvsr.media.join import Part
+from stream_diffvsr.media.join import SegmentFile
 from stream_diffvsr.media.write import VideoSink
 from stream_diffvsr.upscaler import State
 
@@ -180,16 +180,16 @@ def test_a_record_that_is_none_is_one_sentence(change, source, guided, tmp_path)
 
 
 def segment(start: int, end: int, scene: int, closed: bool = False, state: str = "") -> Segment:
-    return Segment(start, scene, Part("", end - start, 0, start, end), closed, {}, state)
+    return Segment(start, scene, SegmentFile("", end - start, 0, start, end), closed, {}, state)
 
 
 def test_what_work_can_go_on_from() -> None:
     a, b, c = segment(0, 2, 0), segment(2, 4, 0, state="s"), segment(4, 6, 0, closed=True)
     d, e = segment(6, 8, 6), segment(8, 9, 6)
-    assert usable([e, a, d, c, b]) == (a, b, c), "the end of scene 6 has no state"
-    assert usable([b, c]) == (), "the beginning of the scene is not there"
-    assert usable([b, a]) == (a, b)
-    assert usable([a, c, d]) == ()
+    assert resumable([e, a, d, c, b]) == (a, b, c), "the end of scene 6 has no state"
+    assert resumable([b, c]) == (), "the beginning of the scene is not there"
+    assert resumable([b, a]) == (a, b)
+    assert resumable([a, c, d]) == ()
     gaps = Journal({}, {}, {}, first=0, segments=(a, b, segment(6, 8, 6, closed=True))).gaps()
     assert [(x and x.start, y and y.start) for x, y in gaps] == [(2, 6), (6, None)]
 

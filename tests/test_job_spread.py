@@ -256,10 +256,13 @@ def test_devices_are_read() -> None:
 def test_another_folder_is_noticed(source, model, plain, tmp_path) -> None:
     pool, task = LocalPool(model, 1), job(source, tmp_path / "out.mkv")
     with WorkFolder(task.output).locked():
-        (wrong,) = pool.look(to_json(task), {"files": 1}, WorkFolder(task.output).token())
+        (wrong,) = pool.check_access(to_json(task), {"files": 1}, WorkFolder(task.output).token())
         assert "another file" in wrong
-        from stream_diffvsr.jobs.prepare import identity
+        from stream_diffvsr.jobs.prepare import source_fingerprint
 
-        (wrong,) = pool.look(to_json(task), identity(source), "another process")
+        (wrong,) = pool.check_access(to_json(task), source_fingerprint(source), "another process")
         assert "choose an output in a folder that all share" in wrong
-        assert pool.look(to_json(task), identity(source), WorkFolder(task.output).token()) == []
+        assert (
+            pool.check_access(to_json(task), source_fingerprint(source), WorkFolder(task.output).token())
+            == []
+        )

@@ -36,7 +36,7 @@ def make(path: Path, pipe: StreamDiffVSRPipeline, seed: int = 0, names: str = ""
         if re.search(names, name):
             shape = layer.weight.shape
             changes[name] = random(RANK, *shape[1:]), random(shape[0], RANK, *[1] * (len(shape) - 2))
-    lora.write(path, changes, {"base": pipe.model, "rank": str(RANK), "alpha": "6", **told})
+    lora.write_lora(path, changes, {"base": pipe.model, "rank": str(RANK), "alpha": "6", **told})
     return path
 
 
@@ -48,7 +48,7 @@ def side_by_side(pipe: StreamDiffVSRPipeline, path: Path, strength: float) -> li
     """The same LoRA unmerged: every layer's own result, and beside it B A x."""
     known = dict(lora.layers(pipe.torch_networks))
     handles = []
-    for name, (a, b) in lora.read(path).changes.items():
+    for name, (a, b) in lora.read_lora(path).changes.items():
 
         def add(layer: nn.Module, given: Any, out: Tensor, a: Tensor = a, b: Tensor = b) -> Tensor:
             if isinstance(layer, nn.Conv2d):
@@ -62,7 +62,7 @@ def side_by_side(pipe: StreamDiffVSRPipeline, path: Path, strength: float) -> li
 
 def test_merged_equals_unmerged(guided: StreamDiffVSRPipeline, tmp_path: Path) -> None:
     path = make(tmp_path / "a.safetensors", guided)
-    assert len(lora.read(path).changes) == len(list(lora.layers(guided.torch_networks)))
+    assert len(lora.read_lora(path).changes) == len(list(lora.layers(guided.torch_networks)))
     merged, _ = guided.with_loras((path, 0.7))(frames(), FAST)
     handles = side_by_side(guided, path, 0.7)
     beside, _ = guided(frames(), FAST)
@@ -102,7 +102,9 @@ def test_loras_add_up_in_whatever_way_they_come(guided: StreamDiffVSRPipeline, t
     assert torch.equal(at_once(frames(), FAST)[0], in_a_row(frames(), FAST)[0])
     assert at_once.model == in_a_row.model
     name, layer = next(iter(lora.layers(at_once.torch_networks)))
-    products = [lora.product(lora.read(path).changes[name], layer.weight.shape) for path in paths]
+    products = [
+        lora.low_rank_product(lora.read_lora(path).changes[name], layer.weight.shape) for path in paths
+    ]
     base = dict(lora.layers(guided.torch_networks))[name].weight
     torch.testing.assert_close(layer.weight, base + products[0] - 2 * products[1])
 
@@ -132,7 +134,7 @@ def test_half_precision(checkpoint: Path, tmp_path: Path) -> None:
     path = make(tmp_path / "a.safetensors", pipe)
     other = load_pipeline(checkpoint, device="cpu", dtype="bfloat16", flow="none", loras=[(path, 1.0)])
     (name, layer), (_, base) = (next(iter(lora.layers(each.torch_networks))) for each in (other, pipe))
-    delta = 2 * lora.product(lora.read(path).changes[name], layer.weight.shape)
+    delta = 2 * lora.low_rank_product(lora.read_lora(path).changes[name], layer.weight.shape)
     assert torch.equal(layer.weight, (base.weight.float() + delta).bfloat16())
 
 

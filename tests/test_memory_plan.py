@@ -30,7 +30,7 @@ from stream_diffvsr.families.diffvsr.released import released_planner
 from stream_diffvsr.families.diffvsr.vae import TemporalAutoencoderTiny
 from stream_diffvsr.jobs import report as reporting
 from stream_diffvsr.jobs.job import VideoJob
-from stream_diffvsr.jobs.report import report, report_time
+from stream_diffvsr.jobs.report import cost_lines, report_time
 
 RAFT_METHODS = ("whole", "linear", "tiled")
 OUTPUTS = [
@@ -74,7 +74,7 @@ def test_order_of_plans():
     plans, plan = [], Plan()
     while plan is not None:
         plans.append(plan)
-        plan = plan.lower("unet", RAFT_METHODS, 1024)
+        plan = plan.next_plan("unet", RAFT_METHODS, 1024)
     assert [(p.flow, p.rows, p.tile) for p in plans] == [
         ("whole", None, None),
         ("linear", None, None),
@@ -101,7 +101,7 @@ def test_smaller_tiles_overlap_by_less_than_half(tile, overlap):
     while plan is not None:
         assert plan.overlap * 2 < plan.tile
         assert Plan.from_json(plan.to_json()) == plan
-        plan = plan.lower("unet", RAFT_METHODS)
+        plan = plan.next_plan("unet", RAFT_METHODS)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_report_has_plan_memory_disk_and_time(pipe, tmp_path):
     frame, plan = moving(1), Plan(rows=128)
     job = VideoJob(source=tmp_path, output=tmp_path / "not" / "yet" / "out.mp4", options=AUTO)
     needs = pipe.planner.needs(frame.shape[-2:], AUTO, plan)
-    lines = list(report(job, frame.shape[-2:], 100, plan=str(plan), needs=needs, device=pipe.device))
+    lines = list(cost_lines(job, frame.shape[-2:], 100, plan=str(plan), needs=needs, device=pipe.device))
     assert [line.partition(":")[0] for line in lines] == ["size", "plan", "memory", "disk"]
     assert lines[0] == "size: 16x12 to 64x48, 100 frames" and "free" in lines[3]
     assert lines[1] == "plan: convolutions in bands of 128 rows"
@@ -213,7 +213,7 @@ def test_plans_of_the_released_networks_are_told_without_them(output, tmp_path, 
     for dtype in (torch.float16, torch.float32):
         plan = planner(dtype).plan(size, {}, AUTO)
         needs = planner(dtype).needs(size, AUTO, plan)
-        lines = list(report(job, size, None, plan=str(plan), needs=needs, device=torch.device("cpu")))
+        lines = list(cost_lines(job, size, None, plan=str(plan), needs=needs, device=torch.device("cpu")))
         said = float(lines[2].removeprefix("memory: about ").partition(" ")[0])
         assert 2 < said < 24 and lines[1] == f"plan: {plan}"
         assert plan.exact or size == (1080, 1920)

@@ -18,7 +18,7 @@ from stream_diffvsr import UpscaleOptions, from_pixels, load_pipeline, to_pixels
 from stream_diffvsr.cli.demo import draw
 from stream_diffvsr.flow.warp import centred, warp
 from stream_diffvsr.media.sizes import enlarge, resize
-from stream_diffvsr.quality.measures import luma, psnr, pull, warping_error
+from stream_diffvsr.quality.measures import luma, psnr, sample_zero_outside, warping_error
 
 ROOT = Path(__file__).parents[1]
 FRAMES = 5
@@ -73,7 +73,7 @@ def unsteadiness(result):
     """Warping error along the true motion."""
     flow = torch.zeros(1, 2, *result.shape[-2:])
     flow[:, 0] = STEP
-    seen = pull(torch.ones_like(flow[:, :1]), flow)
+    seen = sample_zero_outside(torch.ones_like(flow[:, :1]), flow)
     pairs = zip(result[1:].split(1), result[:-1].split(1), strict=True)
     return sum(warping_error(now, before, flow, seen) for now, before in pairs)
 
@@ -102,8 +102,8 @@ def test_centred_flow_undoes_the_shift_of_the_warp(height, width, seed):
     generator = torch.Generator().manual_seed(seed)
     frame = torch.rand((1, 3, height, width), generator=generator)
     flow = 2 * torch.randn((1, 2, height, width), generator=generator)
-    inside = pull(torch.ones(1, 1, height, width), flow) > 0.999
-    difference = (warp(frame, centred(flow)) - pull(frame, flow)) * inside
+    inside = sample_zero_outside(torch.ones(1, 1, height, width), flow) > 0.999
+    difference = (warp(frame, centred(flow)) - sample_zero_outside(frame, flow)) * inside
     assert difference.abs().max() < 1e-4
     still = torch.zeros(1, 2, height, width)
     assert torch.allclose(warp(frame, centred(still)), frame, atol=1e-4)

@@ -37,7 +37,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, **modules: Any) -> None:
     """Have `host` find these modules of ComfyUI, named with _ for the dot, and no others."""
-    monkeypatch.setattr(host, "comfy", lambda name: modules.get(name.replace(".", "_")))
+    monkeypatch.setattr(host, "comfy_module", lambda name: modules.get(name.replace(".", "_")))
 
 
 class Bar:

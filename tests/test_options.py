@@ -18,7 +18,7 @@ from stream_diffvsr.options import (
     check_options,
     from_json,
     from_widgets,
-    given,
+    given_options,
     json_schema,
     option,
     rules,
@@ -43,7 +43,7 @@ class Sample:
 def parse(*arguments: str) -> Sample:
     parser = argparse.ArgumentParser()
     add_flags(parser, Sample, titles=("speed",))
-    return Sample(**given(parser.parse_args(arguments), Sample))
+    return Sample(**given_options(parser.parse_args(arguments), Sample))
 
 
 def test_flags() -> None:
@@ -131,7 +131,7 @@ def test_every_option_is_told_and_its_default_fits(cls: type) -> None:
     json.dumps(json_schema(cls))
     parser = argparse.ArgumentParser()
     add_flags(parser, cls, titles=())
-    assert given(parser.parse_args([]), cls) == {}
+    assert given_options(parser.parse_args([]), cls) == {}
 
 
 def test_all_options_of_the_family_are_in_the_table() -> None:
@@ -143,6 +143,8 @@ def test_a_job_reads_its_options_as_the_command_line_does() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, VideoJob, titles=())
     text = "--start 0:01:02.5 --end 12.5s --fps 29.97 --target 640x360 --no-audio --state-out s.safetensors"
-    job = VideoJob(source=Path("a"), output=Path("b"), **given(parser.parse_args(text.split()), VideoJob))
+    job = VideoJob(
+        source=Path("a"), output=Path("b"), **given_options(parser.parse_args(text.split()), VideoJob)
+    )
     assert (job.start, job.end, job.rate) == (Fraction(125, 2), Fraction(25, 2), Fraction(2997, 100))
     assert (job.target, job.audio, job.state_out) == ((640, 360), False, Path("s.safetensors"))

@@ -23,7 +23,7 @@ def paying(monkeypatch):
     """As on a processor where it pays, and for the tiny layers of the tests."""
     if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(packed, "pays", lambda: True)
+    monkeypatch.setattr(packed, "is_faster_here", lambda: True)
     monkeypatch.setattr(packed, "SMALLEST", 1)
 
 
@@ -41,7 +41,7 @@ def layers(pipe) -> list[nn.Linear]:
 def test_same_numbers_and_exact_continuity(own, guided, paying, tmp_path):
     clip = moving(3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "pays", lambda: False)
+        patch.setattr(packed, "is_faster_here", lambda: False)
         expected, _ = guided(clip, OPTIONS)
     whole, _ = own(clip, OPTIONS)
     assert all(layer in packed._kept and "forward" not in vars(layer) for layer in layers(own))
@@ -73,7 +73,7 @@ def test_other_weights_are_packed_anew(own, paying, change):
                 layer.weight.data = layer.weight.data * 1.5
     after, _ = own(clip, OPTIONS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "pays", lambda: False)
+        patch.setattr(packed, "is_faster_here", lambda: False)
         expected, _ = own(clip, OPTIONS)
     assert (after - before).abs().max() > 1e-3
     torch.testing.assert_close(after, expected, atol=2e-5, rtol=0)
@@ -82,7 +82,7 @@ def test_other_weights_are_packed_anew(own, paying, change):
 def test_memory_is_counted(own, paying):
     size = (16, 24)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "pays", lambda: False)
+        patch.setattr(packed, "is_faster_here", lambda: False)
         plain, least = own.needs(size, OPTIONS, Plan()), own.needs.most(size)
     to_come = own.needs(size, OPTIONS, Plan())
     extra = to_come["peak"] - plain["peak"]
@@ -101,10 +101,10 @@ def test_other_number_formats_and_compiled_blocks_are_left_alone(checkpoint, own
     assert not [layer for layer in (*layers(half), *layers(own)) if layer in packed._kept]
 
 
-@pytest.mark.parametrize(("amd", "avx512", "pays"), [(1, 1, True), (1, 0, False), (0, 1, False)])
+@pytest.mark.parametrize(("amd", "avx512", "is_faster_here"), [(1, 1, True), (1, 0, False), (0, 1, False)])
 def test_where_it_pays(monkeypatch, amd, avx512, pays):
     if not torch.backends.mkl.is_available():
         pytest.skip("this torch has no MKL")
     monkeypatch.setattr(packed, "_is_amd", lambda: bool(amd))
     monkeypatch.setattr(packed, "_has_avx512", lambda: bool(avx512))
-    assert packed.pays.__wrapped__() is pays
+    assert packed.is_faster_here.__wrapped__() is pays

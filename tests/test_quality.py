@@ -13,7 +13,7 @@ from samples import moving
 
 from stream_diffvsr import IncompatibleInputError, to_pixels
 from stream_diffvsr.cli.main import main
-from stream_diffvsr.quality.measures import NAMES, measure, pull, visible, warping_error
+from stream_diffvsr.quality.measures import NAMES, measure, sample_zero_outside, visible, warping_error
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_warping_error_is_zero_along_the_true_motion():
     assert seen[..., 2:].all()
     assert not seen[..., :2].any(), "what came in from outside is not judged"
     assert warping_error(before, shown, -flow, visible(-flow, flow)) == pytest.approx(0, abs=1e-9)
-    assert torch.allclose(pull(frames[:1], torch.zeros_like(flow)), frames[:1], atol=1e-5)
+    assert torch.allclose(sample_zero_outside(frames[:1], torch.zeros_like(flow)), frames[:1], atol=1e-5)
 
 
 def test_the_border_does_not_count(truth):

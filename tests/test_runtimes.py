@@ -25,7 +25,7 @@ from stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
 from stream_diffvsr.flow import open_flow
 from stream_diffvsr.runtimes.choose import open_runtime
 from stream_diffvsr.runtimes.graph import Graph
-from stream_diffvsr.runtimes.kept import MANIFEST, kept
+from stream_diffvsr.runtimes.kept import MANIFEST, built_once
 
 CPU = torch.device("cpu")
 
@@ -269,7 +269,7 @@ KEY = {"graph": "g", "weights": "w", "openvino": "1"}
 
 def use(root: Path, key=KEY) -> int:
     """How often something was made so far."""
-    with kept(root, key, write) as folder:
+    with built_once(root, key, write) as folder:
         assert (folder / "model").read_bytes() == b"model"
     return len((root / "made").read_text())
 
@@ -303,7 +303,7 @@ def test_a_process_that_was_killed_leaves_no_trace(tmp_path):
         write(folder)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), kept(tmp_path, KEY, fail):
+    with pytest.raises(KeyboardInterrupt), built_once(tmp_path, KEY, fail):
         pass
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     assert use(tmp_path) == 2
@@ -325,7 +325,7 @@ def test_two_processes_at_once(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, caplog):
     """As a file in its place, which keeps even root from writing there."""
     (tmp_path / "root").write_bytes(b"")
-    with kept(tmp_path / "root", KEY, lambda folder: (folder / "model").write_bytes(b"m")) as folder:  # type: ignore[arg-type,return-value]
+    with built_once(tmp_path / "root", KEY, lambda folder: (folder / "model").write_bytes(b"m")) as folder:  # type: ignore[arg-type,return-value]
         assert (folder / "model").is_file()
     assert not folder.exists()
     assert "it is built for this run alone" in caplog.text

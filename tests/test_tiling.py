@@ -17,7 +17,7 @@ from stream_diffvsr.families.diffvsr.plan import Plan
 from stream_diffvsr.flow import CallableFlow
 from stream_diffvsr.flow.estimators import TileableFlow
 from stream_diffvsr.tiling import bands, feather, spans, tiles
-from stream_diffvsr.upscaler import ignore
+from stream_diffvsr.upscaler import ignore_progress
 
 
 @st.composite
@@ -104,7 +104,12 @@ def test_denoising_in_tiles_cuts_and_blends_whole_tensors(pipe, height, width, s
     noise, lq = torch.randn(1, 4, 4 * height, 4 * width), torch.randn(1, 3, 4 * height, 4 * width)
     networks = TorchNetworks(pipe.flow, Pointwise(), pipe.control, pipe.vae)
     calls = TorchCalls(networks, Plan(), torch.float32, pipe.placement, lambda stage: 0)
-    same = {"prompts": [torch.zeros(1, 77, 1)], "schedule": schedule, "options": options, "on_step": ignore}
+    same = {
+        "prompts": [torch.zeros(1, 77, 1)],
+        "schedule": schedule,
+        "options": options,
+        "on_step": ignore_progress,
+    }
     results = [
         denoise(calls, noise, lq, None, tiles=parts, **same)
         for parts in (

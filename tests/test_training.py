@@ -16,8 +16,8 @@ from stream_diffvsr.cli.main import main
 from stream_diffvsr.errors import IncompatibleInputError
 from stream_diffvsr.files import read_metadata
 from stream_diffvsr.tensors import to_pixels
-from stream_diffvsr.training.clips import Footage, look
-from stream_diffvsr.training.degrade import PRESETS, STEPS, check, degrade, open_recipe
+from stream_diffvsr.training.clips import Footage, read_clips
+from stream_diffvsr.training.degrade import PRESETS, STEPS, check_steps, degrade, open_recipe
 from stream_diffvsr.training.loop import Run
 from stream_diffvsr.training.options import TrainOptions
 
@@ -34,7 +34,7 @@ def pictures(folder: Path, count: int = 6, side: int = 64, seed: int = 0) -> Pat
 
 @pytest.fixture(scope="module")
 def footage(tmp_path_factory: pytest.TempPathFactory) -> Footage:
-    return look([pictures(tmp_path_factory.mktemp("clips") / "one")], 32, 2)
+    return read_clips([pictures(tmp_path_factory.mktemp("clips") / "one")], 32, 2)
 
 
 def begin(pipe: StreamDiffVSRPipeline, footage: Footage, folder: Path, **options: object) -> Run:
@@ -135,7 +135,7 @@ def test_a_file_of_steps(tmp_path: Path) -> None:
         with pytest.raises(IncompatibleInputError):
             open_recipe(str(path))
     with pytest.raises(IncompatibleInputError, match="chance"):
-        check([("reduce", {"method": "area", "chance": 2})])
+        check_steps([("reduce", {"method": "area", "chance": 2})])
 
 
 def test_clips_are_cut_at_scenes_and_told(tmp_path: Path) -> None:
@@ -144,12 +144,12 @@ def test_clips_are_cut_at_scenes_and_told(tmp_path: Path) -> None:
         Image.new("RGB", (64, 64), (255 - index, 0, 0)).save(two / f"{index:03}.png")
     small = pictures(tmp_path / "small", 4, 16)
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
-    found = look([two, small, tmp_path / "bad.mp4"], 32, 2)
+    found = read_clips([two, small, tmp_path / "bad.mp4"], 32, 2)
     assert [(scene.first, scene.end) for scene in found.train] == [(0, 4), (6, 10)]
     assert [(scene.first, scene.end) for scene in found.held] == [(4, 6), (10, 12)]
     assert "2 scenes" in found.told[0] and "below 32" in found.told[1] and "skipped" in found.told[2]
     with pytest.raises(IncompatibleInputError, match="clips with scenes of at least 2 frames"):
-        look([small], 32, 2)
+        read_clips([small], 32, 2)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,7 +32,7 @@ from stream_diffvsr.media.colour import (
 )
 from stream_diffvsr.media.read import Span, VideoSource
 from stream_diffvsr.media.streams import SourceInfo
-from stream_diffvsr.media.write import Segment
+from stream_diffvsr.media.write import SegmentWriter
 
 YUV = [name for name, layout in LAYOUTS.items() if not layout.rgb]
 
@@ -300,7 +300,7 @@ def test_the_output_says_where_its_chroma_sits(codec, place, wanted, tmp_path: P
     info = SourceInfo(48, 32, 8, Fraction(1, 25), Fraction(25), 1, Colour(1, siting=place))
     encoding = choose_encoding(codec, None, 1, info, (64, 96))
     rgb = edges(64, 96)
-    segment = Segment(tmp_path / "a.mp4", encoding)
+    segment = SegmentWriter(tmp_path / "a.mp4", encoding)
     segment.add(rgb_to_planes(rgb, encoding.pix_fmt, encoding.colour), 0)
     segment.finish()
     source = VideoSource(tmp_path / "a.mp4")

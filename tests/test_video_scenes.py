@@ -40,7 +40,7 @@ def test_the_measure_is_opencvs(seed: int) -> None:
     one, other = (cv2.cvtColor(frame, cv2.COLOR_RGB2HSV).astype(int) for frame in (before, now))
     wanted = np.abs(one - other).mean()
     lq = [from_pixels(torch.from_numpy(f).movedim(-1, 0)[None].float() / 255) for f in (before, now)]
-    looks = [scenes.SceneCut().look(each) for each in lq]
+    looks = [scenes.SceneCut().summary(each) for each in lq]
     assert scenes.difference(*looks) == pytest.approx(wanted, abs=0.35)
 
 

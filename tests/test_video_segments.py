@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from stream_diffvsr.jobs.journal import Part
+from stream_diffvsr.jobs.journal import SegmentFile
 from stream_diffvsr.media.codecs import choose_encoding
 from stream_diffvsr.media.colour import Colour, rgb_to_planes
 from stream_diffvsr.media.join import join
 from stream_diffvsr.media.streams import SourceInfo
 from stream_diffvsr.media.tracks import Window
-from stream_diffvsr.media.write import Segment, container_of
+from stream_diffvsr.media.write import SegmentWriter, container_of
 
 TICKS = Fraction(1, 12800)
 SIDE = 64
@@ -36,14 +36,14 @@ def test_timestamps_survive_joining(
     chance = np.random.default_rng(1)
     time, parts, wanted = 3000, [], []
     for number, length in enumerate(lengths):
-        segment = Segment(tmp_path / f"{number}.{encoding.segment_format}", encoding)
+        segment = SegmentWriter(tmp_path / f"{number}.{encoding.segment_format}", encoding)
         first = time
         for _ in range(length):
             planes = rgb_to_planes(torch.rand(1, 3, SIDE, SIDE), encoding.pix_fmt, encoding.colour)
             segment.add(planes, time)
             wanted.append(time)
             time += int(chance.integers(1, 3000))
-        parts.append(Part(segment.path.name, length, segment.finish(), first, time, segment.depth))
+        parts.append(SegmentFile(segment.path.name, length, segment.finish(), first, time, segment.depth))
     output = tmp_path / f"joined.{suffix}"
     files = [tmp_path / part.name for part in parts]
     join(

@@ -114,7 +114,7 @@ def test_a_hardware_encoder_works_or_one_sentence_says_why(
     model = ["--model", str(checkpoint), "--flow", "none", "--device", "cpu", "--steps", "1"]
     code = main(["upscale", str(source), "--codec", codec, *model])
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    if codecs.why_not(codec) is None:
+    if codecs.open_error(codec) is None:
         assert code == 0
         assert len(clips.frames_of(tmp_path / "in_4x.mp4")) == 2
         return

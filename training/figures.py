@@ -24,7 +24,13 @@ from torch.nn import functional as F
 
 from stream_diffvsr import StreamDiffVSRPipeline, UpscaleOptions, from_pixels, load_pipeline
 from stream_diffvsr.cli.demo import FRAMES, draw
-from stream_diffvsr.quality.measures import estimate, picture_measures, pull, visible, warping_error
+from stream_diffvsr.quality.measures import (
+    estimate,
+    picture_measures,
+    sample_zero_outside,
+    visible,
+    warping_error,
+)
 from training.data import Pictures
 from training.evaluate import compressed, eight_bit, lanczos, read, reduced
 from training.rollout import lq_up
@@ -73,8 +79,8 @@ def generated() -> Iterator[Clip]:
 
 
 def same(now: Tensor, before: Tensor, flow: Tensor) -> Tensor:
-    inside = pull(torch.ones_like(now[:, :1]), flow) > 0.999
-    return (inside & ((pull(before, flow) - now).abs().amax(1, keepdim=True) < SAME)).float()
+    inside = sample_zero_outside(torch.ones_like(now[:, :1]), flow) > 0.999
+    return (inside & ((sample_zero_outside(before, flow) - now).abs().amax(1, keepdim=True) < SAME)).float()
 
 
 def named(paths: list[Path], frames: int) -> Iterator[Clip]:

@@ -285,7 +285,7 @@ def _next_results(session: Session, frames: Iterator[Tensor]) -> int:
             return len(results)
 
 
-def limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+def best_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """1e9 operations per second that the device gives at best: of a 'convolution' and of a 'linear' layer.
 
     A plain matrix product says less: on AMD's processors with AVX-512, torch's takes twice the time of the

@@ -12,10 +12,9 @@ from torch.nn import functional as F
 
 from ..devices import resolve_device, resolve_dtype
 from ..errors import IncompatibleInputError
-from ..families.diffvsr.build import from_config
+from ..families.diffvsr.components import NETWORKS, from_config
 from ..families.diffvsr.control import Control, Residuals
 from ..families.diffvsr.networks import TorchNetworks
-from ..families.diffvsr.parts import NETWORKS
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.released import CONFIGS, untrained_flow
 from ..families.flashvsr import checkpoint as flashvsr
@@ -70,7 +69,7 @@ class RandomPrompts:
         return torch.randn((1, 77, CONFIGS["unet"]["cross_attention_dim"]), generator=generator)
 
 
-def open_model(
+def open_measured(
     model: str | Path, device: str, dtype: str, flow: str, attention: str = "auto", blocks: int = BLOCKS
 ) -> Upscaler:
     """The model to measure; `blocks`: of the transformers of random-flashvsr and random-swiftvr."""
@@ -98,7 +97,7 @@ def open_model(
 
 def open_diffvsr(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
     """The same where only Stream-DiffVSR will do."""
-    pipe = open_model(model, device, dtype, flow)
+    pipe = open_measured(model, device, dtype, flow)
     if not isinstance(pipe, StreamDiffVSRPipeline):
         raise IncompatibleInputError("a model of Stream-DiffVSR", str(model))
     return pipe
@@ -166,7 +165,7 @@ class PlainControl(Control):
         return super().forward(x, timestep, prompt, self.embedding(warped), scale)
 
 
-def plain(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
+def reference_way(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     """The same weights run the reference's way: in float32, nothing computed once that could be."""
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     for network in stages.values():

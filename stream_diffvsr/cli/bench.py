@@ -17,7 +17,7 @@ from ..errors import IncompatibleInputError
 from ..families.diffvsr.options import PRESET_HELP, PRESETS, UpscaleOptions
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..load import FAMILIES
-from ..options import add_flag, given, with_preset
+from ..options import add_flag, given_options, with_preset
 from ..upscaler import Upscaler
 from .allocator import keep_freed_memory
 from .model import add_model_arguments
@@ -67,15 +67,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..bench.chart import write_chart
-    from ..bench.measure import limits
-    from ..bench.networks import open_model
+    from ..bench.measure import best_rates
+    from ..bench.networks import open_measured
 
     keep_freed_memory()
     if args.threads:
         torch.set_num_threads(args.threads)
     asked = args.size or [SIZE]
     sizes = [parse_size(text) for text in (SIZES if "all" in asked else asked)]
-    model = open_model(args.model, args.device, args.dtype, args.flow, args.attention, args.blocks)
+    model = open_measured(args.model, args.device, args.dtype, args.flow, args.attention, args.blocks)
     if isinstance(model, StreamDiffVSRPipeline):
         model, settings, measured = _of_diffvsr(model, args)
     else:
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"measuring {width}x{height} ...", file=sys.stderr)
         results.append(measured(height, width).to_json())
     report = {"model": args.model, **environment(model), **settings}
-    report |= {"limits": limits(model.device, model.dtype), "results": results}
+    report |= {"limits": best_rates(model.device, model.dtype), "results": results}
     print(table(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
@@ -103,14 +103,14 @@ def _of_diffvsr(
 ) -> tuple[StreamDiffVSRPipeline, dict[str, Any], Measure]:
     """The pipeline by its runtime, the settings to tell, and what measures it."""
     from ..bench.measure import measure
-    from ..bench.networks import plain
+    from ..bench.networks import reference_way
     from ..families.diffvsr.fastest import with_runtime
 
-    other = plain(pipe) if args.plain else None
+    other = reference_way(pipe) if args.plain else None
     pipe = pipe.with_loras(*args.loras) if args.loras else pipe
     pipe.quantize(args.quantize)
     pipe = with_runtime(pipe, args.runtime, args.provider, args.dtype, args.quantize)
-    options = UpscaleOptions(**with_preset(PRESETS, args.preset, given(args, UpscaleOptions)))
+    options = UpscaleOptions(**with_preset(PRESETS, args.preset, given_options(args, UpscaleOptions)))
     steps = options.num_inference_steps or pipe.traits.steps
     settings = {"compile_mode": options.compile_mode, "steps": steps, "flow": pipe.flow.name}
     return (
@@ -125,7 +125,7 @@ def _of_any_family(model: Upscaler, args: argparse.Namespace) -> tuple[dict[str,
     from ..bench.measure import measure_sequence
 
     family = FAMILIES[model.info.family]
-    own = given(args, UpscaleOptions)
+    own = given_options(args, UpscaleOptions)
     usual = {"plain": False, "loras": [], "quantize": "none", "runtime": "torch"}
     if own or any(getattr(args, name) != value for name, value in usual.items()):
         names = ", ".join(
@@ -175,7 +175,7 @@ def table(report: dict[str, Any]) -> str:
     stages = list(report["results"][0]["stages"])
     head = ["LQ size", "ms per frame", "fps", "first result", *stages, "peak MB", "largest network", "frame"]
     rows = [_row(result, stages, report["limits"]) for result in report["results"]]
-    rates = " and ".join(f"a {name} runs at {_told(rate)}" for name, rate in report["limits"].items())
+    rates = " and ".join(f"a {name} runs at {_rate_text(rate)}" for name, rate in report["limits"].items())
     told = ", ".join(f"{key} {report[key]}" for key in TOLD) + f"; at best {rates}"
     return "\n".join(
         [told, "", _line([*head, "plain / ours"]), _line(["---"] * (len(head) + 1)), *map(_line, rows)]
@@ -190,12 +190,12 @@ def _row(result: dict[str, Any], stages: Sequence[str], limits: Mapping[str, flo
         f"{result['width']}x{result['height']}",
         *(f"{value:.1f}" for value in times),
         f"{result['peak_mb']:.0f}",
-        *(f"{_told(rate)}, {rate / best:.0%}" if rate else "" for rate in (largest, rates["frame"])),
+        *(f"{_rate_text(rate)}, {rate / best:.0%}" if rate else "" for rate in (largest, rates["frame"])),
         f"{ratio:.3f}" if ratio else "",
     ]
 
 
-def _told(rate: float) -> str:
+def _rate_text(rate: float) -> str:
     return f"{rate / 1000:.2f} TFLOP/s" if rate >= 1000 else f"{rate:.0f} GFLOP/s"
 
 

@@ -50,7 +50,7 @@ def main() -> None:
     sys.stdout = sys.stderr
     for line in sys.stdin:
         asked = json.loads(line)
-        answer = about() if "about" in asked else check(asked["upscale"])
+        answer = capabilities() if "about" in asked else check(asked["upscale"])
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -70,7 +70,7 @@ def check(arguments: Sequence[str]) -> dict[str, Any]:
         return {"code": 2, "message": f"the file cannot be read ({type(error).__name__}: {error})"}
 
 
-def about() -> dict[str, Any]:
+def capabilities() -> dict[str, Any]:
     """What there is: models, devices, options, file formats."""
     job = [name for name, rule in rules(VideoJob).items() if name not in LOCAL and not _names_file(rule)]
     schema = json_schema(VideoJob, job)
@@ -81,7 +81,7 @@ def about() -> dict[str, Any]:
     }
     families = {name: _family(name) for name in FAMILIES}
     return {
-        "job": {"schema": schema, "options": _told(VideoJob, job)},
+        "job": {"schema": schema, "options": _option_described(VideoJob, job)},
         "loader": _loader(),
         "families": families,
         "models": models(),
@@ -98,7 +98,7 @@ def _family(name: str) -> dict[str, Any]:
         "title": FAMILIES[name].title,
         "presets": list(FAMILIES[name].presets),
         "schema": json_schema(options, named),
-        "options": _told(options, named),
+        "options": _option_described(options, named),
     }
 
 
@@ -107,7 +107,7 @@ def _names_file(rule: Rule) -> bool:
     return "FILE" in (rule.metavar or "") or "FOLDER" in (rule.metavar or "")
 
 
-def _told(cls: type, names: Sequence[str]) -> dict[str, dict[str, Any]]:
+def _option_described(cls: type, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How each option is shown and handed to the command."""
     table, default = rules(cls), defaults(cls)
     return {

@@ -22,10 +22,10 @@ from ..media.colour import BT709, Colour, rgb_to_planes
 from ..media.pictures import Picture
 from ..media.sizes import enlarge, resize
 from ..media.streams import SourceInfo
-from ..media.write import Segment
+from ..media.write import SegmentWriter
 from ..tensors import SCALE
 from .model import add_model_arguments, open_model
-from .output import follow, side_by_side
+from .output import run_to_end, side_by_side
 
 WIDTH, HEIGHT = 160, 90
 FRAMES = 12
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     write_clip(clip)
     job = VideoJob(source=clip, output=result, overwrite=True, restart=True)
     with contextlib.closing(run_job(open_model(args), job)) as steps:
-        last = follow(steps, args.progress)
+        last = run_to_end(steps, args.progress)
     compare = folder / "compare.png"
     assert last is not None, "a restarted job has frames"
     size = (last.hq.shape[-2], last.hq.shape[-1])
@@ -70,7 +70,7 @@ def write_clip(path: Path) -> None:
         WIDTH, HEIGHT, 8, Fraction(1, RATE), Fraction(RATE), FRAMES, Colour(BT709, False, BT709, BT709)
     )
     encoding = choose_encoding("h264", "yuv444p", 4, info, (HEIGHT, WIDTH))
-    segment = Segment(path, encoding)
+    segment = SegmentWriter(path, encoding)
     for index in range(FRAMES):
         small = resize(draw(index / FRAMES), (HEIGHT, WIDTH))
         segment.add(rgb_to_planes(small, encoding.pix_fmt, encoding.colour), index)

@@ -15,7 +15,7 @@ from ..errors import StreamDiffVSRError
 from ..flow.open import BUNDLED, open_bundled
 from ..flow.raft_weights import RAFT, find_raft, hub_file, load_raft
 from ..jobs.journal import work_state
-from ..load import Found, download_targets, find_checkpoints, why_not
+from ..load import Found, download_targets, find_checkpoints, reason_ignored
 from ..weights.fetch import endpoint, offline
 from ..weights.find import Candidate, models_folders
 from ..weights.folders import NANO, user_cache
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"\n{title}")
         for line in lines:
             print(f"  {line}")
-    return 0 if why_not(BUNDLED_MODEL) is None else 1
+    return 0 if reason_ignored(BUNDLED_MODEL) is None else 1
 
 
 def packages() -> Iterator[str]:
@@ -73,7 +73,7 @@ def devices() -> Iterator[str]:
 
 def weights(folders: list[Path]) -> Iterator[str]:
     """Every checkpoint that was found, and what its name then means."""
-    damage = why_not(BUNDLED_MODEL)
+    damage = reason_ignored(BUNDLED_MODEL)
     yield f"nano: {NANO}, {f'ignored: {damage}' if damage else 'bundled'}"
     used = {"nano"}
     for found in find_checkpoints(folders):

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     folders = [args.folder] if args.folder else []
-    there = present(args.model, args.folder)
+    there = already_whole(args.model, args.folder)
     if there and args.revision:
         raise IncompatibleInputError(
             f"no whole {args.model} where revision {args.revision!r} is to go (rename that folder, or name "
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             str(there),
         )
     try:
-        path = there or fetch(args.model, folders, args.revision)
+        path = there or download_with_bar(args.model, folders, args.revision)
         print(f"{args.model}: {path}")
         if RELEASES[args.model].family == "diffvsr":
             # RAFT's weights too, so that the model runs without a connection from now on.
@@ -46,14 +46,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def present(name: str, folder: Path | None) -> Path | None:
+def already_whole(name: str, folder: Path | None) -> Path | None:
     """The released weights where they are whole already; with a folder named, only those in it."""
     path = resolve(name, [folder] if folder else [])
     inside = path and (folder is None or folder.resolve() in [path.resolve(), *path.resolve().parents])
     return path if inside else None
 
 
-def fetch(name: str, folders: list[Path], revision: str | None) -> Path:
+def download_with_bar(name: str, folders: list[Path], revision: str | None) -> Path:
     with download_bar() as on_progress:
         return download(name, folders, revision=revision, on_progress=on_progress)
 

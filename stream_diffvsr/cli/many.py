@@ -21,7 +21,7 @@ from ..jobs.run import run as run_job
 from ..jobs.spread import Spread, SpreadProgress
 from ..media import pictures
 from ..upscaler import Upscaler
-from .output import fail, follow
+from .output import fail, run_to_end
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def several(args: argparse.Namespace) -> Devices | None:
+def workers_from_flags(args: argparse.Namespace) -> Devices | None:
     """The workers that the flags ask for; None where this process does the work."""
     if args.devices is None and args.ray is None:
         if args.split_scenes:
@@ -151,7 +151,7 @@ def one_after_another(pipe: Upscaler, jobs: Sequence[VideoJob], results: Results
     for job in jobs:
         try:
             with contextlib.closing(run_job(pipe, prepare(job))) as steps:
-                follow(steps, results.args.progress)
+                run_to_end(steps, results.args.progress)
             results.told(job.output, None)
         except (StreamDiffVSRError, OSError) as error:
             results.told(job.output, error)
@@ -172,13 +172,13 @@ def by_workers(
         driver = Spread(jobs, pool, split)
         with contextlib.closing(driver.steps()) as steps:
             told = 0
-            for _ in shown(steps, args.progress, len(jobs)):
+            for _ in with_progress(steps, args.progress, len(jobs)):
                 for outcome in driver.outcomes[told:]:
                     results.told(outcome.job.output, outcome.error)
                 told = len(driver.outcomes)
 
 
-def shown(steps: Iterator[SpreadProgress], progress: str, count: int) -> Iterator[SpreadProgress]:
+def with_progress(steps: Iterator[SpreadProgress], progress: str, count: int) -> Iterator[SpreadProgress]:
     """One bar for all workers, or lines of JSON."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
@@ -186,7 +186,7 @@ def shown(steps: Iterator[SpreadProgress], progress: str, count: int) -> Iterato
     if progress != "bar":
         for step in steps:
             if progress == "json":
-                print(json.dumps(numbers(step)), flush=True)
+                print(json.dumps(progress_fields(step)), flush=True)
             yield step
         return
     with logging_redirect_tqdm(), tqdm(unit="frame", dynamic_ncols=True) as bar:
@@ -199,7 +199,7 @@ def shown(steps: Iterator[SpreadProgress], progress: str, count: int) -> Iterato
             yield step
 
 
-def numbers(step: SpreadProgress) -> dict[str, object]:
+def progress_fields(step: SpreadProgress) -> dict[str, object]:
     left = step.seconds_left
     return {
         "done": step.done,

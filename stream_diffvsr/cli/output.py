@@ -33,7 +33,7 @@ def fail(args: argparse.Namespace, message: str, code: int) -> int:
     return code
 
 
-def follow(
+def run_to_end(
     steps: Iterable[JobProgress], progress: str = "bar", preview: Path | None = None, every: int = 0
 ) -> JobProgress | None:
     """Run a job to its end; returns the last report, None where everything had been done before.

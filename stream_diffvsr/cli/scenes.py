@@ -12,7 +12,7 @@ from ..jobs.prepare import Prepared, open_job_source
 from ..jobs.scenes import parse, write_list
 from ..media.read import check_readable
 from ..media.write import check_folder
-from ..options import add_flag, given
+from ..options import add_flag, given_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_readable(args.input)
-    asked = given(args, VideoJob)
+    asked = given_options(args, VideoJob)
     job = VideoJob(source=args.input, output=args.input, **asked)
     if job.cuts_out is not None:
         check_folder(job.cuts_out)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from ..errors import IncompatibleInputError
-from ..options import add_flags, given
+from ..options import add_flags, given_options
 
 NEEDED = ("fastapi", "uvicorn", "python_multipart", "jsonschema")
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         raise IncompatibleInputError(
             "the service's packages (pip install 'stream-diffvsr[service]')", f"none of {', '.join(missing)}"
         )
-    settings = Settings(**{**from_environment(os.environ), **given(args, Settings)})
+    settings = Settings(**{**from_environment(os.environ), **given_options(args, Settings)})
     # A program of its own, which does not hold this one's hundreds of megabytes of torch.
     command = [sys.executable, "-m", "stream_diffvsr.service"]
     environment = {**os.environ, **to_environment(settings)}

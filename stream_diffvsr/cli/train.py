@@ -15,13 +15,13 @@ from ..errors import IncompatibleInputError, VRAMError
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..load import load_pipeline, resolve
 from ..memory import free_memory, is_out_of_memory
-from ..options import add_flags, given
+from ..options import add_flags, given_options
 from ..tensors import SCALE, to_pixels
-from ..training.clips import Footage, look
+from ..training.clips import Footage, read_clips
 from ..training.degrade import Recipe, open_recipe
 from ..training.loop import Run, window
 from ..training.options import TrainOptions
-from ..training.report import stacked, write_picture
+from ..training.report import stack_rows, write_picture
 
 LICENCE = "The base's licence applies to what is derived from it; you need the rights to the clips, too."
 MEGABYTE = 2**20
@@ -55,31 +55,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = TrainOptions(**given(args, TrainOptions))
+    options = TrainOptions(**given_options(args, TrainOptions))
     recipe = open_recipe(options.degradation)
     output = None if args.show_degradation else output_of(args, options)
-    footage = look(args.clips, options.size, options.frames)
+    footage = read_clips(args.clips, options.size, options.frames)
     for line in footage.told:
-        say(line)
+        print_note(line)
     if output is None:
-        show(args.show_degradation, footage, recipe, options)
+        show_degradation(args.show_degradation, footage, recipe, options)
         return 0
     return train(args, options, footage, recipe, output)
 
 
-def say(line: str) -> None:
+def print_note(line: str) -> None:
     """To the person, beside what scripts read."""
     print(line, file=sys.stderr, flush=True)
 
 
-def show(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
+def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
     """Four sequences: the true frame, and beside it what the model gets, its pixels enlarged."""
     rows = []
     for index in range(4):
         lqs, truths = window(footage, recipe, options, np.random.default_rng((options.seed, 2, index)))
         large = F.interpolate(to_pixels(lqs[-1:]), scale_factor=SCALE, mode="nearest")
         rows.append(torch.cat([to_pixels(truths[-1:]), large], dim=3))
-    write_picture(path, stacked(rows))
+    write_picture(path, stack_rows(rows))
     print(path)
 
 
@@ -118,13 +118,13 @@ def train(
     for progress in run:
         if progress.figures is not None:
             gain = f"{progress.figures.psnr - run.begun.psnr:+.3f} dB"
-            say(f"step {progress.step} of {progress.steps}: {progress.figures}, {gain} over the base")
+            print_note(f"step {progress.step} of {progress.steps}: {progress.figures}, {gain} over the base")
     if options.what == "full":
         run.tuned.save_folder(output, run.best_file, resolve(args.base) or Path(args.base), told)
-    say(f"the base: {run.begun}")
+    print_note(f"the base: {run.begun}")
     gain = run.best.psnr - run.begun.psnr
     said = "the best" if gain > 0 else "no better than the base: the best"
-    say(f"{said}, step {run.best_step}: {run.best}, {gain:+.3f} dB")
+    print_note(f"{said}, step {run.best_step}: {run.best}, {gain:+.3f} dB")
     print(output)
     return 0
 
@@ -149,7 +149,7 @@ def tell_costs(run: Run) -> None:
     if options.minutes is not None and run.step == 0:
         run.steps = max(1, min(options.steps, int(60 * options.minutes / seconds)))
     left, trained, held = run.steps - run.step, run.footage.train, run.footage.held
-    say(
+    print_note(
         f"{learning:,} numbers learn from {sum(map(len, trained))} frames; "
         f"{sum(map(len, held))} are held out\n"
         f"{left} steps of {seconds:.2f} s: about {left * seconds / 60:.1f} minutes; "

@@ -18,22 +18,22 @@ from ..errors import IncompatibleInputError, VideoError
 from ..families.diffvsr.options import PRESET_HELP, UpscaleOptions
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.released import released_planner
-from ..jobs.job import SIZE, fitted
+from ..jobs.job import SIZE, settle_job
 from ..jobs.prepare import Prepared, prepare
-from ..jobs.report import output_bytes, report, report_time
+from ..jobs.report import cost_lines, output_bytes, report_time
 from ..jobs.run import VideoJob
 from ..jobs.run import run as run_job
 from ..load import FAMILIES, family_named, resolve
 from ..media import pictures
 from ..media.codecs import CONTAINERS, check_opens
 from ..media.read import check_readable
-from ..options import add_flags, given, rules, with_preset
+from ..options import add_flags, given_options, rules, with_preset
 from ..tensors import from_pixels
 from ..upscaler import Info, State
 from . import many
 from .allocator import keep_freed_memory
 from .model import add_model_arguments, open_model
-from .output import follow
+from .output import run_to_end
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     if len(args.input) == 1:
         check_readable(args.input[0])
-    found, devices = many.sources(args.input), many.several(args)
+    found, devices = many.sources(args.input), many.workers_from_flags(args)
     single = found == args.input and len(found) == 1
     named = [args.output or default_output(found[0])] if single else many.outputs(found, args, default_output)
     results = many.Results(args, single)
@@ -108,13 +108,13 @@ def run(args: argparse.Namespace) -> int:
 def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
     """One input in this process; `prepared` was looked at before the model is opened."""
     if args.plan:
-        for line in plan(args, prepared):
+        for line in plan_lines(args, prepared):
             print(line, flush=True)
         return 0
     output = prepared.job.output
     preview = output.absolute().with_name(f"{output.stem}_preview.jpg") if args.preview else None
     with contextlib.closing(run_job(open_model(args), prepared)) as steps:
-        follow(steps, args.progress, preview, args.preview or 0)
+        run_to_end(steps, args.progress, preview, args.preview or 0)
     print(json.dumps({"output": str(output)}) if args.progress == "json" else output)
     return 0
 
@@ -133,7 +133,9 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     resolve_device(args.device)
     family = FAMILIES[family_named(args.model)].options
     if "scale" in rules(family):
-        prepared = replace(prepared, job=fitted(job, Info("", "", "", scales=None), family, *prepared.size))
+        prepared = replace(
+            prepared, job=settle_job(job, Info("", "", "", scales=None), family, *prepared.size)
+        )
     height, width = prepared.job.sizes.output(*prepared.size)
     job.sizes.model(*prepared.size)
     codec = next((encoding.codec for _, encoding in prepared.videos.values()), None)
@@ -149,7 +151,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def plan(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
+def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
     """What the job would take, in lines; a few frames are made to tell the time.
 
     Released weights are not downloaded for it: without them the time stays untold.
@@ -162,7 +164,7 @@ def plan(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
         yield from plan_without_weights(args, job, size, frames)
         return
     pipe = open_model(args)
-    job = fitted(job, pipe.info, pipe.Options, *size)
+    job = settle_job(job, pipe.info, pipe.Options, *size)
     lq = from_pixels(job.sizes.to_model(first.rgb))
     shape = (lq.shape[-2], lq.shape[-1])
     made = pipe.provenance(shape, job.options)
@@ -170,7 +172,7 @@ def plan(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
     if isinstance(pipe, StreamDiffVSRPipeline):
         plan = pipe.planner.plan(shape, made.details, job.options)
         chosen, needs = str(plan), pipe.planner.needs(shape, job.options, plan)
-    yield from report(job, size, frames, plan=chosen, needs=needs, device=pipe.device)
+    yield from cost_lines(job, size, frames, plan=chosen, needs=needs, device=pipe.device)
     yield report_time(pipe, lq, job.options, State(provenance=made), frames)
 
 
@@ -182,18 +184,18 @@ def plan_without_weights(
         raise IncompatibleInputError("a model that is here (run 'stream-diffvsr download')", args.model)
     device = resolve_device(args.device)
     planner = released_planner(args.flow, resolve_dtype(args.dtype, device), device)
-    job = fitted(job, Info("diffvsr", "", ""), UpscaleOptions, *size)
+    job = settle_job(job, Info("diffvsr", "", ""), UpscaleOptions, *size)
     shape = job.sizes.model(*size)
     chosen = planner.plan(shape, {} if job.state is None else job.state.provenance.details, job.options)
     needs = planner.needs(shape, job.options, chosen)
-    yield from report(job, size, frames, plan=str(chosen), needs=needs, device=device)
+    yield from cost_lines(job, size, frames, plan=str(chosen), needs=needs, device=device)
     yield f"time: told when the weights of {args.model} are here ('stream-diffvsr download {args.model}')"
 
 
 def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
     """The job that the options describe."""
     name = family_named(args.model)
-    family, asked = FAMILIES[name], given(args, VideoJob)
+    family, asked = FAMILIES[name], given_options(args, VideoJob)
     table = {key: rule for each in FAMILIES.values() for key, rule in rules(each.options).items()}
     known = table.keys() - rules(VideoJob).keys()
     own = {key: value for key, value in vars(args).items() if key in known}

@@ -61,7 +61,7 @@ def levels_for(height: int, width: int) -> int:
     return count
 
 
-def pull(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
+def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     """`picture` at p + flow(p), bilinear, and where that lies inside it, (N, 1, h, w) of 0 and 1.
 
     Positions are exact: unlike the reference's warp of the previous result, zero flow is the identity.
@@ -102,7 +102,7 @@ def near_change(current: Tensor, previous: Tensor) -> Tensor:
     return near[..., : current.shape[-2], : current.shape[-1]]
 
 
-def differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
+def window_differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
     """Mean squared differences of windows at every shift within `radius`, (N, (2 radius + 1)^2, h, w)."""
     height, width = current.shape[-2:]
     around = F.pad(moved, (radius,) * 4, mode="replicate")
@@ -131,7 +131,7 @@ class Matcher(nn.Module):
 
     def forward(self, current: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
         """-> what the decoder sees of it, (2 radius + 1)^2 + 1 channels, and the mean shift (N, 2, h, w)."""
-        cost = differences(with_detail(current), with_detail(moved), self.radius)
+        cost = window_differences(with_detail(current), with_detail(moved), self.radius)
         scale = cost.mean(1, True) + NOISE
         likely = torch.softmax(self.liking[:, None, None] - self.sharpness.exp() * cost / scale, 1)
         shift = torch.einsum("nshw,cs->nchw", likely, self.shifts)
@@ -150,11 +150,14 @@ def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tenso
     products = torch.cat([(a * b).mean(1, True) for a, b in
                           ((dx, dx), (dx, dy), (dy, dy), (dx, change), (dy, change))], 1)  # fmt: skip
     narrow = F.avg_pool2d(products, WINDOW, 1, WINDOW // 2)
-    (small, _), (wide, firm) = solved(narrow), solved(F.avg_pool2d(narrow, WINDOW, 1, WINDOW // 2))
+    (small, _), (wide, firm) = (
+        window_steps(narrow),
+        window_steps(F.avg_pool2d(narrow, WINDOW, 1, WINDOW // 2)),
+    )
     return torch.cat([small, wide], 1).clamp(-LONGEST_STEP, LONGEST_STEP), firm
 
 
-def solved(products: Tensor) -> tuple[Tensor, Tensor]:
+def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
     """The step of each window, from its mean products of gradients and change, and how well it is held."""
     xx, xy, yy, xt, yt = products.split(1, 1)
     xx, yy = xx + DAMPING, yy + DAMPING
@@ -252,7 +255,7 @@ class FlowNetwork(nn.Module):
 
     def _level(self, pair: Tensor, context: Tensor, flow: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         current, previous = pair.chunk(2)
-        moved, inside = pull(previous, flow)
+        moved, inside = sample_with_inside(previous, flow)
         likely, shift = self.matcher(current, moved)
         steps, firm = least_squares(current, moved, inside)
         steps = torch.cat([steps, shift], 1)
@@ -261,7 +264,7 @@ class FlowNetwork(nn.Module):
 
     def _finest(self, pair: Tensor, flow: Tensor, hidden: Tensor) -> Tensor:
         current, previous = pair.chunk(2)
-        moved, inside = pull(previous, flow)
+        moved, inside = sample_with_inside(previous, flow)
         steps, firm = least_squares(current, moved, inside)
         seen = torch.cat([current, steps, firm, flow / 8, moved - current, inside, hidden], 1)
         return self.refine(seen, flow, steps, firm)[0]

@@ -57,7 +57,7 @@ def find_scenes(
         if scene is None:
             scene = Scene(frame.index, offset=prepared.offset(frame.index), state="" if cut else state)
         elif cut:
-            yield from _parts(replace(scene, end=frame.index), split, places)
+            yield from _split_scene(replace(scene, end=frame.index), split, places)
             scene = replace(scene, first=frame.index, state="")
             places.clear()
         if frame.index == scene.first:
@@ -66,7 +66,7 @@ def find_scenes(
             places[frame.index + 1] = source.place(frame)
         before, last = now, frame
     if scene is not None and last is not None:
-        yield from _parts(replace(scene, end=last.index + 1), split, places)
+        yield from _split_scene(replace(scene, end=last.index + 1), split, places)
 
 
 Seen = tuple[torch.Size, Tensor | None]
@@ -74,7 +74,7 @@ Seen = tuple[torch.Size, Tensor | None]
 
 
 def _seen(prepared: Prepared, lq: Tensor) -> Seen:
-    return lq.shape, prepared.cut_rule.look(lq)
+    return lq.shape, prepared.cut_rule.summary(lq)
 
 
 def _cut(prepared: Prepared, index: int, before: Seen, now: Seen) -> bool:
@@ -88,7 +88,7 @@ def _is_one_scene(prepared: Prepared) -> bool:
     return prepared.cut_rule == NO_CUTS and not isinstance(prepared.source, FolderSource)
 
 
-def _parts(scene: Scene, split: Split, places: Mapping[int, Place | None]) -> Iterator[Scene]:
+def _split_scene(scene: Scene, split: Split, places: Mapping[int, Place | None]) -> Iterator[Scene]:
     """A scene whose end is known, or the parts into which it is cut up.
 
     `places` has where reading begins, by the index of the first frame read.

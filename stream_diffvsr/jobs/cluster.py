@@ -146,8 +146,8 @@ class RayPool:
         except self.ray.exceptions.RayError as error:
             raise VideoError(f"a worker does not start: {_first_line(error)}") from error
 
-    def look(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
-        answers = self._all("look", ANSWER, job, dict(source), token)
+    def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
+        answers = self._all("check_access", ANSWER, job, dict(source), token)
         return [answer["error"] for answer in answers.values() if "error" in answer]
 
     def give(self, worker: str, name: str, job: Mapping[str, Any], scene: Mapping[str, Any]) -> None:

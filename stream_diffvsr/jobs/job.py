@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import VideoError
-from ..fidelity import COLOUR_FIXES, faithful
+from ..fidelity import COLOUR_FIXES, apply_fidelity
 from ..media.codecs import CODECS
 from ..media.sizes import Sizes, enlarge, resize
 from ..media.span import Span, parse_position
@@ -226,7 +226,7 @@ class VideoJob:
         hq = to_pixels(hq)
         if self.colour_fix in ("wavelet", "adain") or self.strength != 1:
             lq_up = enlarge(lq.to(hq.device), (hq.shape[-2], hq.shape[-1]))
-            hq = faithful(hq, lq_up, self.colour_fix, self.strength)
+            hq = apply_fidelity(hq, lq_up, self.colour_fix, self.strength)
         return resize(hq, self.sizes.output(*source))
 
     @property
@@ -235,7 +235,7 @@ class VideoJob:
         return Span(self.start, self.end)  # type: ignore[arg-type]
 
 
-def fitted(job: VideoJob, info: Info, options: type, height: int, width: int) -> VideoJob:
+def settle_job(job: VideoJob, info: Info, options: type, height: int, width: int) -> VideoJob:
     """The job with what the model and the source, of `height` x `width`, settle.
 
     A family with any scale makes the size asked for itself, so that nothing is resampled after it.

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 from ..errors import VideoError
 from ..files import atomic, sync_folder
-from ..media.join import Part
+from ..media.join import SegmentFile
 from ..media.seek import Place
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Segment:
     """Index of its first frame in the source."""
     scene: int
     """Index of the first frame of its scene."""
-    part: Part
+    part: SegmentFile
     closed: bool
     """Whether its scene ends with it, so that the next frame needs nothing of this one."""
     digests: Mapping[str, str]
@@ -98,7 +98,7 @@ class Journal:
         return sum(segment.part.frames for segment in self.segments)
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def segment_files(self) -> tuple[SegmentFile, ...]:
         """The segments' files and times, in the order of their frames."""
         return tuple(segment.part for segment in self.segments)
 
@@ -128,7 +128,7 @@ class Journal:
 
 def read_segment(content: Mapping[str, Any]) -> Segment:
     """The segment that a record tells of; raises `ValueError`, `TypeError` or `KeyError` for none."""
-    place, part = content["place"], Part(**content["part"])
+    place, part = content["place"], SegmentFile(**content["part"])
     values: dict[str, Any] = {**content, "part": part, "place": None if place is None else Place(**place)}
     segment = Segment(**values)
     named = [name for name in (part.name, part.compare, segment.state, *segment.digests) if name]
@@ -139,7 +139,7 @@ def read_segment(content: Mapping[str, Any]) -> Segment:
     return segment
 
 
-def usable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
+def resumable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Those that work can go on from, by their frames.
 
     A scene counts from its first frame on without a gap, up to its end or to a segment that has a state.
@@ -326,7 +326,7 @@ def work_state(folder: Path) -> str | None:
     return f"{frames} frames done: the same command goes on from there, or delete the folder"
 
 
-def differences(before: Journal, now: Journal) -> list[str]:
+def changed_settings(before: Journal, now: Journal) -> list[str]:
     """What forbids to continue: 'seed was 0, is 1'."""
     pairs = {
         "source": (before.source, now.source),
@@ -345,7 +345,7 @@ def continue_from(before: Journal, now: Journal, folder: Path) -> Journal:
     now = replace(
         now, settings=json.loads(json.dumps(now.settings)), source=json.loads(json.dumps(now.source))
     )
-    if changed := differences(before, now):
+    if changed := changed_settings(before, now):
         raise VideoError(
             f"the unfinished work in {folder} was begun differently ({'; '.join(changed)}): run it with the "
             "same source and settings, or start over with --restart."

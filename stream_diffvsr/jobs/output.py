@@ -13,7 +13,7 @@ import torch
 from ..errors import VideoError
 from ..files import sync_folder
 from ..media.containers import open_container
-from ..media.join import Part, join
+from ..media.join import SegmentFile, join
 from ..media.pictures import Picture
 from ..media.read import VideoSource
 from ..media.sides import OnProgress, Side, make_sides
@@ -63,7 +63,7 @@ class Output:
                 file, size, depth = sink.finish()
             finally:
                 sink.abort()
-            part = Part(file, 1, size, 0, self.prepared.step, depth, file, depth)
+            part = SegmentFile(file, 1, size, 0, self.prepared.step, depth, file, depth)
             self._join(name, (part,), Window(shift=self._shift(Fraction(0))))
             self._check_shape(name)
             (self.folder / file).unlink()
@@ -87,14 +87,14 @@ class Output:
                 *(encoding.codec, wanted + wanted % 2, height),
             )
 
-    def join(self, parts: Sequence[Part], finished: bool) -> int:
+    def join(self, parts: Sequence[SegmentFile], finished: bool) -> int:
         """Put segments together; returns the size of the file, 0 of pictures."""
         check_space(self.folder, sum(part.size for part in parts) + self.prepared.side_bytes)
         for name in self.videos:
             self._join(name, parts, self._window(parts, finished))
         return self.joined("main").stat().st_size if "main" in self.videos else 0
 
-    def _join(self, name: str, parts: Sequence[Part], window: Window) -> None:
+    def _join(self, name: str, parts: Sequence[SegmentFile], window: Window) -> None:
         """Write one joined file; what the container does not take of the other streams is left out."""
         job, source = self.prepared.job, self.prepared.source
         path, encoding = self.prepared.videos[name]
@@ -125,7 +125,7 @@ class Output:
                 self.words = False
                 log.warning("chapters, words, covers and attached files are left out: %s", refused)
 
-    def _window(self, parts: Sequence[Part], finished: bool) -> Window:
+    def _window(self, parts: Sequence[SegmentFile], finished: bool) -> Window:
         """The time of the source that the parts cover; a job that starts later has its start at 0.
 
         So has a source whose times begin anywhere, or before 0, where players would hide it.

@@ -25,7 +25,7 @@ from ..media.streams import SourceInfo
 from ..media.write import PictureSink, Sink, VideoSink, check_folder, container_of
 from ..upscaler import Info, Provenance, State
 from . import scenes
-from .job import VideoJob, fitted
+from .job import VideoJob, settle_job
 from .journal import WorkFolder
 
 MEDIA_FORMATS = ("avi", "asf", "flv", "gif", "mp4", "mov", "mpeg", "mpegts", "ogg", "webm", "matroska", "3gp")
@@ -73,7 +73,9 @@ class Prepared:
 
     def fitted(self, model: Model) -> Prepared:
         """With what the model settles."""
-        return Prepared(fitted(self.job, model.info, model.Options, *self.size), self.source, self.cut_rule)
+        return Prepared(
+            settle_job(self.job, model.info, model.Options, *self.size), self.source, self.cut_rule
+        )
 
     @cached_property
     def videos(self) -> dict[str, tuple[Path, Encoding]]:
@@ -220,7 +222,7 @@ def check_sizes(job: VideoJob, source: FolderSource) -> None:
             )
 
 
-def identity(source: Path) -> dict[str, Any]:
+def source_fingerprint(source: Path) -> dict[str, Any]:
     """What a source is, wherever it lies: its size and a fingerprint of its bytes."""
     files = source_files(source)
     return {"files": len(files), "size": size_of(source), "content": fingerprint(files)}
@@ -236,7 +238,7 @@ def size_of(source: Path) -> int:
     return sum(file.stat().st_size for file in source_files(source))
 
 
-def settings(model: Model, prepared: Prepared) -> dict[str, Any]:
+def frame_settings(model: Model, prepared: Prepared) -> dict[str, Any]:
     """All that changes the frames of the output, as plain JSON."""
     job, cuts = prepared.job, prepared.cut_rule
     made = model.provenance((model.info.minimum, model.info.minimum), job.options)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..media.join import Part
+from ..media.join import SegmentFile
 from ..media.pictures import Picture
 from ..media.read import SourceFrame
 from ..media.sizes import enlarge, split_screen
 from ..tensors import SCALE, from_pixels
-from ..upscaler import OnStep, Provenance, State, Upscaler, ignore, stream
+from ..upscaler import OnStep, Provenance, State, Upscaler, ignore_progress, stream
 from .job import FrameTime, Speed
 from .journal import Journal, Segment, WorkFolder, digest
 from .overlap import Background
@@ -67,14 +67,14 @@ class Renderer:
         """With others at work on the job (`alone` is False), its journal is written by the command only."""
         self.pipe, self.prepared, self.work, self.writer = pipe, prepared, work, writer
         self.alone = alone
-        self.on_step = on_step or ignore
+        self.on_step = on_step or ignore_progress
         self.sinks = open_sinks(prepared, work.folder)
         self.journal = journal
         self.saved = journal if work.journal_file.is_file() else None
         self.made = Provenance.from_texts(journal.provenance)
         self.clock = Speed()
         self.open: list[FrameTime] = []
-        self.closed: Part | None = None
+        self.closed: SegmentFile | None = None
         self.last: SourceFrame | None = None
         self.scene, self.state_bytes = 0, self._guessed_state()
 
@@ -147,7 +147,7 @@ class Renderer:
 
     def _begin(self, frame: SourceFrame) -> None:
         """Start the files of a segment while there is room for it, for its state and for the joined file."""
-        done = [part.size for part in self.journal.parts]
+        done = [part.size for part in self.journal.segment_files]
         needed = 2 * self.state_bytes + sum(done) + 2 * max(done, default=0) + self.prepared.side_bytes
         check_space(self.work.folder, needed)
         for sink in self.sinks.values():
@@ -165,7 +165,7 @@ class Renderer:
         for name, sink in self.sinks.items():
             self.writer.add(sink.add, prepared[name], frame.index, frame.time)
 
-    def close(self) -> Part | None:
+    def close(self) -> SegmentFile | None:
         """Finish the files of the open segment, once; None where none is open."""
         if not self.open or self.closed is not None:
             return self.closed
@@ -174,7 +174,7 @@ class Renderer:
         name, size, depth = finished["main"]
         compare, _, compare_depth = finished.get("compare", ("", 0, 0))
         start, end = self.open[0].start, self.open[-1].end
-        self.closed = Part(name, len(self.open), size, start, end, depth, compare, compare_depth)
+        self.closed = SegmentFile(name, len(self.open), size, start, end, depth, compare, compare_depth)
         return self.closed
 
     def _finish(self, state: State, lq: Tensor | None, closed: bool) -> None:

@@ -22,7 +22,7 @@ BYTES_PER_PIXEL = {"h264": 0.15, "h265": 0.1, "av1": 0.1, "prores": 0.7, "ffv1":
 """What output pixels commonly take in a file; noise takes more, flat pictures less."""
 
 
-def report(
+def cost_lines(
     job: VideoJob,
     size: Sequence[int],
     frames: int | None,

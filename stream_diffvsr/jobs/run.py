@@ -26,10 +26,10 @@ from ..tensors import from_pixels
 from ..upscaler import OnStep, State, Upscaler
 from . import scenes
 from .job import JobProgress, VideoJob
-from .journal import Journal, Segment, WorkFolder, continue_from, usable
+from .journal import Journal, Segment, WorkFolder, continue_from, resumable
 from .output import Output
 from .overlap import Background, prefetch
-from .prepare import Model, Prepared, identity, open_sinks, prepare, settings, size_of, versions
+from .prepare import Model, Prepared, source_fingerprint, open_sinks, prepare, frame_settings, size_of, versions
 from .render import Made, Renderer, load_state
 
 __all__ = ["JobProgress", "VideoJob", "prepare", "run"]
@@ -50,7 +50,7 @@ def run(
     asked, `OSError` where reading or writing fails on the way (finished segments are kept).
     """
     prepared = prepare(job) if isinstance(job, VideoJob) else job
-    yield from _Here(pipe, prepared.fitted(pipe), on_step).steps()
+    yield from _OneProcess(pipe, prepared.fitted(pipe), on_step).steps()
 
 
 class Run:
@@ -83,9 +83,9 @@ class Run:
     def _guarded(self, stage: str, index: int, total: int) -> None:
         """Tell a caller how far a stage is; an exception from it means cancel."""
 
-    def settings(self) -> dict[str, Any]:
+    def frame_settings(self) -> dict[str, Any]:
         """All that changes the frames of the output."""
-        return settings(self.model, self.prepared)
+        return frame_settings(self.model, self.prepared)
 
     def _begin(self) -> Journal:
         """The journal to go on with, or a new one. Raises `VideoError` where that is refused."""
@@ -96,7 +96,7 @@ class Run:
         if self.prepared.writes_folder:
             self.job.output.mkdir(exist_ok=True)
         made_with = versions(self.model.device, self.threads)
-        now = Journal(identity(self.job.source), self.settings(), made_with)
+        now = Journal(source_fingerprint(self.job.source), self.frame_settings(), made_with)
         # What was never begun binds nobody; a file that can be played is a beginning.
         if before is None or (not before.segments and before.partial < 0):
             if before is None or before.source != now.source:
@@ -106,7 +106,7 @@ class Run:
             return replace(now, provenance=self.model.provenance(size, self.job.options).to_texts())
         journal = continue_from(before, now, self.work.folder)
         self.work.check(journal.segments)
-        journal = replace(journal, segments=usable(journal.segments))
+        journal = replace(journal, segments=resumable(journal.segments))
         self.work.remove_leftovers(journal)
         if journal.segments:
             log.info("continuing after %d frames done earlier", journal.frames)
@@ -136,7 +136,7 @@ class Run:
         """Put the segments together and note how large the output is."""
         if not self.journal.segments:
             raise VideoError(f"{self.job.source} has no frame in the span asked for.")
-        self._note(finished=self.output.join(self.journal.parts, finished=True))
+        self._note(finished=self.output.join(self.journal.segment_files, finished=True))
 
     def _complete(self) -> None:
         """Everything is done: give the output its name and the side files their content, then clean up."""
@@ -184,7 +184,7 @@ class Run:
                 )
 
 
-class _Here(Run):
+class _OneProcess(Run):
     """In this process, by one model: scenes are found while reading straight on, so that nothing waits."""
 
     def __init__(self, pipe: Upscaler, prepared: Prepared, on_step: OnStep | None) -> None:
@@ -251,8 +251,8 @@ class _Here(Run):
             cut = isinstance(self.prepared.source, FolderSource)
         else:
             rule = self.prepared.cut_rule
-            before = None if first or previous is None else rule.look(previous)
-            cut = first or (previous is not None and rule.between(frame.index, before, rule.look(lq)))
+            before = None if first or previous is None else rule.summary(previous)
+            cut = first or (previous is not None and rule.between(frame.index, before, rule.summary(lq)))
         if cut:
             log.info("a new scene begins at frame %d", frame.index)
         return cut
@@ -281,7 +281,7 @@ class _Here(Run):
 
     def _leave_playable(self, renderer: Renderer) -> None:
         """After a cancel: a file of what is done so far; the open segment is done again next time."""
-        parts, open_part = renderer.journal.parts, None
+        parts, open_part = renderer.journal.segment_files, None
         try:
             open_part = renderer.close()
         except Exception as error:  # the cancel came while the encoder was being closed

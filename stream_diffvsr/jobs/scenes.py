@@ -36,7 +36,7 @@ class SceneCut:
     listed: frozenset[int] | None = None
     """Indices of the frames that begin a scene; then the threshold does not count."""
 
-    def look(self, lq: Tensor) -> Tensor | None:
+    def summary(self, lq: Tensor) -> Tensor | None:
         """What is compared of a frame (1, 3, h, w) in model range; None where nothing is."""
         return None if self.threshold is None or self.listed is not None else hsv(lq)
 

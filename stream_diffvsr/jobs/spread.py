@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from ..errors import StreamDiffVSRError, VideoError
 from .ahead import Split, find_scenes
 from .job import VideoJob
-from .journal import read_segment, usable
+from .journal import read_segment, resumable
 from .prepare import Model, Prepared, prepare
 from .run import Run
 from .scenes import Scene
@@ -50,7 +50,7 @@ class Pool(Protocol):
         """Names of those that are there; a lost one is not."""
         ...
 
-    def look(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
+    def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
         """What some worker does not see, in sentences."""
         ...
 
@@ -103,19 +103,19 @@ class SpreadRun(Run):
         self.losses: dict[int, int] = {}
         self.error: Exception | None = None
         self.taken, self.recorded, self.ended = 0, False, False
-        self.story: Generator[Any, None, None] = self._told()
+        self.story: Generator[Any, None, None] = self._progress()
 
-    def _told(self) -> Generator[Any, None, None]:
+    def _progress(self) -> Generator[Any, None, None]:
         yield from self.steps()
 
-    def settings(self) -> dict[str, Any]:
+    def frame_settings(self) -> dict[str, Any]:
         parts = {"split": f"{self.split.frames} {self.split.warm_up}"} if self.split.frames else {}
-        return {**super().settings(), **parts}
+        return {**super().frame_settings(), **parts}
 
     def _upscale(self) -> Iterator[Any]:
         """Yield until all scenes are rendered."""
         self._note()
-        if wrong := self.pool.look(self.json, self.journal.source, self.work.token()):
+        if wrong := self.pool.check_access(self.json, self.journal.source, self.work.token()):
             raise VideoError(wrong[0])
         with ThreadPoolExecutor(1, "stream-diffvsr scenes") as thread:
             finding = thread.submit(self._find)
@@ -204,9 +204,9 @@ class SpreadRun(Run):
             with contextlib.suppress(VideoError):
                 self.work.check([segment])
                 self.journal = self.journal.with_segment(segment)
-        self.journal = replace(self.journal, segments=usable(self.journal.segments))
+        self.journal = replace(self.journal, segments=resumable(self.journal.segments))
         if self.journal.segments and "main" in self.output.videos:
-            self._note(partial=self.output.join(self.journal.parts, finished=False))
+            self._note(partial=self.output.join(self.journal.segment_files, finished=False))
             self._give_names()
             log.info("%s holds the %d frames done so far", self.job.output, self.journal.frames)
 

@@ -23,9 +23,9 @@ from ..errors import StreamDiffVSRError, VRAMError
 from ..load import FAMILIES, load_pipeline
 from ..upscaler import Provenance, State, Upscaler
 from .job import VideoJob
-from .journal import WorkFolder, usable
+from .journal import WorkFolder, resumable
 from .overlap import Background, prefetch
-from .prepare import Prepared, identity, prepare
+from .prepare import Prepared, prepare, source_fingerprint
 from .render import Renderer, load_state
 from .scenes import Scene
 
@@ -116,7 +116,7 @@ class Worker:
             "process": os.getpid(),
             "threads": torch.get_num_threads(),
         }
-        if (told := _answer(self._open)) and "error" in told:
+        if (told := _call_result(self._open)) and "error" in told:
             return {**facts, **told}
         pipe = self._open()
         return {**facts, "info": asdict(pipe.info), "device": pipe.device.type}
@@ -134,9 +134,9 @@ class Worker:
             own = None if options is None else FAMILIES[pipe.info.family].options(**options)
             return {"made": pipe.provenance(size, own).to_texts()}
 
-        return _answer(made)
+        return _call_result(made)
 
-    def look(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> dict[str, Any]:
+    def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> dict[str, Any]:
         """Whether it sees what the driver sees: the same source, and the driver's own work folder."""
 
         def seen() -> dict[str, Any]:
@@ -144,7 +144,7 @@ class Worker:
             where = place_of_work()
             if not path.exists():
                 raise FileNotFoundError(f"{where} does not see {path}: put it into a folder that all share.")
-            if identity(path) != dict(source):
+            if source_fingerprint(path) != dict(source):
                 raise FileNotFoundError(f"{path} is another file on {where}: let all see the same folder.")
             if work.token() != token:
                 raise FileNotFoundError(
@@ -154,7 +154,7 @@ class Worker:
                 raise PermissionError(f"{where} cannot write into {work.folder}: give it the right to.")
             return {}
 
-        return _answer(seen)
+        return _call_result(seen)
 
     def render(self, name: str, job: Mapping[str, Any], scene: Mapping[str, Any]) -> dict[str, Any]:
         """Render a scene, or what is left of it; tells its segments' records, or what went wrong.
@@ -167,7 +167,7 @@ class Worker:
             return self._render(job, Scene.from_json(scene))
 
         try:
-            return {"scene": name, **_answer(rendered)}
+            return {"scene": name, **_call_result(rendered)}
         finally:
             self.scene, self.stopped = "", ""
 
@@ -178,7 +178,7 @@ class Worker:
         journal = work.load(scene.first, scene.end)
         if journal is None:
             raise OSError(f"{work.folder} has no journal any more")
-        journal = replace(journal, segments=usable(journal.segments))
+        journal = replace(journal, segments=resumable(journal.segments))
         self.done = journal.frames
         with Background(WRITE_DEPTH) as writer:
             renderer = Renderer(pipe, prepared, work, journal, writer, self._check, alone=False)
@@ -233,7 +233,7 @@ class Worker:
         return self.scene, self.done, self.lines.take()
 
 
-def _answer(call: Any) -> dict[str, Any]:
+def _call_result(call: Any) -> dict[str, Any]:
     """What a call returns, or its error in words: exceptions of this package need not travel."""
     try:
         found = call()

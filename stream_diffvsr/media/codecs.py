@@ -294,20 +294,20 @@ def check_encoder(encoding: Encoding, container: str) -> None:
 
 def check_opens(codec: str) -> None:
     """Raise `VideoError` where an encoder does not open on this machine."""
-    if (reason := why_not(codec)) is not None:
+    if (reason := open_error(codec)) is not None:
         raise VideoError(
             f"the encoder {codec} does not open on this machine ({reason}); with --codec choose "
-            f"one that does: {', '.join(name for name in CODECS if why_not(name) is None)}."
+            f"one that does: {', '.join(name for name in CODECS if open_error(name) is None)}."
         )
 
 
 @functools.cache
-def why_not(codec: str) -> str | None:
+def open_error(codec: str) -> str | None:
     """Why an encoder does not open here, tried with a small picture; None: it does."""
     import av
 
     spec = CODECS[codec]
-    hush()
+    silence_svt()
     try:
         context: Any = av.CodecContext.create(spec.encoder, "w")
         context.width, context.height, context.pix_fmt = (
@@ -324,7 +324,7 @@ def why_not(codec: str) -> str | None:
     return None
 
 
-def hush() -> None:
+def silence_svt() -> None:
     """SVT-AV1 writes pages to stderr unless told by this variable of its own that errors are enough."""
     os.environ.setdefault("SVT_LOG", "1")
 
@@ -332,7 +332,7 @@ def hush() -> None:
 def open_encoder(container: Any, encoding: Encoding) -> Any:
     """Add the encoder's stream to an open output container."""
     spec = CODECS[encoding.codec]
-    hush()
+    silence_svt()
     stream = container.add_stream(spec.encoder, rate=encoding.rate, options=dict(encoding.options))
     stream.width, stream.height, stream.pix_fmt = encoding.width, encoding.height, encoding.native_format
     context = stream.codec_context

@@ -25,11 +25,11 @@ from .tracks import (
     kept_words,
     with_later_time_code,
 )
-from .ways import refusals
+from .ways import av_refusals
 
 
 @dataclass(frozen=True)
-class Part:
+class SegmentFile:
     """A finished segment."""
 
     name: str
@@ -51,7 +51,7 @@ def join(
     target: Path,
     container_format: str,
     files: Sequence[Path],
-    parts: Sequence[Part],
+    parts: Sequence[SegmentFile],
     encoding: Encoding,
     *,
     source: Path | None,
@@ -69,7 +69,7 @@ def join(
     """
     import av
 
-    with refusals(), ExitStack() as stack:
+    with av_refusals(), ExitStack() as stack:
         original = None if source is None else stack.enter_context(open_container(source))
         skipped = seconds_before(original, stream, window)
         tags = {} if original is None or not words else kept_words(original.metadata)
@@ -142,7 +142,7 @@ def add_video(out: Any, first: Path, encoding: Encoding) -> Any:
 
 
 def video_packets(
-    files: Sequence[Path], parts: Sequence[Part], encoding: Encoding, stream: Any, shift: int
+    files: Sequence[Path], parts: Sequence[SegmentFile], encoding: Encoding, stream: Any, shift: int
 ) -> Iterator[tuple[float, Any]]:
     """The packets of all segments with timestamps of the source, and decoding times that rise throughout.
 
@@ -166,7 +166,7 @@ def video_packets(
             yield float(packet.dts * encoding.time_base), packet
 
 
-def segment_packets(path: Path, part: Part, encoding: Encoding) -> Iterator[Any]:
+def segment_packets(path: Path, part: SegmentFile, encoding: Encoding) -> Iterator[Any]:
     """The packets of a segment in decoding order, their `pts` in ticks of the source."""
     with open_container(path) as container:
         stream = container.streams.video[0]

@@ -147,7 +147,7 @@ def is_picture(path: Path) -> bool:
         with open_picture(path) as image:
             if _animated(image):
                 return False
-            return image.format != "JPEG" or path.suffix.lower() in SUFFIXES or not _goes_on(path)
+            return image.format != "JPEG" or path.suffix.lower() in SUFFIXES or not _is_jpeg_stream(path)
     except DAMAGE:
         return False
 
@@ -165,7 +165,7 @@ def _animated(image: Any) -> bool:
     return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
 
 
-def _goes_on(path: Path) -> bool:
+def _is_jpeg_stream(path: Path) -> bool:
     """Whether another JPEG picture follows the first: then it is a stream of them."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         place = 2

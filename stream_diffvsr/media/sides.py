@@ -27,7 +27,7 @@ from .containers import open_container
 from .streams import is_cover
 from .timeline import Timeline
 from .tracks import Window, kept_words, why_no_cover
-from .ways import NO_TEXT, RefusedError, Way, add_copy, refusals, ways_of
+from .ways import NO_TEXT, RefusedError, Way, add_copy, av_refusals, ways_of
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ class Making:
         self.last: int | None = None
         scale = stream.rate or 1000 if stream.type == "audio" else 1000
         options = {"movie_timescale": str(scale)} if container_format in ("mp4", "mov") else {}
-        with refusals():
+        with av_refusals():
             self.out = av.open(str(path.absolute()), "w", format=container_format, container_options=options)
             self.way: Way = way(self.out, stream)
 
@@ -78,7 +78,7 @@ class Making:
         packet.pts = packet.dts if packet.pts is None else packet.pts
         packet.dts = packet.pts if packet.dts is None else packet.dts
         if packet.pts is not None:
-            with refusals():
+            with av_refusals():
                 self._write(self.way.feed(packet))
 
     def _write(self, packets: Iterable[Any]) -> None:
@@ -86,16 +86,16 @@ class Making:
             base = packet.time_base
             if self.first is None:
                 self.origin = math.floor(packet.dts * base)
-                heard = packet.pts * base + skipped(packet)
+                heard = packet.pts * base + encoder_delay(packet)
                 self.first = heard if self.way.first is None else self.way.first
             shift = round(self.origin / base)
             packet.dts, packet.pts = packet.dts - shift, packet.pts - shift
-            self.last = rise(packet, self.last)
+            self.last = set_rising_dts(packet, self.last)
             self.out.mux(packet)
 
     def finish(self) -> Side | None:
         """The finished file, None where there was nothing to write. Raises `RefusedError`."""
-        with refusals():
+        with av_refusals():
             self._write(self.way.drain())
             if self.first is not None:
                 self.out.close()
@@ -111,7 +111,7 @@ class Making:
         self.path.unlink(missing_ok=True)
 
 
-def rise(packet: Any, last: int | None) -> int:
+def set_rising_dts(packet: Any, last: int | None) -> int:
     """Set decoding times that rise, as muxers need them; returns the packet's."""
     if last is not None and packet.dts <= last:
         packet.dts = last + 1
@@ -119,7 +119,7 @@ def rise(packet: Any, last: int | None) -> int:
     return packet.dts
 
 
-def skipped(packet: Any) -> Fraction:
+def encoder_delay(packet: Any) -> Fraction:
     """Seconds at a packet's begin that are not heard: what an encoder put before the sound."""
     context = packet.stream.codec_context if packet.stream is not None else None
     rate = getattr(context, "rate", 0)
@@ -189,7 +189,7 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
     with open_container(source) as original:
         wanted = [s for s in original.streams if s.type in ("audio", "subtitle") and s.codec_context]
         said = what_is_lost(original, container_format)
-        remedies = {stream.index: keeps(stream, container_format) for stream in wanted}
+        remedies = {stream.index: keeping_advice(stream, container_format) for stream in wanted}
         ways = {stream.index: ways_of(stream) for stream in wanted}
         names = {
             stream.index: f"{stream.type} stream {stream.index} ({stream.codec_context.name})"
@@ -243,13 +243,13 @@ def what_is_lost(original: Any, container_format: str) -> list[str]:
     return said
 
 
-def keeps(stream: Any, container_format: str) -> str:
+def keeping_advice(stream: Any, container_format: str) -> str:
     """What would keep a stream as it is, or nearly so."""
     import av
 
     if container_format != "matroska":
         try:
-            with refusals(), av.open(io.BytesIO(), "w", format="matroska") as mkv:
+            with av_refusals(), av.open(io.BytesIO(), "w", format="matroska") as mkv:
                 add_copy(mkv, stream)
             return "an output .mkv keeps it"
         except RefusedError:
@@ -320,7 +320,7 @@ def side_packets(out: Any, original: Any, side: Side, window: Window) -> Iterato
     The stream is added to `out`, with the words that it has in the source; None where the window holds
     nothing of it, which some containers refuse.
     """
-    packets = _within(side, window)
+    packets = _in_window(side, window)
     if (first := next(packets, None)) is None:
         return None
     with open_container(side.path) as container:
@@ -334,13 +334,13 @@ def side_packets(out: Any, original: Any, side: Side, window: Window) -> Iterato
         last = None
         for packet in itertools.chain([first], packets):
             packet.stream = stream
-            last = rise(packet, last)
+            last = set_rising_dts(packet, last)
             yield float(packet.dts * packet.time_base), packet
 
     return attached()
 
 
-def _within(side: Side, window: Window) -> Iterator[Any]:
+def _in_window(side: Side, window: Window) -> Iterator[Any]:
     """Packets at their times in the output; a subtitle that shows when the window opens is kept."""
     with open_container(side.path) as container:
         for packet in container.demux(container.streams[0]):

@@ -26,7 +26,7 @@ class RefusedError(Exception):
     """A container or codec does not take a stream."""
 
 
-class refusals:  # noqa: N801
+class av_refusals:  # noqa: N801
     """A `with` block in which PyAV's errors become `RefusedError`, but for those of the disk."""
 
     def __enter__(self) -> None:

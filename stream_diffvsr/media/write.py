@@ -19,7 +19,7 @@ from .colour import planes_to_frame, samples, to_planes
 from .pictures import Picture
 
 
-class Segment:
+class SegmentWriter:
     """One segment of a video file, encoded by an encoder of its own, so that it depends on nothing else."""
 
     def __init__(self, path: Path, encoding: Encoding) -> None:
@@ -118,10 +118,10 @@ class VideoSink:
         self.folder = folder
         self.name = name
         self.encoding = encoding
-        self.segment: Segment | None = None
+        self.segment: SegmentWriter | None = None
 
     def begin(self, number: int) -> None:
-        self.segment = Segment(
+        self.segment = SegmentWriter(
             self.folder / f"{self.name}-{number:06}.{self.encoding.segment_format}", self.encoding
         )
 

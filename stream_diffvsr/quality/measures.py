@@ -120,19 +120,19 @@ def estimate(current: Tensor, previous: Tensor) -> Tensor:
 
 def warping_error(current: Tensor, previous: Tensor, flow: Tensor, seen: Tensor) -> float:
     """Mean squared difference of `current` and `previous` moved along `flow`, over the pixels `seen`."""
-    squared = (current - pull(previous, flow)).square().mean(1, keepdim=True)
+    squared = (current - sample_zero_outside(previous, flow)).square().mean(1, keepdim=True)
     return float((squared * seen).sum() / seen.sum().clamp(min=1))
 
 
 def visible(flow: Tensor, reverse: Tensor) -> Tensor:
     """1 where a pixel's way back leads to itself (Sundaram et al. 2010) and inside the picture, else 0."""
-    back = pull(reverse, flow)
+    back = sample_zero_outside(reverse, flow)
     limit = 0.01 * (flow.square().sum(1, keepdim=True) + back.square().sum(1, keepdim=True)) + 0.5
     same = (flow + back).square().sum(1, keepdim=True) < limit
-    return (same & (pull(torch.ones_like(flow[:, :1]), flow) > 0.999)).float()
+    return (same & (sample_zero_outside(torch.ones_like(flow[:, :1]), flow) > 0.999)).float()
 
 
-def pull(picture: Tensor, flow: Tensor) -> Tensor:
+def sample_zero_outside(picture: Tensor, flow: Tensor) -> Tensor:
     """`picture` at positions p + flow(p), bilinear, 0 outside; zero flow is identity, unlike in `warp`."""
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]

@@ -22,7 +22,9 @@ MANIFEST = "manifest.json"
 
 
 @contextmanager
-def kept(root: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> Generator[Path, None, None]:
+def built_once(
+    root: Path, key: Mapping[str, str], make: Callable[[Path], None]
+) -> Generator[Path, None, None]:
     """A folder with what `make(folder)` writes, made at most once for a `key` below `root`.
 
     `key["graph"]` begins its name. What is not whole, or was made under another key, is made again; of two
@@ -30,7 +32,7 @@ def kept(root: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> Ge
     """
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
     folder = root / f"{key['graph']}-{name}"
-    if _is_whole(folder, key) or _made(folder, key, make):
+    if _is_whole(folder, key) or _make_once(folder, key, make):
         yield folder
         return
     with TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
@@ -38,7 +40,7 @@ def kept(root: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> Ge
         yield Path(temporary)
 
 
-def _made(folder: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> bool:
+def _make_once(folder: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> bool:
     """Whether the folder is there now; False, after one line of the log, where it cannot be written."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:

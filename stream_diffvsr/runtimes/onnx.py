@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import IncompatibleInputError
 from ..weights.folders import user_cache
 from .graph import Call, Graph
-from .kept import kept
+from .kept import built_once
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class ONNX:
             log.info("onnx: converting %s, once; it is kept in %s", graph.name, root)
             _convert(graph, folder / MODEL)
 
-        with kept(root, {**graph.key(), "onnx": self.version}, make) as folder:
+        with built_once(root, {**graph.key(), "onnx": self.version}, make) as folder:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = torch.get_num_threads()

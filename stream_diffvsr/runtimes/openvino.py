@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import IncompatibleInputError
 from ..weights.folders import user_cache
 from .graph import Call, Graph
-from .kept import kept
+from .kept import built_once
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class OpenVINO:
             openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
         root = user_cache() / "openvino"
-        with kept(root, {**graph.key(), "openvino": self.version}, make) as folder:
+        with built_once(root, {**graph.key(), "openvino": self.version}, make) as folder:
             model = self.core.read_model(folder / "model.xml")
             return _Request(self.core.compile_model(model, self.device, self._settings(root)))
 

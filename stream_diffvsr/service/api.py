@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from .. import __version__
 from . import problems, uploads
 from .command import Checks
-from .guard import COOKIE, Guard, cookie_of, same
+from .guard import COOKIE, Guard, cookie_of, equal_in_constant_time
 from .jobs import Jobs
 from .problems import ProblemError
 from .schemas import Capabilities, Login, Models, Status, Tasks, Upscaling
@@ -50,7 +50,7 @@ def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
         try:
             return model.model_validate(json.loads(content or b"{}", parse_constant=_no_number))
         except ValidationError as error:
-            raise ProblemError(422, problems.told(error.errors())) from error
+            raise ProblemError(422, problems.sentence_of(error.errors())) from error
         except (ValueError, RecursionError) as error:
             raise ProblemError(400, "The request is no JSON.") from error
 
@@ -118,7 +118,7 @@ def create(settings: Settings) -> FastAPI:
         redoc_url=None,
     )
     app.add_middleware(Guard, settings=settings)
-    problems.install(app)
+    problems.install_handlers(app)
     for kind in KINDS:
         app.include_router(tasks_router(kind, jobs))
         app.include_router(files_router(kind, jobs))
@@ -273,7 +273,7 @@ def house_router(settings: Settings, jobs: Jobs) -> APIRouter:
         openapi_extra=described(Login),
     )
     async def session(request: Request, login: Login = Depends(json_body(Login))) -> Response:  # noqa: B008
-        if settings.token and not same(login.token, settings.token):
+        if settings.token and not equal_in_constant_time(login.token, settings.token):
             raise ProblemError(401, "That is not the token.")
         answer = Response(status_code=204)
         if settings.token:

@@ -35,7 +35,7 @@ def cookie_of(token: str) -> str:
     return hmac.new(token.encode(), b"stream-diffvsr page", hashlib.sha256).hexdigest()
 
 
-def same(given: str, wanted: str) -> bool:
+def equal_in_constant_time(given: str, wanted: str) -> bool:
     """Whether two words are the same, in a time that does not tell how alike they are."""
     return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode())
 
@@ -64,7 +64,7 @@ class Guard:
             await self.app(scope, receive, guarded)
             return
         headers = {"WWW-Authenticate": "Bearer"} if refusal[0] == 401 else None
-        await problems.answer(*refusal, headers)(scope, receive, guarded)
+        await problems.problem_response(*refusal, headers)(scope, receive, guarded)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         """Why a request goes no further: status and sentence."""
@@ -86,12 +86,12 @@ class Guard:
         token = self.settings.token
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer":
-            return same(given.strip(), token)
+            return equal_in_constant_time(given.strip(), token)
         try:
             cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
         except CookieError:
             return False
-        return cookie is not None and same(cookie.value, cookie_of(token))
+        return cookie is not None and equal_in_constant_time(cookie.value, cookie_of(token))
 
 
 def _hostname(host: str) -> str:

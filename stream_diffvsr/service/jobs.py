@@ -75,7 +75,7 @@ class Jobs:
         about = await self.checks.about(fresh=True)
         check_request(request, about)
         if asked.target is not None:
-            s3.check(asked.target)
+            s3.check_url(asked.target)
         task = await self._task_for(kind, task_id, asked)
         if task.state == "queued" or task.state == "running":
             if {**task.request} == {**request, "suffix": task.request.get("suffix")}:
@@ -119,7 +119,7 @@ class Jobs:
             return task
         new = await self.named(kind, asked.source)
         if s3.is_url(asked.source):
-            s3.check(asked.source)
+            s3.check_url(asked.source)
             self.check_room(await s3.exists(asked.source))
             source = asked.source
         else:

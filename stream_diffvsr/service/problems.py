@@ -34,14 +34,14 @@ class ProblemError(StreamDiffVSRError):
         super().__init__(detail)
 
 
-def answer(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
+def problem_response(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """The response of a problem."""
     readable = detail.encode("utf-8", "replace").decode()
     problem = Problem(title=http.HTTPStatus(status).phrase, status=status, detail=readable)
     return JSONResponse(problem.model_dump(), status, headers=headers, media_type=CONTENT_TYPE)
 
 
-def told(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> str:
+def sentence_of(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> str:
     """What pydantic found wrong, in a sentence."""
     places = [".".join(map(str, each["loc"][skip:])) or "request" for each in errors]
     return "; ".join(f"{place}: {each['msg']}" for place, each in zip(places, errors, strict=True))[:1000]
@@ -54,21 +54,21 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """For the description of every route."""
 
 
-def install(app: FastAPI) -> None:
+def install_handlers(app: FastAPI) -> None:
     """Have everything that goes wrong told as a problem."""
 
     @app.exception_handler(ProblemError)
     def refused(request: Request, error: ProblemError) -> JSONResponse:
-        return answer(error.status, str(error), error.headers)
+        return problem_response(error.status, str(error), error.headers)
 
     @app.exception_handler(HTTPException)
     def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return answer(error.status_code, str(error.detail), dict(error.headers or {}))
+        return problem_response(error.status_code, str(error.detail), dict(error.headers or {}))
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(422, told(error.errors(), skip=1))
+        return problem_response(422, sentence_of(error.errors(), skip=1))
 
     @app.exception_handler(Exception)
     def failed(request: Request, error: Exception) -> JSONResponse:
-        return answer(500, f"The server failed ({type(error).__name__}); its log says more.")
+        return problem_response(500, f"The server failed ({type(error).__name__}); its log says more.")

@@ -24,7 +24,7 @@ def is_url(text: str) -> bool:
     return text.startswith("s3://")
 
 
-def check(url: str) -> None:
+def check_url(url: str) -> None:
     """Raise `ProblemError` for what is no place in S3, and where obstore is not installed."""
     if not URL.fullmatch(url):
         raise ProblemError(422, f"{url[:200]!r} is not of the form s3://bucket/key.")

@@ -35,7 +35,7 @@ LOG = "log.txt"
 
 
 @dataclass
-class Live:
+class RunningJob:
     """A job that runs."""
 
     task: Task
@@ -54,7 +54,7 @@ class Workers:
 
     def __init__(self, store: Store, settings: Settings, checks: Checks) -> None:
         self.store, self.settings, self.checks = store, settings, checks
-        self.live: dict[str, Live] = {}
+        self.live: dict[str, RunningJob] = {}
         self.devices: list[str] = []
         self._wake = asyncio.Condition()
         self._tasks: list[asyncio.Task[None]] = []
@@ -106,7 +106,7 @@ class Workers:
         await live.over.wait()
         return self.store.get(task.id) or task
 
-    async def _end(self, live: Live) -> None:
+    async def _end(self, live: RunningJob) -> None:
         """Interrupt a process, as Ctrl-C would; one that does not listen is killed."""
         process = live.process
         if process is None or process.returncode is not None:
@@ -125,7 +125,7 @@ class Workers:
                 while not (waiting := self.store.waiting()) or self._stopping:
                     await self._wake.wait()
                 task = self.store.change(waiting[0], state=RUNNING, message="")
-                live = self.live[task.id] = Live(task, device)
+                live = self.live[task.id] = RunningJob(task, device)
             try:
                 await self._run(live)
             except Exception as error:
@@ -135,11 +135,11 @@ class Workers:
                 del self.live[task.id]
                 live.over.set()
 
-    def _over(self, live: Live, state: str, message: str = "") -> None:
+    def _over(self, live: RunningJob, state: str, message: str = "") -> None:
         live.task = self.store.change(live.task, state=state, message=message, ended=time.time())
         log.info("job %s is %s", live.task.id, state)
 
-    async def _run(self, live: Live) -> None:
+    async def _run(self, live: RunningJob) -> None:
         """A job from its source to its target."""
         try:
             if await self._fetch(live) and await self._upscale(live) and await self._deliver(live):
@@ -149,7 +149,7 @@ class Workers:
         if live.cancelled and live.task.state == RUNNING:
             self._over(live, "cancelled")
 
-    async def _fetch(self, live: Live) -> bool:
+    async def _fetch(self, live: RunningJob) -> bool:
         """Bring the source here, if it is elsewhere; False where the job was stopped meanwhile."""
         task, source = live.task, self.store.source_of(live.task)
         if s3.is_url(task.source) and not source.is_file():
@@ -163,13 +163,13 @@ class Workers:
             live.task = self.store.change(task, facts=facts)
         return not live.cancelled
 
-    async def _arguments(self, live: Live) -> list[str]:
+    async def _arguments(self, live: RunningJob) -> list[str]:
         """What the command is told."""
         task, about = live.task, await self.checks.about()
         source, result = self.store.source_of(task), self.store.result_of(task)
         return arguments(task.request, about, source, result, live.device, self.settings.ray)
 
-    async def _deliver(self, live: Live) -> bool:
+    async def _deliver(self, live: RunningJob) -> bool:
         """Bring the result to where it was asked for."""
         target = live.task.request.get("target")
         if not target:
@@ -177,7 +177,7 @@ class Workers:
         live.doing = f"writing {target}"
         return await self._transfer(live, s3.deliver(self.store.result_of(live.task), target))
 
-    async def _transfer(self, live: Live, work: Any) -> bool:
+    async def _transfer(self, live: RunningJob, work: Any) -> bool:
         """Await a transfer, which a cancelled job breaks off."""
         transfer = asyncio.ensure_future(work)
         while not transfer.done():
@@ -190,7 +190,7 @@ class Workers:
         live.doing = ""
         return True
 
-    async def _upscale(self, live: Live) -> bool:
+    async def _upscale(self, live: RunningJob) -> bool:
         """Run the command until it has done the job; False where it was stopped."""
         if self._made(live.task):
             return True
@@ -219,7 +219,7 @@ class Workers:
         result = self.store.result_of(task)
         return result.is_file() and not result.with_name(f"{result.name}.parts").exists()
 
-    async def _once(self, live: Live, command: list[str], log_file: Path) -> int:
+    async def _once(self, live: RunningJob, command: list[str], log_file: Path) -> int:
         """One run of the command; returns its exit code."""
         with log_file.open("wb") as errors:
             live.process = process = await asyncio.create_subprocess_exec(
@@ -244,7 +244,7 @@ class Workers:
         live.numbers = {}
         return code
 
-    def _save(self, live: Live) -> None:
+    def _save(self, live: RunningJob) -> None:
         if "done" in live.numbers:
             numbers = live.numbers
             live.task = self.store.change(live.task, done=numbers["done"], total=numbers["total"])

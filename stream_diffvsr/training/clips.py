@@ -72,7 +72,7 @@ class Footage:
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
-def look(paths: Iterable[Path], side: int, frames: int) -> Footage:
+def read_clips(paths: Iterable[Path], side: int, frames: int) -> Footage:
     """Read every clip once; of each, scenes of at least `frames` frames and `side` pixels are used.
 
     Raises `IncompatibleInputError` where nothing is left.
@@ -124,7 +124,7 @@ def _scenes(path: Path, room: int) -> Iterator[Scene]:
     for index, frame in enumerate(open_source(path).frames(Span())):
         rgb, size = frame.rgb, frame.size
         small = F.interpolate(rgb, scale_factor=min(1.0, LOOKED_AT / size[1]), mode="area")
-        now = rule.look(from_pixels(small))
+        now = rule.summary(from_pixels(small))
         if rule.between(index, before, now):
             yield scene(index)
             first, kept = index, []

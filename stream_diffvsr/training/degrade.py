@@ -177,10 +177,12 @@ def open_recipe(name: str) -> Recipe:
     if not isinstance(listed, list):
         raise IncompatibleInputError("a list of steps in the degradation file", f"{name}")
     steps = [step if isinstance(step, dict) else {step: None} for step in listed]
-    return check([next(iter(step.items()), ("", None)) if len(step) == 1 else ("", None) for step in steps])
+    return check_steps(
+        [next(iter(step.items()), ("", None)) if len(step) == 1 else ("", None) for step in steps]
+    )
 
 
-def check(steps: Sequence[tuple[Any, Any]]) -> Recipe:
+def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
     """Refuse what no step knows; raises `IncompatibleInputError`."""
     for name, given in steps:
         if name not in STEPS or not isinstance(given or {}, dict):

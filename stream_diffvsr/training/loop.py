@@ -66,7 +66,7 @@ def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.rand
     scene = footage.train[rng.choice(len(lengths), p=lengths / lengths.sum())]
     truth = crop(scene, rng, options.size + 2 * MARGIN, options.frames)
     truth = truth.flip(-1) if rng.random() < 0.5 else truth
-    return cut(degrade(truth, recipe, rng), truth, options.size)
+    return centre_crop(degrade(truth, recipe, rng), truth, options.size)
 
 
 def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
@@ -75,11 +75,11 @@ def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
     for index, scene in enumerate(footage.held[:HELD_SCENES]):
         rng = np.random.default_rng((seed, 1, index))
         truth = crop(scene, rng, HELD_SIDE, min(HELD_FRAMES, len(scene)))
-        found.append(cut(degrade(truth, recipe, rng), truth, HELD_SIDE))
+        found.append(centre_crop(degrade(truth, recipe, rng), truth, HELD_SIDE))
     return found
 
 
-def cut(lq: Tensor, truth: Tensor, side: int) -> Window:
+def centre_crop(lq: Tensor, truth: Tensor, side: int) -> Window:
     """The middle of degraded frames, and of the true ones, to model range."""
     top, left = (max(0, (length - side // SCALE) // 2) for length in lq.shape[-2:])
     small = side // SCALE
@@ -246,7 +246,7 @@ class Run:
     def state_file(self) -> Path:
         return self.report.folder / "state.safetensors"
 
-    def settings(self) -> dict[str, Any]:
+    def resume_settings(self) -> dict[str, Any]:
         """What a run that is resumed must have in common with the one before."""
         own = {name: value for name, value in asdict(self.options).items() if name != "every"}
         return {**own, "base": self.base.model, "clips": self.footage.identity, "recipe": repr(self.recipe)}
@@ -258,7 +258,7 @@ class Run:
             moments = self.optimiser.state.get(weight, {})
             tensors |= {f"{key}.{name}": value for key, value in moments.items()}
         facts = {name: getattr(self, name) for name in ("step", "steps", "best_step")}
-        facts |= {"best": asdict(self.best), "begun": asdict(self.begun), "settings": self.settings()}
+        facts |= {"best": asdict(self.best), "begun": asdict(self.begun), "settings": self.resume_settings()}
         plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         save_tensors(self.state_file, plain, {"run": json.dumps(facts)})
 
@@ -266,7 +266,7 @@ class Run:
         """Go on from what `keep` wrote; raises `IncompatibleInputError` where it was another run."""
         tensors, texts = read_tensors(self.state_file)
         facts = json.loads(texts["run"])
-        now = json.loads(json.dumps(self.settings()))
+        now = json.loads(json.dumps(self.resume_settings()))
         changed = [
             f"{name} {now.get(name)!r} instead of {value!r}"
             for name, value in facts["settings"].items()

@@ -101,7 +101,7 @@ class Report:
             torch.cat([to_pixels(upsample(lqs[-1:])), base, now, to_pixels(truths[-1:])], dim=3)
             for (lqs, truths), base, now in zip(held, before, frames, strict=True)
         ]
-        write_picture(self.folder / f"step_{step:06}.png", stacked(rows))
+        write_picture(self.folder / f"step_{step:06}.png", stack_rows(rows))
 
     def _chart(self) -> None:
         try:
@@ -121,7 +121,7 @@ class Report:
         figure.savefig(self.folder / CHART, dpi=100)
 
 
-def stacked(rows: Sequence[Tensor]) -> Tensor:
+def stack_rows(rows: Sequence[Tensor]) -> Tensor:
     """Pictures (1, 3, ., .) below one another, filled up with black at the right."""
     width = max(row.shape[-1] for row in rows)
     return torch.cat([F.pad(row, (0, width - row.shape[-1], 0, 0)) for row in rows], dim=2)

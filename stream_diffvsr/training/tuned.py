@@ -34,7 +34,7 @@ class LowRank(nn.Module):
         self.b = nn.Parameter(torch.zeros((len(weight), rank, *ones), device=weight.device))
 
     def forward(self, weight: Tensor) -> Tensor:
-        return weight + lora.product((self.a, self.b), weight.shape)
+        return weight + lora.low_rank_product((self.a, self.b), weight.shape)
 
 
 class Tuned:
@@ -61,7 +61,7 @@ class Tuned:
         """Layers of its own; weights too, where all of them learn."""
         network = getattr(self.base.torch_networks, part)
         weights = network.parameters() if self.options.what == "full" else ()
-        return lora.copied(network, {id(x): nn.Parameter(x.detach().clone(), False) for x in weights})
+        return lora.copy_with(network, {id(x): nn.Parameter(x.detach().clone(), False) for x in weights})
 
     def _learns(self, name: str) -> bool:
         return name.startswith(self.parts) and (
@@ -106,7 +106,7 @@ class Tuned:
         names = [name.removesuffix(".a") for name in self.parameters if name.endswith(".a")]
         changes = {name: (self.parameters[f"{name}.a"], self.parameters[f"{name}.b"]) for name in names}
         rank = str(self.options.rank)
-        lora.write(path, changes, {**told, "base": self.base.model, "rank": rank, "alpha": rank})
+        lora.write_lora(path, changes, {**told, "base": self.base.model, "rank": rank, "alpha": rank})
 
     def save_folder(self, output: Path, saved: Path, folder: Path, told: Mapping[str, str]) -> None:
         """Write a checkpoint with the weights that were `saved`, and all else of the base's `folder`."""

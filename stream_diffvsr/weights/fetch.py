@@ -122,9 +122,11 @@ def fetch(
     tell = on_progress or (lambda done, total: None)
     log.info("downloading %s to %s", release.repository, target)
     try:
-        with _alone(target, tell):
+        with _exclusive(target, tell):
             if not whole(target):
-                _bring(release, target, needed, revision or os.environ.get(REVISION_VARIABLE) or "main", tell)
+                _download_missing(
+                    release, target, needed, revision or os.environ.get(REVISION_VARIABLE) or "main", tell
+                )
     except FetchError as error:
         raise by_hand(release, target, str(error)) from error
     except OSError as error:
@@ -167,7 +169,7 @@ def _can_write(folder: Path) -> bool:
 
 
 @contextmanager
-def _alone(target: Path, tell: OnProgress) -> Generator[None, None, None]:
+def _exclusive(target: Path, tell: OnProgress) -> Generator[None, None, None]:
     """Only one process downloads to a folder; others wait, and may be cancelled while they do."""
     from filelock import FileLock, Timeout
 
@@ -183,7 +185,9 @@ def _alone(target: Path, tell: OnProgress) -> Generator[None, None, None]:
         lock.release()
 
 
-def _bring(release: Release, target: Path, needed: Needed, revision: str, tell: OnProgress) -> None:
+def _download_missing(
+    release: Release, target: Path, needed: Needed, revision: str, tell: OnProgress
+) -> None:
     """Fetch what the folder lacks beside it, and put it there when all of it has its size."""
     if offline():
         raise FetchError("HF_HUB_OFFLINE is set")

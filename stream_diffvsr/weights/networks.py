@@ -28,7 +28,7 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
-def place(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+def move_weight(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Move a weight; whole numbers keep their type.
 
     What is copied anyway comes into the order that convolutions take, channels last.

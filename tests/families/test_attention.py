@@ -11,7 +11,7 @@ from samples import moving
 
 from stream_diffvsr import IncompatibleInputError, load_pipeline
 from stream_diffvsr.cli.main import main
-from stream_diffvsr.families.wan.attention import attention, check
+from stream_diffvsr.families.wan.attention import attention, check_attention
 
 CUDA = torch.device("cuda")
 
@@ -59,7 +59,7 @@ def test_a_librarys_way_gives_the_same(tmp_path, monkeypatch):
 )
 def test_what_cannot_be(name, device, dtype, sentence):
     with pytest.raises(IncompatibleInputError, match=sentence):
-        check(name, device, dtype)
+        check_attention(name, device, dtype)
 
 
 @pytest.mark.parametrize(("name", "package"), [("sage", "sageattention"), ("flash", "flash_attn")])
@@ -67,7 +67,7 @@ def test_a_missing_package(name, package):
     if package in sys.modules or __import__("importlib.util").util.find_spec(package):
         pytest.skip(f"{package} is installed")
     with pytest.raises(ModuleNotFoundError, match=r"pip install .*, or leave attention at 'auto'"):
-        check(name, CUDA, torch.bfloat16)
+        check_attention(name, CUDA, torch.bfloat16)
 
 
 def test_only_where_there_is_one(opened, checkpoint, tmp_path, capsys):

@@ -174,7 +174,7 @@ def test_units(units, upscaler):
     time, modulation, _ = transformer._conditions(upscaler.networks["transformer"], upscaler.prompt)
     assert torch.equal(time, units["time_t"]) and torch.equal(modulation, units["time_mod"])
     places = torch.arange(6)
-    angles = transformer.rotations(6, 6, 6, 4, 32)[places, places, places]
+    angles = transformer.rotation_angles(6, 6, 6, 4, 32)[places, places, places]
     torch.testing.assert_close(angles.cos().float(), units["rope_cos_f4_h3_w5_rows"])
     torch.testing.assert_close(angles.sin().float(), units["rope_sin_f4_h3_w5_rows"])
     hq, lq = units["color_hq"][:, :, 0], units["color_lq"][:, :, 0]

@@ -31,10 +31,10 @@ from stream_diffvsr.families.swiftvr.method import SwiftVR
 from stream_diffvsr.families.swiftvr.options import SwiftVROptions
 from stream_diffvsr.families.swiftvr.state import Memory
 from stream_diffvsr.families.wan.taehv import Grow
-from stream_diffvsr.families.wan.transformer import conditions, rotations
+from stream_diffvsr.families.wan.transformer import conditioning, rotation_angles
 from stream_diffvsr.memory import LiveTensors
 from stream_diffvsr.tensors import to_pixels
-from stream_diffvsr.upscaler import State, Upscaled, ignore
+from stream_diffvsr.upscaler import State, Upscaled, ignore_progress
 
 HERE = Path(__file__).parents[1] / "golden_swiftvr"
 GOLDEN = Path(os.environ.get("STREAM_DIFFVSR_GOLDEN_SWIFTVR", HERE))
@@ -156,7 +156,7 @@ def test_golden_of_irregular_steps(upscaler, calls):
     memory, results = Memory(), []
     for group in (frames[:4], frames[4:16], frames[16:24], [*frames[24:26], *[frames[25]] * 2]):
         seen = results and [frames[0]] * memory.ahead  # seen again, and not looked at
-        hq, memory = upscaler.chunk([*seen, *group], memory, options, ignore)
+        hq, memory = upscaler.chunk([*seen, *group], memory, options, ignore_progress)
         results += hq
     assert len(results) == run["frames_out"]
     assert [got.shape[2] for got, _ in calls] == [call["latents_in_dit"] for call in run["dit_calls"]]
@@ -197,12 +197,12 @@ def test_units_of_the_transformer(units, upscaler):
     torch.testing.assert_close(units["dit.in"] - restored, units["dit.out"], **CLOSE)
     sinusoid = network.condition_embedder.timesteps_proj(torch.tensor([1000.0]))
     for name, value in zip(
-        ("temb", "timestep_proj", "text"), conditions(network, upscaler.prompt, sinusoid), strict=True
+        ("temb", "timestep_proj", "text"), conditioning(network, upscaler.prompt, sinusoid), strict=True
     ):
         torch.testing.assert_close(value, units[f"dit.{name}"], **CLOSE)
     for angles, name in (
-        (rotations(3, 3, 5, 5, 20), "dit.rope"),
-        (rotations(2, 1, 1, 1030, 20), "rope_ext"),
+        (rotation_angles(3, 3, 5, 5, 20), "dit.rope"),
+        (rotation_angles(2, 1, 1, 1030, 20), "rope_ext"),
     ):
         twice = angles.flatten(0, 2).repeat_interleave(2, 1)
         torch.testing.assert_close(twice.cos().float(), units[f"{name}_cos"], **CLOSE)
@@ -245,7 +245,7 @@ def test_windows():
     assert len(table) > 20
     for name, wanted in table.items():
         count, side = map(int, name.split("/"))
-        assert [transformer.starts(count, side, shift) for shift in (0, side // 2)] == wanted
+        assert [transformer.window_starts(count, side, shift) for shift in (0, side // 2)] == wanted
 
 
 def test_which_window_a_token_takes_where_they_overlap():
@@ -600,7 +600,7 @@ def test_memory_of_the_real_networks(real):
     size, options = (270, 480), SwiftVROptions()
     assert 2 * 2**30 < real.bytes_needed(size) < 2.5 * 2**30
     frames = [torch.empty(1, 3, *size, device="meta")] * 28
-    _, memory = real.chunk(frames, Memory(), options, ignore)
+    _, memory = real.chunk(frames, Memory(), options, ignore_progress)
     assert 220 * 2**20 < memory.to_state(size, real.provenance(size)).nbytes < 240 * 2**20
 
 

@@ -92,7 +92,7 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
         if stage == "frame":
             raise MemoryError(message)
         tried.append(str(plan))
-        lower = pipe.planner.lower(plan, stage, frame.options)
+        lower = pipe.planner.next_plan(plan, stage, frame.options)
         if lower is None:
             raise _no_memory(
                 pipe.planner.bytes_needed(frame.size, frame.options, plan),

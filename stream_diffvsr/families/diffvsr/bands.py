@@ -26,7 +26,7 @@ def embed(control: Control, warped: Tensor, rows: int | None) -> Tensor:
     if rows is None:
         return control.embed(warped)
     layers = [layer for layer in control.embedding.modules() if isinstance(layer, nn.Conv2d)]
-    height, halo = warped.shape[-2] // SCALE, -(-reach(layers) // SCALE)
+    height, halo = warped.shape[-2] // SCALE, -(-border_rows(layers) // SCALE)
     out = Rows(height)
     for band in bands(height, max(rows // SCALE, 1), halo):
         out.put(control.embed(band.scaled(SCALE).see(warped)), band)
@@ -77,20 +77,20 @@ class Rows:
         self.tensor[..., large.rows, :] = large.crop(part)
 
 
-def reach(layers: Iterable[nn.Module]) -> int:
+def border_rows(layers: Iterable[nn.Module]) -> int:
     """How many rows of input beyond its own a band's output depends on, above and below."""
     rows = 0
     for layer in reversed(list(layers)):
         if isinstance(layer, nn.Conv2d):
             rows = rows * layer.stride[0] + layer.kernel_size[0] // 2
         elif isinstance(layer, TemporalBlock):
-            rows += reach(layer.conv)
+            rows += border_rows(layer.conv)
         elif isinstance(layer, nn.Upsample):
             rows = -(-rows // 2)
     return rows
 
 
-def growth(layers: Iterable[nn.Module]) -> int:
+def scale_of(layers: Iterable[nn.Module]) -> int:
     """How many rows come out for one that goes in."""
     return 2 ** sum(isinstance(layer, nn.Upsample) for layer in layers)
 
@@ -126,7 +126,7 @@ def _encode_segment(layers: Layers, x: Tensor, rows: int) -> tuple[Tensor, list[
     """The last layer's result, and the pooled result of each block."""
     height = x.shape[-2] // POOL
     out, maps = Rows(height), [Rows(height) for _ in _blocks(layers)]
-    for band in bands(height, max(rows // POOL, 1), -(-reach(layers) // POOL)):
+    for band in bands(height, max(rows // POOL, 1), -(-border_rows(layers) // POOL)):
         y, remaining = band.scaled(POOL).see(x), iter(maps)
         for layer in layers:
             y = layer(y)
@@ -140,13 +140,13 @@ def _decode_segment(
     layers: Layers, x: Tensor, feature: Tensor | None, trust: Tensor | None, rows: int
 ) -> Tensor:
     """All layers of a segment with at most one block, whose TPM sees the previous frame's `feature`."""
-    step = max(rows // growth(layers) // POOL * POOL, POOL)
+    step = max(rows // scale_of(layers) // POOL * POOL, POOL)
     mixed = None if feature is None else _mix(layers, x, feature, step)
     if trust is not None and mixed is not None:
         height, width = (POOL * side for side in mixed.shape[-2:])
         trust = F.adaptive_avg_pool2d(trust, (height, width)).to(x)
     out = Rows(x.shape[-2])
-    for band in bands(x.shape[-2], step, reach(layers)):
+    for band in bands(x.shape[-2], step, border_rows(layers)):
         y = band.see(x)
         for layer in layers:
             if mixed is not None and isinstance(layer, TemporalBlock):
@@ -165,7 +165,7 @@ def _mix(layers: Layers, x: Tensor, feature: Tensor, step: int) -> Tensor:
     block = layers[position]
     assert isinstance(block, TemporalBlock)
     pooled = []
-    for band in bands(x.shape[-2], step, reach(layers[: position + 1])):
+    for band in bands(x.shape[-2], step, border_rows(layers[: position + 1])):
         y = band.see(x)
         for layer in layers[:position]:
             y = layer(y)

@@ -1,4 +1,7 @@
-"""Whether a checkpoint folder is complete, told without loading a weight."""
+"""Whether a checkpoint folder is complete and this model's, told without loading a weight.
+
+Other models' weights in its place are told by their keys and shapes, never by file names.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,7 @@ from ...errors import CheckpointError, ModelNotFoundError, StreamDiffVSRError
 from ...files import keep_json, read_json
 from ...weights.folders import user_cache
 from ...weights.networks import Shapes, check_keys, shapes_of
-from .build import build, named_for
-from .parts import (
+from .components import (
     CONFIG,
     INDEX,
     NETWORKS,
@@ -24,18 +26,28 @@ from .parts import (
     SCHEDULER_CONFIG,
     TEXT_ENCODER,
     TOKENIZER,
-    Part,
-    open_part,
+    Component,
+    Traits,
+    build,
+    named_for,
+    open_component,
     require,
 )
 from .prompt import FILE, PromptEmbeddings, token_ids
-from .recognise import name_foreign
-from .traits import Traits
 
 log = logging.getLogger(__name__)
 
-NeededShapes = Callable[[Part], Shapes]
+NeededShapes = Callable[[Component], Shapes]
 """What the network of a part needs, by its configuration."""
+
+
+LATENT, LATENT_AND_LQ, LATENT_AND_MASK = 4, 7, 9
+"""Input channels of U-Nets: generation; generation on top of a picture, as here; inpainting."""
+
+FAMILIES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+"""By the width of the prompt embedding that the attention layers take."""
+
+SINGLE_FILE = ("model.diffusion_model.", "control_model.", "first_stage_model.")
 
 
 def problem(folder: Path) -> StreamDiffVSRError | None:
@@ -59,20 +71,20 @@ def check(folder: Path) -> None:
     check_text(folder, remembered_shapes)
 
 
-def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Part]:
+def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Component]:
     """The networks' parts, checked before any of them is loaded."""
     if not folder.is_dir():
         raise ModelNotFoundError("checkpoint", folder, "Name a checkpoint folder, 'nano' or 'v1'.")
-    parts = [open_part(folder, name) for name in NETWORKS]
+    parts = [open_component(folder, name) for name in NETWORKS]
     for part in parts:
-        check_part(part, needed_shapes)
+        check_component(part, needed_shapes)
     require(folder / SCHEDULER_CONFIG, "scheduler")
     read_json(folder / SCHEDULER_CONFIG)
     default_flow(folder)
     return parts
 
 
-def check_part(part: Part, needed_shapes: NeededShapes) -> None:
+def check_component(part: Component, needed_shapes: NeededShapes) -> None:
     """One part: whole files, of this model, that fit their configuration."""
     foreign = name_foreign(part)
     if foreign:
@@ -97,8 +109,8 @@ def check_text(folder: Path, needed_shapes: NeededShapes) -> None:
             raise ModelNotFoundError(
                 f"{name} (nor {FILE} with the embedding of the empty prompt)", folder / name / file, REMEDY
             )
-    encoder = open_part(folder, TEXT_ENCODER)
-    check_part(encoder, needed_shapes)
+    encoder = open_component(folder, TEXT_ENCODER)
+    check_component(encoder, needed_shapes)
     token_ids(folder / TOKENIZER, "", encoder.config.get("max_position_embeddings", 77))
     check_width(width, encoder.config.get("hidden_size"), encoder.config_path)
 
@@ -133,7 +145,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     return read_json(index) if index.is_file() else {}
 
 
-def remembered_shapes(part: Part) -> Shapes:
+def remembered_shapes(part: Component) -> Shapes:
     """What the network of a part needs, from a small file once it was worked out.
 
     Working it out imports diffusers, which takes seconds: too long each time a list of models is shown.
@@ -146,3 +158,50 @@ def remembered_shapes(part: Part) -> Shapes:
         shapes = shapes_of(build(part))
     keep_json(path, shapes)
     return shapes
+
+
+def name_foreign(part: Component) -> str:
+    """What another model's weights are, in words; empty where they may be this model's."""
+    shapes = part.shapes
+    if any(key.startswith(SINGLE_FILE) for key in shapes):
+        return "a Stable Diffusion checkpoint in single-file layout"
+    if part.name == "vae":
+        return _autoencoder(shapes)
+    return "" if part.name == TEXT_ENCODER else _diffusion(part, shapes)
+
+
+def _diffusion(part: Component, shapes: Shapes) -> str:
+    """U-Net or ControlNet."""
+    classes = shapes.get("class_embedding.weight")
+    if classes or part.config.get("num_class_embeds"):
+        count = classes[0] if classes else part.config["num_class_embeds"]
+        return f"the {part.name} of a plain Stable Diffusion x4 upscaler (num_class_embeds {count})"
+    first = shapes.get("conv_in.weight", (0, LATENT_AND_LQ))
+    channels = first[1] if len(first) > 1 else LATENT_AND_LQ
+    if channels not in (LATENT, LATENT_AND_MASK):
+        return _swapped(part, shapes)
+    family = FAMILIES.get(_prompt_width(shapes), "another diffusion model")
+    kind = "ControlNet" if _is_controlnet(shapes) else "inpainting U-Net" if channels > LATENT else "U-Net"
+    return f"a {family} {kind}"
+
+
+def _swapped(part: Component, shapes: Shapes) -> str:
+    if _is_controlnet(shapes) != (part.name == "controlnet") and "conv_in.weight" in shapes:
+        return "a ControlNet" if part.name == "unet" else "a U-Net"
+    return ""
+
+
+def _is_controlnet(shapes: Shapes) -> bool:
+    return "controlnet_cond_embedding.conv_in.weight" in shapes
+
+
+def _prompt_width(shapes: Shapes) -> int:
+    return next((shape[-1] for key, shape in shapes.items() if key.endswith("attn2.to_k.weight")), 0)
+
+
+def _autoencoder(shapes: Shapes) -> str:
+    if "decoder.conv_in.weight" in shapes:
+        return "the autoencoder of a plain Stable Diffusion (AutoencoderKL)"
+    if "decoder.layers.0.weight" in shapes and not any(".temporal_processor." in key for key in shapes):
+        return "a tiny autoencoder without the Temporal Processor Module"
+    return ""

@@ -15,20 +15,21 @@ from ...flow import open_flow
 from ...flow.open import open_flow_network
 from ...weights.folders import user_cache
 from ...weights.networks import Shapes, shapes_of
-from .build import build, fill
 from .check import check_networks, check_text, default_flow, problem, remembered_shapes, traits
-from .control import Control
-from .parts import (
+from .components import (
     CONFIG,
     INDEX,
     NETWORKS,
     SCHEDULER_CONFIG,
     TEXT_ENCODER,
     TOKENIZER,
-    Part,
+    Component,
+    build,
     choose,
+    fill,
     shards,
 )
+from .control import Control
 from .pipeline import StreamDiffVSRPipeline
 from .prompt import PromptEmbeddings
 
@@ -103,6 +104,6 @@ def open_diffvsr(
 class _Networks(dict[str, torch.nn.Module]):
     """Networks built without weights: first to compare them with their files, then to be filled."""
 
-    def shapes(self, part: Part) -> Shapes:
+    def shapes(self, part: Component) -> Shapes:
         self[part.name] = build(part)
         return shapes_of(self[part.name])

@@ -18,7 +18,7 @@ from ...flow.estimators import TILE as FLOW_TILE
 from ...memory import count_bytes, on_meta
 from ...runtimes.torch import packed
 from ...tensors import SCALE, padded_size
-from ...upscaler import FixedPlacement, ignore
+from ...upscaler import FixedPlacement, ignore_progress
 from .denoise import Schedule, denoise, latent_tiles
 from .networks import Guidance, TorchCalls, TorchNetworks
 from .options import UpscaleOptions
@@ -142,7 +142,7 @@ class Needs:
                 schedule=schedule,
                 options=ONE_STEP,
                 tiles=latent_tiles(height, width, tile, overlap)[:1],
-                on_step=ignore,
+                on_step=ignore_progress,
             )
 
         return count_bytes(one_step, [*self._weights, warped, latents, lq, prompt, embedding])

@@ -69,13 +69,13 @@ def diffusers_name(part: str, name: str) -> str:
     )
 
 
-def product(change: LowRank, shape: torch.Size) -> Tensor:
+def low_rank_product(change: LowRank, shape: torch.Size) -> Tensor:
     """B A in the shape of the layer's weight."""
     a, b = change
     return (b.flatten(1) @ a.flatten(1)).view(shape)
 
 
-def read(path: str | Path, strength: float = 1.0) -> Lora:
+def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
     """Read a file.
 
     Raises `ModelNotFoundError`, `CheckpointError`, or `IncompatibleInputError` for a strength.
@@ -115,14 +115,14 @@ def is_lora(path: Path) -> bool:
         return False
 
 
-def write(path: Path, changes: Mapping[str, LowRank], told: Mapping[str, str]) -> None:
+def write_lora(path: Path, changes: Mapping[str, LowRank], told: Mapping[str, str]) -> None:
     """Write a file that `read` reads; `told` has at least base, rank and alpha."""
     tensors = {name + end: x.detach().cpu().contiguous()
                for name, pair in changes.items() for end, x in zip((A, B), pair, strict=True)}  # fmt: skip
     save_tensors(path, tensors, {**told, "format": FORMAT})
 
 
-def merge(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> TorchNetworks:
+def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> TorchNetworks:
     """Networks with the sum of these LoRAs in copies of the layers that they change; all else is shared.
 
     `model` is the fingerprint of `networks`. Raises `IncompatibleInputError` for a LoRA of another model.
@@ -140,17 +140,17 @@ def merge(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> TorchNe
             if name not in known or not fits:
                 raise CheckpointError(f"{lora.name} does not fit this model's layers, as {name} shows.")
             device = known[name].weight.device
-            delta = lora.strength * lora.scale * product((a.to(device), b.to(device)), shape)
+            delta = lora.strength * lora.scale * low_rank_product((a.to(device), b.to(device)), shape)
             deltas[name] = deltas[name] + delta if name in deltas else delta
     parts = {name.partition(".")[0] for name in deltas}
     with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's inference mode
         changed = {id(known[name].weight): nn.Parameter((known[name].weight.float() + delta)
                    .to(known[name].weight.dtype), False) for name, delta in deltas.items()}  # fmt: skip
-        own: dict[str, Any] = {part: copied(getattr(networks, part), changed) for part in parts}
+        own: dict[str, Any] = {part: copy_with(getattr(networks, part), changed) for part in parts}
     return replace(networks, **own)
 
 
-def copied(network: nn.Module, changed: Mapping[int, nn.Parameter]) -> nn.Module:
+def copy_with(network: nn.Module, changed: Mapping[int, nn.Parameter]) -> nn.Module:
     """The same layers around the same weights, but for those `changed`, by the id of what they were."""
     memo: dict[int, Any] = {
         id(x): changed.get(id(x), x) for x in chain(network.parameters(), network.buffers())
@@ -158,7 +158,7 @@ def copied(network: nn.Module, changed: Mapping[int, nn.Parameter]) -> nn.Module
     return copy.deepcopy(network, memo)
 
 
-def combined(model: str, loras: Sequence[Lora]) -> str:
+def merged_fingerprint(model: str, loras: Sequence[Lora]) -> str:
     """Fingerprint of a model with LoRAs merged into it."""
     if not loras:
         return model

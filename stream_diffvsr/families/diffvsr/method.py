@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ...flow import occlusion
 from ...flow.warp import warp
 from ...tensors import SCALE, pad_to, padded_size
-from ...upscaler import OnStep, ignore
+from ...upscaler import OnStep, ignore_progress
 from .denoise import Schedule, denoise, latent_tiles, noise
 from .networks import Guidance, Networks
 from .options import UpscaleOptions
@@ -42,7 +42,7 @@ class Frame:
     """Whether there is anything to estimate flow with."""
     masked: bool = False
     """Whether guidance fades where the previous frame cannot be believed."""
-    on_step: OnStep = ignore
+    on_step: OnStep = ignore_progress
 
     @property
     def size(self) -> tuple[int, int]:

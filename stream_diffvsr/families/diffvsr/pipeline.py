@@ -21,10 +21,11 @@ from ...memory import is_out_of_memory
 from ...runtimes.graph import Runtime
 from ...runtimes.torch import compilation, quantized
 from ...tensors import MINIMUM_SIDE, SCALE, check_frame, check_shape, padded_size
-from ...upscaler import FixedPlacement, Info, OnStep, Placement, Provenance, State, Upscaled, ignore
+from ...upscaler import FixedPlacement, Info, OnStep, Placement, Provenance, State, Upscaled, ignore_progress
 from . import lora
 from .attempts import OVERFLOWED, attempt, outside_the_networks
 from .built import BuiltNetworks
+from .components import Traits
 from .control import Control
 from .counted import Needs
 from .denoise import Schedule
@@ -34,7 +35,6 @@ from .options import UpscaleOptions
 from .plan import Plan, Planner, plan_details
 from .prompt import PromptEmbeddings
 from .state import FAMILY, StreamDiffVSRState
-from .traits import Traits
 from .vae import TemporalAutoencoderTiny
 
 log = logging.getLogger(__name__)
@@ -93,16 +93,16 @@ class StreamDiffVSRPipeline:
         To be called before the first frame, if at all. Raises `IncompatibleInputError` and
         `ModuleNotFoundError` as `quantized.check`.
         """
-        quantized.check(kind, self.device)
+        quantized.check_quantize(kind, self.device)
         if kind != "none":
             quantized.quantize(kind, self.torch_networks.unet, self.torch_networks.controlnet)
             self.number_format += f", linear layers {kind}"
 
     def with_loras(self, *loras: tuple[str | Path, float]) -> StreamDiffVSRPipeline:
-        """A pipeline with these LoRA files, as (path, strength), beside those that this one has.
+        """A pipeline with these LoRA files, as (path, strength), beside those it has.
 
-        It shares all that they do not change with this one, which stays as it is. Raises as `lora.read` and
-        `lora.merge`, and `IncompatibleInputError` where layers are quantised or another runtime has them.
+        It shares all that they do not change with this one, which stays as it is. Raises as `read_lora`,
+        `merge_loras` do, and `IncompatibleInputError` where layers are quantised or another runtime has them.
         """
         if self.built is not None or self.number_format != str(self.dtype).removeprefix("torch."):
             raise IncompatibleInputError(
@@ -110,10 +110,10 @@ class StreamDiffVSRPipeline:
                 f"one of {self.runtime}, {self.number_format}",
             )
         base = self.base or self
-        told = (lora.read(path, strength) for path, strength in loras)
+        told = (lora.read_lora(path, strength) for path, strength in loras)
         every = (*self.loras, *(each for each in told if each.strength))
-        other = base.around(lora.merge(base.torch_networks, base.model, every))
-        other.base, other.loras, other.model = base, every, lora.combined(base.model, every)
+        other = base.around(lora.merge_loras(base.torch_networks, base.model, every))
+        other.base, other.loras, other.model = base, every, lora.merged_fingerprint(base.model, every)
         return other
 
     def around(self, networks: TorchNetworks) -> StreamDiffVSRPipeline:
@@ -250,7 +250,7 @@ class StreamDiffVSRPipeline:
         options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
         try:
             with self._lock, torch.no_grad():
-                return self._process(lq, before, options, latents, flow, on_step or ignore)
+                return self._process(lq, before, options, latents, flow, on_step or ignore_progress)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -331,7 +331,7 @@ class StreamDiffVSRPipeline:
     def _compile_mode(self, options: UpscaleOptions) -> str:
         if self.built is not None:
             return compilation.OFF
-        return compilation.in_force(options.compile_mode, self.device)
+        return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
         """Tells the bytes that a stage needs beside the weights, for a placement that has to make room."""

@@ -46,7 +46,7 @@ class Plan:
         """Whether the numbers are those of the whole frame, up to rounding."""
         return self.tile is None and self.flow != "tiled"
 
-    def lower(self, stage: str, methods: Sequence[str], tile: int | None = None) -> Plan | None:
+    def next_plan(self, stage: str, methods: Sequence[str], tile: int | None = None) -> Plan | None:
         """The next plan with less memory, exact ones first; None if there is none.
 
         `stage` is where memory ran out: only for flow does tiled flow help. `tile` is the size that U-Net
@@ -156,9 +156,9 @@ class Planner:
         if PLAN in details and details.get(SIZE) == size_text(size):
             plan = Plan.from_json(details[PLAN])
             return replace(plan, flow=nearest_method(plan.flow, self.methods))
-        return self.choose(size, options)
+        return self.first_plan(size, options)
 
-    def choose(self, size: Sequence[int], options: UpscaleOptions) -> Plan:
+    def first_plan(self, size: Sequence[int], options: UpscaleOptions) -> Plan:
         """The plan to begin with."""
         free = free_memory(self.device)
         if self.most(size) <= self.share * free:
@@ -194,11 +194,11 @@ class Planner:
         needs = self.needs(size, options, plan)
         return needs["peak"] - needs["weights"]
 
-    def lower(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
+    def next_plan(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
         """What to try when memory ran out in a stage; a plan that the options name is not left."""
         if options.memory_plan != "auto":
             return None
-        return plan.lower(stage, self.methods, options.tile_size)
+        return plan.next_plan(stage, self.methods, options.tile_size)
 
 
 def plan_details(plan: Plan, size: Sequence[int]) -> dict[str, str]:
@@ -217,6 +217,6 @@ def candidates(options: UpscaleOptions, methods: Sequence[str], *, beyond_exact:
     last = plan
     while plan is not None and (plan.exact or beyond_exact):
         yield plan
-        last, plan = plan, plan.lower("unet", methods, options.tile_size)
+        last, plan = plan, plan.next_plan("unet", methods, options.tile_size)
     if beyond_exact and "tiled" in methods:
         yield replace(last, flow="tiled")

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, ModelNotFoundError
 from ...files import fingerprint, read_json, read_tensors, save_tensors
-from .build import build, fill
-from .parts import TEXT_ENCODER, TOKENIZER, open_part
+from .components import TEXT_ENCODER, TOKENIZER, build, fill, open_component
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class PromptEmbeddings:
     def encoder(self) -> str:
         """Fingerprint of the text encoder; empty where the folder has none, and any file counts."""
         try:
-            return fingerprint(open_part(self.folder, TEXT_ENCODER).files)
+            return fingerprint(open_component(self.folder, TEXT_ENCODER).files)
         except ModelNotFoundError:
             return ""
 
@@ -102,7 +101,7 @@ def prompt_key(prompt: str) -> str:
 def encode(folder: Path, prompt: str) -> Tensor:
     """Run the folder's text encoder once: (1, 77, D) float32 on the CPU, after its final layer norm."""
     try:
-        part = open_part(folder, TEXT_ENCODER)
+        part = open_component(folder, TEXT_ENCODER)
     except ModelNotFoundError as error:
         what = f"the prompt {prompt!r}" if prompt else "the empty prompt"
         raise ModelNotFoundError(

@@ -10,11 +10,10 @@ from torch import nn
 from ...flow import FlowEstimator, open_flow
 from ...flow.open import open_bundled
 from ...weights.networks import empty
-from .build import from_config
+from .components import NETWORKS, from_config
 from .control import Control
 from .counted import Needs
 from .networks import TorchNetworks
-from .parts import NETWORKS
 from .plan import Planner
 
 _SHARED = {

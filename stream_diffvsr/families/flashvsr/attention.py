@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..wan.transformer import projected
+from ..wan.transformer import queries_keys_values
 
 log = logging.getLogger(__name__)
 
@@ -182,7 +182,7 @@ class SparseAttention:
     ) -> Tensor:
         assert rotary_emb is not None
         reach, x = rotary_emb, hidden_states[0]
-        q, k, v = projected(attn, x, reach.cos, reach.sin)
+        q, k, v = queries_keys_values(attn, x, reach.cos, reach.sin)
         q, k, v = (rearrange(each, "(w t) h d -> h w t d", t=TOKENS).contiguous() for each in (q, k, v))
         n = len(reach.selection.near)
         # Pairs have memory of their own, so that one can be dropped.

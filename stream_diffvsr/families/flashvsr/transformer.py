@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from ..wan.transformer import THETA, TIMESTEP, conditions, rotations, run, turns
+from ..wan.transformer import THETA, TIMESTEP, conditioning, cos_sin, rotation_angles, run
 from .attention import Pair, Reach, Selection, SparseAttention, from_windows, to_windows
 
 Pairs = tuple[tuple[Pair, ...], ...]
@@ -44,10 +44,10 @@ def denoise(
     x = transformer.patch_embedding(noise.to(tokens.dtype))
     rows, columns = x.shape[-2:]
     x = to_windows(rearrange(x, "1 c f h w -> f h w c") + tokens)[None]
-    angles = rotations(
+    angles = rotation_angles(
         len(x[0]) // (rows * columns), rows, columns, position, transformer.config.attention_head_dim
     )
-    cos, sin = turns(to_windows(angles), x.device)
+    cos, sin = cos_sin(to_windows(angles), x.device)
     reaches = [Reach(cos, sin, selection, each) for each in past or ((),) * len(transformer.blocks)]
     x = run(transformer, x, _conditions(transformer, prompt), reaches, on_block)
     together = [(*reach.past, *reach.own) for reach in reaches]
@@ -60,4 +60,4 @@ def _conditions(transformer: Any, prompt: Tensor) -> tuple[Tensor, Tensor, Tenso
     half = transformer.config.freq_dim // 2
     # In float64: in float32 the angles of 1000 are off by more than anything else here.
     angle = TIMESTEP * THETA ** (-torch.arange(half, dtype=torch.float64) / half)
-    return conditions(transformer, prompt, torch.cat([angle.cos(), angle.sin()])[None])
+    return conditioning(transformer, prompt, torch.cat([angle.cos(), angle.sin()])[None])

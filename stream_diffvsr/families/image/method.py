@@ -16,7 +16,17 @@ from ...errors import CheckpointError, IncompatibleInputError, VRAMError
 from ...flow.bundled import FlowNetwork
 from ...memory import count_bytes, free_memory, is_out_of_memory, on_meta, release_caches
 from ...tensors import MINIMUM_SIDE, check_frame, check_shape, is_finite
-from ...upscaler import FixedPlacement, Info, OnStep, Placement, Provenance, State, Upscaled, ignore, stream
+from ...upscaler import (
+    FixedPlacement,
+    Info,
+    OnStep,
+    Placement,
+    Provenance,
+    State,
+    Upscaled,
+    ignore_progress,
+    stream,
+)
 from .network import ImageNetwork
 from .options import ImageOptions
 from .steady import steadied
@@ -73,7 +83,7 @@ class ImageModel:
         """Begin a sequence, or continue the one of `state`; there is no `noise` in these models."""
         if noise is not None:
             raise IncompatibleInputError("no noise, as single-image models draw none", "a tensor of it")
-        return ImageSession(self, options or ImageOptions(), state or State(), on_step or ignore)
+        return ImageSession(self, options or ImageOptions(), state or State(), on_step or ignore_progress)
 
     def stream(
         self,
@@ -204,7 +214,7 @@ class ImageModel:
 
         def frame() -> Tensor:
             lq = torch.empty((1, 3, *size))
-            hq = network.upscale(lq, tile, overlap, ignore)
+            hq = network.upscale(lq, tile, overlap, ignore_progress)
             before = torch.empty_like(hq), torch.empty_like(lq)
             return steadied(hq, lq, before, flow, 1.0) if steady else hq
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...flow.bundled import FlowNetwork, enlarged_and_reduced, pull
+from ...flow.bundled import FlowNetwork, enlarged_and_reduced, sample_with_inside
 
 MOST = 0.9
 """Share of the previous result at `steady` 1: nothing stays for ever."""
@@ -29,7 +29,7 @@ def steadied(
     scale = hq.shape[-1] // lq.shape[-1]
     now, then = enlarged_and_reduced(lq), enlarged_and_reduced(previous_lq)
     there, back = flow(now, then), flow(then, now)
-    moved, inside = pull(torch.cat([previous_lq, back], 1), there)
+    moved, inside = sample_with_inside(torch.cat([previous_lq, back], 1), there)
     returned = moved[:, 3:]
     lengths = (there.square() + returned.square()).sum(1, keepdim=True)
     missed = (there + returned).square().sum(1, keepdim=True)
@@ -38,7 +38,7 @@ def steadied(
     difference = mean((moved[:, :3] - lq).abs().mean(1, keepdim=True))
     trust = mean(agrees) * agrees * torch.exp(-(difference / MATCH).square())
     large = F.interpolate(torch.cat([there * scale, trust], 1), scale_factor=scale, mode="bilinear")
-    warped, _ = pull(previous_hq, large[:, :2])
+    warped, _ = sample_with_inside(previous_hq, large[:, :2])
     return hq + MOST * steady * large[:, 2:] * (warped - hq)
 
 

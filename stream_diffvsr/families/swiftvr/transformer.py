@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..wan.attention import Attend, attention
-from ..wan.transformer import TIMESTEP, conditions, projected, rotations, run, turns
+from ..wan.transformer import TIMESTEP, conditioning, cos_sin, queries_keys_values, rotation_angles, run
 
 WINDOW = 16, 16
 """(height, width) in tokens, where the configuration does not say otherwise."""
@@ -33,7 +33,7 @@ class Grid:
     columns: int
 
 
-def starts(count: int, side: int, shift: int) -> list[int]:
+def window_starts(count: int, side: int, shift: int) -> list[int]:
     """Where windows begin along an axis of `count` tokens."""
     if side >= count:
         return [0]
@@ -68,7 +68,7 @@ class WindowAttention:
         """
         height, width = self.window
         down, across = (height // 2, width // 2) if self.shifted else (0, 0)
-        found = list(product(starts(rows, height, down), starts(columns, width, across)))
+        found = list(product(window_starts(rows, height, down), window_starts(columns, width, across)))
         return found if self.shifted else found[::-1]
 
     def __call__(
@@ -83,7 +83,7 @@ class WindowAttention:
         grid = rotary_emb
         q, k, v = (
             rearrange(each, "(t r c) h d -> t r c h d", r=grid.rows, c=grid.columns)
-            for each in projected(attn, hidden_states[0], grid.cos, grid.sin)
+            for each in queries_keys_values(attn, hidden_states[0], grid.cos, grid.sin)
         )
         height, width = min(self.window[0], grid.rows), min(self.window[1], grid.columns)
         found = torch.empty_like(v)
@@ -109,10 +109,12 @@ def denoise(
     """
     x = transformer.patch_embedding(latents)
     count, rows, columns = x.shape[-3:]
-    angles = rotations(count, rows, columns, 0, transformer.config.attention_head_dim)
-    grid = Grid(*turns(angles.flatten(0, 2), x.device), rows, columns)
+    angles = rotation_angles(count, rows, columns, 0, transformer.config.attention_head_dim)
+    grid = Grid(*cos_sin(angles.flatten(0, 2), x.device), rows, columns)
     time = transformer.condition_embedder.timesteps_proj(torch.tensor([TIMESTEP], device=x.device))
     x = rearrange(x, "1 c f h w -> 1 (f h w) c")
-    x = run(transformer, x, conditions(transformer, prompt, time), [grid] * len(transformer.blocks), on_block)
+    x = run(
+        transformer, x, conditioning(transformer, prompt, time), [grid] * len(transformer.blocks), on_block
+    )
     x = rearrange(x, "(f h w) (a b c) -> 1 c f (h a) (w b)", f=count, h=rows, a=2, b=2)
     return latents.float() - x.float()

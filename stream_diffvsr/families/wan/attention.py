@@ -20,7 +20,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values, (1, heads, tokens, head size) each -> the same shape."""
 
 
-def check(name: str, device: torch.device, dtype: torch.dtype) -> None:
+def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse what cannot be had here.
 
     Raises `IncompatibleInputError` for another name, device or number format, `ModuleNotFoundError` where the

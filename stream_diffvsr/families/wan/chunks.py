@@ -26,10 +26,10 @@ from ...upscaler import (
     Provenance,
     State,
     Upscaled,
-    ignore,
+    ignore_progress,
     stream,
 )
-from .attention import attention, check
+from .attention import attention, check_attention
 from .state import size_of
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class ChunkUpscaler(ABC):
 
         To be called before the first frame, if at all. Raises as `attention.check`.
         """
-        check(name, self.device, self.dtype)
+        check_attention(name, self.device, self.dtype)
         if name == "auto":
             return
         transformer: Any = self.networks["transformer"]
@@ -129,7 +129,7 @@ class ChunkUpscaler(ABC):
         noise: Tensor | None = None,
     ) -> ChunkSession:
         """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`."""
-        return ChunkSession(self, options or self.Options(), state, on_step or ignore, noise)
+        return ChunkSession(self, options or self.Options(), state, on_step or ignore_progress, noise)
 
     def stream(
         self,
@@ -235,7 +235,7 @@ class ChunkUpscaler(ABC):
             for _ in range(2):
                 count = self.whole(memory, options)
                 frames = [torch.empty((1, 3, *size), device="meta") for _ in range(count)]
-                _, memory = empty._chunk(frames, memory, options, ignore, None)
+                _, memory = empty._chunk(frames, memory, options, ignore_progress, None)
         return live.peak
 
 

@@ -38,7 +38,7 @@ def transformer(config: Mapping[str, Any]) -> nn.Module:
     return network
 
 
-def conditions(transformer: Any, prompt: Tensor, sinusoid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def conditioning(transformer: Any, prompt: Tensor, sinusoid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings of the time (1, width), for the blocks (1, 6, width), and of the prompt.
 
     `sinusoid`: (1, frequencies) of the time, cosines first.
@@ -68,7 +68,7 @@ def run(
     return transformer.proj_out((transformer.norm_out(x.float()) * (1 + scale) + shift).type_as(x))[0]
 
 
-def rotations(latents: int, rows: int, columns: int, position: int, head: int) -> Tensor:
+def rotation_angles(latents: int, rows: int, columns: int, position: int, head: int) -> Tensor:
     """(latents, rows, columns, head / 2) angles in float64; latents stand at `position` and on."""
     across = 2 * (head // 6)
     axes = (latents, position, head - 2 * across), (rows, 0, across), (columns, 0, across)
@@ -81,7 +81,7 @@ def rotations(latents: int, rows: int, columns: int, position: int, head: int) -
     return torch.cat(parts, -1)
 
 
-def turns(angles: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def cos_sin(angles: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """(tokens, head / 2) -> cosines and sines, (tokens, 1, head / 2) float32."""
     cos, sin = (each.to(device, torch.float32)[:, None] for each in (angles.cos(), angles.sin()))
     return cos, sin
@@ -93,7 +93,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
 
 
-def projected(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def queries_keys_values(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys, rotated, and values of (tokens, width): (tokens, heads, head size) each."""
     q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
     q, k, v = (each.unflatten(-1, (attn.heads, -1)) for each in (q, k, v))

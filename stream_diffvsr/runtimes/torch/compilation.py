@@ -47,7 +47,7 @@ _failed: set[tuple[type[nn.Module], str]] = set()
 
 
 @lru_cache
-def problem(device: str) -> str | None:
+def compile_problem(device: str) -> str | None:
     """Why nothing can be compiled for this type of device; None where it works. Takes seconds, once."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.ones(8, device=device))
@@ -56,11 +56,13 @@ def problem(device: str) -> str | None:
     return None
 
 
-def in_force(mode: str, device: torch.device) -> str:
+def effective_mode(mode: str, device: torch.device) -> str:
     """The `compile_mode` that can be followed; logs once where it is not the one that was asked for."""
-    if mode == OFF or problem(device.type) is None:
+    if mode == OFF or compile_problem(device.type) is None:
         return mode
-    _say_once(f"compile_mode {mode!r} has no effect here, torch.compile fails: {problem(device.type)}")
+    _say_once(
+        f"compile_mode {mode!r} has no effect here, torch.compile fails: {compile_problem(device.type)}"
+    )
     return OFF
 
 

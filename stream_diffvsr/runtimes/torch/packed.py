@@ -37,7 +37,7 @@ _kept: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 
 
 @lru_cache
-def pays() -> bool:
+def is_faster_here() -> bool:
     """Whether this is a processor on which packed layers are faster."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return there and torch.backends.mkl.is_available() and _is_amd() and _has_avx512()
@@ -69,7 +69,7 @@ def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
 
 def _layers(network: nn.Module) -> Iterator[nn.Linear]:
     """Those of transformer blocks; the others are called with a single row."""
-    for name, layer in network.named_modules() if pays() else ():
+    for name, layer in network.named_modules() if is_faster_here() else ():
         if type(layer) is nn.Linear and ".attentions." in name and "forward" not in vars(layer):
             weight = layer.weight
             if weight.numel() >= SMALLEST and weight.dtype == torch.float32 and weight.device.type == "cpu":

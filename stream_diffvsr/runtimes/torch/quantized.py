@@ -18,7 +18,7 @@ FP8_CAPABILITY = (8, 9)
 """Of the first NVIDIA cards that multiply 8-bit floats: Ada and Hopper."""
 
 
-def check(kind: str, device: torch.device) -> None:
+def check_quantize(kind: str, device: torch.device) -> None:
     """Refuse what cannot be had here.
 
     Raises `IncompatibleInputError` for another name than `QUANTIZATIONS` has and for a device without 'fp8',

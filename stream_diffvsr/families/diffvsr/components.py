@@ -1,0 +1,211 @@
+"""The networks of a checkpoint folder: the files of each, built without weights, filled strictly."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import CheckpointError, ModelNotFoundError
+from ...files import read_json, read_shapes, read_weights
+from ...weights.networks import Network, Shapes, check_keys, empty, move_weight, shapes_of
+from .vae import TemporalAutoencoderTiny
+
+NETWORKS = ("unet", "controlnet", "vae")
+TEXT_ENCODER, TOKENIZER = "text_encoder", "tokenizer"
+CONFIG = "config.json"
+SCHEDULER_CONFIG = Path("scheduler", "scheduler_config.json")
+INDEX = "model_index.json"
+
+STEMS = {TEXT_ENCODER: ("model", "pytorch_model")}
+NETWORK_STEMS = ("diffusion_pytorch_model",)
+FORMS = (
+    "{stem}.safetensors",
+    "{stem}.safetensors.index.json",
+    "{stem}.fp16.safetensors",
+    "{stem}.safetensors.index.fp16.json",
+    "{stem}.bf16.safetensors",
+    "{stem}.bin",
+    "{stem}.bin.index.json",
+    "{stem}.fp16.bin",
+    "{stem}.pth",
+)
+"""Names under which weights are published, best first: full before half, one file before several."""
+
+REMEDY = "Copy it there, or let 'stream-diffvsr download' fetch the released folder."
+
+
+@dataclass(frozen=True)
+class Component:
+    """One network of a checkpoint folder, on the disk."""
+
+    name: str
+    config: dict[str, Any]
+    config_path: Path
+    path: Path
+    """The file of weights, or the index of several."""
+    files: tuple[Path, ...]
+    """All files that hold weights."""
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """What the weights are called, and their shapes; raises `CheckpointError` for a damaged file."""
+        return {key: shape for path in self.files for key, shape in read_shapes(path).items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights, mapped from their files."""
+        return {key: value for path in self.files for key, value in read_weights(path).items()}
+
+
+def open_component(folder: Path, name: str) -> Component:
+    """A network's configuration and files.
+
+    Raises `ModelNotFoundError` naming what is missing, or `CheckpointError` for a file that is damaged.
+    """
+    config_path = folder / name / CONFIG
+    require(config_path, name)
+    present = [path.name for path in (folder / name).iterdir()]
+    chosen = choose(present, name)
+    if chosen is None:
+        stem = STEMS.get(name, NETWORK_STEMS)[0]
+        raise ModelNotFoundError(f"weights of {name}", folder / name / f"{stem}.safetensors", REMEDY)
+    path = folder / name / chosen
+    require(path, name)
+    return Component(name, read_json(config_path), config_path, path, _files(path, name))
+
+
+def choose(present: Collection[str], name: str) -> str | None:
+    """The best of a part's published forms among the names in its folder; None where there is none."""
+    stems = STEMS.get(name, NETWORK_STEMS)
+    names = [form.format(stem=stem) for form in FORMS for stem in stems]
+    return next((candidate for candidate in names if candidate in present), None)
+
+
+def shards(present: Collection[str], index: str) -> list[str]:
+    """Names of the files that belong to an index, told by their names: stem-00001-of-00002.safetensors."""
+    stem, kind, variant = re.fullmatch(r"(.+)\.(safetensors|bin)\.index(\..+)?\.json", index).groups()  # type: ignore[union-attr]
+    pattern = re.compile(rf"{re.escape(stem)}{re.escape(variant or '')}-\d+-of-\d+\.{kind}")
+    return sorted(name for name in present if pattern.fullmatch(name))
+
+
+def require(path: Path, name: str) -> None:
+    """Raise `ModelNotFoundError` unless the file is there."""
+    if path.is_file():
+        return
+    where = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
+    raise ModelNotFoundError(f"checkpoint part {name}{where}", path, REMEDY)
+
+
+def _files(path: Path, name: str) -> tuple[Path, ...]:
+    if path.suffix != ".json":
+        return (path,)
+    places = read_json(path).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{path} names no files of weights; fetch the file again.")
+    # Names only: an index never leads out of its folder.
+    files = [path.parent / Path(str(file)).name for file in sorted(set(places.values()))]
+    for file in files:
+        require(file, name)
+    return tuple(files)
+
+
+BUFFERS = (".position_ids",)
+"""Endings of keys that older files hold although they carry no weights."""
+
+PREFIXES = {TEXT_ENCODER: "text_model."}
+"""What keys begin with in files and in transformers 4, but not in transformers 5."""
+
+
+def build(part: Component) -> nn.Module:
+    """The network that a part's configuration describes, without weights; raises `CheckpointError`."""
+    import_library(part.name)  # here, since a package that is missing or broken is not the checkpoint's fault
+    try:
+        return empty(lambda: from_config(part.name, part.config))
+    except Exception as error:  # whatever the libraries make of a configuration that makes no sense
+        raise CheckpointError(
+            f"{part.config_path} describes no {part.name} that can be built ({error!r})."
+        ) from error
+
+
+def import_library(name: str) -> None:
+    """Import what a network is built with; raises `ImportError` with the cause, which libraries bury.
+
+    diffusers and transformers import each other, torchvision and torchaudio: any of them may be at fault.
+    """
+    try:
+        if name == TEXT_ENCODER:
+            from transformers import CLIPTextModel  # noqa: F401
+        elif name != "vae":
+            from diffusers import ControlNetModel, UNet2DConditionModel  # noqa: F401
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            raise
+        library = "transformers" if name == TEXT_ENCODER else "diffusers"
+        raise ImportError(f"{library} cannot be imported: {cause(error)}", name=library) from error
+
+
+def cause(error: BaseException) -> BaseException:
+    """The first error of a chain."""
+    return cause(error.__cause__) if error.__cause__ else error
+
+
+def from_config(name: str, config: dict[str, Any]) -> Any:
+    """The network of that name in a checkpoint folder, with initial weights as its library sets them."""
+    if name == "vae":
+        return TemporalAutoencoderTiny(config)
+    if name == TEXT_ENCODER:
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        return CLIPTextModel(CLIPTextConfig(**config))
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    if name == "unet":
+        return UNet2DConditionModel.from_config(config)
+    if config.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
+        raise ValueError("its picture must be in RGB order")
+    return ControlNetModel.from_config(config)
+
+
+def fill(network: Network, part: Component, device: torch.device, dtype: torch.dtype) -> Network:
+    """Give a network without weights those of its part, in eval mode; raises `CheckpointError`.
+
+    The files are mapped and go to the device one weight at a time, so no second copy of them is ever
+    held. On a CPU, weights that have the right type already stay in the mapped file: they cost no memory
+    of the process, and are loaded when first used.
+    """
+    needed = shapes_of(network)
+    weights = named_for(part, part.weights(), needed)
+    check_keys(part.path, named_for(part, part.shapes, needed), needed)
+    placed = {key: move_weight(value, device, dtype) for key, value in weights.items()}
+    network.load_state_dict(placed, assign=True)
+    return network.to(device).eval().requires_grad_(False)
+
+
+Value = TypeVar("Value")
+
+
+def named_for(part: Component, values: Mapping[str, Value], needed: Shapes) -> dict[str, Value]:
+    """What a part's files hold, under the names of the installed library, without known buffers."""
+    kept = {key: value for key, value in values.items() if not key.endswith(BUFFERS)}
+    prefix = PREFIXES.get(part.name, "")
+    if prefix and not any(key.startswith(prefix) for key in needed):
+        return {key.removeprefix(prefix): value for key, value in kept.items()}
+    return kept
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a checkpoint says of itself in its index; the defaults are those of the released ones."""
+
+    steps: int = 4
+    """Denoising steps where the options name none."""
+    occlusion: str = "off"
+    """'mask' where it was trained to have guidance fade out; see `UpscaleOptions.occlusion`."""
+    centred_flow: bool = False
+    """Whether it was trained with estimates that undo the shift of `warp`; given flow is used as it is."""
