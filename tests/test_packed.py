@@ -101,7 +101,7 @@ def test_other_number_formats_and_compiled_blocks_are_left_alone(checkpoint, own
     assert not [layer for layer in (*layers(half), *layers(own)) if layer in packed._kept]
 
 
-@pytest.mark.parametrize(("amd", "avx512", "is_faster_here"), [(1, 1, True), (1, 0, False), (0, 1, False)])
+@pytest.mark.parametrize(("amd", "avx512", "pays"), [(1, 1, True), (1, 0, False), (0, 1, False)])
 def test_where_it_pays(monkeypatch, amd, avx512, pays):
     if not torch.backends.mkl.is_available():
         pytest.skip("this torch has no MKL")
