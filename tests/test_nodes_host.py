@@ -156,14 +156,14 @@ def asked_first(pipe, monkeypatch: pytest.MonkeyPatch, name: str, **inputs: Any)
     """What a node asked of the placement before the planner looked at what is free."""
     recorder = Recorder(pipe.placement)
     before_planning = []
-    choose = type(pipe.planner).choose
+    choose = type(pipe.planner).first_plan
 
     def watched(planner: Any, *arguments: Any) -> Plan:
         before_planning.extend(recorder.asked)
         return choose(planner, *arguments)
 
     monkeypatch.setattr(pipe, "placement", recorder)
-    monkeypatch.setattr(type(pipe.planner), "choose", watched)
+    monkeypatch.setattr(type(pipe.planner), "first_plan", watched)
     NODES[f"StreamDiffVSR_{name}"]().execute(pipe, num_inference_steps=1, **inputs)
     return before_planning[0]
 

@@ -76,7 +76,7 @@ class Page:
                 get_executing_context=lambda: SimpleNamespace(node_id="7")
             ),
         }
-        monkeypatch.setattr(part(PACK, "nodes.host"), "comfy", modules.get)
+        monkeypatch.setattr(part(PACK, "nodes.host"), "comfy_module", modules.get)
         server = SimpleNamespace(PromptServer=SimpleNamespace(instance=self))
         monkeypatch.setitem(sys.modules, "server", server)
 

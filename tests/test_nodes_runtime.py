@@ -23,7 +23,7 @@ NODES = PACK.NODE_CLASS_MAPPINGS
 RUNTIME = NODES["StreamDiffVSR_Runtime"]
 UPSCALE = NODES["StreamDiffVSR_Upscale"]
 VIDEO = NODES["StreamDiffVSR_UpscaleVideo"]
-known = part(PACK, "nodes.pipes").known
+known = part(PACK, "nodes.pipes").how_made
 
 
 @pytest.fixture(scope="module")

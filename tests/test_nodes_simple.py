@@ -102,13 +102,13 @@ def test_sizes_ask_for_nothing_that_the_model_makes_itself() -> None:
     info = Info("diffvsr", "", "")
     twice = Info("image", "", "", scales=(2.0,))
     any_scale = Info("swiftvr", "", "", scales=None)
-    assert [sizes.asked("4x", each) for each in (info, twice, any_scale)] == [{}, {"scale": 4.0}, {}]
-    assert [sizes.asked("2x", each) for each in (info, twice, any_scale)] == [
+    assert [sizes.size_fields("4x", each) for each in (info, twice, any_scale)] == [{}, {"scale": 4.0}, {}]
+    assert [sizes.size_fields("2x", each) for each in (info, twice, any_scale)] == [
         {"scale": 2.0},
         {},
         {"scale": 2.0},
     ]
-    assert sizes.asked("1440p", info) == {"short_edge": 1440}
+    assert sizes.size_fields("1440p", info) == {"short_edge": 1440}
 
 
 def test_a_preset_of_the_node_takes_the_place_of_the_one_of_settings(pipe) -> None:

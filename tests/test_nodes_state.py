@@ -161,7 +161,7 @@ names = st.text(
 def test_a_state_name_means_the_same_on_every_system(name: str) -> None:
     """Spaces, letters of any script; written with / in workflows, whoever saved them."""
     for flavour in (PurePosixPath, PureWindowsPath):
-        shown = files.entry(
+        shown = files.listed_name(
             flavour("output", "sub folder", f"{name}.safetensors"), flavour("output"), "output"
         )
         assert shown == f"sub folder/{name}.safetensors [output]"

@@ -328,7 +328,7 @@ def test_each_codec_gets_a_container_that_holds_it(pipe, clip: Path) -> None:
     plans = {}
     for codec in SETTINGS.INPUT_TYPES()["optional"]["codec"][0]:
         settings = SETTINGS().execute(codec=codec)[0]
-        planned = job.plan(None, job.Source(clip), settings)
+        planned = job.make_job(None, job.Source(clip), settings)
         plans[codec] = planned.output.name, planned.crf
     assert plans == {
         "h264": (".mp4", 18),

@@ -311,11 +311,11 @@ def test_a_process_that_was_killed_leaves_no_trace(tmp_path):
 
 def test_two_processes_at_once(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from stream_diffvsr.runtimes.kept import kept\n"
+        "import sys, time; from pathlib import Path; from stream_diffvsr.runtimes.kept import built_once\n"
         "def make(folder):\n"
         "    (folder / 'model').write_bytes(b'model'); (folder.parent / 'made').open('a').write('x')\n"
         "    time.sleep(3)\n"
-        f"with kept(Path(sys.argv[1]), {KEY!r}, make) as folder: assert (folder / 'model').is_file()"
+        f"with built_once(Path(sys.argv[1]), {KEY!r}, make) as folder: assert (folder / 'model').is_file()"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
