@@ -29,7 +29,16 @@ from .job import JobProgress, VideoJob
 from .journal import Journal, Segment, WorkFolder, continue_from, resumable
 from .output import Output
 from .overlap import Background, prefetch
-from .prepare import Model, Prepared, source_fingerprint, open_sinks, prepare, frame_settings, size_of, versions
+from .prepare import (
+    Model,
+    Prepared,
+    frame_settings,
+    open_sinks,
+    prepare,
+    size_of,
+    source_fingerprint,
+    versions,
+)
 from .render import Made, Renderer, load_state
 
 __all__ = ["JobProgress", "VideoJob", "prepare", "run"]

@@ -195,7 +195,7 @@ def read(path: Path) -> Picture:
             if image.format in ("TIFF", *ANIMATED) and (count := getattr(image, "n_frames", 1)) > 1:
                 kind = "pages" if image.format == "TIFF" else "frames"
                 log.warning("%s has %d %s: only the first is read", path, count, kind)
-            if image.format == "JPEG" and _goes_on(path):
+            if image.format == "JPEG" and _is_jpeg_stream(path):
                 log.warning("%s holds more JPEG pictures behind the first, which alone is read", path)
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
