@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import types
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +14,15 @@ import clips
 import numpy as np
 import pytest
 from PIL import Image
+from test_media_kept import cover_of, with_cover
 from test_video_faults import bitmaps, frames
 from test_video_sides import ONE_STEP, SIZE, seen, upscale, write
 
 from stream_diffvsr import VideoError
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media import pictures
+from stream_diffvsr.media.tracks import Window, copy_chapters
+from stream_diffvsr.media.ways import RefusedError, Translated
 
 
 @pytest.mark.parametrize(
@@ -162,29 +166,23 @@ def test_waiting_for_another_run_or_another_output(pipe, tmp_path: Path) -> None
 )
 def test_another_setting_where_an_encoder_refuses(codec, settings, remedy, pipe, tmp_path: Path) -> None:
     source = write(tmp_path / "a.mkv")
-    with pytest.raises(VideoError, match="choose another --codec, --target, --pix-fmt or --crf"):
+    with pytest.raises(VideoError, match="choose another --codec or --target"):
         upscale(pipe, source, tmp_path / "b.mkv", codec=codec, **settings)
     upscale(pipe, source, tmp_path / "b.mkv", **{"codec": codec, **settings, **remedy})
 
 
-def test_a_film_that_was_deinterlaced(pipe, tmp_path: Path, caplog) -> None:
-    source = clips.write_video(tmp_path / "a.mkv", 4, size=(32, 32), options={"x264-params": "tff=1"})
-    upscale(pipe, source, tmp_path / "b.mp4")
-    assert "is interlaced: deinterlace it first" in caplog.text
-    with av.open(str(source)) as given, av.open(str(tmp_path / "c.mkv"), "w") as out:
+def filtered(source: Path, path: Path, *filters: tuple[str, str | None]) -> Path:
+    """A video after filters of FFmpeg."""
+    with av.open(str(source)) as given, av.open(str(path), "w") as out:
         video = out.add_stream("mpeg4", rate=25)
         video.width, video.height, video.pix_fmt = 32, 32, "yuv420p"
         graph = av.filter.Graph()
-        steps = [
-            graph.add_buffer(template=given.streams.video[0]),
-            graph.add("bwdif"),
-            graph.add("buffersink"),
-        ]
+        steps = [graph.add_buffer(template=given.streams.video[0])]
+        steps += [graph.add(*each) for each in (*filters, ("buffersink", None))]
         for first, second in pairwise(steps):
             first.link_to(second)
         graph.configure()
-        frames = [*given.decode(video=0), None]
-        for frame in frames:
+        for frame in [*given.decode(video=0), None]:
             graph.push(frame)
             with contextlib.suppress(av.BlockingIOError, av.EOFError):
                 while True:
@@ -192,6 +190,22 @@ def test_a_film_that_was_deinterlaced(pipe, tmp_path: Path, caplog) -> None:
                     made.pict_type, made.pts, made.time_base = 0, None, Fraction(1, 25)
                     out.mux(video.encode(made))
         out.mux(video.encode(None))
+    return path
+
+
+def test_colours_that_were_converted(pipe, tmp_path: Path) -> None:
+    source = clips.write_video(tmp_path / "a.mp4", 2, size=(32, 32), colour=(8, 1, 1, 1))
+    with pytest.raises(VideoError, match=r"uses colour matrix 8 .*: convert it first"):
+        upscale(pipe, source, tmp_path / "b.mp4")
+    converted = filtered(source, tmp_path / "c.mkv", ("colorspace", "ispace=ycgco:all=bt709"))
+    assert len(clips.frames_of(upscale(pipe, converted, tmp_path / "b.mp4"))) == 2
+
+
+def test_a_film_that_was_deinterlaced(pipe, tmp_path: Path, caplog) -> None:
+    source = clips.write_video(tmp_path / "a.mkv", 4, size=(32, 32), options={"x264-params": "tff=1"})
+    upscale(pipe, source, tmp_path / "b.mp4")
+    assert "is interlaced: deinterlace it first" in caplog.text
+    filtered(source, tmp_path / "c.mkv", ("bwdif", None))
     caplog.clear()
     upscale(pipe, tmp_path / "c.mkv", tmp_path / "d.mp4")
     assert "interlaced" not in caplog.text
@@ -249,3 +263,50 @@ def test_a_source_that_was_still_being_written(pipe, tmp_path: Path, caplog) -> 
     caplog.clear()
     assert len(clips.frames_of(upscale(pipe, source, output, overwrite=True))) == 50
     assert "being written" not in caplog.text
+
+
+def test_samples_of_sixteen_bits(pipe, tmp_path: Path) -> None:
+    values = np.linspace(0, 1, 16 * 16, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(values, "F").save(tmp_path / "a.tif")
+    with pytest.raises(VideoError, match="no known range; convert it to 16 bits"):
+        upscale(pipe, tmp_path / "a.tif", tmp_path / "b.tif")
+    Image.fromarray((values * 65535).astype(np.uint16)).save(tmp_path / "a.tif")
+    assert pictures.size_of(upscale(pipe, tmp_path / "a.tif", tmp_path / "b.tif")) == (64, 64)
+
+
+def test_even_sides_and_a_format_that_is_listed(pipe, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.mkv")
+    with pytest.raises(VideoError, match=r"yuv420p needs even sides, .*: change the target size"):
+        upscale(pipe, source, tmp_path / "b.mp4", target=(101, 51))
+    upscale(pipe, source, tmp_path / "b.mp4", target=(102, 52))
+    with pytest.raises(VideoError, match=r"is not written as 'yuv411p' here; choose from .*yuv444p,"):
+        upscale(pipe, source, tmp_path / "c.mp4", pix_fmt="yuv411p")
+    upscale(pipe, source, tmp_path / "c.mp4", pix_fmt="yuv444p")
+
+
+def test_a_cover_beside_a_word_that_mp4_does_not_know(pipe, tmp_path: Path, caplog) -> None:
+    source = with_cover(tmp_path / "a.mkv")
+    job = {"metadata": {"mood": "calm"}}
+    upscale(pipe, source, tmp_path / "b.mp4", **job)
+    assert "cover picture is left out: beside mood, mp4 holds none; an output .mkv does" in caplog.text
+    upscale(pipe, source, tmp_path / "b.mkv", **job)
+    assert cover_of(tmp_path / "b.mp4") is None and cover_of(tmp_path / "b.mkv") is not None
+
+
+def test_a_newer_av(tmp_path: Path, caplog) -> None:
+    """What an older one cannot do, this one does."""
+    source = clips.write_video(
+        tmp_path / "a.mp4", 5, subtitles=True, chapters=[{"id": 1, "start": 0, "end": 100, "title": "one"}]
+    )
+    with av.open(str(source)) as given, av.open(str(tmp_path / "b.webm"), "w") as out:
+        clips.needs(out, "add_mux_stream")
+        text = given.streams.subtitles[0]
+        older = types.SimpleNamespace(format=out.format)
+        with pytest.raises(RefusedError, match="update the package av"):
+            Translated(older, text)
+        with caplog.at_level("INFO"):
+            copy_chapters(older, given, Window())
+        assert "update the package av" in caplog.text
+        assert Translated(out, text).name == "webvtt"
+        copy_chapters(out, given, Window())
+        assert len(out.chapters()) == 1

@@ -291,6 +291,25 @@ def of_sound(name: str, sound: str, layout: str, codec: str) -> Fault:
     return Fault(make, beside=(codec,), said=said)
 
 
+def unended(packet: Any, number: int) -> None:
+    if packet.stream.type == "subtitle":
+        packet.duration = 0
+
+
+def reshaped(folder: Path) -> Path:
+    """A broadcast that goes from 4:3 to 16:9."""
+    made = []
+    for number, shape in enumerate((Fraction(4, 3), Fraction(16, 9))):
+
+        def prepare(out: Any, stream: Any, aspect: Fraction = shape * Fraction(36, 48)) -> None:
+            stream.codec_context.sample_aspect_ratio = aspect
+
+        path = folder / f"{number}.m2v"
+        made.append(frames(path, "mpeg2video", count=4, rate=25, size=(48, 36), prepare=prepare))
+    (folder / "a.m2v").write_bytes(b"".join(path.read_bytes() for path in made))
+    return folder / "a.m2v"
+
+
 BFRAMES = {"bf": "2", "g": "12"}
 FAULTS: dict[str, Fault] = {
     **{name: of_sound(*facts) for name, facts in (PCM | SOUND).items()},
@@ -379,6 +398,9 @@ FAULTS: dict[str, Fault] = {
         job={"target": (96, 128)},
     ),
     "shape of 3gp": Fault(picture_only("a.3gp", "h263", size=(128, 96), count=2)),
+    "shape changes": Fault(
+        reshaped, counts=[7, 8], said="changes the shape of its pixels (1 to 1, then 4/3)"
+    ),
     "shape odd": Fault(picture_only("a.mkv", "ffv1", "bgr0", size=(17, 13))),
     "shape odd of its scale": Fault(picture_only("a.mkv", "ffv1", "bgr0", size=(17, 13)), job={"scale": 2.5}),
     "shape of 16:9 from dv": Fault(

@@ -196,3 +196,16 @@ def test_markup_is_translated_or_taken_off(before: str, text: str, after: str, w
         assert int.from_bytes(got[:2], "big") == len(got) - 2
         got = got[2:]
     assert got.decode() == wanted
+
+
+def test_texts_without_an_end_are_shown(pipe, tmp_path: Path) -> None:
+    """Each up to the next, the last one for some seconds: in MP4 one of no length would be gone."""
+    from test_video_faults import remux, texts, unended
+
+    words = "\n\n".join(f"{n}\n00:00:00,{n}00 --> 00:00:00,{n}50\n{word}" for n, word in ((1, "a"), (3, "b")))
+    source = remux(texts("first.mkv", "srt", words)(tmp_path), tmp_path / "a.mkv", unended)
+    for name in ("b.mp4", "b.webm"):
+        with av.open(str(upscale(pipe, source, tmp_path / name))) as container:
+            packets = [p for p in container.demux(subtitles=0) if p.size and bytes(p) != ways.NO_TEXT]
+        ends = [(float(p.pts * p.time_base), float(p.duration * p.time_base)) for p in packets]
+        assert ends == [(0.1, pytest.approx(0.2)), (0.3, pytest.approx(ways.UNENDED))]

@@ -277,7 +277,7 @@ def check_encoder(encoding: Encoding, container: str) -> None:
     check_opens(encoding.codec)
     refused = (
         f"{encoding.codec} does not encode {encoding.width}x{encoding.height} as {encoding.pix_fmt} with "
-        "these settings ({}): choose another --codec, --target, --pix-fmt or --crf."
+        "these settings ({}): choose another --codec or --target."
     )
     if encoding.width < (narrowest := CODECS[encoding.codec].narrowest):
         raise VideoError(refused.format(f"its frames are at least {narrowest} wide"))

@@ -136,7 +136,7 @@ class VideoSource:
         self.notes: Counter[str] = Counter()
         self.packets = 0
         """Packets decoded so far."""
-        self._steady, self._captioned = True, False
+        self._steady, self._captioned, self._reshaped = True, False, False
         with open_container(path) as container:
             chosen = choose_stream(container, path, stream)
             self.stream_index, self._named = chosen.index, named_frames(chosen)
@@ -272,6 +272,7 @@ class VideoSource:
         untimed, avi = bool(container.format.flags & UNTIMED), container.format.name == "avi"
         shown = ShownTimes(by_order=avi)
         decode = alpha_decoder(stream) or (lambda packet: packet.decode())
+        shape = None
         for packet in self._packets(container, stream):
             # AVI counts packets, and knows no other times.
             time = packet.dts if avi or packet.pts is None else packet.pts
@@ -284,6 +285,15 @@ class VideoSource:
                 shown.lose(time)
                 continue
             self.notes["damaged frames used"] += sum(frame.is_corrupt for frame in frames)
+            if frames and shape != (now := stream.codec_context.sample_aspect_ratio):
+                if shape is not None and not self._reshaped:
+                    self._reshaped = True
+                    log.warning(
+                        "%s changes the shape of its pixels (%s to 1, then %s): the output keeps that of "
+                        "its first frame",
+                        *(self.path, shape, now),
+                    )
+                shape = now
             for frame in frames:
                 frame.pts = None if untimed else shown.show(frame.pts)
                 self._steady &= avi or not shown.by_order

@@ -16,6 +16,8 @@ TEXT_CODECS = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm
 NO_TEXT = b"\0\0"
 """A gap between subtitles in MP4, which the muxer fills by itself."""
 EMPTY_SRT = b"1\n00:00:00,000 --> 00:00:01,000\n \n"
+UNENDED = 5
+"""Seconds for which a text without an end is shown, unless another comes before."""
 LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
 """FFmpeg's default channel layout, by the number of channels less one."""
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -77,13 +79,14 @@ class Copied:
 
 
 class Translated:
-    """Text subtitles in another container's form."""
+    """Text subtitles in another container's form; what has no end gets one, as MP4 does not show it else."""
 
     first = None
 
     def __init__(self, out: Any, stream: Any) -> None:
         import av
 
+        self.unended: Any = None
         self.before, self.name = stream.codec_context.name, TEXT_CODECS[out.format.name.split(",")[0]]
         if self.before not in KNOWN:
             raise RefusedError("it is no text that can be translated")
@@ -99,16 +102,29 @@ class Translated:
     def feed(self, packet: Any) -> Iterable[Any]:
         import av
 
+        yield from self._end(packet.pts)
         if not (text := translate(bytes(packet), self.before, self.name)):
-            return ()
+            return
         converted = av.Packet(text)
         converted.pts = converted.dts = packet.pts
         converted.duration, converted.time_base = packet.duration, packet.time_base
         converted.stream = self.stream
-        return (converted,)
+        if converted.duration:
+            yield converted
+        else:
+            self.unended = converted
 
     def drain(self) -> Iterable[Any]:
-        return ()
+        return self._end(None)
+
+    def _end(self, time: int | None) -> Iterator[Any]:
+        """The text without an end, which ends where the next begins; None: there is none."""
+        if (text := self.unended) is not None:
+            self.unended = None
+            text.duration = round(UNENDED / text.time_base)
+            if time is not None:
+                text.duration = max(1, min(text.duration, time - text.pts))
+            yield text
 
 
 class Encoded:
