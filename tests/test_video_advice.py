@@ -295,9 +295,8 @@ def test_a_cover_beside_a_word_that_mp4_does_not_know(pipe, tmp_path: Path, capl
 
 def test_a_newer_av(tmp_path: Path, caplog) -> None:
     """What an older one cannot do, this one does."""
-    source = clips.write_video(
-        tmp_path / "a.mp4", 5, subtitles=True, chapters=[{"id": 1, "start": 0, "end": 100, "title": "one"}]
-    )
+    chapter = {"id": 1, "start": 0, "end": 100, "time_base": Fraction(1, 1000), "metadata": {"title": "one"}}
+    source = clips.write_video(tmp_path / "a.mp4", 5, subtitles=True, chapters=[chapter])
     with av.open(str(source)) as given, av.open(str(tmp_path / "b.webm"), "w") as out:
         clips.needs(out, "add_mux_stream")
         text = given.streams.subtitles[0]
