@@ -3,12 +3,14 @@
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..stream_diffvsr.errors import IncompatibleInputError, ModelNotFoundError
 from . import files, host
+from .pipes import how_made, remember
 from .sockets import ADVANCED, PIPE, PIPE_IN
 
 if TYPE_CHECKING:
@@ -69,6 +71,9 @@ class LoRA:
             raise ModelNotFoundError(f"LoRA {lora!r}", lora, "Put it into ComfyUI's folder models/loras.")
         made = pipe.with_loras((path, strength))
         host.manage(made, pipe.device)
+        about = how_made(pipe)
+        loras = [*about.model.get("loras", ()), [str(path), strength]]
+        remember(made, replace(about, base=None, model={**about.model, "loras": loras}))
         return (made,)
 
 

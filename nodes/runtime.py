@@ -88,9 +88,8 @@ class Runtime:
             )
         base = how_made(pipe).base or pipe
         about = how_made(base)
-        if not about.source and (quantize != "none" or workers_on(devices)):
-            expected = "quantize none and no devices for a model that a node changed, as LoRA does"
-            raise IncompatibleInputError(expected, f"{quantize} and {devices!r}")
+        if quantize != "none" and "loras" in about.model:
+            raise IncompatibleInputError("quantize none for a model with a LoRA", quantize)
         made = with_runtime(base, runtime, provider, quantize)
         model = {**about.model, "runtime": runtime, "provider": provider, "quantize": quantize}
         remember(made, replace(about, model=model, base=base, compile_mode=compile_mode, devices=devices))

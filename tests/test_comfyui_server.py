@@ -95,7 +95,7 @@ def test_help_pages_and_templates_are_served(server: Server) -> None:
         with urllib.request.urlopen(f"{base}/extensions/ComfyUI-Stream-DiffVSR/docs/{name}") as answer:
             assert answer.status == 200 and answer.read()
     offered = server.get("/workflow_templates")["ComfyUI-Stream-DiffVSR"]
-    assert sorted(offered) == [path.stem for path in WORKFLOWS]
+    assert sorted(offered) == sorted(path.stem for path in WORKFLOWS)
 
 
 EXPECTED = {
@@ -304,6 +304,23 @@ def test_live_goes_on_from_run_to_run(server: Server) -> None:
         frame["6"]["inputs"]["filename_prefix"] = "live"
         server.run(frame)
     assert np.array_equal(read_pictures(server, "batch"), read_pictures(server, "live"))
+
+
+def test_a_lora_makes_another_model_beside_the_first(server: Server) -> None:
+    server.run(pictures("plain_model", count=2, num_inference_steps=1, seed=6))
+    prompt = pictures("with_lora", count=2, num_inference_steps=1, seed=6)
+    prompt["7"] = ours("LoRA", pipe=["4", 0], lora="old_film.safetensors", strength=1.0)
+    prompt["8"] = {**prompt["5"], "inputs": {**prompt["5"]["inputs"], "pipe": ["7", 0]}}
+    prompt["6"]["inputs"]["images"] = ["8", 0]
+    prompt["9"] = node("SaveImage", images=["5", 0], filename_prefix="beside_lora")
+    server.free()
+    server.run(prompt)
+    assert np.array_equal(read_pictures(server, "plain_model"), read_pictures(server, "beside_lora"))
+    assert not np.array_equal(read_pictures(server, "plain_model"), read_pictures(server, "with_lora"))
+    prompt["7"]["inputs"]["strength"] = 0.0
+    prompt["6"]["inputs"]["filename_prefix"] = "without_lora"
+    server.run(prompt)
+    assert np.array_equal(read_pictures(server, "plain_model"), read_pictures(server, "without_lora"))
 
 
 def needs(package: str) -> None:

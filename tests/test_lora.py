@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from family_cases import random_lora as make
 from node_pack import load_pack, part
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -20,24 +21,7 @@ from stream_diffvsr.errors import CheckpointError, IncompatibleInputError, Model
 from stream_diffvsr.families.diffvsr import lora
 from stream_diffvsr.files import read_metadata
 
-RANK = 3
 FAST = UpscaleOptions(num_inference_steps=1, memory_plan="whole")
-
-
-def make(path: Path, pipe: StreamDiffVSRPipeline, seed: int = 0, names: str = "", **told: str) -> Path:
-    """A LoRA with random numbers in every layer whose name matches."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator) * 0.05
-
-    changes = {}
-    for name, layer in lora.layers(pipe.torch_networks):
-        if re.search(names, name):
-            shape = layer.weight.shape
-            changes[name] = random(RANK, *shape[1:]), random(shape[0], RANK, *[1] * (len(shape) - 2))
-    lora.write_lora(path, changes, {"base": pipe.model, "rank": str(RANK), "alpha": "6", **told})
-    return path
 
 
 def frames(count: int = 2) -> Tensor:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from family_cases import random_lora
 from local_pool import LocalPool
 from node_clips import frames_of, make_clip, pattern
 from node_pack import load_pack, part
@@ -98,10 +98,23 @@ def test_what_cannot_be_is_refused(pipe, asked: dict[str, str], message: str) ->
         RUNTIME().execute(pipe, **asked)
 
 
-def test_a_model_that_a_node_changed_is_not_loaded_anew(pipe) -> None:
-    changed = copy.copy(pipe)  # with weights that no name stands for
-    with pytest.raises(ValueError, match="no devices for a model that a node changed"):
-        RUNTIME().execute(changed, quantize="int8")
+@pytest.fixture
+def with_lora(pipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], Any]:
+    path = random_lora(tmp_path / "film.safetensors", pipe)
+    monkeypatch.setattr(part(PACK, "nodes.host"), "lora_files", lambda: [(path.name, path)])
+    return lambda to: NODES["StreamDiffVSR_LoRA"]().execute(to, path.name, 0.5)[0]
+
+
+def test_a_lora_after_it_keeps_what_it_said(pipe, with_lora) -> None:
+    images = torch.rand(2, 12, 16, 3)
+    before = RUNTIME().execute(pipe, compile_mode="auto")[0]
+    after = with_lora(before)
+    assert known(after).compile_mode == "auto" and "loras" not in known(before).model
+    expected, _ = upscaled(with_lora(pipe), images)
+    assert torch.equal(upscaled(RUNTIME().execute(after)[0], images)[0], expected)
+    assert not torch.equal(upscaled(pipe, images)[0], expected)
+    with pytest.raises(ValueError, match="quantize none for a model with a LoRA"):
+        RUNTIME().execute(after, quantize="int8")
 
 
 def test_widgets_are_checked_before_anything_runs() -> None:
@@ -130,7 +143,10 @@ def two_scenes(index: int, width: int, height: int):
     return picture if index < 3 else 255 - picture[::-1]
 
 
-def test_scenes_spread_over_workers_are_the_same_video(pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lora", ["", "before", "after"])
+def test_scenes_spread_over_workers_are_the_same_video(
+    pipe, with_lora, lora: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By workers in threads; tests/test_ray.py and test_comfyui_server.py have Ray's."""
     source = make_clip(Path("input/clip.mp4").absolute(), 6, 32, 24, draw=two_scenes)
     run = {"video_path": str(source), "num_inference_steps": 1}
@@ -142,10 +158,12 @@ def test_scenes_spread_over_workers_are_the_same_video(pipe, monkeypatch: pytest
         yield pools[-1]
 
     monkeypatch.setattr(part(PACK, "nodes.runtime"), "find_spec", lambda name: object())
-    other = RUNTIME().execute(pipe, devices="cpu:2")[0]
+    here = with_lora(pipe) if lora else pipe
+    other = RUNTIME().execute(here if lora != "after" else pipe, devices="cpu:2")[0]
     assert known(other).model["source"] == known(pipe).source and not known(pipe).devices
+    other = with_lora(other) if lora == "after" else other
     monkeypatch.setattr(part(PACK, "stream_diffvsr.jobs.cluster"), "workers", workers)
-    one = Path(VIDEO().execute(pipe, **run)["result"][0])
+    one = Path(VIDEO().execute(here, **run)["result"][0])
     many = Path(VIDEO().execute(other, **run)["result"][0])
     assert sorted(first for _, first in pools[0].given) == [0, 3]
     assert (frames_of(one) == frames_of(many)).all()
