@@ -158,8 +158,10 @@ class Upscale:
         number = host.meta_batch_number(prompt, unique_id)
         batch = MetaBatch(self if meta_batch is None else meta_batch, unique_id, number)
         options = (settings or SettingsValue()).options(pipe, preset, **own)
-        result, state = upscale(pipe, images, batch.resume(state), options, size, **fidelity)
-        batch.keep(state)
+        finish = batch.finishes(pipe, images, meta_batch is not None)
+        state, images = batch.resume(state, images)
+        result, state = upscale(pipe, images, state, options, size, finish, **fidelity)
+        batch.keep(state, images[len(result) :])
         return result, state
 
 
@@ -214,7 +216,13 @@ def check_frame_by_frame(pipe: Upscaler) -> None:
 
 
 def upscale(
-    pipe: Upscaler, images: Tensor, state: State | None, options: Any, size: str = "", **fidelity: Any
+    pipe: Upscaler,
+    images: Tensor,
+    state: State | None,
+    options: Any,
+    size: str = "",
+    finish: bool = True,
+    **fidelity: Any,
 ) -> tuple[Tensor, State]:
     """(N, H, W, C) in [0, 1] -> (N, 4H, 4W, C), or of `size`, and the state after the last frame.
 
@@ -222,7 +230,8 @@ def upscale(
 
     A model that takes frames in chunks finishes the batch as if the video ended there. Its state is the one
     at the last border of chunks, with the frames since, which the next batch does again: all but the end of
-    a batch thus equals one run over all frames.
+    a batch thus equals one run over all frames. Without `finish` the frames since that border are left out of
+    the result.
     """
     from ..stream_diffvsr.jobs.job import Speed
 
@@ -234,23 +243,24 @@ def upscale(
     border, since = opened(state or State())
     start = border.index + len(since)
     host.make_room(pipe, source, options)
-    progress, speed = host.Progress(len(images), host.running_node()), Speed()
+    progress, speed, done = host.Progress(len(images), host.running_node()), Speed(), 0
     session = pipe.session(options, border, progress.step)
     result = layout.empty_result(images, job.sizes.output(*source), device)
-    for step in stream(session, itertools.chain(since, layout.lq_frames(images))):
+    for step in stream(session, itertools.chain(since, layout.lq_frames(images)), finish):
         border = session.state() or border
         index = step.index - start
         if index < 0:
             continue  # handed on by the batch before
         lq = layout.to_frame(images[index, ..., : layout.COLOURS])
         layout.write_frame(result, index, job.finished(step.hq, lq, source), images[index])
-        progress.show(index + 1, result[index])
+        done = index + 1
+        progress.show(done, result[index])
         speed.tick()
         if len(images) > 1:
-            progress.say(host.frames_done(index + 1, len(images), speed.fps), last=index + 1 == len(images))
+            progress.say(host.frames_done(done, len(images), speed.fps), last=done == len(images))
     left = start + len(images) - border.index
     frames = [*since, *layout.lq_frames(images[max(0, len(images) - left) :])]
-    return result, closed(border, frames[len(frames) - left :], device)
+    return result[:done], closed(border, frames[len(frames) - left :], device)
 
 
 def opened(state: State) -> tuple[State, list[Tensor]]:
@@ -270,7 +280,7 @@ def closed(border: State, since: list[Tensor], device: torch.device) -> State:
     return border.to(device)
 
 
-_sequences: WeakKeyDictionary[Any, dict[str | None, tuple[int, State]]] = WeakKeyDictionary()
+_sequences: WeakKeyDictionary[Any, dict[str | None, tuple[int, State, Tensor]]] = WeakKeyDictionary()
 """What each node of a running meta-batch goes on from; gone with the batch manager or the node."""
 
 
@@ -284,19 +294,45 @@ class MetaBatch:
     number: int | None
     """Which batch this is, from 0; None outside of meta-batches."""
 
-    def resume(self, given: State | None) -> State | None:
-        """The state after the batch before; `given` in the first batch, and outside of meta-batches."""
-        if not self.number:
-            return given
-        number, state = _sequences.get(self.holder, {}).get(self.node_id, (None, None))
-        if number == self.number - 1:
-            return state
-        log.warning("meta-batch %d does not follow one of this node: a new sequence starts", self.number)
-        return given
+    @property
+    def last(self) -> bool:
+        """Whether no batch follows; unknown, and so False, where the manager is not linked to the node."""
+        return self.number is None or getattr(self.holder, "has_closed_inputs", False)
 
-    def keep(self, state: State) -> None:
-        """Remember the state for the next batch; forget it after the last one."""
+    def finishes(self, pipe: Upscaler, images: Tensor, linked: bool) -> bool:
+        """Whether the sequence ends with this batch; in the others a model that takes chunks waits for more.
+
+        Raises `IncompatibleInputError` for such a model where the end is not told, and for batches that may
+        give no frame, at which VideoHelperSuite would stop without a word.
+        """
+        if pipe.info.frame_by_frame or self.number is None:
+            return True
+        if not linked:
+            raise IncompatibleInputError(
+                f"the Meta Batch Manager linked to meta_batch too, for {pipe.info.family}", "no link"
+            )
+        if not self.last and len(images) < pipe.info.first:
+            raise IncompatibleInputError(
+                f"frames_per_batch of at least {pipe.info.first} for {pipe.info.family}", str(len(images))
+            )
+        return self.last
+
+    def resume(self, given: State | None, images: Tensor) -> tuple[State | None, Tensor]:
+        """The state after the batch before, and the images that it left over in front of these.
+
+        `given` in the first batch, and outside of meta-batches.
+        """
+        if not self.number:
+            return given, images
+        number, state, waiting = _sequences.get(self.holder, {}).get(self.node_id, (None, None, None))
+        if state is not None and waiting is not None and number == self.number - 1:
+            return opened(state)[0], torch.cat([waiting, images]) if len(waiting) else images
+        log.warning("meta-batch %d does not follow one of this node: a new sequence starts", self.number)
+        return given, images
+
+    def keep(self, state: State, waiting: Tensor) -> None:
+        """Remember state and images left over for the next batch; forget them after the last one."""
         kept = _sequences.setdefault(self.holder, {})
         kept.pop(self.node_id, None)
-        if self.number is not None and not getattr(self.holder, "has_closed_inputs", False):
-            kept[self.node_id] = self.number, state
+        if not self.last:
+            kept[self.node_id] = self.number or 0, state, waiting.clone()

@@ -270,11 +270,13 @@ class Upscaler(Protocol):
         ...
 
 
-def stream(session: Session, frames: Iterable[Tensor]) -> Iterator[Upscaled]:
+def stream(session: Session, frames: Iterable[Tensor], finish: bool = True) -> Iterator[Upscaled]:
     """Feed a session a sequence: the only loop over frames.
 
-    Lazy: frame n + 1 is asked for only after the results of frame n were taken.
+    Lazy: frame n + 1 is asked for only after the results of frame n were taken. Without `finish` more frames
+    follow, and those that the last results wait for are left out.
     """
     for lq in frames:
         yield from session.push(lq)
-    yield from session.finish()
+    if finish:
+        yield from session.finish()

@@ -38,6 +38,12 @@ REAL_ESRGAN = {
     "RealESRGAN_x4plus.safetensors",
     "directory": "upscale_models",
 }
+FILM = {
+    "name": "film_net_fp16.safetensors",
+    "url": "https://huggingface.co/Comfy-Org/frame_interpolation/resolve/main/frame_interpolation/"
+    "film_net_fp16.safetensors",
+    "directory": "frame_interpolation",
+}
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ SHOWS = {
     "PreviewImage": 220,
     "PreviewAny": 60,
     "ImageCompare": 300,
-    "LoadImage": 60,
+    "LoadImage": 220,
     "WebcamCapture": 200,
 }
 """Room for what a node shows, in pixels."""
@@ -244,6 +250,86 @@ TABLE = {
             (N("save", "SaveImage", {"filename_prefix": "stream_diffvsr/frame"}, {"images": "three.IMAGE"}),),
         ),
     ),
+    "loop_with_state": Example(
+        "## A loop over frames, with the state carried along\n\nNeeds ComfyUI 0.38 or newer, which has "
+        "**Start Loop** and **End Loop**. Each turn takes one frame and the state of the turn before, so the "
+        "result equals a run over all frames at once. Other nodes can go into the loop.\n\n"
+        f"Set **num_iterations** to the number of frames.\n\n{OWN_VIDEO} {NANO}",
+        (
+            (CLIP, N("start", OURS + "CreateState")),
+            (
+                PARTS,
+                loader(),
+                N(
+                    "loop",
+                    "StartLoop",
+                    {"mode": "simple", "mode.num_iterations": FRAMES},
+                    {"initial_iteration_value": "start.state"},
+                ),
+            ),
+            (
+                N(
+                    "frame",
+                    "ImageFromBatch",
+                    {"length": 1},
+                    {"image": "parts.images", "batch_index": "loop.iteration_index"},
+                ),
+            ),
+            (
+                N(
+                    "turn",
+                    OURS + "ProcessFrame",
+                    {},
+                    {
+                        "pipe": "model.pipe",
+                        "image": "frame.IMAGE",
+                        "state": "loop.current_iteration_value",
+                    },
+                ),
+            ),
+            (
+                N(
+                    "end",
+                    "EndLoop",
+                    {"accumulate": True},
+                    {"output_value": "turn.image", "next_iteration_value": "turn.state"},
+                ),
+                N("all", "RebatchImages", {"batch_size": 4096}, {"images": "end.outputs"}),
+            ),
+            *video("all.IMAGE", "stream_diffvsr/loop"),
+        ),
+    ),
+    "upscale_and_interpolate": Example(
+        "## Larger, and smoother\n\nUpscales, then has core's frame interpolation make a frame between each "
+        "two. Needs ComfyUI 0.33 or newer, and its model FILM (70 MB), which the page offers to download.\n\n"
+        "Set **fps** of Create Video to twice that of your video; the sound stays as it is.\n\n"
+        f"{OWN_VIDEO} {NANO}",
+        (
+            (CLIP,),
+            (PARTS, loader()),
+            (
+                upscale("parts.images"),
+                N("film", "FrameInterpolationModelLoader", {"model_name": FILM["name"]}, models=(FILM,)),
+            ),
+            (
+                N(
+                    "between",
+                    "FrameInterpolate",
+                    {"multiplier": 2},
+                    {"interp_model": "film.INTERP_MODEL", "images": "upscale.images"},
+                ),
+            ),
+            (
+                N(
+                    "made",
+                    "CreateVideo",
+                    {"fps": 2.0 * RATE},
+                    {"images": "between.IMAGE", "audio": "parts.audio"},
+                ),
+            ),
+            (N("save", "SaveVideo", {"filename_prefix": "stream_diffvsr/smooth"}, {"video": "made.VIDEO"}),),
+        ),
+    ),
     "live_webcam": Example(
         "## A camera, frame after frame\n\nSet the queue to run **on change** or **instantly** and "
         "press Run: "
@@ -323,7 +409,8 @@ TABLE = {
     ),
 }
 TABLE["simple_upscale.app"] = Example(
-    TABLE["simple_upscale"].note,
+    f"## One node, as an app\n\nChoose a video and press **Run**: it comes out four times as large, with its "
+    f"sound, in the output folder.\n\n{NANO}",
     (
         (N("clip", "LoadVideo", {"file": "video.mp4"}),),
         (N("simple", OURS + "SimpleUpscale", {"model": "nano"}, {"video": "clip.VIDEO"}),),

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from comfy_examples import EXAMPLES, put_inputs
 from comfy_page import ComfyPage
-from comfy_server import Server, missing_kinds
+from comfy_server import Server, interpolation_model, missing_kinds
 from family_cases import stand_ins
 from node_pack import ROOT, load_pack
 
@@ -35,7 +35,6 @@ def example(page: ComfyPage, server: Server, path: Path) -> None:
         page.queue()
         server.wait_until_idle(lambda history: set(history) - before)
         time.sleep(4)
-        page.resize(1600, 1200)
         page.fit()
     page.picture(path.with_suffix(".jpg"), page.graph_box())
 
@@ -65,6 +64,7 @@ def main() -> None:
         server = Server(Path(folder, "comfy"))
         put_inputs(server.base / "input")
         stand_ins(server.base / "models")
+        interpolation_model(server.base / "models")
         server.start()
         server.post("/settings/Comfy.TutorialCompleted", True)
         try:
@@ -72,7 +72,7 @@ def main() -> None:
                 if missing_kinds(json.loads(path.read_text(encoding="utf-8")), server):
                     continue
                 # A page of its own, so that its lists of files are new.
-                page = ComfyPage(Path(folder, path.stem))
+                page = ComfyPage(Path(folder, path.stem), height=1200)
                 page.open_page(server.port)
                 example(page, server, path)
                 page.close()

@@ -29,6 +29,23 @@ def video_helper_suite() -> Path | None:
     return next(Path(os.environ["COMFYUI_PATH"], "custom_nodes").glob("*[Vv]ideo[Hh]elper[Ss]uite*"), None)
 
 
+ZEROS = """import sys, torch, comfy.cli_args as given
+given.args.cpu = True
+from comfy_extras.frame_interpolation_models.ifnet import IFNet
+from safetensors.torch import save_file
+weights = IFNet(4, [8] * 5).state_dict()
+save_file({name: torch.zeros_like(value) for name, value in weights.items()}, sys.argv[1])"""
+
+
+def interpolation_model(models: Path) -> None:
+    """A stand-in for the model of core's frame interpolation, where core has it: the mean of two frames."""
+    if Path(os.environ["COMFYUI_PATH"], "comfy_extras", "frame_interpolation_models").is_dir():
+        path = models / "frame_interpolation" / "film_net_fp16.safetensors"
+        path.parent.mkdir(parents=True)
+        python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+        subprocess.run([python, "-c", ZEROS, str(path)], cwd=os.environ["COMFYUI_PATH"], check=True)
+
+
 class Server:
     """ComfyUI with this pack and VideoHelperSuite, and a base folder of its own."""
 

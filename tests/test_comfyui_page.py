@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfy_page import ComfyPage, chromium
-from comfy_server import Server, missing_kinds, video_helper_suite
+from comfy_server import Server, interpolation_model, missing_kinds, video_helper_suite
 from family_cases import stand_ins
 from node_clips import make_clip, pattern
 from node_pack import ROOT, load_pack
@@ -51,6 +51,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     make_clip(server.base / "input" / "video.mp4", 16, 48, 32)
     Image.fromarray(pattern(0, 52, 36)).save(server.base / "input" / "example.png")
     stand_ins(server.base / "models")
+    interpolation_model(server.base / "models")
     server.start()
     server.post("/settings/Comfy.TutorialCompleted", True)
     yield server

@@ -17,10 +17,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from comfy_server import Server, messages, missing_kinds, to_prompt, video_helper_suite
-from family_cases import stand_ins
+import torch
+from comfy_server import Server, interpolation_model, messages, missing_kinds, to_prompt, video_helper_suite
+from family_cases import CASES, stand_ins
 from node_clips import frames_of, make_clip, pattern
 from node_pack import ROOT
+
+from stream_diffvsr import load_pipeline, to_pixels
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -40,6 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory):
     make_clip(server.base / "input" / "short.mp4", 6, WIDTH, HEIGHT)
     Image.fromarray(pattern(0, 52, 36)).save(server.base / "input" / "example.png")
     stand_ins(server.base / "models")
+    interpolation_model(server.base / "models")
     server.start()
     yield server
     server.stop()
@@ -114,6 +118,7 @@ EXPECTED = {
     "frame_loop_with_state": (3, None),
     "single_image": (1, None),
     "before_after": (0, None),
+    "upscale_and_interpolate": (2 * FRAMES - 1, True),
 }
 """Frames, and whether there is sound; None where pictures come out. In the order in which they run."""
 
@@ -143,9 +148,9 @@ def test_every_example_runs_to_its_end(server: Server, name: str) -> None:
             assert sum(frame.samples for frame in container.decode(audio=0)) >= 0.9 * 24000 * FRAMES / 12
 
 
-def suite_job(prefix: str, batch: int | None) -> dict:
+def suite_job(prefix: str, batch: int | None, file: str = "video.mp4") -> dict:
     load = {
-        "video": "video.mp4",
+        "video": file,
         "force_rate": 0,
         "custom_width": 0,
         "custom_height": 0,
@@ -185,6 +190,43 @@ def test_a_meta_batch_run_equals_the_single_run(server: Server, size: int) -> No
     parts = next(file for file in new if file.name.startswith("parts"))
     assert len(frames_of(whole)) == FRAMES
     assert np.array_equal(frames_of(whole), frames_of(parts))
+
+
+CHUNKS = {"flashvsr": ("flashvsr-v1.1", 26), "swiftvr": ("swiftvr", 30)}
+"""Name of the stand-in, and frames per batch."""
+
+
+@pytest.mark.skipif(not SUITE, reason="no VideoHelperSuite: set COMFYUI_VHS_PATH")
+@pytest.mark.parametrize("family", CHUNKS)
+def test_chunks_go_on_from_batch_to_batch(server: Server, family: str) -> None:
+    name, size = CHUNKS[family]
+    make_clip(server.base / "input" / "chunks.mp4", 61, 32, 32)
+    before = server.files()
+    for prefix, batch in ((f"{family}_whole", None), (f"{family}_parts", size)):
+        job = suite_job(prefix, batch, "chunks.mp4")
+        job["2"]["inputs"]["model_version"] = name
+        kind = {"flashvsr": "FlashVSRSettings", "swiftvr": "SwiftVRSettings"}[family]
+        job["6"] = ours(kind, scale=1.0)
+        job["3"]["inputs"]["settings"] = ["6", 0]
+        server.run(job)
+    new = sorted(file for file in server.files() - before if file.suffix == ".mkv")
+    parts, whole = (frames_of(next(file for file in new if way in file.name)) for way in ("parts", "whole"))
+    assert len(whole) == 61 and np.array_equal(whole, parts)
+
+
+@pytest.mark.parametrize("family", CHUNKS)
+def test_a_model_of_chunks_gives_the_frames_of_the_engine(server: Server, family: str) -> None:
+    prompt = pictures(f"{family}_node", "video.mp4", count=FRAMES, seed=5)
+    prompt["4"]["inputs"]["model_version"] = CHUNKS[family][0]
+    prompt["7"] = node("SaveImage", images=["3", 0], filename_prefix=f"{family}_lq")
+    server.run(prompt)
+    pipe = load_pipeline(CASES[family].make(server.base / "engine"), device="cpu")
+    own = {"seed": 5} if family == "flashvsr" else {}
+    lq = torch.from_numpy(read_pictures(server, f"{family}_lq")).movedim(-1, 1) / 127.5 - 1
+    made = [to_pixels(each.hq) for each in pipe.stream(lq.split(1), pipe.Options(**own))]
+    expected = (torch.cat(made).movedim(1, -1) * 255).numpy()
+    found = read_pictures(server, f"{family}_node").astype(float)
+    assert found.shape == expected.shape and np.abs(found - expected).max() <= 1.001
 
 
 def test_a_saved_state_survives_a_restart(server: Server) -> None:

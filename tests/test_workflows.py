@@ -56,9 +56,8 @@ def fits(value: object, kind: object, options: dict) -> bool:
 def test_there_is_one_for_each_way_of_working() -> None:
     names = (
         "before_after flashvsr frame_loop_with_state image_model_steady live_webcam long_video_file "
-        "resume_state "
-        "save_state several_devices simple_upscale simple_upscale.app simple_video single_image swiftvr "
-        "vhs_meta_batch vhs_video_with_audio"
+        "loop_with_state resume_state save_state several_devices simple_upscale simple_upscale.app "
+        "simple_video single_image swiftvr upscale_and_interpolate vhs_meta_batch vhs_video_with_audio"
     )
     assert sorted(path.stem for path in WORKFLOWS) == sorted(names.split())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from family_cases import CASES
@@ -35,3 +37,47 @@ def test_batches_linked_by_state_equal_one_run_but_for_the_flushed_tail(family, 
     assert not torch.equal(one[border:], whole[border:split])
     with pytest.raises(ValueError, match="one frame at a time"):
         PROCESS().execute(pipe, images[:1], state)
+
+
+class Manager(SimpleNamespace):
+    """What VideoHelperSuite's batch manager shows to other nodes."""
+
+    __hash__ = object.__hash__
+
+
+def batched(pipe, images, size: int, linked: bool = True, **more) -> list[torch.Tensor]:
+    """The parts that a meta-batch makes of images, each with alpha."""
+    node, manager, parts = UPSCALE(), Manager(has_closed_inputs=False), []
+    for number, batch in enumerate(images.split(size)):
+        manager.has_closed_inputs = number == (len(images) - 1) // size
+        prompt = {
+            "1": {"class_type": "VHS_BatchManager", "inputs": {"requeue": number}},
+            "4": {"class_type": "StreamDiffVSR_Upscale", "inputs": {"meta_batch": ["1", 0]}},
+        }
+        link = manager if linked else None
+        result, _ = node.execute(pipe, batch, meta_batch=link, unique_id="4", prompt=prompt, **more)
+        parts.append(result)
+    assert not part(PACK, "nodes.upscale")._sequences.get(manager)
+    return parts
+
+
+@pytest.mark.parametrize("family", ["flashvsr", "swiftvr"])
+def test_a_meta_batch_equals_one_run(family, tmp_path):
+    case = CASES[family]
+    pipe = load_pipeline(case.make(tmp_path), device="cpu", **case.loading)
+    more = {"settings": SettingsValue({"scale": 1.0}, family=family), "strength": 0.5}
+    first, chunk = pipe.info.first, pipe.info.chunk
+    images = to_pixels(moving(2 * first + 3, 16, 16)).movedim(1, -1)
+    images = torch.cat(
+        [images, torch.linspace(0, 1, len(images))[:, None, None, None].expand(-1, 16, 16, 1)], -1
+    )
+    whole, _ = UPSCALE().execute(pipe, images, **more)
+    for size in (first, first + 1, len(images)):
+        parts = batched(pipe, images, size, **more)
+        assert all(len(each) for each in parts)
+        assert torch.equal(torch.cat(parts), whole)
+    assert chunk > 1 and len(batched(pipe, images, first, **more)[0]) < first
+    with pytest.raises(ValueError, match=f"frames_per_batch of at least {first}"):
+        batched(pipe, images, first - 1, **more)
+    with pytest.raises(ValueError, match="linked to meta_batch too"):
+        batched(pipe, images, first, linked=False, **more)
