@@ -206,7 +206,7 @@ def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, N
     count = len(devices.names)
     host.Progress(1, node_id).say(f"starting {count} workers, which takes up to a minute", last=True)
     host.make_all_room()
-    with workers(about.model, devices) as pool:
+    with workers(about.model, devices, on_wait=host.check_interrupt) as pool:
         yield pool
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -57,7 +58,11 @@ def ours(kind: str, **inputs) -> dict:
     return node(f"StreamDiffVSR_{kind}", **inputs)
 
 
-LOADER = ours("Loader", model_version="nano", device="auto", dtype="auto")
+def loader(model: str) -> dict:
+    return ours("Loader", model_version=model, device="auto", dtype="auto")
+
+
+LOADER = loader("nano")
 
 
 def pictures(prefix: str, file: str = "short.mp4", first: int = 0, count: int = 6, **upscale) -> dict:
@@ -204,7 +209,7 @@ def test_chunks_go_on_from_batch_to_batch(server: Server, family: str) -> None:
     before = server.files()
     for prefix, batch in ((f"{family}_whole", None), (f"{family}_parts", size)):
         job = suite_job(prefix, batch, "chunks.mp4")
-        job["2"]["inputs"]["model_version"] = name
+        job["2"] = loader(name)
         kind = {"flashvsr": "FlashVSRSettings", "swiftvr": "SwiftVRSettings"}[family]
         job["6"] = ours(kind, scale=1.0)
         job["3"]["inputs"]["settings"] = ["6", 0]
@@ -217,7 +222,7 @@ def test_chunks_go_on_from_batch_to_batch(server: Server, family: str) -> None:
 @pytest.mark.parametrize("family", CHUNKS)
 def test_a_model_of_chunks_gives_the_frames_of_the_engine(server: Server, family: str) -> None:
     prompt = pictures(f"{family}_node", "video.mp4", count=FRAMES, seed=5)
-    prompt["4"]["inputs"]["model_version"] = CHUNKS[family][0]
+    prompt["4"] = loader(CHUNKS[family][0])
     prompt["7"] = node("SaveImage", images=["3", 0], filename_prefix=f"{family}_lq")
     server.run(prompt)
     pipe = load_pipeline(CASES[family].make(server.base / "engine"), device="cpu")
@@ -282,7 +287,11 @@ def test_workflows_do_not_influence_each_other(server: Server) -> None:
 
 
 def test_a_cancelled_file_is_playable_and_goes_on(server: Server) -> None:
-    settings = {"video_path": "video.mp4", "output_path": "cut.mkv", "num_inference_steps": 16}
+    settings: dict[str, Any] = {
+        "video_path": "video.mp4",
+        "output_path": "cut.mkv",
+        "num_inference_steps": 16,
+    }
     settings["settings"] = ["3", 0]  # without loss, since segments follow the machine's speed
     lossless = {"3": ours("Settings", codec="ffv1")}
     server.run({**file_job(**{**settings, "output_path": "warm.mkv", "seed": 1}), **lossless})
@@ -339,12 +348,15 @@ def test_a_created_video_is_upscaled_with_its_sound(server: Server) -> None:
 
 
 def test_live_goes_on_from_run_to_run(server: Server) -> None:
-    server.run(pictures("batch", count=3, num_inference_steps=1))
-    for index in range(3):
-        frame = pictures("unused", first=index, count=1)
+    """Fifty frames, all queued at once."""
+    make_clip(server.base / "input" / "fifty.mp4", 50, 32, 24)
+    server.run(pictures("batch", "fifty.mp4", count=50, num_inference_steps=1))
+    frames = []
+    for index in range(50):
+        frame = pictures("live", "fifty.mp4", first=index, count=1)
         frame["5"] = ours("Live", pipe=["4", 0], image=["3", 0], num_inference_steps=1)
-        frame["6"]["inputs"]["filename_prefix"] = "live"
-        server.run(frame)
+        frames.append(server.queue(frame))
+    server.wait(frames[-1])
     assert np.array_equal(read_pictures(server, "batch"), read_pictures(server, "live"))
 
 

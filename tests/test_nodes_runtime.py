@@ -153,7 +153,7 @@ def test_scenes_spread_over_workers_are_the_same_video(
     pools = []
 
     @contextmanager
-    def workers(model: dict[str, Any], devices: Any) -> Iterator[LocalPool]:
+    def workers(model: dict[str, Any], devices: Any, on_wait: Any) -> Iterator[LocalPool]:
         pools.append(LocalPool({**model, "device": "cpu"}, len(devices.names)))
         yield pools[-1]
 

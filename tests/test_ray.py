@@ -148,3 +148,14 @@ def test_a_cluster_that_is_not_there(source, checkpoint, tmp_path) -> None:
     )
     assert done.returncode == 2
     assert "no Ray cluster answers at 127.0.0.1:1" in done.stderr.splitlines()[-1]
+
+
+def test_a_cancel_is_heard_while_workers_start() -> None:
+    from stream_diffvsr.jobs.cluster import parse_devices, workers
+
+    def cancel() -> None:
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError), workers({"source": "nano"}, parse_devices("cpu:2"), on_wait=cancel):
+        raise AssertionError("they started")
+    assert not ray.is_initialized()

@@ -12,7 +12,7 @@ import math
 import os
 import socket
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,10 @@ class FarModel:
 class RayPool:
     """Workers that are Ray's actors."""
 
-    def __init__(self, ray: Any, actors: Mapping[str, Any], threads: int) -> None:
-        self.ray, self.threads = ray, threads
+    def __init__(
+        self, ray: Any, actors: Mapping[str, Any], threads: int, on_wait: Callable[[], object]
+    ) -> None:
+        self.ray, self.threads, self.on_wait = ray, threads, on_wait
         self.actors = dict(actors)
         self.flying: dict[Any, tuple[str, str]] = {}
         """What each result that is awaited belongs to: scene and worker."""
@@ -135,7 +137,10 @@ class RayPool:
     def _all(self, question: str, seconds: float, *values: Any) -> dict[str, Any]:
         """The answers of all workers; raises `VideoError` where one gives none in time."""
         asked = {self.actors[worker].call.remote(question, *values): worker for worker in self.workers}
-        there, missing = self.ray.wait(list(asked), num_returns=len(asked), timeout=seconds)
+        there, missing, end = [], list(asked), time.monotonic() + seconds
+        while missing and (left := end - time.monotonic()) > 0:
+            self.on_wait()
+            there, missing = self.ray.wait(list(asked), num_returns=len(asked), timeout=min(0.5, left))
         if missing:
             raise VideoError(
                 f"{len(there)} of {len(asked)} workers answered within {seconds:.0f} s: ask for fewer, or "
@@ -249,12 +254,17 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def workers(
-    model: Mapping[str, Any], devices: Devices, address: str | None = None, threads: int = 0
+    model: Mapping[str, Any],
+    devices: Devices,
+    address: str | None = None,
+    threads: int = 0,
+    on_wait: Callable[[], object] = lambda: None,
 ) -> Generator[RayPool]:
     """A pool of workers with `model`, the arguments of `load_pipeline`; they end with the block.
 
-    `address` is that of a cluster; None starts workers on this machine. Raises `VideoError` where there is no
-    cluster, or its nodes do not fit together, and `IncompatibleInputError` without the package ray.
+    `address` is that of a cluster; None starts workers on this machine. `on_wait` is called every half second
+    while all are waited for, as at their start, and may raise to cancel. Raises `VideoError` where there is
+    no cluster, or its nodes do not fit together, and `IncompatibleInputError` without the package ray.
     """
     ray = import_ray()
     names = devices.names
@@ -273,7 +283,7 @@ def workers(
             actors = {}
             for number, _ in enumerate(names, 1):
                 actors[f"worker {number}"] = _actor(ray, model, devices.kind, threads, address is not None)
-            yield RayPool(ray, actors, threads)
+            yield RayPool(ray, actors, threads, on_wait)
         finally:
             ray.shutdown()
     finally:
