@@ -3,26 +3,24 @@
     python benchmarks/memory_table.py [--write]
 
 Frames become 4 times as large. Networks have their real sizes and lie on torch's meta device. The plan
-'offload' holds no weights of the transformer beside the activations; its largest block comes and goes.
+'offload' holds no weights of the transformer beside the activations; its largest block comes and goes. GB: 10^9.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from operations import real_flashvsr, real_swiftvr, weights
+from table import write
 
 from stream_diffvsr import UpscaleOptions
 from stream_diffvsr.load import estimate_memory
 
 SIZES = {"854x480": (120, 214), "1280x720": (180, 320), "1920x1080": (270, 480), "2560x1440": (360, 640)}
 """LQ (height, width) by the result's size."""
-PAGE = Path(__file__).parents[1] / "docs" / "memory.md"
-BEGIN, END = "<!-- counted memory -->", "<!-- end of counted memory -->"
 
 
 def diffvsr(model: str, dtype: torch.dtype, plan: str) -> Callable[[int, int], int]:
@@ -34,7 +32,8 @@ def chunked(model: Any, offload: bool) -> Callable[[int, int], int]:
     held = dict(model.networks)
     blocks = held.pop("transformer").blocks if offload else []
     largest = max((sum(weight.nbytes for weight in block.parameters()) for block in blocks), default=0)
-    return lambda height, width: model.bytes_needed((height, width)) + weights(held) + largest
+    options = model.Options(memory_plan="offload" if offload else "whole")
+    return lambda height, width: model.bytes_needed((height, width), options) + weights(held) + largest
 
 
 def rows() -> Iterator[tuple[str, str, str, Callable[[int, int], int]]]:
@@ -55,7 +54,7 @@ def table() -> Iterator[str]:
     yield "| model | number format | plan | " + " | ".join(SIZES) + " |"
     yield "|---" * (3 + len(SIZES)) + "|"
     for *names, needed in rows():
-        cells = [f"{needed(*size) / 2**30:.1f} GB" for size in SIZES.values()]
+        cells = [f"{needed(*size) / 1e9:.1f} GB" for size in SIZES.values()]
         yield "| " + " | ".join([*names, *cells]) + " |"
 
 
@@ -68,11 +67,7 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if args.write:
-        text = PAGE.read_text(encoding="utf-8")
-        head, rest = text.split(BEGIN)
-        PAGE.write_text(
-            f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{rest.split(END)[1]}", encoding="utf-8"
-        )
+        write("memory.md", "counted memory", "\n".join(lines))
 
 
 if __name__ == "__main__":

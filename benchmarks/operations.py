@@ -1,6 +1,6 @@
 """The table of docs/models.md: what a frame of each family costs, counted without computing anything.
 
-    python benchmarks/operations.py
+    python benchmarks/operations.py [--write]
 
 Frames become 4 times as large, and are further on in a sequence, so that memories are full. Networks have
 their real sizes and lie on torch's meta device; a multiplication with its addition is two operations. What
@@ -10,8 +10,9 @@ is that of 16-bit networks with everything that is held beside them, when nothin
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from spandrel import MAIN_REGISTRY, ImageModelDescriptor
 from spandrel.architectures.Compact import Compact
 from spandrel.architectures.ESRGAN import ESRGAN
+from table import write
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -172,7 +174,7 @@ def image_row(network: nn.Module) -> Row:
     return row
 
 
-def main() -> None:
+def table() -> Iterator[str]:
     nano = {name: dict(open_component(NANO, name).config) for name in NETWORKS}
     nano["scheduler"] = read_json(NANO / SCHEDULER_CONFIG)
     rows = {
@@ -184,12 +186,25 @@ def main() -> None:
         "image: Compact 64x16, 4x": image_row(Compact(num_feat=64, num_conv=16, upscale=4)),
         "image: ESRGAN 64x23, 4x": image_row(ESRGAN(scale=4, num_filters=64, num_blocks=23)),
     }
-    print("| | " + " | ".join(SIZES) + " |")
-    print("|---" * (1 + len(SIZES)) + "|")
+    yield "| | " + " | ".join(SIZES) + " |"
+    yield "|---" * (1 + len(SIZES)) + "|"
     for name, row in rows.items():
         cells = [row(*size) for size in SIZES.values()]
         told = [f"{operations / 1e12:.2f} T, {bytes_ / 1e9:.1f} GB" for operations, bytes_ in cells]
-        print(f"| {name} | " + " | ".join(told) + " |", flush=True)
+        yield f"| {name} | " + " | ".join(told) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="into docs/models.md")
+    args, lines = parser.parse_args(), []
+    for line in table():
+        print(line, flush=True)
+        lines.append(line)
+    if args.write:
+        write("models.md", "counted operations", "\n".join(lines))
 
 
 if __name__ == "__main__":

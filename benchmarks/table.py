@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
-BEGIN, END = "<!-- measured -->", "<!-- end of measured -->"
+DOCS = Path(__file__).parents[1] / "docs"
 
 HEAD = (
     "model",
@@ -55,6 +54,13 @@ def table(reports: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write(page: str, name: str, made: str) -> None:
+    """Put a table into a page of docs, between the comments that name it."""
+    path, begin, end = DOCS / page, f"<!-- {name} -->", f"<!-- end of {name} -->"
+    head, rest = path.read_text(encoding="utf-8").split(begin)
+    path.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", type=Path, nargs="+")
@@ -64,8 +70,7 @@ def main() -> None:
     made = table([report for each in found for report in each.get("reports", [each])])
     print(made)
     if args.write:
-        head, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-        PAGE.write_text(f"{head}{BEGIN}\n{made}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        write("speed.md", "measured", made)
 
 
 if __name__ == "__main__":

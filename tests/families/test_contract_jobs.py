@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from family_cases import CASES
+from job_process import job_of, start
 
 from stream_diffvsr import load_pipeline
 from stream_diffvsr.cli.main import main
@@ -95,6 +96,22 @@ def test_cancelled_and_resumed_equals_one_run(family, subject, tmp_path):
     same_frames(parts, whole)
     assert clips.packets_of(parts, "audio") == clips.packets_of(subject.source, "audio")
     assert not Path(f"{parts}.parts").exists()
+
+
+def test_killed_in_the_middle_and_resumed_equals_one_run(family, subject, tmp_path):
+    """kill -9 while a frame behind the first border is written."""
+    whole, parts = tmp_path / "whole.mp4", tmp_path / "parts.mp4"
+    list(run(subject.model, job_of(family, subject.model, subject.source, whole)))
+    at = subject.model.info.first + 2
+    process, progress = start(subject.path, subject.source, parts, family=family, hold=at)
+    while progress.recv() != at:
+        pass
+    process.kill()
+    process.join()
+    assert process.exitcode and not parts.exists()
+    rest = [step.index for step in run(subject.model, job_of(family, subject.model, subject.source, parts))]
+    assert 0 < rest[0] <= at and rest == list(range(rest[0], subject.count))
+    same_frames(parts, whole)
 
 
 @pytest.mark.long

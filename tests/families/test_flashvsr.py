@@ -462,9 +462,41 @@ def test_real_networks_have_the_published_names_and_sizes(real):
 
 @pytest.mark.long
 def test_memory_of_the_real_networks(real):
-    """1280 x 768 with the tiny decoder: 14 GB."""
-    need = real.bytes_needed((192, 320))
-    assert need + 2 * sum(USED.values()) < 14 * 2**30
+    """1280 x 768 with the tiny decoder: 14 GB, and far below 8 with offloading."""
+    size = (192, 320)
+    del real.networks["full"]
+    block = sum(weight.nbytes for weight in real.networks["transformer"].blocks[0].parameters())
+    assert real.bytes_needed(size) + 2 * sum(USED.values()) < 14e9
+    beside = 2 * (USED["projection"] + USED["tiny"]) + block
+    assert real.bytes_needed(size, FlashVSROptions(memory_plan="offload")) + beside < 3e9
+
+
+def test_offloading_changes_nothing_but_memory(upscaler, tmp_path):
+    """What is remembered of earlier pairs is not on the device, and comes back as it was."""
+    frames, options = clip(33, 8, 8), FlashVSROptions(scale=1)
+    whole = list(upscaler.stream(frames, options))
+    session = upscaler.session(replace(options, memory_plan="offload"))
+    results = [result for frame in frames[:25] for result in session.push(frame)]
+    state = session.state()
+    rest = list(upscaler.stream(frames[21:], options, state))
+    assert same(results + rest, whole)
+    pairs = sum(value.nbytes for name, value in state.tensors.items() if name[:4] in ("keys", "valu"))
+    needs = [upscaler.bytes_needed((8, 8), replace(options, memory_plan=p)) for p in ("whole", "offload")]
+    assert needs[0] - needs[1] > 0.9 * pairs > 0
+
+
+@pytest.mark.cuda
+def test_offloaded_pairs_come_back_to_the_device():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    frames, found = clip(33, 32, 32), []
+    for plan in ("whole", "offload"):
+        upscaler = open_flashvsr(FOLDER, "v1.1", torch.device("cuda"), torch.float32)
+        session = upscaler.session(FlashVSROptions(memory_plan=plan))
+        found.append([each for frame in frames for each in session.push(frame)])
+        state = session.state()
+        assert state.tensors["keys.0.0"].is_cuda == (plan == "whole")
+    assert same(*found)
 
 
 def test_no_run_takes_more_than_bytes_needed(upscaler):

@@ -59,6 +59,8 @@ class Reach:
     """(tokens, 1, half of the head size), float32."""
     selection: Selection
     past: tuple[Pair, ...]
+    offload: bool = False
+    """Whether pairs wait in system memory."""
     own: list[Pair] = field(default_factory=list)
     """Filled with the pairs of these tokens."""
 
@@ -166,6 +168,16 @@ def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., 
     return compiled
 
 
+def away(x: Tensor) -> Tensor:
+    """In system memory; on the meta device something that takes none."""
+    return x.new_empty(()).expand(x.shape) if x.is_meta else x.cpu()
+
+
+def back(x: Tensor, device: torch.device) -> Tensor:
+    """What `away` gave, on the device again."""
+    return x.contiguous() if x.is_meta else x.to(device)
+
+
 class SparseAttention:
     """Takes the place of a Wan block's self-attention; it holds nothing but how to compute it."""
 
@@ -186,11 +198,13 @@ class SparseAttention:
         q, k, v = (rearrange(each, "(w t) h d -> h w t d", t=TOKENS).contiguous() for each in (q, k, v))
         n = len(reach.selection.near)
         # Pairs have memory of their own, so that one can be dropped.
-        reach.own.extend(
-            (a.contiguous(), b.contiguous()) for a, b in zip(k.split(n, 1), v.split(n, 1), strict=True)
-        )
+        own = ((a.contiguous(), b.contiguous()) for a, b in zip(k.split(n, 1), v.split(n, 1), strict=True))
+        reach.own.extend((away(a), away(b)) if reach.offload else (a, b) for a, b in own)
         if reach.past:
-            k, v = (torch.cat([*(pair[i] for pair in reach.past), x], 1) for i, x in enumerate((k, v)))
+            k, v = (
+                torch.cat([*(back(pair[i], x.device) for pair in reach.past), x], 1)
+                for i, x in enumerate((k, v))
+            )
         found = self.attend(q, k, v, select(q, k, reach.selection))
         found = rearrange(found, "h w t d -> 1 (w t) (h d)")
         return attn.to_out[1](attn.to_out[0](found))

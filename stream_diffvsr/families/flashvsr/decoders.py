@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..wan.taehv import Memory, Squash, conv, decoded, enlarging
+from ..wan.taehv import Memory, Squash, conv, decoded, enlarging, relu
 
 CONDITION = 8
 """The condition's frames are unshuffled by this factor."""
@@ -22,8 +22,8 @@ class TinyDecoder(nn.Module):
         super().__init__()
         first, last = channels[0], channels[-1]
         into = 16 + 3 * 4 * CONDITION**2
-        layers = [Squash(), conv(into, first, True), nn.ReLU(), conv(first, first), nn.ReLU()]
-        layers += [*enlarging(channels), conv(last, last), nn.ReLU(), conv(last, 3, True)]
+        layers = [Squash(), conv(into, first, True), relu(), conv(first, first), relu()]
+        layers += [*enlarging(channels), conv(last, last), relu(), conv(last, 3, True)]
         self.decoder = nn.ModuleList(layers)
 
     def forward(self, latent: Tensor, frames: Tensor, memory: Memory) -> Iterator[Tensor]:

@@ -51,7 +51,8 @@ class FlashVSROptions:
     )  # fmt: skip
     memory_plan: str = option(
         "auto",
-        "offload keeps the transformer in system memory between uses; auto does so when memory runs out.",
+        "offload keeps the transformer and the keys of earlier pairs in system memory between uses, the same "
+        "pictures in less memory; auto does so when memory runs out.",
         choices=("auto", "whole", "offload"),
         expert=True,
         group="memory",

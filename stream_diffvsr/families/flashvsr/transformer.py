@@ -33,13 +33,14 @@ def denoise(
     selection: Selection,
     past: Pairs,
     kept: int,
+    offload: bool,
     on_block: Callable[[int, int], None],
 ) -> tuple[Tensor, Pairs]:
     """Clean latents of a chunk, and the pairs that the next one attends to.
 
     `noise`: (1, 16, f, h, w) float32, f even; `tokens`: (f, h/2, w/2, width) of the low-quality frames;
     `prompt`: (1, tokens, text width); `position`: of the first latent in the scene; `past`: empty at its
-    start; `kept`: pairs that may stay.
+    start; `kept`: pairs that may stay; `offload`: whether they wait in system memory.
     """
     x = transformer.patch_embedding(noise.to(tokens.dtype))
     rows, columns = x.shape[-2:]
@@ -48,7 +49,7 @@ def denoise(
         len(x[0]) // (rows * columns), rows, columns, position, transformer.config.attention_head_dim
     )
     cos, sin = cos_sin(to_windows(angles), x.device)
-    reaches = [Reach(cos, sin, selection, each) for each in past or ((),) * len(transformer.blocks)]
+    reaches = [Reach(cos, sin, selection, each, offload) for each in past or ((),) * len(transformer.blocks)]
     x = run(transformer, x, _conditions(transformer, prompt), reaches, on_block)
     together = [(*reach.past, *reach.own) for reach in reaches]
     pairs = tuple(each[1:] if len(each) > kept else each for each in together)

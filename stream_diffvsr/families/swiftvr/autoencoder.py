@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..wan.taehv import Memory, MemoryBlock, Pool, Squash, blocks, conv, decoded, enlarging
+from ..wan.taehv import Memory, MemoryBlock, Pool, Squash, blocks, conv, decoded, enlarging, relu
 
 UNSHUFFLE = 2
 PIXELS = 3 * UNSHUFFLE**2
@@ -19,7 +19,7 @@ class Encoder(nn.Module):
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
-        layers = [conv(PIXELS, width, True), nn.ReLU()]
+        layers = [conv(PIXELS, width, True), relu()]
         for pictures in (2, 2, 1):
             layers += [Pool(width, pictures), conv(width, width, stride=2), *blocks(width)]
         self.encoder = nn.ModuleList([*layers, conv(width, channels, True)])
@@ -37,7 +37,7 @@ class Decoder(nn.Module):
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__()
-        layers = [Squash(), conv(channels, widths[0], True), nn.ReLU(), *enlarging(widths)]
+        layers = [Squash(), conv(channels, widths[0], True), relu(), *enlarging(widths)]
         self.decoder = nn.ModuleList([*layers, conv(widths[-1], PIXELS, True)])
 
     def forward(self, latent: Tensor, memory: Memory) -> Iterator[Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ...errors import IncompatibleInputError
 
@@ -18,6 +20,21 @@ PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries, keys and values, (1, heads, tokens, head size) each -> the same shape."""
+
+
+class FusedAttention(TorchFunctionMode):
+    """On the meta device, attention as the kernels of CPUs and CUDA compute it: without a map of all pairs."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return torch.empty_like(args[0] if args else (kwargs or {})["query"])
+        return func(*args, **(kwargs or {}))
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from itertools import chain
@@ -29,7 +30,7 @@ from ...upscaler import (
     ignore_progress,
     stream,
 )
-from .attention import attention, check_attention
+from .attention import FusedAttention, attention, check_attention
 from .state import size_of
 
 log = logging.getLogger(__name__)
@@ -183,10 +184,12 @@ class ChunkUpscaler(ABC):
                 # Here the error is gone, and with it the tensors that its traceback held.
                 release_caches(self.device)
                 if options.memory_plan == "whole" or not self._offload():
-                    need = self.bytes_needed((frames[0].shape[-2], frames[0].shape[-1]), options)
+                    plan = "offload" if self._offloaded else options.memory_plan
+                    size = frames[0].shape[-2], frames[0].shape[-1]
+                    need = self.bytes_needed(size, replace(options, memory_plan=plan))
                     remedy = f"it ran out ({message}); {self.remedy}"
                     raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
-                log.warning("out of memory (%s): the transformer's blocks wait in system memory now", message)
+                log.warning("out of memory (%s): what can wait in system memory does so from now on", message)
 
     def weights(self) -> list[Tensor]:
         """All tensors that it holds whatever it computes."""
@@ -209,17 +212,21 @@ class ChunkUpscaler(ABC):
         return hq.contiguous()
 
     def _offload(self) -> bool:
-        """Have the transformer's blocks wait in system memory; whether that changed anything."""
-        if self._offloaded or not self.placement.fixed or self.device.type != "cuda":
-            return False
-        from diffusers.hooks import apply_group_offloading
+        """Have the transformer's blocks and memory wait in system memory; whether that changed anything.
 
-        transformer: Any = self.networks["transformer"]
-        for block in transformer.blocks:
-            apply_group_offloading(
-                block, self.device, torch.device("cpu"), "block_level", num_blocks_per_group=1
-            )
+        A host that places networks itself moves the blocks.
+        """
+        if self._offloaded or self.device.type != "cuda":
+            return False
         self._offloaded = True
+        if self.placement.fixed:
+            from diffusers.hooks import apply_group_offloading
+
+            transformer: Any = self.networks["transformer"]
+            for block in transformer.blocks:
+                apply_group_offloading(
+                    block, self.device, torch.device("cpu"), "block_level", num_blocks_per_group=1
+                )
         return True
 
     def _count(self, size: tuple[int, int], options: Any) -> int:
@@ -231,7 +238,8 @@ class ChunkUpscaler(ABC):
             model=self.model,
         )
         memory = self.Memory()
-        with torch.no_grad(), LiveTensors(empty.weights()) as live:
+        fused = nullcontext() if self.device.type == "mps" else FusedAttention()
+        with torch.no_grad(), fused, LiveTensors(empty.weights()) as live:
             for _ in range(2):
                 count = self.whole(memory, options)
                 frames = [torch.empty((1, 3, *size), device="meta") for _ in range(count)]

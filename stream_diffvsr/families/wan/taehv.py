@@ -19,10 +19,10 @@ class MemoryBlock(nn.Module):
         super().__init__()
         sizes = 2 * channels, channels, channels
         convs = [nn.Conv2d(size, channels, 3, padding=1) for size in sizes]
-        self.conv = nn.Sequential(convs[0], nn.ReLU(), convs[1], nn.ReLU(), convs[2])
+        self.conv = nn.Sequential(convs[0], relu(), convs[1], relu(), convs[2])
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        return F.relu(self.conv(torch.cat([x, before], 1)) + x)
+        return self.conv(torch.cat([x, before], 1)).add_(x).relu_()
 
     def remembering(self, x: Tensor, memory: Memory, index: int) -> Tensor:
         """(pictures, C, h, w) of consecutive pictures; `memory[index]` is that of the one before."""
@@ -45,7 +45,7 @@ class Pool(nn.Module):
 
 
 class Grow(nn.Module):
-    """One picture's features become those of several, the earlier first, each twice as large.
+    """One picture's features become those of several, the earlier first, each to be made twice as large.
 
     Published networks enlarge first, which gives the same numbers from four times the work.
     """
@@ -55,9 +55,9 @@ class Grow(nn.Module):
         self.conv = nn.Conv2d(channels, out * pictures, 1, bias=False)
         self.pictures = pictures
 
-    def forward(self, x: Tensor) -> Iterator[Tensor]:
-        for part in self.conv(x).chunk(self.pictures, 1):
-            yield F.interpolate(part, scale_factor=2)
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The pictures, not yet enlarged."""
+        return self.conv(x).chunk(self.pictures, 1)
 
 
 class Squash(nn.Module):
@@ -72,6 +72,11 @@ def conv(channels: int, out: int, bias: bool = False, stride: int = 1) -> nn.Mod
     return nn.Conv2d(channels, out, 3, padding=1, bias=bias, stride=stride)
 
 
+def relu() -> nn.Module:
+    """In place: the largest tensors of all are those behind the last convolutions."""
+    return nn.ReLU(inplace=True)
+
+
 def blocks(channels: int) -> list[nn.Module]:
     """Three with memory."""
     return [MemoryBlock(channels) for _ in range(3)]
@@ -82,15 +87,16 @@ def enlarging(channels: Sequence[int]) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for now, then, pictures in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
         layers += [*blocks(now), nn.Identity(), Grow(now, now, pictures), conv(now, then)]
-    return [*layers, nn.ReLU()]
+    return [*layers, relu()]
 
 
 def decoded(layers: Sequence[nn.Module], x: Tensor, memory: Memory, start: int = 0) -> Iterator[Tensor]:
     """The pictures of (1, C, h, w), one finished before the next is begun; `memory` comes up to date."""
     for index, layer in enumerate(layers[start:], start):
         if isinstance(layer, Grow):
-            for part in layer(x):
-                yield from decoded(layers, part, memory, index + 1)
+            x = layer(x)
+            for part in x:
+                yield from decoded(layers, F.interpolate(part, scale_factor=2), memory, index + 1)
             return
         x = layer.remembering(x, memory, index) if isinstance(layer, MemoryBlock) else layer(x)
     yield x
