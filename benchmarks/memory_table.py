@@ -3,7 +3,8 @@
     python benchmarks/memory_table.py [--write]
 
 Frames become 4 times as large. Networks have their real sizes and lie on torch's meta device. The plan
-'offload' holds no weights of the transformer beside the activations; its largest block comes and goes. GB: 10^9.
+'offload' holds no weights of the transformer beside the activations; its largest block comes and
+goes. GB: 10^9.
 """
 
 from __future__ import annotations

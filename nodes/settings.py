@@ -218,4 +218,5 @@ def family_widgets(family: str) -> dict[str, Widget]:
     from ..stream_diffvsr.options import rules, widgets
 
     options = FAMILIES[family].options
-    return {**widgets(options, [name for name in rules(options) if name != "seed"]), **file_widgets()}
+    own = [name for name, rule in rules(options).items() if name != "seed" and not rule.hidden]
+    return {**widgets(options, own), **file_widgets()}

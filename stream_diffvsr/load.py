@@ -190,9 +190,9 @@ def load_pipeline(
     if family in WAN:
         check_attention(attention, chosen_device, chosen_dtype)
     if family == "flashvsr":
-        release = RELEASES.get(str(source)) or release_named(folder.name)
-        told = version or (release.version if release and release.family == family else None)
-        model = flashvsr.open_flashvsr(folder, told, chosen_device, chosen_dtype)
+        asked, named = RELEASES.get(str(source)), release_named(folder.name)
+        told = (asked and asked.version) or flashvsr.version_of(folder) or (named and named.version)
+        model = flashvsr.open_flashvsr(folder, version or told, chosen_device, chosen_dtype)
         model.use_attention(attention)
         return model
     if family == "swiftvr":
@@ -265,12 +265,17 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
     ]
 
 
+UNTOLD = "nothing tells whether it is v1 or v1.1: call the folder flashvsr-v1 or flashvsr-v1.1."
+
+
 def reason_ignored(candidate: Candidate) -> str | None:
     """Why a folder is ignored, in words; also where packages that tell are missing or broken."""
     try:
         error = FAMILIES[candidate.family].problem(candidate.path)
     except ImportError as missing:
         return str(missing)
+    if error is None and candidate.family == "flashvsr" and candidate.name not in RELEASES:
+        return None if flashvsr.version_of(candidate.path) else UNTOLD
     return str(error) if error else None
 
 

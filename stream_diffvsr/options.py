@@ -61,6 +61,8 @@ class Rule:
     """Title under which its flag is listed."""
     unset_help: str = ""
     """What the help says of a default that is None."""
+    hidden: bool = False
+    """Whether jobs alone set it: it has no flag, and stands in no schema that does not name it."""
 
 
 def option(
@@ -152,7 +154,7 @@ def json_schema(cls: type, only: Iterable[str] | None = None) -> dict[str, Any]:
     """The JSON schema of a class of options, or of those named in `only`."""
     names, table, default = {bool: "boolean", int: "integer", float: "number"}, rules(cls), defaults(cls)
     properties = {}
-    for name in table if only is None else only:
+    for name in [name for name in table if not table[name].hidden] if only is None else only:
         rule = table[name]
         kind = "string" if rule.parse else names.get(rule.kind, "string")
         facts = {
@@ -180,6 +182,8 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type, titles: Sequence[
     made: dict[str, argparse.Action] = {}
     for cls in classes:
         for name, rule in rules(cls).items():
+            if rule.hidden:
+                continue
             if name in made:
                 choices = dict.fromkeys([*(made[name].choices or ()), *rule.choices])
                 made[name].choices = list(choices) or None

@@ -262,6 +262,13 @@ def test_names_of_outputs(command, tmp_path: Path) -> None:
         "d.avi": "d_4x.mp4",
     }
     assert all((tmp_path / Path(out.strip()).name).exists() for _, out, _ in made.values())
+    for size, said in (
+        (("--scale", 2.5), "2.5x"),
+        (("--short-edge", 40), "40p"),
+        (("--target", "50x40"), "50x40"),
+    ):
+        code, out, _ = command(tmp_path / "a.jpg", *size)
+        assert (code, Path(out.strip()).name) == (0, f"a_{said}.jpg")
     assert not list(tmp_path.glob("*.parts"))
 
 

@@ -93,7 +93,7 @@ def capabilities() -> dict[str, Any]:
 
 def _family(name: str) -> dict[str, Any]:
     options = FAMILIES[name].options
-    named = [option for option, rule in rules(options).items() if not _names_file(rule)]
+    named = [option for option, rule in rules(options).items() if not (_names_file(rule) or rule.hidden)]
     return {
         "title": FAMILIES[name].title,
         "presets": list(FAMILIES[name].presets),

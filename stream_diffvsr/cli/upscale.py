@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        help="File or folder to write; several inputs need a folder. Default: <name>_4x beside the input.",
+        help="File or folder to write; several inputs need a folder. Default: beside the input, <name>_4x or "
+        "with the size asked for.",
     )
     add_model_arguments(parser)
     parser.add_argument("--state-in", type=Path, metavar="FILE", help="Continue from a saved state.")
@@ -84,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         check_readable(args.input[0])
     found, devices = many.sources(args.input), many.workers_from_flags(args)
     single = found == args.input and len(found) == 1
-    named = [args.output or default_output(found[0])] if single else many.outputs(found, args, default_output)
+    default = partial(default_output, args)
+    named = [args.output or default(found[0])] if single else many.outputs(found, args, default)
     results = many.Results(args, single)
     pairs = zip(found, named, strict=True)
     attempts = [results.attempt(to, partial(make_job, args, source, to)) for source, to in pairs]
@@ -126,7 +128,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     """
     (source,) = args.input
     check_readable(source)
-    prepared = prepare(make_job(args, source, args.output or default_output(source)))
+    prepared = prepare(make_job(args, source, args.output or default_output(args, source)))
     job, info = prepared.job, prepared.source.info
     if job.codec:
         check_opens(job.codec)
@@ -207,12 +209,18 @@ def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
     return VideoJob(source=source, output=output, options=options, state=state, **asked)
 
 
-def default_output(source: Path) -> Path:
-    """`<stem>_4x` beside the input, in a format that can be written."""
-    source = source.absolute()
+def default_output(args: argparse.Namespace, source: Path) -> Path:
+    """`<stem>_4x`, or the size asked for, beside the input, in a format that can be written."""
+    asked, source = given(args, VideoJob), source.absolute()
+    if asked.get("target"):
+        size = "{}x{}".format(*asked["target"])
+    elif asked.get("short_edge"):
+        size = f"{asked['short_edge']}p"
+    else:
+        size = f"{asked.get('scale') or 4:g}x"
     if source.is_dir():
-        return source.with_name(f"{source.name}_4x")
+        return source.with_name(f"{source.name}_{size}")
     if pictures.is_picture(source):
-        return source.with_name(pictures.writable_name(f"{source.stem}_4x{source.suffix}"))
+        return source.with_name(pictures.writable_name(f"{source.stem}_{size}{source.suffix}"))
     suffix = source.suffix if source.suffix.lower() in CONTAINERS else ".mp4"
-    return source.with_name(f"{source.stem}_4x{suffix}")
+    return source.with_name(f"{source.stem}_{size}{suffix}")

@@ -246,8 +246,8 @@ def settle_job(job: VideoJob, info: Info, options: type, height: int, width: int
     if info.scales is not None:
         return replace(job, options=own, model_scale=info.scales[0])
     asked = (job.target, job.short_edge, job.scale) != (None, None, None)
-    scale = job.sizes.model_scale_for(height, width) if asked else own.scale
-    return replace(job, options=replace(own, scale=scale), model_scale=scale)
+    scale, stretch = job.sizes.model_scale_for(height, width) if asked else (own.scale, own.stretch)
+    return replace(job, options=replace(own, scale=scale, stretch=stretch), model_scale=scale)
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,12 +54,16 @@ class Sizes:
             return round(self.model_scale * height), round(self.model_scale * width)
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
 
-    def model_scale_for(self, height: int, width: int) -> float:
-        """From 1 to 4: what makes the output of a source of that size without a second resampling."""
-        wanted = max(
-            a / b for a, b in zip(self.output(height, width), self.model(height, width), strict=True)
-        )
-        return min(4.0, max(1.0, wanted))
+    def model_scale_for(self, height: int, width: int) -> tuple[float, float]:
+        """What a model of any scale from 1 to 4 is asked for: its scale, and how much more of it across.
+
+        Nothing is left to resample where both sides are within its reach.
+        """
+        sides = zip(self.output(height, width), self.model(height, width), strict=True)
+        down, across = (a / b for a, b in sides)
+        if min(down, across) >= 1 and max(down, across) <= 4:
+            return down, across / down
+        return min(4.0, max(1.0, down, across)), 1.0
 
     def to_model(self, rgb: Tensor) -> Tensor:
         """(1, 3, h, w) in [0, 1] -> the frame that the model sees, in [0, 1]."""

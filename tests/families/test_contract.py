@@ -104,7 +104,10 @@ def test_as_many_out_as_in(subject):
             session.push(subject.frames[0])
 
 
-@pytest.mark.parametrize(("size", "scale"), [((8, 8), 4.0), ((9, 14), 1.0), ((21, 33), 2.5)])
+LARGE = [pytest.param((300, 500), scale, marks=pytest.mark.long) for scale in (2.0, 4.0)]
+
+
+@pytest.mark.parametrize(("size", "scale"), [((8, 8), 4.0), ((9, 14), 1.0), ((21, 33), 2.5), *LARGE])
 def test_exact_size(size, scale, subject):
     scales = subject.model.info.scales
     options = subject.options if scales else replace(subject.options, scale=scale)

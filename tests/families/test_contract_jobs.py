@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,15 @@ from job_process import job_of, start
 from stream_diffvsr import load_pipeline
 from stream_diffvsr.cli.main import main
 from stream_diffvsr.errors import IncompatibleInputError
+from stream_diffvsr.families.flashvsr.options import FlashVSROptions
+from stream_diffvsr.families.swiftvr.options import SwiftVROptions
+from stream_diffvsr.families.wan.chunks import result_size
+from stream_diffvsr.jobs.job import fitted
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.load import FAMILIES
+from stream_diffvsr.options import from_json, to_json
 from stream_diffvsr.tensors import from_pixels, to_pixels
-from stream_diffvsr.upscaler import State, Upscaler
+from stream_diffvsr.upscaler import Info, State, Upscaler
 
 
 @dataclass
@@ -98,6 +104,7 @@ def test_cancelled_and_resumed_equals_one_run(family, subject, tmp_path):
     assert not Path(f"{parts}.parts").exists()
 
 
+@pytest.mark.parametrize("family", ["flashvsr", "swiftvr", "image"])  # diffvsr: test_video_job.py
 def test_killed_in_the_middle_and_resumed_equals_one_run(family, subject, tmp_path):
     """kill -9 while a frame behind the first border is written."""
     whole, parts = tmp_path / "whole.mp4", tmp_path / "parts.mp4"
@@ -139,6 +146,8 @@ def test_a_state_joins_two_jobs_or_says_why_not(family, subject, tmp_path, caplo
         ({}, None),
         ({"scale": 2.5}, (40, 40)),
         ({"target": (48, 40)}, (40, 48)),
+        ({"target": (61, 43), "pix_fmt": "yuv444p"}, (43, 61)),
+        ({"scale": 2.7}, (44, 44)),
         ({"scale": 6.0}, (96, 96)),
         ({"short_edge": 20, "pre_scale": 0.5}, (20, 20)),
     ],
@@ -150,6 +159,20 @@ def test_sizes_of_the_output(sizes, expected, family, subject, tmp_path):
     made = job(family, subject, tmp_path / "out.mkv", options=own, **asked)
     (step,) = run(subject.model, made)
     assert tuple(step.hq.shape[-2:]) == (expected or (16 * scale, 16 * scale))
+
+
+@pytest.mark.parametrize("options", [FlashVSROptions, SwiftVROptions])
+@pytest.mark.parametrize("size", [(8, 8), (9, 14), (33, 21), (67, 100), (300, 500), (480, 853)])
+def test_models_of_any_scale_make_each_size_themselves(size, options):
+    """From 1 to 4 times as large on each side, nothing is resampled after them."""
+    height, width = size
+    targets = [(width, height), (width + 1, height), (4 * width - 3, 3 * height + 1), (4 * width, 4 * height)]
+    sizes = [{"target": each} for each in targets] + [{"scale": each} for each in (1.5, 2.7, 3.9)]
+    for asked in [*sizes, {"short_edge": 2 * min(size) + 3}]:
+        made = VideoJob(source=Path("a"), output=Path("b"), **asked)
+        made = fitted(made, Info("", "", "", scales=None), options, *size)
+        assert result_size(torch.empty(1, 3, *size, device="meta"), made.options) == made.sizes.output(*size)
+        assert from_json(options, json.loads(json.dumps(to_json(made.options)))) == made.options
 
 
 @pytest.fixture
@@ -217,8 +240,16 @@ def test_a_version_is_told_and_only_where_there_are_several(subjects, tmp_path, 
         load_pipeline(folder, device="cpu")
     assert "\n" not in str(caught.value)
     assert load_pipeline(folder, device="cpu", version="v1").info.model.endswith("-v1")
+    assert main(["doctor", str(tmp_path)]) == 0
+    told = f"mine: {folder}, ignored: nothing tells whether it is v1 or v1.1: call the folder flashvsr-v1 or "
+    assert told in capsys.readouterr().out
     with pytest.raises(IncompatibleInputError, match="version"):
         load_pipeline(subjects["swiftvr"].path, device="cpu", version="v1")
     source = subjects["flashvsr"].source
     assert main(["upscale", str(source), "--model", str(folder), "--device", "cpu"]) == 2
     assert "flashvsr-v1.1" in capsys.readouterr().err
+    # A copy whose file name tells it.
+    (folder / "diffusion_pytorch_model_streaming_dmd.safetensors").rename(folder / "FlashVSR1_1.safetensors")
+    assert load_pipeline(folder, device="cpu").info.model.endswith("-v1.1")
+    assert main(["doctor", str(tmp_path)]) == 0
+    assert f"mine: {folder}, complete" in capsys.readouterr().out

@@ -82,7 +82,7 @@ def same(results: list[Upscaled], others: list[Upscaled]) -> bool:
 # The recorded numbers
 
 
-def recorded(case: str) -> tuple[dict[str, Tensor], list[Tensor], float]:
+def recorded(case: str) -> tuple[dict[str, Tensor], list[Tensor], int]:
     """All tensors of a case, its LQ frames in model range, and the scale to run them with."""
     tensors = load_file(GOLDEN / f"case_{case}.safetensors")
     frames, scale = tensors["lq_u8"].permute(0, 3, 1, 2).float(), 4
@@ -169,8 +169,9 @@ def test_golden_of_irregular_steps(upscaler, calls):
 def test_prepared_frames():
     for case in "AB":
         tensors, frames, scale = recorded(case)
-        last = MANIFEST["cases"][case]["pre_idx"][-1]
-        torch.testing.assert_close(method.prepared(frames[last], scale)[0], tensors["pre"][-1], **CLOSE)
+        lq = frames[MANIFEST["cases"][case]["pre_idx"][-1]]
+        size = scale * lq.shape[-2], scale * lq.shape[-1]
+        torch.testing.assert_close(method.prepared(lq, size)[0], tensors["pre"][-1], **CLOSE)
 
 
 def watch(modules: dict[str, nn.Module]) -> tuple[dict[str, list[Tensor]], list[Any]]:
@@ -224,7 +225,8 @@ def test_units_of_the_autoencoder(units, upscaler):
         if not isinstance(layer, (nn.Identity, Grow))  # these enlarge later than the published ones
     }
     found, hooks = watch(modules)
-    large = torch.cat([method.prepared(frame, scale) for frame in frames[:12]])
+    size = scale * frames[0].shape[-2], scale * frames[0].shape[-1]
+    large = torch.cat([method.prepared(frame, size) for frame in frames[:12]])
     past: dict[int, Tensor] = {}
     latents = torch.cat([encoder(four, past) for four in large.split(4)])
     torch.testing.assert_close(latents, units["enc.out"], **CLOSE)

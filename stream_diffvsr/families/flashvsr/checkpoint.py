@@ -16,7 +16,7 @@ from ...weights.networks import Shapes, check_keys, shapes_of
 from ..wan.transformer import transformer
 from .decoders import TinyDecoder
 from .method import FlashVSR
-from .projection import VERSIONS, Projection
+from .projection import V11, VERSIONS, Projection
 from .transformer import prepare
 
 TRANSFORMER, PROJECTION, TINY, FULL, PROMPT = "transformer", "projection", "tiny", "full", "prompt"
@@ -51,6 +51,11 @@ MERGED = "LQ_proj_in."
 def find(folder: Path, part: str) -> Path | None:
     """The file of a part; None where there is none."""
     return next((path for name in FILES[part] if (path := folder / name).is_file()), None)
+
+
+def version_of(folder: Path) -> str | None:
+    """What the name of a file says; None where none says anything."""
+    return V11 if (folder / RENAMED).is_file() else None
 
 
 def recognise(folder: Path) -> bool:
@@ -100,7 +105,7 @@ def open_flashvsr(
         )
         raise IncompatibleInputError(expected, repr(version))
     folder = Path(folder)
-    if version == VERSIONS[0] and (folder / RENAMED).is_file():
+    if version_of(folder) not in (None, version):
         raise IncompatibleInputError(f"version 'v1.1', as {folder / RENAMED} is called", repr(version))
     parts, prompt = _read(folder, version), read_prompt(folder)
     networks = {name: _fill(part, device, dtype) for name, part in parts.items()}

@@ -22,13 +22,13 @@ from ...errors import IncompatibleInputError
 from ...fidelity import adain
 from ...tensors import check_finite, pad_to, padded_size
 from ...upscaler import Info, OnStep, State
-from ..wan.chunks import ChunkSession, ChunkUpscaler
+from ..wan.chunks import ChunkSession, ChunkUpscaler, result_size
 from ..wan.state import frames_before
 from ..wan.taehv import Memory as DecoderMemory
 from .attention import Selection, gathered
 from .decoders import decode_full
 from .options import FlashVSROptions
-from .pictures import enlarge, groups, scaled
+from .pictures import enlarge, groups
 from .projection import FRAMES, Past
 from .state import AHEAD, CHUNK, FAMILY, FIRST, LATENTS, Memory
 from .transformer import denoise
@@ -44,7 +44,7 @@ class FlashVSR(ChunkUpscaler):
 
     Memory = Memory
     remedy = "use smaller frames, a smaller scale or a smaller kv_ratio"
-    fixed = ("scale", "decoder")
+    fixed = ("scale", "stretch", "decoder")
 
     def __init__(
         self,
@@ -114,7 +114,7 @@ class FlashVSR(ChunkUpscaler):
         on_step: OnStep,
         noise: Tensor | None,
     ) -> tuple[list[Tensor], Memory]:
-        height, width = padded_size(*scaled(frames[0], options.scale), MULTIPLE)
+        height, width = padded_size(*result_size(frames[0], options), MULTIPLE)
         count = 2 if memory.latents else LATENTS
         tokens, projection = self._project(frames, memory, options, on_step)
         start = self._noise(noise, memory, count, (height, width), options.seed)
@@ -195,14 +195,15 @@ class FlashVSR(ChunkUpscaler):
 
     def _finished(self, picture: Tensor, lq: Tensor, options: FlashVSROptions) -> Tensor:
         """A picture without its padding, in the colours of its LQ frame, float32 on the upscaler's device."""
-        height, width = scaled(lq, options.scale)
+        height, width = result_size(lq, options)
         hq = picture[..., :height, :width].to(self.device, torch.float32)
         if options.colour_fix == "adain":
-            hq = adain(hq, enlarge(lq, options.scale)).clamp(-1, 1)
+            hq = adain(hq, enlarge(lq, (height, width))).clamp(-1, 1)
         return self._checked(hq)
 
     def _four(self, frames: Sequence[Tensor], options: FlashVSROptions) -> Tensor:
         """A push as the networks see it, (4, 3, H, W); a single frame stands for four."""
-        large = [enlarge(lq, options.scale) for lq in frames] * (FRAMES // len(frames))
-        size = padded_size(large[0].shape[-2], large[0].shape[-1], MULTIPLE)
-        return torch.cat([pad_to(each, *size).to(self.dtype) for each in large])
+        size = result_size(frames[0], options)
+        padded = padded_size(*size, MULTIPLE)
+        large = [pad_to(enlarge(lq, size), *padded).to(self.dtype) for lq in frames]
+        return torch.cat(large * (FRAMES // len(frames)))

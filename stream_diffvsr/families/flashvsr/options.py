@@ -20,6 +20,7 @@ class FlashVSROptions:
     """Settings of one sequence, checked once; the defaults are the published ones."""
 
     scale: float = option(4.0, "How many times larger the result is on each side.", low=1, high=4, step=0.5)
+    stretch: float = option(1.0, "How much more of it across.", low=0.25, high=4, hidden=True)
     seed: int = option(0, "Number that the noise is drawn from.", low=0, high=2**64 - 1)
     decoder: str = option(
         "tiny",

@@ -15,14 +15,8 @@ def groups(frames: Sequence[Tensor]) -> list[Sequence[Tensor]]:
     return [frames[at : at + FRAMES] for at in range(0, len(frames), FRAMES)]
 
 
-def scaled(lq: Tensor, scale: float) -> tuple[int, int]:
-    """Height and width of a frame's result."""
-    return round(lq.shape[-2] * scale), round(lq.shape[-1] * scale)
-
-
-def enlarge(lq: Tensor, scale: float) -> Tensor:
-    """A frame at the size of its result: bicubic (a = -0.5), without overshoot; by 1 the frame itself."""
-    size = scaled(lq, scale)
+def enlarge(lq: Tensor, size: tuple[int, int]) -> Tensor:
+    """A frame at the size of its result: bicubic (a = -0.5), without overshoot; unchanged where it fits."""
     if size == (lq.shape[-2], lq.shape[-1]):
         return lq
     return F.interpolate(lq, size=size, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)

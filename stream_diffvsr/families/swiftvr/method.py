@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from ...errors import IncompatibleInputError
 from ...tensors import from_pixels, padded_size
 from ...upscaler import Info, OnStep, State
-from ..wan.chunks import ChunkSession, ChunkUpscaler
+from ..wan.chunks import ChunkSession, ChunkUpscaler, result_size
 from ..wan.taehv import Memory as Past
 from .options import CLIP, GROUP, SwiftVROptions
 from .state import AHEAD, FAMILY, Memory
@@ -38,7 +38,7 @@ class SwiftVR(ChunkUpscaler):
     Options = SwiftVROptions
     Memory = Memory
     remedy = "use smaller frames, a smaller scale or a smaller clip_len"
-    fixed = ("scale", "protocol", "clip_len")
+    fixed = ("scale", "stretch", "protocol", "clip_len")
 
     def __init__(
         self,
@@ -121,8 +121,9 @@ class SwiftVR(ChunkUpscaler):
     ) -> tuple[Tensor, Past]:
         """(1, C, n, H/16, W/16) of 4n frames, and the encoder's memory after them."""
         network, past, latents = self._acquire("encoder", frames[0], options), dict(memory.encoder), []
+        size = result_size(frames[0], options)
         for at in range(0, len(frames), GROUP):
-            four = torch.cat([prepared(lq, options.scale) for lq in frames[at : at + GROUP]])
+            four = torch.cat([prepared(lq, size) for lq in frames[at : at + GROUP]])
             latents.append(network(four.to(self.dtype), past))
             on_step("encode", len(latents), len(frames) // GROUP)
         return torch.stack(latents, 2), past
@@ -132,7 +133,7 @@ class SwiftVR(ChunkUpscaler):
     ) -> tuple[list[Tensor], Past]:
         """The pictures of the latents, cut, and the decoder's memory after them."""
         network, past, hq = self._acquire("decoder", lq, options), dict(memory.decoder), []
-        height, width = scaled(lq, options.scale)
+        height, width = result_size(lq, options)
         total = GROUP * latents.shape[2] - AHEAD * (not memory.latents)
         for latent in latents.unbind(2):
             # Of a scene's first latent, 3 pictures would lie before its first frame.
@@ -143,14 +144,8 @@ class SwiftVR(ChunkUpscaler):
         return hq, past
 
 
-def scaled(lq: Tensor, scale: float) -> tuple[int, int]:
-    """Height and width of a frame's result."""
-    return round(lq.shape[-2] * scale), round(lq.shape[-1] * scale)
-
-
-def prepared(lq: Tensor, scale: float) -> Tensor:
+def prepared(lq: Tensor, size: tuple[int, int]) -> Tensor:
     """A frame as the encoder sees it: as large as its result, in [0, 1], black up to multiples of 32."""
-    size = scaled(lq, scale)
     if size != (lq.shape[-2], lq.shape[-1]):
         lq = F.interpolate(lq, size=size, mode="bilinear", align_corners=False)
     height, width = padded_size(*size, MULTIPLE)

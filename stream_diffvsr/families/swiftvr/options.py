@@ -25,6 +25,7 @@ class SwiftVROptions:
     """Settings of one sequence, checked once; the defaults are the published ones."""
 
     scale: float = option(4.0, "How many times larger the result is on each side.", low=1, high=4, step=0.5)
+    stretch: float = option(1.0, "How much more of it across.", low=0.25, high=4, hidden=True)
     protocol: str = option(
         "file",
         "file takes 4 more frames first and fills up the last clip, as the published measures were made; "

@@ -23,7 +23,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device, attention as the kernels of CPUs and CUDA compute it: without a map of all pairs."""
+    """On the meta device, attention as CPUs and CUDA compute it: without a map of queries and keys."""
 
     def __torch_function__(
         self,

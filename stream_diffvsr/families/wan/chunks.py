@@ -56,6 +56,11 @@ class Memory(Protocol):
         ...
 
 
+def result_size(lq: Tensor, options: Any) -> tuple[int, int]:
+    """Height and width of a frame's result."""
+    return round(lq.shape[-2] * options.scale), round(lq.shape[-1] * options.scale * options.stretch)
+
+
 class ChunkUpscaler(ABC):
     """What the families that take chunks do alike; a family says how a chunk is computed."""
 
