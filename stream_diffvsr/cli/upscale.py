@@ -211,7 +211,7 @@ def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
 
 def default_output(args: argparse.Namespace, source: Path) -> Path:
     """`<stem>_4x`, or the size asked for, beside the input, in a format that can be written."""
-    asked, source = given(args, VideoJob), source.absolute()
+    asked, source = given_options(args, VideoJob), source.absolute()
     if asked.get("target"):
         size = "{}x{}".format(*asked["target"])
     elif asked.get("short_edge"):
