@@ -56,7 +56,7 @@ class VideoJob:
     options: Any = None
     """The family's options; None: its defaults."""
     model_scale: float = SCALE
-    """How many times larger the model makes a frame; `fitted` sets it."""
+    """How many times larger the model makes a frame; `settle_job` sets it."""
     state: State | None = None
     """To continue from; None starts a sequence, at the source's own frame index."""
     state_out: Path | None = option(

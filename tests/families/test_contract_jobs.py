@@ -22,7 +22,7 @@ from stream_diffvsr.errors import IncompatibleInputError
 from stream_diffvsr.families.flashvsr.options import FlashVSROptions
 from stream_diffvsr.families.swiftvr.options import SwiftVROptions
 from stream_diffvsr.families.wan.chunks import result_size
-from stream_diffvsr.jobs.job import fitted
+from stream_diffvsr.jobs.job import settle_job
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.load import FAMILIES
 from stream_diffvsr.options import from_json, to_json
@@ -170,7 +170,7 @@ def test_models_of_any_scale_make_each_size_themselves(size, options):
     sizes = [{"target": each} for each in targets] + [{"scale": each} for each in (1.5, 2.7, 3.9)]
     for asked in [*sizes, {"short_edge": 2 * min(size) + 3}]:
         made = VideoJob(source=Path("a"), output=Path("b"), **asked)
-        made = fitted(made, Info("", "", "", scales=None), options, *size)
+        made = settle_job(made, Info("", "", "", scales=None), options, *size)
         assert result_size(torch.empty(1, 3, *size, device="meta"), made.options) == made.sizes.output(*size)
         assert from_json(options, json.loads(json.dumps(to_json(made.options)))) == made.options
 
