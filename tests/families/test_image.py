@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import threading
 from collections.abc import Callable
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 import spandrel
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from spandrel.architectures.DAT import DAT
 from spandrel.architectures.HAT import HAT
 from spandrel.architectures.NAFNet import NAFNet
@@ -33,6 +36,7 @@ from stream_diffvsr.families.image.checkpoint import open_image_model, problem
 from stream_diffvsr.families.image.method import ImageModel
 from stream_diffvsr.families.image.options import ImageOptions
 from stream_diffvsr.memory import LiveTensors
+from stream_diffvsr.tensors import from_pixels, to_pixels
 from stream_diffvsr.upscaler import State
 
 ATTENTION: dict[str, Any] = {"embed_dim": 16, "num_heads": [2], "upscale": 2}
@@ -140,6 +144,45 @@ def test_each_architecture_gives_what_spandrel_gives(name, tmp_path):
         assert result.hq.std() > 0
         assert torch.equal(result.hq, bare(path, lq))
     assert model.bytes_needed((64, 64)) > 2 * model.bytes_needed((32, 32)) > 0
+
+
+CORE = """
+import sys, comfy.options
+comfy.options.enable_args_parsing()
+from comfy_extras.nodes_upscale_model import ImageUpscaleWithModel
+from safetensors.torch import load_file, save_file
+from spandrel import ModelLoader
+paths = sys.stdin.read().splitlines()
+image = load_file(paths[0])["image"]
+for path in paths[1:]:
+    model = ModelLoader().load_from_file(path).eval()
+    save_file({"image": ImageUpscaleWithModel.execute(model, image.clone())[0].contiguous()}, path + ".core")
+"""
+
+
+@pytest.mark.comfyui
+@pytest.mark.skipif("COMFYUI_PATH" not in os.environ, reason="COMFYUI_PATH names no ComfyUI")
+def test_cores_upscale_image_gives_the_same(tmp_path):
+    """Below its tile of 512, and where nothing is padded, which it leaves to spandrel."""
+    image = torch.rand(2, 48, 64, 3)
+    save_file({"image": image}, tmp_path / "image")
+    paths = [saved(tmp_path / f"{name}.safetensors", make) for name, make in MODELS.items()]
+    python = os.environ.get("COMFYUI_PYTHON", sys.executable)
+    done = subprocess.run(
+        [python, "-c", CORE, "--cpu"],
+        cwd=os.environ["COMFYUI_PATH"],
+        input="\n".join(map(str, [tmp_path / "image", *paths])),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    frames = from_pixels(image.movedim(-1, 1)).split(1)
+    for path in paths:
+        theirs = load_file(f"{path}.core")["image"].movedim(-1, 1)
+        ours = to_pixels(pictures(opened(path).stream(frames)))
+        torch.testing.assert_close(
+            ours, theirs, atol=1e-5, rtol=0, msg=lambda said, path=path: f"{path.stem}: {said}"
+        )
 
 
 def test_grey_models_get_each_colour_and_alpha_is_opaque(tmp_path):
