@@ -23,17 +23,22 @@ from node_pack import ROOT, load_pack
 HELP = ROOT / "web" / "docs"
 STAND_INS = ("flashvsr", "swiftvr", "image_model_steady")
 NODES_2 = ("before_after",)
+VIDEOS = {"SaveVideo", "StreamDiffVSR_UpscaleVideo", "StreamDiffVSR_SimpleUpscale"}
+SHOWN = "[...document.querySelectorAll('video')].some(v => v.src.includes('type=output') && v.videoWidth)"
 ORDER = {"save_state": 0, "resume_state": 1}
 
 
 def example(page: ComfyPage, server: Server, path: Path) -> None:
     """The thumbnail of an example that has run; of one whose model is a stand-in, before it."""
     page.set("Comfy.VueNodes.Enabled", path.stem in NODES_2)
-    page.load(json.loads(path.read_text(encoding="utf-8")))
+    workflow = json.loads(path.read_text(encoding="utf-8"))
+    page.load(workflow)
     if path.stem not in STAND_INS:
         before = set(server.get("/history"))
         page.queue()
         server.wait_until_idle(lambda history: set(history) - before)
+        if VIDEOS & {node["type"] for node in workflow["nodes"]}:
+            page.wait_for(SHOWN)
         time.sleep(4)
         page.fit()
     page.picture(path.with_suffix(".jpg"), page.graph_box())

@@ -122,7 +122,7 @@ def test_every_node_has_a_help_page_with_a_picture(nodes: dict[str, type]) -> No
     for name, node in nodes.items():
         text = (docs / f"{name}.md").read_text(encoding="utf-8")
         pictures = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
-        assert pictures or name.endswith("LoRA"), name
+        assert pictures, name
         assert all((docs / picture).is_file() for picture in pictures), name
         for group in ("required", "optional"):
             for widget, (_, options) in node.INPUT_TYPES().get(group, {}).items():
