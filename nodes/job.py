@@ -106,7 +106,7 @@ def upscale_file(
     output_path: str = "",
     **widgets: Any,
 ) -> Path:
-    """Do what a node asks for, and return the finished file; `widgets` go to `plan`."""
+    """Do what a node asks for, and return the finished file; `widgets` go to `make_job`."""
     check_output(output_path)
     with host.install_line(), node_words():
         job = replace(make_job(pipe, choose(), settings, output_path, **widgets), metadata=metadata)

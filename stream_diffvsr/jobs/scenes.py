@@ -41,7 +41,7 @@ class SceneCut:
         return None if self.threshold is None or self.listed is not None else hsv(lq)
 
     def between(self, index: int, before: Tensor | None, now: Tensor | None) -> bool:
-        """Whether frame `index` begins a new scene, by what `look` gave for both frames."""
+        """Whether frame `index` begins a new scene, by what `summary` gave for both frames."""
         if self.listed is not None:
             return index in self.listed
         if self.threshold is None or before is None or now is None:

@@ -108,7 +108,7 @@ def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
 
 
 def is_lora(path: Path) -> bool:
-    """Whether a file says of itself that `read` reads it; its tensors are not looked at."""
+    """Whether a file says of itself that `read_lora` reads it; its tensors are not looked at."""
     try:
         return path.suffix == ".safetensors" and read_metadata(path).get("format") == FORMAT
     except CheckpointError:
@@ -116,7 +116,7 @@ def is_lora(path: Path) -> bool:
 
 
 def write_lora(path: Path, changes: Mapping[str, LowRank], told: Mapping[str, str]) -> None:
-    """Write a file that `read` reads; `told` has at least base, rank and alpha."""
+    """Write a file that `read_lora` reads; `told` has at least base, rank and alpha."""
     tensors = {name + end: x.detach().cpu().contiguous()
                for name, pair in changes.items() for end, x in zip((A, B), pair, strict=True)}  # fmt: skip
     save_tensors(path, tensors, {**told, "format": FORMAT})

@@ -91,7 +91,7 @@ class StreamDiffVSRPipeline:
         """Have the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, an approximation.
 
         To be called before the first frame, if at all. Raises `IncompatibleInputError` and
-        `ModuleNotFoundError` as `quantized.check`.
+        `ModuleNotFoundError` as `quantized.check_quantize`.
         """
         quantized.check_quantize(kind, self.device)
         if kind != "none":

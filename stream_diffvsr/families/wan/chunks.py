@@ -93,7 +93,7 @@ class ChunkUpscaler(ABC):
     def use_attention(self, name: str) -> None:
         """Have one of `ATTENTIONS` compute self-attention from now on; said in states.
 
-        To be called before the first frame, if at all. Raises as `attention.check`.
+        To be called before the first frame, if at all. Raises as `attention.check_attention`.
         """
         check_attention(name, self.device, self.dtype)
         if name == "auto":
