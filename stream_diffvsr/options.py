@@ -175,8 +175,8 @@ def add_flags(parser: argparse.ArgumentParser, *classes: type, titles: Sequence[
     """Add the flag of every option, in groups with these `titles`; returns the groups by title.
 
     What has no group goes to the parser itself, or, where it is for experts, to a group of its own at the
-    end. A flag that was not given leaves no attribute; `given_options` finds the others. A name that several classes
-    have is one flag, with the help of the first and the choices of all.
+    end. A flag that was not given leaves no attribute; `given_options` finds the others. A name that several
+    classes have is one flag, with the help of the first and the choices of all.
     """
     groups: dict[str, Any] = {title: parser.add_argument_group(title) for title in (*titles, EXPERTS)}
     made: dict[str, argparse.Action] = {}
