@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Any
 
 from ..errors import VideoError
+from .av_types import Output
 from .colour import BT709, LAYOUTS, RGB, SITINGS, Colour, Layout
 from .streams import SourceInfo
 
@@ -329,7 +330,7 @@ def silence_svt() -> None:
     os.environ.setdefault("SVT_LOG", "1")
 
 
-def open_encoder(container: Any, encoding: Encoding) -> Any:
+def open_encoder(container: Output, encoding: Encoding) -> Any:
     """Add the encoder's stream to an open output container."""
     spec = CODECS[encoding.codec]
     silence_svt()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import VideoError
+from .av_types import Frame
 
 RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
 """Matrices and primaries by their numbers in FFmpeg and in ITU-T H.273."""
@@ -143,7 +144,7 @@ class Planes:
         return total
 
 
-def planes_of(frame: Any, colour: Colour) -> Planes:
+def planes_of(frame: Frame, colour: Colour) -> Planes:
     """The code values of a decoded `av.VideoFrame`."""
     frame = planar(frame)
     components = frame.format.components
@@ -157,12 +158,12 @@ def planes_of(frame: Any, colour: Colour) -> Planes:
     )
 
 
-def frame_to_rgb(frame: Any, colour: Colour) -> tuple[Tensor, Tensor | None]:
+def frame_to_rgb(frame: Frame, colour: Colour) -> tuple[Tensor, Tensor | None]:
     """A decoded `av.VideoFrame` -> RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1]."""
     return planes_of(frame, colour).to_rgb()
 
 
-def planar(frame: Any) -> Any:
+def planar(frame: Frame) -> Any:
     """The same values with one plane of little-endian integers for each component."""
     layout = frame.format
     one_each = {c.plane for c in layout.components} == set(range(len(layout.components)))
@@ -185,7 +186,7 @@ def planar_name(layout: Any, width: int, height: int) -> str:
     return f"yuv{alpha}{('444', '422', '420')[halves]}p{depth}"
 
 
-def read_plane(frame: Any, component: Any) -> np.ndarray:
+def read_plane(frame: Frame, component: Any) -> np.ndarray:
     """One component (h, w), in memory of its own: uint8, or int32 where it is deeper."""
     plane = frame.planes[component.plane]
     kind = np.dtype(np.uint8 if component.bits <= 8 else np.uint16)

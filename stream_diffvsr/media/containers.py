@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VideoError
+from .av_types import Container
 
 PLAYLISTS = {"concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"}
 """Formats that open other files, or the network: whoever sends such a file would choose what is read."""
@@ -31,14 +32,15 @@ def check_readable(path: Path) -> None:
         raise VideoError(f"{path} is empty: copy or download it again.")
 
 
-def open_container(path: Path, form: str | None = None) -> Any:
+def open_container(path: Path, form: str | None = None) -> Container:
     """An open `av` container for reading, of a format if it is known; raises `VideoError` with the reason."""
     import av
 
     try:
         # Absolute: what stands before a colon would be taken for a protocol.
         formats = {"format_whitelist": ",".join(sorted(av.formats_available - PLAYLISTS))}
-        return av.open(str(path.absolute()), format=form, options=formats, metadata_errors="ignore")
+        opened: Any = av.open(str(path.absolute()), format=form, options=formats, metadata_errors="ignore")
+        return opened
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(

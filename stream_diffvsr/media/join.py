@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import sync_file
+from .av_types import Container, Output, Packet, Stream
 from .codecs import Encoding
 from .containers import open_container
 from .sides import Side, side_packets
@@ -100,7 +101,7 @@ def join(
     sync_file(target)
 
 
-def seconds_before(original: Any, stream: int | None, window: Window) -> Fraction:
+def seconds_before(original: Container | None, stream: int | None, window: Window) -> Fraction:
     """Seconds of the picture that lie before the window."""
     if original is None or stream is None or not math.isfinite(window.low):
         return Fraction(0)
@@ -108,7 +109,7 @@ def seconds_before(original: Any, stream: int | None, window: Window) -> Fractio
     return window.shift - (video.start_time or 0) * video.time_base
 
 
-def keep_words_of_video(video: Any, original: Any, skipped: Fraction, rate: Fraction) -> None:
+def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate: Fraction) -> None:
     """Title, language, time code and flags of a picture that begins `skipped` seconds in."""
     words = with_later_time_code(kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
@@ -117,13 +118,13 @@ def keep_words_of_video(video: Any, original: Any, skipped: Fraction, rate: Frac
     video.disposition = original.disposition.value
 
 
-def mux(out: Any, streams: Iterable[Iterator[tuple[float, Any]]]) -> None:
+def mux(out: Output, streams: Iterable[Iterator[tuple[float, Packet]]]) -> None:
     """Write packets in the order of their times."""
     for _, packet in heapq.merge(*streams, key=lambda item: item[0]):
         out.mux(packet)
 
 
-def add_video(out: Any, first: Path, encoding: Encoding) -> Any:
+def add_video(out: Output, first: Path, encoding: Encoding) -> Any:
     """The video stream of the output, as the first segment has it."""
     with open_container(first) as container:
         stream = out.add_stream_from_template(container.streams.video[0], opaque=True)
@@ -142,8 +143,8 @@ def add_video(out: Any, first: Path, encoding: Encoding) -> Any:
 
 
 def video_packets(
-    files: Sequence[Path], parts: Sequence[SegmentFile], encoding: Encoding, stream: Any, shift: int
-) -> Iterator[tuple[float, Any]]:
+    files: Sequence[Path], parts: Sequence[SegmentFile], encoding: Encoding, stream: Stream, shift: int
+) -> Iterator[tuple[float, Packet]]:
     """The packets of all segments with timestamps of the source, and decoding times that rise throughout.
 
     Encoders differ in what they give as decoding times, above all at varying frame rates. Here packet i

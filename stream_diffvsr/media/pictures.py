@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from ..files import atomic
 from .colour import Colour, frame_to_rgb
 from .containers import check_readable, open_container
 from .streams import upright
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +115,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts if part]
 
 
-def open_picture(path: Path) -> Any:
+def open_picture(path: Path) -> Image.Image:
     """Pillow's image of a file, not loaded yet. Raises `VideoError` for what is known and not read here."""
     from PIL import Image
 
@@ -161,7 +164,7 @@ def is_animated(path: Path) -> bool:
         return False
 
 
-def _animated(image: Any) -> bool:
+def _animated(image: Image.Image) -> bool:
     return image.format in ANIMATED and getattr(image, "n_frames", 1) > 1
 
 
@@ -245,7 +248,7 @@ EXIF_TURNS = {
 """EXIF orientation -> where a pixel goes, as `upright` takes it."""
 
 
-def from_pillow(image: Any) -> Picture:
+def from_pillow(image: Image.Image) -> Picture:
     """A Pillow image of any mode -> RGB and alpha; raises `ValueError` for a mode without a known range."""
     profile = _profile(image)
     if image.mode in ("I", "I;16", "I;16L", "I;16B"):
@@ -259,7 +262,7 @@ def from_pillow(image: Any) -> Picture:
     return Picture(_tensor(_in_rgb(image)), None, 8, profile)
 
 
-def _in_rgb(image: Any) -> Any:
+def _in_rgb(image: Image.Image) -> Any:
     """The picture as RGB: in sRGB by its own profile where it has one of inks, grey or Lab."""
     icc = image.info.get("icc_profile")
     if not icc or image.mode not in ("CMYK", "L", "LAB"):
@@ -275,7 +278,7 @@ def _in_rgb(image: Any) -> Any:
         return image.convert("RGB")
 
 
-def _profile(image: Any) -> dict[str, Any]:
+def _profile(image: Image.Image) -> dict[str, Any]:
     """What goes along. An ICC profile describes the file's own colours: it stays only where they are RGB."""
     kept = ("icc_profile", "dpi") if image.mode in ("RGB", "RGBA", "P", "PA") else ("dpi",)
     found = {key: image.info[key] for key in kept if image.info.get(key)}
@@ -302,7 +305,7 @@ def _exif(image: Any) -> bytes:
         return b""
 
 
-def _tensor(image: Any) -> Tensor:
+def _tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).float().movedim(-1, 0)[None] / 255
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import VideoError
 from . import pictures
+from .av_types import Container, Frame, Stream
 from .colour import Planes, planes_of
 from .containers import check_readable, open_container
 from .seek import DoubtError, Place, check_counted, count_to, frames_from
@@ -183,7 +184,7 @@ class VideoSource:
     def _in_order(self) -> bool:
         return self._steady and not self.notes.total()
 
-    def _numbered(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Any]]:
+    def _numbered(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
         """Decoded frames with their index and time: from the middle where that is exact."""
         index, time = (-1, None) if place is None else (place.index, place.time)
         if span.start if place is None else place.digest is not None:
@@ -202,7 +203,7 @@ class VideoSource:
                     index += 1
                     yield index, now, frame
 
-    def _from_middle(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Any]]:
+    def _from_middle(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
         """Decoded frames from a place on, which is counted out where none is given. Raises `DoubtError`."""
         with open_container(self.path) as container:
             stream = container.streams[self.stream_index]
@@ -223,10 +224,10 @@ class VideoSource:
             if not self._in_order():
                 raise DoubtError("it is damaged at its end")
 
-    def _looks(self, frame: Any) -> int:
+    def _looks(self, frame: Frame) -> int:
         return planes_of(frame, self.info.colour).checksum()
 
-    def _convert(self, frame: Any, index: int, time: int) -> SourceFrame:
+    def _convert(self, frame: Frame, index: int, time: int) -> SourceFrame:
         matrix = display_matrix(frame)
         turned = matrix is not None and matrix[0] == 0
         height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
@@ -243,7 +244,7 @@ class VideoSource:
         pixels = Decoded(planes_of(frame, self.info.colour), matrix)
         return SourceFrame(index, time, duration, pixels, (height, width), self.info.bits)
 
-    def _packets(self, container: Any, stream: Any) -> Iterator[Any]:
+    def _packets(self, container: Container, stream: Stream) -> Iterator[Any]:
         """The stream's packets on one line of time, until the file cannot be read on."""
         import av
 
@@ -265,7 +266,7 @@ class VideoSource:
                 self._steady &= not packet.size or packet.pts is not None
                 yield packet
 
-    def _decode(self, container: Any, stream: Any) -> Iterator[Any]:
+    def _decode(self, container: Container, stream: Stream) -> Iterator[Any]:
         """Every frame that can be decoded."""
         import av
 
@@ -300,7 +301,7 @@ class VideoSource:
                 yield frame
 
 
-def alpha_decoder(stream: Any) -> Any:
+def alpha_decoder(stream: Stream) -> Any:
     """Packet -> frames with the alpha of WebM, which FFmpeg's own decoders leave out; None: it has none."""
     import av
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .av_types import Container, Frame, Stream
 from .span import Span
 
 ONE_PACKET_ONE_FRAME = {"h264", "hevc", "av1", "vp9", "prores", "ffv1", "mjpeg", "png", "dnxhd"}
@@ -41,8 +42,8 @@ class Place:
 
 
 def frames_from(
-    container: Any,
-    stream: Any,
+    container: Container,
+    stream: Stream,
     place: Place,
     decode: Callable[[Any, Any], Iterator[Any]],
     looks: Callable[[Any], int],
@@ -62,7 +63,7 @@ def frames_from(
 
 
 def decode_from(
-    container: Any, stream: Any, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
+    container: Container, stream: Stream, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
 ) -> Iterator[Any]:
     """Frames from the key frame before a place on; what comes before that one may lack its references."""
     import av
@@ -82,7 +83,7 @@ def decode_from(
 
 
 def count_to(
-    container: Any, stream: Any, span: Span, first: int, interlaced: bool
+    container: Container, stream: Stream, span: Span, first: int, interlaced: bool
 ) -> tuple[Place, array[int]]:
     """The place where a span starts, and the timestamps of all frames up to it and some more.
 
@@ -105,7 +106,7 @@ def count_to(
     raise DoubtError("its packets end before the frame to start from")
 
 
-def timestamps(container: Any, stream: Any, span: Span, first: int) -> array[int]:
+def timestamps(container: Container, stream: Stream, span: Span, first: int) -> array[int]:
     """Those of the frames up to the start of a span and some more, in order. Raises `DoubtError`."""
     times: array[int] = array("q")
     left = REORDERED
@@ -123,7 +124,7 @@ def timestamps(container: Any, stream: Any, span: Span, first: int) -> array[int
     return array("q", sorted(times))
 
 
-def check_counted(times: array[int] | None, index: int, frame: Any) -> None:
+def check_counted(times: array[int] | None, index: int, frame: Frame) -> None:
     """Raise `DoubtError` where a frame is not the one that was counted."""
     if times is not None and index < len(times) and frame.pts != times[index]:
         raise DoubtError("its packets and frames are not the same in number")

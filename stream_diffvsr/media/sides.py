@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic, sync_file
+from .av_types import Container, Output, Packet, Stream
 from .containers import open_container
 from .streams import is_cover
 from .timeline import Timeline
@@ -61,7 +62,7 @@ class Side:
 class Making:
     """One stream being written in one way."""
 
-    def __init__(self, stream: Any, way: Any, path: Path, container_format: str) -> None:
+    def __init__(self, stream: Stream, way: Any, path: Path, container_format: str) -> None:
         import av
 
         self.index, self.path, self.origin = stream.index, path, 0
@@ -73,7 +74,7 @@ class Making:
             self.out = av.open(str(path.absolute()), "w", format=container_format, container_options=options)
             self.way: Way = way(self.out, stream)
 
-    def feed(self, packet: Any) -> None:
+    def feed(self, packet: Packet) -> None:
         """Write what a packet of the source becomes. Raises `RefusedError`."""
         packet.pts = packet.dts if packet.pts is None else packet.pts
         packet.dts = packet.pts if packet.dts is None else packet.dts
@@ -111,7 +112,7 @@ class Making:
         self.path.unlink(missing_ok=True)
 
 
-def set_rising_dts(packet: Any, last: int | None) -> int:
+def set_rising_dts(packet: Packet, last: int | None) -> int:
     """Set decoding times that rise, as muxers need them; returns the packet's."""
     if last is not None and packet.dts <= last:
         packet.dts = last + 1
@@ -119,9 +120,9 @@ def set_rising_dts(packet: Any, last: int | None) -> int:
     return packet.dts
 
 
-def encoder_delay(packet: Any) -> Fraction:
+def encoder_delay(packet: Packet) -> Fraction:
     """Seconds at a packet's begin that are not heard: what an encoder put before the sound."""
-    context = packet.stream.codec_context if packet.stream is not None else None
+    context = getattr(packet.stream, "codec_context", None)
     rate = getattr(context, "rate", 0)
     if not rate or not hasattr(packet, "has_sidedata") or not packet.has_sidedata("skip_samples"):
         return Fraction(0)
@@ -172,7 +173,7 @@ class Report:
         self.next = time.monotonic() + REPORT_SECONDS
         self.packets = 0
 
-    def read(self, packet: Any, total: int) -> None:
+    def read(self, packet: Packet, total: int) -> None:
         """A packet was read, of a source of `total` bytes."""
         self.packets += 1
         if self.packets % REPORT_PACKETS or not packet.pos:
@@ -223,7 +224,7 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
     return [side for _, side in sorted(done.items()) if side is not None], said
 
 
-def what_is_lost(original: Any, container_format: str) -> list[str]:
+def what_is_lost(original: Container, container_format: str) -> list[str]:
     """A sentence for each stream that is not copied at all."""
     said = []
     for stream in original.streams:
@@ -243,7 +244,7 @@ def what_is_lost(original: Any, container_format: str) -> list[str]:
     return said
 
 
-def keeping_advice(stream: Any, container_format: str) -> str:
+def keeping_advice(stream: Stream, container_format: str) -> str:
     """What would keep a stream as it is, or nearly so."""
     import av
 
@@ -284,7 +285,7 @@ def _one_reading(
         return makings
 
 
-def _feed(original: Any, makings: dict[int, Making], reasons: dict[int, str], report: Report) -> None:
+def _feed(original: Container, makings: dict[int, Making], reasons: dict[int, str], report: Report) -> None:
     """Hand each packet of the source to its making; those that are refused are taken out."""
     import av
 
@@ -314,7 +315,9 @@ def _feed(original: Any, makings: dict[int, Making], reasons: dict[int, str], re
             del makings[making.index]
 
 
-def side_packets(out: Any, original: Any, side: Side, window: Window) -> Iterator[tuple[float, Any]] | None:
+def side_packets(
+    out: Output, original: Container, side: Side, window: Window
+) -> Iterator[tuple[float, Packet]] | None:
     """A side stream's packets within the window, with the seconds at which they belong.
 
     The stream is added to `out`, with the words that it has in the source; None where the window holds
@@ -330,7 +333,7 @@ def side_packets(out: Any, original: Any, side: Side, window: Window) -> Iterato
     # Which track is the default, which is forced.
     stream.disposition = source.disposition.value
 
-    def attached() -> Iterator[tuple[float, Any]]:
+    def attached() -> Iterator[tuple[float, Packet]]:
         last = None
         for packet in itertools.chain([first], packets):
             packet.stream = stream

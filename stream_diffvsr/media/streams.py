@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import VideoError
+from .av_types import Container, Frame, Stream
 from .colour import BT709, FULL_RANGE, LIMITED_RANGE, RGB, SITINGS, UNSPECIFIED, Colour
 from .timeline import MAY_JUMP, UNTIMED
 
@@ -49,9 +50,9 @@ class SourceInfo:
     """Whether its times begin anywhere, as in broadcasts, so that the output begins at 0."""
 
 
-def choose_stream(container: Any, path: Path, wanted: int | None) -> Any:
+def choose_stream(container: Container, path: Path, wanted: int | None) -> Stream:
     """The video stream to upscale: the one asked for by its index in the file, else the best."""
-    videos = [s for s in container.streams.video if s.codec_context is not None and not is_cover(s)]
+    videos = [s for s in container.streams.video if getattr(s, "codec_context", None) and not is_cover(s)]
     if not videos:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise VideoError(f"{path} has no video stream that can be decoded, it holds {kinds}.")
@@ -74,13 +75,13 @@ def choose_stream(container: Any, path: Path, wanted: int | None) -> Any:
     raise VideoError(f"{path} has no video stream {wanted}; its video streams are {known}.")
 
 
-def is_cover(stream: Any) -> bool:
+def is_cover(stream: Stream) -> bool:
     """Whether a video stream is a cover picture of an audio file."""
     disposition = stream.disposition
     return bool(disposition & type(disposition).attached_pic)
 
 
-def describe(stream: Any, frame: Any) -> SourceInfo:
+def describe(stream: Stream, frame: Frame) -> SourceInfo:
     """What a stream and its first frame say about themselves."""
     context = stream.codec_context
     width, height = turned_size(frame)
@@ -113,14 +114,14 @@ def describe(stream: Any, frame: Any) -> SourceInfo:
     )
 
 
-def turned_size(frame: Any) -> tuple[int, int]:
+def turned_size(frame: Frame) -> tuple[int, int]:
     """Width and height of a frame as it is shown."""
     matrix = display_matrix(frame)
     turned = matrix is not None and matrix[0] == 0
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
 
 
-def side_data(frame: Any) -> dict[str, bytes]:
+def side_data(frame: Frame) -> dict[str, bytes]:
     """A frame's side data by FFmpeg's names; PyAV has none for the newest kinds."""
     found = {}
     for data in frame.side_data:
@@ -129,7 +130,7 @@ def side_data(frame: Any) -> dict[str, bytes]:
     return found
 
 
-def named_frames(stream: Any) -> int:
+def named_frames(stream: Stream) -> int:
     """How many frames a stream's index names, 0 where that is not known."""
     # Older PyAV shows no index; AVI has entries for nothing at all, MP4 some that are not shown.
     if (entries := getattr(stream, "index_entries", None)) is None or not stream.frames:
@@ -137,7 +138,7 @@ def named_frames(stream: Any) -> int:
     return min(stream.frames, sum(1 for e in entries if e.size and not getattr(e, "is_discard", False)))
 
 
-def siting_of(frame: Any) -> str:
+def siting_of(frame: Frame) -> str:
     """Where a frame says that its chroma samples sit, left where it does not.
 
     PyAV has no name for it: FFmpeg's filter `showinfo` tells it, in the log.
@@ -146,13 +147,13 @@ def siting_of(frame: Any) -> str:
     import av.logging
 
     graph, level = av.filter.Graph(), av.logging.get_level()
-    size = {"width": frame.width, "height": frame.height, "format": frame.format}
+    size: dict[str, Any] = {"width": frame.width, "height": frame.height, "format": frame.format}
     source = graph.add_buffer(**size, time_base=Fraction(1, 25))
     graph.link_nodes(source, graph.add("showinfo"), graph.add("buffersink")).configure()
     av.logging.set_level(av.logging.INFO)
     try:
         with av.logging.Capture() as logs:
-            graph.push(frame)
+            graph.push(frame)  # type: ignore[arg-type]
             graph.pull()
     finally:
         av.logging.set_level(level)
@@ -160,7 +161,7 @@ def siting_of(frame: Any) -> str:
     return found[1] if found and found[1] in SITINGS else "left"
 
 
-def colour_of(frame: Any, context: Any) -> Colour:
+def colour_of(frame: Frame, context: Any) -> Colour:
     """The colour tags of a stream, with what is missing filled in."""
     if frame.format.is_rgb or frame.format.has_palette:
         return Colour(RGB, True, BT709, BT709)
@@ -185,7 +186,7 @@ LOST_DATA = {
 """What changes with the scene, or no encoder here takes, and what it is called."""
 
 
-def hdr_data(frame: Any) -> dict[str, bytes]:
+def hdr_data(frame: Frame) -> dict[str, bytes]:
     """HDR10 side data of a frame, where it is complete; what cannot be carried on is logged."""
     found = side_data(frame)
     if lost := [words for name, words in LOST_DATA.items() if name in found]:
@@ -198,7 +199,7 @@ def hdr_data(frame: Any) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if name in HDR_DATA}
 
 
-def display_matrix(frame: Any) -> tuple[int, int, int, int] | None:
+def display_matrix(frame: Frame) -> tuple[int, int, int, int] | None:
     """The signs (a, b, c, d) of the frame's display matrix, None where it is upright.
 
     A pixel (x, y) is shown at (a x + c y, b x + d y); only quarter turns and mirrors count.

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from .av_types import Container, Packet
+
 MAY_JUMP, UNTIMED = 0x0200, 0x0080
 """FFmpeg's AVFMT_TS_DISCONT and AVFMT_NOTIMESTAMPS."""
 BACK, FORWARD = 0.02, 10.0
@@ -31,18 +33,18 @@ class _Track:
 class Timeline:
     """Takes breaks out of the timestamps of one reading of a file."""
 
-    def __init__(self, container: Any) -> None:
+    def __init__(self, container: Container) -> None:
         self.jumps = bool(container.format.flags & MAY_JUMP)
         """Whether this format may have breaks; else nothing is changed."""
         self._offset, self._now = Fraction(0), float("-inf")
         self._tracks: dict[int, _Track] = {}
 
-    def streams(self, container: Any, *wanted: Any) -> list[Any]:
+    def streams(self, container: Container, *wanted: Any) -> list[Any]:
         """What is to be demuxed for these streams: sound and picture all tell of breaks."""
         others = [*container.streams.video, *container.streams.audio] if self.jumps else []
         return sorted({stream.index: stream for stream in [*wanted, *others]}.values(), key=lambda s: s.index)
 
-    def straighten(self, packet: Any) -> bool:
+    def straighten(self, packet: Packet) -> bool:
         """Set the packet's timestamps to the continuous line; packets come in the order of the file.
 
         Returns whether a break was found here.

@@ -10,6 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .av_types import Container, Output, Packet, Stream
 from .containers import open_container
 from .streams import is_cover
 
@@ -81,7 +82,7 @@ def later_time_code(code: str, frames: int, rate: Fraction) -> str:
     return f"{whole // 3600:02}:{whole // 60 % 60:02}:{whole % 60:02}{':;'[drop > 0]}{number:02}"
 
 
-def copy_chapters(out: Any, original: Any, window: Window) -> None:
+def copy_chapters(out: Output, original: Container, window: Window) -> None:
     """The chapters, cut to the window; older PyAV cannot, which is logged."""
     if not hasattr(original, "chapters") or not hasattr(out, "set_chapters"):
         log.info("chapters, if there are any, are not copied: this PyAV cannot; update the package av")
@@ -103,7 +104,7 @@ def cut_chapters(chapters: Sequence[Mapping[str, Any]], window: Window) -> list[
     return kept
 
 
-def copy_attachments(out: Any, original: Any) -> None:
+def copy_attachments(out: Output, original: Container) -> None:
     """Fonts and the like, which Matroska holds."""
     if out.format.name == "matroska" and hasattr(out, "add_attachment"):
         for stream in original.streams:
@@ -111,7 +112,7 @@ def copy_attachments(out: Any, original: Any) -> None:
                 out.add_attachment(stream.metadata.get("filename", stream.name), stream.mimetype, stream.data)
 
 
-def why_no_cover(stream: Any, container_format: str) -> str | None:
+def why_no_cover(stream: Stream, container_format: str) -> str | None:
     """Why a cover picture does not go along; None: it does."""
     if container_format not in ("mp4", "matroska"):
         return f"{container_format} holds no cover picture"
@@ -120,7 +121,9 @@ def why_no_cover(stream: Any, container_format: str) -> str | None:
     return None
 
 
-def copy_covers(out: Any, original: Any, source: Path, others: Sequence[str]) -> Iterator[tuple[float, Any]]:
+def copy_covers(
+    out: Output, original: Container, source: Path, others: Sequence[str]
+) -> Iterator[tuple[float, Packet]]:
     """Add the cover pictures: a stream of one packet each, with its time; Matroska has them as files.
 
     `others` are words of the output for which MP4 has no place of their own.

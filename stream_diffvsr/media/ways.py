@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from typing import Any, Protocol
 
+from .av_types import Frame, Output, Packet, Stream
 from .texts import KNOWN, translate
 
 SOUND_CODECS = {"mp4": "aac", "mov": "aac", "matroska": "flac", "webm": "libopus"}
@@ -50,7 +51,7 @@ class Way(Protocol):
     first: Fraction | None
     """When the first of it is heard, where only this way of writing knows."""
 
-    def feed(self, packet: Any) -> Iterable[Any]:
+    def feed(self, packet: Packet) -> Iterable[Any]:
         """The packets that one of the source becomes."""
         ...
 
@@ -64,11 +65,11 @@ class Copied:
 
     name, first = "", None
 
-    def __init__(self, out: Any, stream: Any) -> None:
+    def __init__(self, out: Output, stream: Stream) -> None:
         self.stream = add_copy(out, stream)
         self.texts = stream.type == "subtitle"
 
-    def feed(self, packet: Any) -> Iterable[Any]:
+    def feed(self, packet: Packet) -> Iterable[Any]:
         if self.texts and bytes(packet) == NO_TEXT:
             return ()
         packet.stream = self.stream
@@ -83,7 +84,7 @@ class Translated:
 
     first = None
 
-    def __init__(self, out: Any, stream: Any) -> None:
+    def __init__(self, out: Output, stream: Stream) -> None:
         import av
 
         self.unended: Any = None
@@ -99,7 +100,7 @@ class Translated:
         with av.open(io.BytesIO(EMPTY_SRT), format="srt") as text:
             self.stream = out.add_stream_from_template(text.streams[0], opaque=True)
 
-    def feed(self, packet: Any) -> Iterable[Any]:
+    def feed(self, packet: Packet) -> Iterable[Any]:
         import av
 
         yield from self._end(packet.pts)
@@ -130,14 +131,14 @@ class Translated:
 class Encoded:
     """Sound in another codec. The encoder opens with the first frame, which knows its rate and layout."""
 
-    def __init__(self, out: Any, stream: Any, layout: str | None = None) -> None:
+    def __init__(self, out: Output, stream: Stream, layout: str | None = None) -> None:
         self.out, self.layout, self.stream = out, layout, None
         self.name = SOUND_CODECS[out.format.name.split(",")[0]]
         self.first: Fraction | None = None
         self.resampler: Any = None
         self.kind: tuple[Any, ...] = ()
 
-    def _open(self, frame: Any, layout: str) -> None:
+    def _open(self, frame: Frame, layout: str) -> None:
         rates = self.out.add_stream(self.name, rate=frame.sample_rate or 48000)
         self.stream, context = rates, rates.codec_context
         known = context.codec.audio_rates or [frame.sample_rate]
@@ -149,7 +150,7 @@ class Encoded:
         if "s32" in formats and frame.format.name.startswith(("s32", "flt", "dbl")):
             context.format = "s32"
 
-    def feed(self, packet: Any) -> Iterable[Any]:
+    def feed(self, packet: Packet) -> Iterable[Any]:
         import av
 
         try:
@@ -188,7 +189,7 @@ def named_layout(layout: Any) -> str:
     return LAYOUTS[count - 1] if layout.name == f"{count} channels" and count <= len(LAYOUTS) else layout.name
 
 
-def with_layout(frame: Any, layout: str) -> Any:
+def with_layout(frame: Frame, layout: str) -> Any:
     """The same samples under another layout."""
     import av
 
@@ -199,7 +200,7 @@ def with_layout(frame: Any, layout: str) -> Any:
     return named
 
 
-def add_copy(out: Any, stream: Any) -> Any:
+def add_copy(out: Output, stream: Stream) -> Any:
     """A stream of the output for another's packets; sound gets the layout that its file left out."""
     copy = out.add_stream_from_template(stream, opaque=True)
     if stream.type == "audio" and (layout := named_layout(stream.layout)) != stream.layout.name:
@@ -207,7 +208,7 @@ def add_copy(out: Any, stream: Any) -> Any:
     return copy
 
 
-def ways_of(stream: Any) -> list[Any]:
+def ways_of(stream: Stream) -> list[Any]:
     """The ways to write a stream, the best first."""
     if stream.type == "subtitle":
         return [Copied, Translated]

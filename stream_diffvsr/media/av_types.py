@@ -1,0 +1,200 @@
+"""What this package uses of PyAV, as types.
+
+PyAV's own stubs allow None nearly everywhere (`pts`, `time_base`, `rate`): what `timeline.py` and
+`streams.py` have made sure of would have to be asserted again at every use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any, Protocol
+
+
+class Named(Protocol):
+    name: str
+
+
+class Format(Named, Protocol):
+    flags: int
+    components: Sequence[Any]
+    is_rgb: bool
+    has_palette: bool
+    is_big_endian: bool
+
+
+class Codec(Named, Protocol):
+    canonical_name: str
+    audio_rates: Sequence[int] | None
+    audio_formats: Sequence[Named] | None
+
+
+class Context(Named, Protocol):
+    """A codec's context, of a decoder or an encoder."""
+
+    codec: Codec
+    time_base: Fraction
+    framerate: Fraction
+    rate: Any
+    width: int
+    height: int
+    pix_fmt: str
+    format: Any
+    layout: Any
+    sample_rate: int
+    sample_aspect_ratio: Fraction | None
+    colorspace: int
+    color_range: int
+    color_trc: int
+    color_primaries: int
+    codec_tag: str
+    bit_rate: int | None
+    extradata: bytes | None
+    options: dict[str, str]
+    thread_type: Any
+    thread_count: int
+    is_open: bool
+    max_b_frames: int
+    gop_size: int
+    has_b_frames: bool
+
+    def open(self) -> None: ...
+    def decode(self, packet: Packet | None = None) -> list[Any]: ...
+    def encode(self, frame: Any = None) -> list[Packet]: ...
+
+
+class Frame(Protocol):
+    """A frame of a picture or of sound."""
+
+    pts: int
+    dts: int | None
+    time: float
+    time_base: Fraction
+    duration: int
+    is_corrupt: bool
+    format: Format
+    planes: Sequence[Any]
+    side_data: Any
+    # A picture's.
+    width: int
+    height: int
+    key_frame: bool
+    interlaced_frame: bool
+    colorspace: int
+    color_range: int
+    color_trc: int
+    color_primaries: int
+    rotation: int
+    pict_type: Any
+    # A sound's.
+    samples: int
+    sample_rate: int
+    layout: Any
+
+    def reformat(self, *args: Any, **kwargs: Any) -> Frame: ...
+    def to_ndarray(self, *args: Any, **kwargs: Any) -> Any: ...
+
+
+class Stream(Protocol):
+    """A stream of a file that is read or written."""
+
+    type: str
+    index: int
+    id: int
+    name: str
+    container: Container
+    codec_context: Context
+    time_base: Fraction
+    metadata: dict[str, str]
+    disposition: Any
+    start_time: int | None
+    duration: int | None
+    frames: int
+    language: str | None
+    profile: str | None
+    average_rate: Fraction | None
+    guessed_rate: Fraction | None
+    base_rate: Fraction | None
+    rate: Any
+    width: int
+    height: int
+    pix_fmt: str
+    format: Any
+    layout: Any
+    sample_aspect_ratio: Fraction | None
+    mimetype: str
+    data: bytes
+    discard: Any
+    thread_type: Any
+    bit_rate: int | None
+
+    def decode(self, packet: Packet | None = None) -> list[Any]: ...
+    def encode(self, frame: Any = None) -> list[Packet]: ...
+
+
+class Packet(Protocol):
+    """A piece of a coded stream."""
+
+    stream: Stream
+    pts: Any  # an int, or None where `timeline.py` has not been yet
+    dts: Any
+    pos: int | None
+    duration: int | None
+    time_base: Fraction
+    size: int
+    is_corrupt: bool
+    is_discard: bool
+    is_keyframe: bool
+
+    def decode(self) -> list[Any]: ...
+    def has_sidedata(self, kind: str) -> bool: ...
+    def get_sidedata(self, kind: str) -> Any: ...
+    def set_sidedata(self, data: Any, move: bool = False) -> None: ...
+    def __bytes__(self) -> bytes: ...
+
+
+class Streams(Protocol):
+    video: Sequence[Stream]
+    audio: Sequence[Stream]
+    subtitles: Sequence[Stream]
+    attachments: Sequence[Stream]
+
+    def __iter__(self) -> Iterator[Stream]: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Stream: ...
+
+
+class Container(Protocol):
+    """A file; a `with` block closes it."""
+
+    streams: Streams
+    metadata: dict[str, str]
+    format: Format
+    duration: int | None
+    start_time: int | None
+    size: int
+    name: str
+
+    def __enter__(self) -> Container: ...
+    def __exit__(self, *args: Any) -> None: ...
+    def close(self) -> None: ...
+    def chapters(self) -> list[Any]: ...
+    def demux(self, *streams: Any, **kwargs: Any) -> Iterator[Packet]: ...
+    def decode(self, *streams: Any, **kwargs: Any) -> Iterator[Any]: ...
+    def seek(self, offset: int, **kwargs: Any) -> None: ...
+
+
+class Output(Protocol):
+    """A file that is written."""
+
+    streams: Any
+    metadata: Any
+    format: Any
+
+    def close(self) -> None: ...
+    def add_stream(self, codec_name: Any, rate: Any = None, **kwargs: Any) -> Any: ...
+    def add_stream_from_template(self, template: Any, **kwargs: Any) -> Any: ...
+    def add_mux_stream(self, *args: Any, **kwargs: Any) -> Any: ...
+    def add_attachment(self, name: str, mimetype: str, data: bytes) -> Any: ...
+    def set_chapters(self, chapters: Any) -> None: ...
+    def mux(self, packets: Any) -> None: ...
