@@ -61,6 +61,20 @@ def command(checkpoint: Path, source: Path, output: Path, *more: object) -> list
     ]  # fmt: skip
 
 
+def actors() -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if "ray::Actor" in " ".join(p.info["cmdline"] or [])]
+
+
+def started(call: list[str], goal: int) -> subprocess.Popen[str]:
+    """The command, when so many frames are done."""
+    job = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    for line in job.stdout:
+        if json.loads(line).get("done", 0) >= goal:
+            break
+    return job
+
+
 def same(output: Path, wanted: Path) -> None:
     pairs = zip(clips.frames_of(output), clips.frames_of(wanted), strict=True)
     assert all(a[0] == b[0] and np.array_equal(a[1], b[1]) for a, b in pairs)
@@ -91,18 +105,10 @@ def test_losses(number, cluster, source, whole, checkpoint, tmp_path) -> None:
     """The job ends right, or is resumed by the same command."""
     chance, output = random.Random(number), tmp_path / "out.mkv"
     call = command(checkpoint, source, output, "--ray", cluster.address)
-    job = subprocess.Popen(call, stdout=subprocess.PIPE, text=True)
-    assert job.stdout is not None
-    goal = chance.randrange(1, SCENES * LENGTH - 20)
-    for line in job.stdout:
-        if json.loads(line).get("done", 0) >= goal:
-            break
+    job = started(call, chance.randrange(1, SCENES * LENGTH - 20))
     victim = ("worker", "command", "node")[number % 3]
     if victim == "worker":
-        actors = [
-            p for p in psutil.process_iter(["cmdline"]) if "ray::Actor" in " ".join(p.info["cmdline"] or [])
-        ]
-        chance.choice(actors).send_signal(signal.SIGKILL)
+        chance.choice(actors()).send_signal(signal.SIGKILL)
     elif victim == "command":
         job.kill()
     else:
@@ -110,9 +116,8 @@ def test_losses(number, cluster, source, whole, checkpoint, tmp_path) -> None:
             cluster.add_node(num_cpus=1) if len(cluster.worker_nodes) < 1 else list(cluster.worker_nodes)[-1]
         )
         cluster.remove_node(node, allow_graceful=False)
-    for _ in job.stdout:
-        pass
-    if job.wait() != 0:
+    job.communicate()
+    if job.returncode != 0:
         time.sleep(5)
         done = subprocess.run(call, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -120,6 +125,75 @@ def test_losses(number, cluster, source, whole, checkpoint, tmp_path) -> None:
     assert not Path(f"{output}.parts").exists()
     if victim == "node":
         cluster.add_node(num_cpus=1)
+
+
+def test_one_scene(cluster, checkpoint, tmp_path) -> None:
+    """Nothing to share out, and the same pixels."""
+    clip = clips.write_video(tmp_path / "in.mp4", 8, size=(32, 24))
+    subprocess.run(command(checkpoint, clip, tmp_path / "plain.mkv"), check=True, stdout=subprocess.DEVNULL)
+    call = command(checkpoint, clip, tmp_path / "out.mkv", "--ray", cluster.address)
+    subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
+    same(tmp_path / "out.mkv", tmp_path / "plain.mkv")
+
+
+def test_ctrl_c(cluster, source, whole, checkpoint, tmp_path) -> None:
+    """It ends the work everywhere, and leaves what is done."""
+    output = tmp_path / "out.mkv"
+    call = command(checkpoint, source, output, "--ray", cluster.address)
+    job = started(call, 20)
+    job.send_signal(signal.SIGINT)
+    job.communicate(timeout=120)
+    assert job.returncode == 130
+    end = time.monotonic() + 60
+    while actors() and time.monotonic() < end:
+        time.sleep(0.5)
+    assert not actors()
+    assert json.loads(Path(f"{output}.parts", "journal.json").read_text())["segments"]
+    subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
+    same(output, whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk")
+def test_a_disk_that_fills_up(cluster, source, whole, checkpoint, tmp_path) -> None:
+    """One sentence; nothing half written is joined; with room, the same command ends the job."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64M", "tmpfs", disk], check=True)
+    try:
+        output = disk / "out.mkv"
+        call = command(checkpoint, source, output, "--ray", cluster.address)
+        job = started(call, 20)
+        free = os.statvfs(disk)
+        with (disk / "filler").open("wb") as file:
+            file.write(bytes(free.f_bavail * free.f_frsize - 4096))
+        _, told = job.communicate(timeout=300)
+        assert job.returncode == 1 and "space" in told.splitlines()[-1], told[-2000:]
+        (disk / "filler").unlink()
+        subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
+        same(output, whole)
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_two_hundred_files_with_five_bad_ones(source, checkpoint, tmp_path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    clip = clips.write_video(tmp_path / "clip.mp4", 2, size=(16, 16))
+    bad = {f"{number:03}" for number in (0, 50, 77, 150, 199)}
+    for number in range(200):
+        file = folder / f"{number:03}.mp4"
+        file.write_bytes(b"no video") if file.stem in bad else file.symlink_to(clip)
+    done = subprocess.run(
+        command(checkpoint, folder, tmp_path / "out", "--devices", "cpu:2"), capture_output=True, text=True
+    )
+    assert done.returncode == 1, done.stderr[-2000:]
+    told = done.stderr.splitlines()
+    assert told[-1].endswith("5 of 200 files failed")
+    assert {name for name in bad if any(f"{name}_4x.mp4: " in line for line in told)} == bad
+    made = sorted(file.name for file in (tmp_path / "out").iterdir())
+    assert made == [f"{number:03}_4x.mp4" for number in range(200) if f"{number:03}" not in bad]
+    subprocess.run(command(checkpoint, clip, tmp_path / "plain.mp4"), check=True, stdout=subprocess.DEVNULL)
+    same(tmp_path / "out" / "123_4x.mp4", tmp_path / "plain.mp4")
 
 
 def test_devices_of_this_machine_and_many_files(source, checkpoint, tmp_path) -> None:
