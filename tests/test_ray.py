@@ -21,6 +21,8 @@ import numpy as np
 import psutil
 import pytest
 
+from stream_diffvsr.jobs.journal import WorkFolder
+
 pytestmark = pytest.mark.ray
 ray = pytest.importorskip("ray")
 
@@ -148,7 +150,8 @@ def test_ctrl_c(cluster, source, whole, checkpoint, tmp_path) -> None:
     while actors() and time.monotonic() < end:
         time.sleep(0.5)
     assert not actors()
-    assert json.loads(Path(f"{output}.parts", "journal.json").read_text())["segments"]
+    left = WorkFolder(output).load()
+    assert left is not None and left.segments
     subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
     same(output, whole)
 
