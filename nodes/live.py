@@ -21,7 +21,7 @@ class Live:
     """Upscales one frame per queue run; the next run goes on from it."""
 
     DESCRIPTION = (
-        "Upscales one frame each time the workflow runs, guided by the frame of the run before: for a webcam "
+        "Upscales one frame each time the workflow runs, guided by the previous run's frame: for a webcam "
         "or a screen, with automatic queueing."
     )
     SEARCH_ALIASES: ClassVar = ["webcam upscale", "live upscale", "real time upscale", "screen upscale"]
@@ -43,7 +43,7 @@ class Live:
         return {
             "required": {
                 "pipe": PIPE_IN,
-                "image": ("IMAGE", {"tooltip": "One frame; a batch is refused, Upscale takes those."}),
+                "image": ("IMAGE", {"tooltip": "One frame. For a batch, use Stream-DiffVSR Upscale."}),
             },
             "optional": {
                 "settings": SETTINGS_IN,

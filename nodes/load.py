@@ -79,8 +79,8 @@ class Loader:
                         "advanced": True,
                         "tooltip": "Only for Stream-DiffVSR: how motion between frames is estimated. auto: "
                         "what the model was made with. raft_large, raft_small: torchvision's RAFT. bundled: "
-                        "the small network that comes with this pack. dis: OpenCV's, for CPUs. none: no "
-                        "guidance by the frame before, so the result flickers.",
+                        "the small network that comes with this pack. dis: OpenCV's, for CPUs. "
+                        "none: no guidance from the previous frame, so the result flickers.",
                     },
                 ),
             },

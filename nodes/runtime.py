@@ -27,7 +27,7 @@ class Runtime:
 
     DESCRIPTION = (
         "Chooses how a model is computed: by PyTorch, OpenVINO or ONNX Runtime, compiled, in 8 bits, or on "
-        "several devices at once. Put it last; what it says wins over Settings, and the last of two counts."
+        "several devices at once. Put it last: it overrides Settings and any Runtime node before it."
     )
     SEARCH_ALIASES: ClassVar = [
         "openvino",

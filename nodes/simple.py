@@ -21,8 +21,8 @@ class SimpleUpscale:
     """Loader and Upscale Video in one, with the choices that matter."""
 
     DESCRIPTION = (
-        "Upscales a video with its sound, and writes it to the output folder. Choose a model, how exact, and "
-        "a size; nothing else is needed."
+        "Upscales a video with its sound, and writes it to the output folder. Choose a model, a "
+        "quality and a size; nothing else is needed."
     )
     SEARCH_ALIASES: ClassVar = ["simple video upscale", "upscale video", "video super resolution", "4x video"]
     CATEGORY = CATEGORY

@@ -80,8 +80,8 @@ class Upscale:
                         "default": False,
                         "advanced": True,
                         "tooltip": "Run the U-Net in tiles: the least memory, and a slightly different "
-                        "picture. Off: the memory_plan of Settings, whose auto takes tiles only where "
-                        "nothing else fits.",
+                        "picture. Off: the memory_plan of Settings, whose auto uses tiles only "
+                        "where nothing else fits.",
                     },
                 ),
                 "tile_size": (
@@ -110,7 +110,7 @@ class Upscale:
                 "meta_batch": (
                     "VHS_BatchManager",
                     {
-                        "tooltip": "VideoHelperSuite's Meta Batch Manager: the sequence goes on from one "
+                        "tooltip": "VideoHelperSuite's Meta Batch Manager: the sequence continues from one "
                         "batch to the next."
                     },
                 ),
@@ -182,7 +182,7 @@ class ProcessFrame:
         return {
             "required": {
                 "pipe": PIPE_IN,
-                "image": ("IMAGE", {"tooltip": "One frame; a batch is refused, Upscale takes those."}),
+                "image": ("IMAGE", {"tooltip": "One frame. For a batch, use Stream-DiffVSR Upscale."}),
                 "state": (STATE, {"tooltip": state}),
             },
             "optional": {"settings": SETTINGS_IN, "num_inference_steps": STEPS, "seed": SEED},

@@ -22,8 +22,8 @@ class UpscaleVideo:
 
     DESCRIPTION = (
         "Upscales a whole video by 4, from file to file: any length in constant memory, with sound, timing "
-        "and colours kept. A cancelled run leaves what is done as a playable file, and queueing it again "
-        "goes on from there."
+        "and colours kept. A cancelled run leaves what is done as a playable file, and queueing it "
+        "again continues from there."
     )
     SEARCH_ALIASES: ClassVar = [
         "upscale long video",

@@ -105,7 +105,7 @@ def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
     state = read_pickled(path, device)
     state = {"": state} if isinstance(state, Tensor) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise _damaged(path, "holds something else than named weights")
+        raise _damaged(path, "holds something other than named weights")
     return state
 
 

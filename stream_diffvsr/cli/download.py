@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     there = already_whole(args.model, args.folder)
     if there and args.revision:
         raise IncompatibleInputError(
-            f"no whole {args.model} where revision {args.revision!r} is to go (rename that folder, or name "
-            "another with --folder)",
+            f"no whole {args.model} where revision {args.revision!r} is to go (rename that folder, "
+            "or choose another with --folder)",
             str(there),
         )
     try:

@@ -53,23 +53,23 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime",
         default="torch",
         choices=RUNTIMES,
-        help="What computes the networks of Stream-DiffVSR: PyTorch, OpenVINO (faster on a CPU), ONNX "
-        "Runtime, or auto: the fastest exact one that is installed, measured once. The first run with "
-        "another one than torch converts the model, which takes minutes. Default: torch.",
+        help="What runs the networks of Stream-DiffVSR: PyTorch, OpenVINO (faster on a CPU), ONNX "
+        "Runtime, or auto: the fastest exact one that is installed, measured once. The first run "
+        "with anything but torch converts the model, which takes minutes. Default: torch.",
     )
     parser.add_argument(
         "--provider",
         default="auto",
         choices=PROVIDERS,
-        help="What the runtime runs on: cpu, gpu or npu with openvino; cpu, cuda or tensorrt with onnx. Only "
+        help="Where the runtime runs: cpu, gpu or npu with openvino; cpu, cuda or tensorrt with onnx. Only "
         "cpu has been run on hardware so far. Default: auto.",
     )
     parser.add_argument(
         "--attention",
         default="auto",
         choices=ATTENTIONS,
-        help="What computes self-attention of SwiftVR: PyTorch (auto, sdpa), or on CUDA SageAttention, an "
-        "approximation, or FlashAttention; FlashVSR has auto and sdpa. Default: auto.",
+        help="Self-attention of SwiftVR: PyTorch's (auto, sdpa), or on CUDA FlashAttention (flash) or "
+        "the approximate SageAttention (sage). FlashVSR has auto and sdpa. Default: auto.",
     )
     parser.add_argument(
         "--flow",

@@ -23,7 +23,7 @@ from ..training.loop import Run, window
 from ..training.options import TrainOptions
 from ..training.report import stack_rows, write_picture
 
-LICENCE = "The base's licence applies to what is derived from it; you need the rights to the clips, too."
+LICENCE = "The base's licence also covers what is derived from it, and you need the rights to the clips."
 MEGABYTE = 2**20
 
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", default="nano", help="nano, v1, mix, or a folder of Stream-DiffVSR. Default: nano."
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1. Default: auto.")
-    parser.add_argument("--resume", action="store_true", help="Go on with a run that was stopped.")
+    parser.add_argument("--resume", action="store_true", help="Continue a run that was stopped.")
     parser.add_argument(
         "--show-degradation",
         type=Path,
@@ -137,7 +137,7 @@ def tell_costs(run: Run) -> None:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        remedy = "take a smaller --size, or --checkpointing"
+        remedy = "use a smaller --size, or --checkpointing"
         used = memory_used(device) // MEGABYTE
         raise VRAMError(used, free_memory(device) // MEGABYTE, remedy) from error
     learning = sum(weight.numel() for weight in run.parameters)

@@ -98,7 +98,7 @@ class VideoJob:
     )
     pre_scale: float = option(
         1.0,
-        "Shrink the input to this fraction of its size before it is upscaled.",
+        "Shrink the input to this fraction of its size before upscaling.",
         low=0.01,
         high=1.0,
         group=SIZE,
@@ -122,17 +122,17 @@ class VideoJob:
     colour_fix: str = option(
         "model",
         "How colours are kept. model: as the model makes them. none: also without what FlashVSR does by "
-        "itself. wavelet: the broad colours of the low-quality frame, the details of the model. adain: the "
-        "mean and contrast per channel of the low-quality frame, which change while a camera pans: it then "
-        "flickers more than without (0.0010 against 0.0006 of the range in a test). wavelet does not.",
+        "itself. wavelet: broad colours from the low-quality frame, details from the model. adain: "
+        "mean and contrast per channel from the low-quality frame; in a panning shot it adds "
+        "flicker (0.0010 against 0.0006 of the range in a test), which wavelet does not.",
         choices=COLOUR_FIXES,
         group="output",
         expert=True,
     )
     strength: float = option(
         1.0,
-        "How much of the model's work is taken: 0 is plain bicubic, 1 the model, and more exaggerates it. "
-        "What the next frame is guided by stays as it is.",
+        "How much of the model's detail to use: 0 is plain bicubic, 1 the model, more exaggerates "
+        "it. The next frame is guided by the model's own result in any case.",
         low=0.0,
         high=1.5,
         step=0.05,

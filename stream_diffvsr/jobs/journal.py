@@ -323,7 +323,7 @@ def work_state(folder: Path) -> str | None:
     except VideoError as error:
         return str(error)
     frames = 0 if journal is None else journal.frames
-    return f"{frames} frames done: the same command goes on from there, or delete the folder"
+    return f"{frames} frames done: the same command continues from there, or delete the folder"
 
 
 def changed_settings(before: Journal, now: Journal) -> list[str]:

@@ -187,8 +187,8 @@ class Run:
         with contextlib.suppress(OSError, VideoError):
             if (now := size_of(self.job.source)) != (before := self.journal.source["size"]):
                 log.warning(
-                    "%s had %d bytes at first and has %d now: it was being written, so the output may lack "
-                    "what came later; do it again when it is whole",
+                    "%s had %d bytes at first and has %d now: it was still being written, so the "
+                    "output may lack what came later; run it again when the file is complete",
                     *(self.job.source, before, now),
                 )
 
@@ -294,7 +294,7 @@ class _OneProcess(Run):
         try:
             open_part = renderer.close()
         except Exception as error:  # the cancel came while the encoder was being closed
-            log.info("the frames of the open segment are not in the file: %r", error)
+            log.info("the last frames could not be added to the file: %r", error)
         if open_part is not None and open_part not in parts:
             parts = (*parts, open_part)
         if not parts or "main" not in self.output.videos:

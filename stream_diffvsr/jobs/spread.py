@@ -169,7 +169,7 @@ class SpreadRun(Run):
         if answer is None:
             self.losses[scene.first] = self.losses.get(scene.first, 0) + 1
             if self.losses[scene.first] >= LOSSES:
-                self.fail(OSError(f"frame {scene.first} and what follows it cost {LOSSES} workers"))
+                self.fail(OSError(f"frame {scene.first} and those after it cost {LOSSES} workers"))
             elif self.error is None:
                 self.ready.append(scene)
             return
@@ -246,7 +246,7 @@ class Spread:
                     run, _ = self.names.pop(name)
                     run.take(name, answer)
                 if not self.pool.workers:
-                    raise OSError("all workers are lost; the same command goes on where they were")
+                    raise OSError("all workers are lost; the same command continues from there")
                 yield self._progress()
         finally:
             self._stop()

@@ -143,7 +143,7 @@ class Worker:
             path, work = Path(job["source"]), WorkFolder(Path(job["output"]))
             where = place_of_work()
             if not path.exists():
-                raise FileNotFoundError(f"{where} does not see {path}: put it into a folder that all share.")
+                raise FileNotFoundError(f"{where} does not see {path}: put it in a folder that all share.")
             if source_fingerprint(path) != dict(source):
                 raise FileNotFoundError(f"{path} is another file on {where}: let all see the same folder.")
             if work.token() != token:
@@ -151,7 +151,7 @@ class Worker:
                     f"{where} does not see {work.folder}: choose an output in a folder that all share."
                 )
             if not os.access(work.folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"{where} cannot write into {work.folder}: give it the right to.")
+                raise PermissionError(f"{where} cannot write into {work.folder}: check its permissions.")
             return {}
 
         return _call_result(seen)

@@ -190,7 +190,7 @@ def hdr_data(frame: Frame) -> dict[str, bytes]:
     """HDR10 side data of a frame, where it is complete; what cannot be carried on is logged."""
     found = side_data(frame)
     if lost := [words for name, words in LOST_DATA.items() if name in found]:
-        log.warning("the source's %s cannot be carried on and is left out", " and ".join(lost))
+        log.warning("the source's %s cannot be kept and is left out", " and ".join(lost))
     display = found.get(HDR_DATA[0])
     # Its last two numbers say whether the chromaticities and the luminances are known.
     if display is not None and 0 in struct.unpack_from("=2i", display, 80):

@@ -22,7 +22,7 @@ class Upscaling(BaseModel):
     format: str | None = Field(
         None,
         max_length=10,
-        description="Suffix of the result, such as .mp4; null: as the source's, if it can be.",
+        description="Suffix of the result, such as .mp4; null: that of the source where possible.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -51,8 +51,10 @@ class Status(BaseModel):
     frames_total: int | None = Field(examples=[2400])
     fps: float | None = Field(examples=[2.5])
     seconds_left: float | None = Field(examples=[912.0])
-    message: str = Field(description="Why it failed, or what it does besides making frames.", examples=[""])
-    position: int | None = Field(description="How many jobs are before it in the queue.", examples=[None])
+    message: str = Field(
+        description="Why it failed, or what it is doing besides making frames.", examples=[""]
+    )
+    position: int | None = Field(description="How many jobs are ahead of it in the queue.", examples=[None])
     device: str | None = Field(examples=["cuda:0"])
     created: float = Field(description="Seconds since 1970.", examples=[1764170000.0])
     ended: float | None = Field(examples=[None])
@@ -99,7 +101,7 @@ class Device(BaseModel):
     total: int
     used: int
     free: int
-    works: bool = Field(description="Whether it does jobs of this server.")
+    works: bool = Field(description="Whether this server runs jobs on it.")
 
 
 class Capabilities(BaseModel):

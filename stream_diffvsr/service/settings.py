@@ -35,11 +35,13 @@ class Settings:
         metavar="FOLDER",
     )
     token: str = option(
-        "", "Word that every request must carry, and that the page asks for. Safer in the environment."
+        "",
+        "Password that every request must carry; the page asks for it. Safer in the environment "
+        "than on the command line.",
     )
     allow: tuple[Path, ...] = option(
         (),
-        f"Folders whose files may be named as a source, separated by '{os.pathsep}'.",
+        f"Folders whose files may be used as a source, separated by '{os.pathsep}'.",
         parse=parse_folders,
         metavar="FOLDERS",
     )
@@ -47,19 +49,19 @@ class Settings:
         "auto", "Devices that work, each on one job at a time: auto, all, or a list such as cuda:0,cuda:1."
     )
     ray: str = option(
-        "", "Ray cluster that each job spreads over, one job at a time. Handed to the command as --ray."
+        "", "Ray cluster over which each job is spread, one job at a time, as with upscale --ray."
     )
-    max_gigabytes: float = option(20.0, "Largest file that is taken, in GB of 10^9 bytes.", low=0.001)
+    max_gigabytes: float = option(20.0, "Largest file accepted, in GB (10^9 bytes).", low=0.001)
     max_pixels: int = option(
-        8192 * 4320, "Most pixels of an input frame, and of an eighth of an output frame.", low=64
+        8192 * 4320, "Most pixels in an input frame; an output frame may have eight times as many.", low=64
     )
     max_seconds: float = option(6 * 3600.0, "Longest video that is taken.", low=0.1)
     max_waiting: int = option(1000, "Most jobs that may wait.", low=1)
     keep_days: float = option(
-        0.0, "Days after which jobs that are over, and uploads nobody used, are deleted. 0: never.", low=0
+        0.0, "Days after which finished jobs and unused uploads are deleted. 0: never.", low=0
     )
     tries: int = option(
-        3, "How often a job may die without getting further before it counts as failed.", low=1, expert=True
+        3, "How often a job may crash without progress before it is marked as failed.", low=1, expert=True
     )
 
     def __post_init__(self) -> None:

@@ -266,7 +266,7 @@ def last_words(log_file: Path) -> str:
         told = [line.removeprefix("stream-diffvsr: ") for line in lines if line.strip()][-LAST_LINES:]
         if told:
             return "\n".join(told)
-    return "Its process died without a word: it was killed, perhaps because memory ran out."
+    return "Its process was killed, perhaps because memory ran out."
 
 
 def end_orphans(folder: Path) -> None:

@@ -19,42 +19,47 @@ class TrainOptions:
     steps: int = option(1000, "Updates of the weights.", low=1)
     minutes: float | None = option(
         None,
-        "Do as many steps as fit into this time, measured before the first; --steps is then the most.",
+        "Run as many steps as fit into this time, measured before the first; at most --steps.",
         kind=float,
         low=0.0,
     )
     degradation: str = option(
         "clean",
-        "How good frames become such as you have: clean, compressed, old-film, anime, or a YAML file.",
+        "How good frames are degraded to look like yours: clean, compressed, old-film, anime, or a "
+        "YAML file.",
     )
     decoder: bool = option(
-        False, "Let the decoder learn, too: it makes the finest detail, and nano lives by it.", flag="decoder"
+        False, "Train the decoder, too: it makes the finest detail, and nano depends on it.", flag="decoder"
     )
-    rank: int = option(16, "Of the low-rank changes: more can learn more, in a larger file.", low=1, high=512)
+    rank: int = option(
+        16, "Rank of the LoRA: a higher one can learn more, in a larger file.", low=1, high=512
+    )
     rate: float | None = option(
         None,
-        "Learning rate after the first steps; it falls to nothing at the end.",
+        "Learning rate after the first steps; it falls to 0 at the end.",
         kind=float,
         low=0.0,
         high=1.0,
         unset_help="0.001 for lora, 0.0001 for full",
     )
-    size: int = option(128, "Side of the crops of the true frames, in pixels.", low=32, high=2048)
-    frames: int = option(4, "Frames of a sequence, each on the model's own one before.", low=1, high=64)
+    size: int = option(128, "Side of the training crops, in pixels of the good frames.", low=32, high=2048)
+    frames: int = option(
+        4, "Frames per sequence, each guided by the model's own previous one.", low=1, high=64
+    )
     batch: int = option(1, "Sequences per step, on each device.", low=1, high=256)
     loss: str = option("l1", "l1 keeps more detail, l2 gives more PSNR.", choices=("l1", "l2"))
     steadiness: float = option(
-        0.5, "Weight of the loss against changes in time that the truth does not have.", low=0.0, high=100.0
+        0.5, "Weight of the loss on changes over time that the original does not have.", low=0.0, high=100.0
     )
-    every: int = option(100, "Measure on the part held out, and keep pictures, every so many steps.", low=1)
-    seed: int = option(0, "Of everything that is drawn: the same seed gives the same weights.", low=0)
+    every: int = option(100, "Measure on the held-out part, and save pictures, every so many steps.", low=1)
+    seed: int = option(0, "Random seed: the same seed gives the same weights.", low=0)
     precision: str = option(
         "float32",
-        "bfloat16 takes half the memory of activations on GPUs that have it.",
+        "bfloat16 halves the memory of activations, on GPUs that support it.",
         choices=("float32", "bfloat16"),
     )
     checkpointing: bool = option(
-        False, "Compute activations twice instead of keeping them: slower, with far less memory."
+        False, "Compute activations again instead of keeping them: slower, far less memory."
     )
 
     def __post_init__(self) -> None:

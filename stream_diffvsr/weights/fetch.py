@@ -241,7 +241,7 @@ def _listed(repository: str, revision: str, tell: OnProgress) -> tuple[str, dict
 
 
 _ANOTHER_ANSWERS = (
-    "{} answered with something else than a list of files: another server answers in its place "
+    "{} answered with something other than a list of files: another server answers in its place "
     "(a login page of the network, or a wrong HF_ENDPOINT)"
 )
 

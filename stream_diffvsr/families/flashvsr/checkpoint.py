@@ -125,7 +125,7 @@ def read_prompt(folder: Path) -> Tensor:
     tensors = list(read_weights(path).values())
     if len(tensors) != 1 or tensors[0].ndim not in (2, 3):
         raise CheckpointError(
-            f"{path} holds something else than the embedding of one prompt; fetch it again."
+            f"{path} holds something other than the embedding of one prompt; fetch it again."
         )
     prompt = tensors[0] if tensors[0].ndim == 3 else tensors[0][None]
     if not bool(torch.isfinite(prompt).all()):

@@ -21,7 +21,7 @@ class FlashVSROptions:
 
     scale: float = option(4.0, "How many times larger the result is on each side.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "How much more of it across.", low=0.25, high=4, hidden=True)
-    seed: int = option(0, "Number that the noise is drawn from.", low=0, high=2**64 - 1)
+    seed: int = option(0, "Seed of the noise.", low=0, high=2**64 - 1)
     decoder: str = option(
         "tiny",
         "tiny is fast and sees the low-quality frames; full is Wan's own decoder.",

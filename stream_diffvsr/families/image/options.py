@@ -20,8 +20,9 @@ class ImageOptions:
 
     steady: float = option(
         0.0,
-        "How strongly a result is held to the one before, moved along, where both frames show the same. "
-        "0: every frame by itself, as the model makes it. Higher: less flicker, a little softer.",
+        "How strongly each result is blended with the previous one, moved along, where both show "
+        "the same thing. 0: each frame by itself, as the model makes it. Higher: less flicker, a "
+        "little softer.",
         low=0, high=1, step=0.05, group=OWN,
     )  # fmt: skip
     tile_size: int | None = option(

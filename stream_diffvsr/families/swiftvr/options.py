@@ -28,8 +28,8 @@ class SwiftVROptions:
     stretch: float = option(1.0, "How much more of it across.", low=0.25, high=4, hidden=True)
     protocol: str = option(
         "file",
-        "file takes 4 more frames first and fills up the last clip, as the published measures were made; "
-        "session takes equal clips from the start and waits 4 frames less.",
+        "file reads 4 more frames first and fills up the last clip, as for the published results; "
+        "session uses equal clips from the start and waits for 4 frames fewer.",
         choices=("file", "session"),
         expert=True,
         group=OWN,
