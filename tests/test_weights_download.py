@@ -119,7 +119,7 @@ def test_somebody_else_answers(hub: StandInHub, home: Path, answer: bytes):
     """The login page of a hotel's network says 200 to everything."""
     hub.fail("revision/main", lambda handler, content: handler.answer(200, answer, {}))
     with pytest.raises(
-        ModelNotFoundError, match=r"something else than a list of files.*login page"
+        ModelNotFoundError, match=r"something other than a list of files.*login page"
     ) as caught:
         download()
     assert_manual(caught.value, home / "v1", hub.url)
