@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def load_pack(folder: Path = ROOT) -> ModuleType:
     """Execute the pack's root module; its folder may have any name."""
-    name = str(folder)
+    name = str(folder).replace(".", "_x_")
     spec = importlib.util.spec_from_file_location(name, folder / "__init__.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
