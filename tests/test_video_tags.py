@@ -184,7 +184,7 @@ def test_dynamic_hdr_is_said_to_be_lost(caplog) -> None:
     ]
     with caplog.at_level(logging.WARNING):
         assert set(hdr_data(types.SimpleNamespace(side_data=side_data))) == {"CONTENT_LIGHT_LEVEL"}
-    assert "DYNAMIC_HDR_PLUS cannot be carried on" in caplog.text
+    assert "DYNAMIC_HDR_PLUS cannot be kept" in caplog.text
     assert "described in part only" in caplog.text
 
 
@@ -209,7 +209,7 @@ def test_what_a_frame_says_and_nobody_can_carry_on_is_said(caplog) -> None:
 
     frame = types.SimpleNamespace(side_data=[Unknown(), Sphere()])
     assert display_matrix(frame) is None and hdr_data(frame) == {}
-    assert "360 degree projection cannot be carried on" in caplog.text
+    assert "360 degree projection cannot be kept" in caplog.text
 
 
 def test_the_time_code_is_kept(pipe, tmp_path: Path, caplog) -> None:

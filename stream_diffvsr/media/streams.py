@@ -187,7 +187,7 @@ LOST_DATA = {
 
 
 def hdr_data(frame: Frame) -> dict[str, bytes]:
-    """HDR10 side data of a frame, where it is complete; what cannot be carried on is logged."""
+    """HDR10 side data of a frame, where it is complete; what cannot be kept is logged."""
     found = side_data(frame)
     if lost := [words for name, words in LOST_DATA.items() if name in found]:
         log.warning("the source's %s cannot be kept and is left out", " and ".join(lost))
