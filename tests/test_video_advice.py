@@ -259,7 +259,10 @@ def test_a_source_that_was_still_being_written(pipe, tmp_path: Path, caplog) -> 
     with contextlib.closing(run(pipe, VideoJob(source=source, output=output, options=ONE_STEP))) as steps:
         for _ in steps:
             source.write_bytes(whole)
-    assert "it was still being written" in caplog.text and "run it again when the file is complete" in caplog.text
+    assert (
+        "it was still being written" in caplog.text
+        and "run it again when the file is complete" in caplog.text
+    )
     caplog.clear()
     assert len(clips.frames_of(upscale(pipe, source, output, overwrite=True))) == 50
     assert "being written" not in caplog.text
