@@ -132,7 +132,7 @@ class RayPool:
         for worker in self.workers:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 return self.ray.get(self.actors[worker].call.remote(question, *values), timeout=ANSWER)
-        raise OSError("no worker answers; the same command continues from there")
+        raise OSError("no worker answers; run the same command again to continue")
 
     def _all(self, question: str, seconds: float, *values: Any) -> dict[str, Any]:
         """The answers of all workers; raises `VideoError` where one gives none in time."""

@@ -246,7 +246,7 @@ class Spread:
                     run, _ = self.names.pop(name)
                     run.take(name, answer)
                 if not self.pool.workers:
-                    raise OSError("all workers are lost; the same command continues from there")
+                    raise OSError("all workers are lost; run the same command again to continue")
                 yield self._progress()
         finally:
             self._stop()
