@@ -236,3 +236,14 @@ def test_a_cancel_is_heard_while_workers_start() -> None:
     with pytest.raises(InterruptedError), workers({"source": "nano"}, parse_devices("cpu:2"), on_wait=cancel):
         raise AssertionError("they started")
     assert not ray.is_initialized()
+
+
+def test_a_ray_that_does_not_start(source, checkpoint, tmp_path) -> None:
+    done = subprocess.run(
+        command(checkpoint, source, tmp_path / "out.mkv", "--devices", "cpu:2"),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "RAY_raylet_start_wait_time_s": "0"},
+    )
+    assert done.returncode == 2
+    assert "Ray does not start on this machine" in done.stderr.splitlines()[-1]

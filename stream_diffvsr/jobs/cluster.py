@@ -298,16 +298,21 @@ def _start_here(ray: Any, devices: Devices) -> None:
     if devices.kind == "cuda":
         gpus = len(devices.names)
         os.environ[VISIBLE] = cards(devices.names, os.environ.get(VISIBLE))
-    # 'local': never join a cluster that an earlier run left behind.
-    ray.init(
-        address="local",
-        num_cpus=len(devices.names),
-        num_gpus=gpus,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=100 << 20,
-    )
+    try:
+        # 'local': never join a cluster that an earlier run left behind.
+        ray.init(
+            address="local",
+            num_cpus=len(devices.names),
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=100 << 20,
+        )
+    except Exception as error:  # Ray raises bare ones here
+        raise VideoError(
+            f"Ray does not start on this machine ({_first_line(error)}): try again when it is less busy."
+        ) from error
 
 
 def cards(names: Sequence[str], visible: str | None) -> str:
