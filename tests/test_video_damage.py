@@ -12,6 +12,7 @@ import pytest
 
 from stream_diffvsr import StreamDiffVSRError, UpscaleOptions
 from stream_diffvsr.jobs.run import VideoJob, run
+from stream_diffvsr.media.read import open_source
 
 DAMAGES = int(os.environ.get("STREAM_DIFFVSR_DAMAGES", "20"))
 """STREAM_DIFFVSR_DAMAGES=200 pytest tests/test_video_damage.py: that many files."""
@@ -84,3 +85,17 @@ def test_damaged_packets_are_skipped_and_counted(pipe, tmp_path: Path, caplog) -
     assert times[5] == Fraction(5, 25)
     if len(indices) < 20:
         assert "damaged packets skipped" in caplog.text or "fewer than its index" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("suffix", "codec"), [("flv", "h264"), ("mp4", "h264"), ("mov", "h264"), ("wmv", "wmv2")]
+)
+def test_files_put_behind_one_another_are_told(suffix: str, codec: str, tmp_path: Path, caplog) -> None:
+    """FFmpeg reads the first alone; of others, as Matroska, it reads all."""
+    one = clips.write_video(tmp_path / f"one.{suffix}", 4, codec=codec)
+    open_source(one)
+    assert "behind one another" not in caplog.text
+    both = tmp_path / f"both.{suffix}"
+    both.write_bytes(2 * one.read_bytes())
+    open_source(both)
+    assert "behind one another" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,26 @@ def open_container(path: Path, form: str | None = None) -> Container:
             f"{path} cannot be opened as a video or picture ({reason}): it is damaged, incomplete, or "
             "something else."
         ) from error
+
+
+def is_joined(path: Path, form: str) -> bool:
+    """Whether a file is several behind one another, of which FFmpeg reads the first alone: MP4, FLV, WMV."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if form == "flv":
+            again = data.find(b"FLV\x01", 9)
+            return again >= 0 and data[again + 5 : again + 9] == b"\0\0\0\x09"
+        if form == "asf":
+            return data.find(data[:16], 16) >= 0
+        start = 0
+        while "mp4" in form and start + 16 <= len(data):  # from box to box
+            kind = data[start + 4 : start + 8]
+            if kind == b"moof":  # fragments are read through to the end
+                return False
+            if start and kind == b"ftyp":
+                return True
+            size = int.from_bytes(data[start : start + 4], "big")
+            size = int.from_bytes(data[start + 8 : start + 16], "big") if size == 1 else size
+            if size < 8:  # 0: to the end
+                break
+            start += size
+    return False

@@ -22,7 +22,7 @@ from ..errors import VideoError
 from . import pictures
 from .av_types import Container, Frame, Stream
 from .colour import Planes, planes_of
-from .containers import check_readable, open_container
+from .containers import check_readable, is_joined, open_container
 from .seek import DoubtError, Place, check_counted, count_to, frames_from
 from .span import Span
 from .streams import (
@@ -146,6 +146,12 @@ class VideoSource:
                 raise VideoError(f"{path} has a video stream, but no frame of it can be decoded.")
             self.info = describe(chosen, first)
             self._first = first.pts or 0
+            if is_joined(path, container.format.name):
+                log.warning(
+                    "%s is several files put behind one another, of which only the first is read: upscale "
+                    "the others by themselves",
+                    path,
+                )
         self.notes.clear()
         if self.info.interlaced:
             log.warning("%s is interlaced: deinterlace it first, combed lines are upscaled as they are", path)
