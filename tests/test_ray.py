@@ -170,7 +170,7 @@ def test_a_disk_that_fills_up(cluster, source, whole, checkpoint, tmp_path) -> N
         with (disk / "filler").open("wb") as file:
             file.write(bytes(free.f_bavail * free.f_frsize - 4096))
         _, told = job.communicate(timeout=300)
-        assert job.returncode == 1 and "space" in told.splitlines()[-1], told[-2000:]
+        assert job.returncode == 1 and "make room" in told.splitlines()[-1], told[-2000:]
         (disk / "filler").unlink()
         subprocess.run(call, check=True, stdout=subprocess.DEVNULL)
         same(output, whole)
