@@ -33,7 +33,7 @@ from .families.image.options import ImageOptions
 from .families.swiftvr import checkpoint as swiftvr
 from .families.swiftvr import options as swiftvr_options
 from .families.swiftvr.options import SwiftVROptions
-from .families.wan.attention import check_attention as check_attention
+from .families.wan.attention import check_attention
 from .files import read_json
 from .flow import open_flow
 from .runtimes.choose import open_runtime

@@ -173,6 +173,7 @@ def test_bad_arguments(arguments: list[str], said: str, command, tmp_path: Path)
         (["--fps", "1/0"], "rate as FRAMES_PER_SECOND"),
         (["--fps", "0"], "rate as FRAMES_PER_SECOND"),
         (["--fps", "1e400"], "rate as FRAMES_PER_SECOND"),
+        (["--fps", "1e999999999"], "rate as FRAMES_PER_SECOND"),
         (["--fps", "1/1000000000000"], "rate as FRAMES_PER_SECOND"),
         (["--codec", "divx"], "invalid choice"),
     ],

@@ -222,10 +222,10 @@ def test_it_is_small():
 def test_its_memory_is_counted(checkpoint: Path, tmp_path: Path):
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     needs = {}
-    for name in ("bundled", "dis"):
+    for name in ("bundled", "dis", "none"):
         (folder / "model_index.json").write_text(json.dumps({"flow": name}), encoding="utf-8")
         needs[name] = estimate_memory(64, 64, UpscaleOptions(), torch.float32, folder)
-    assert needs["bundled"]["flow"] > 0
+    assert needs["bundled"]["flow"] > needs["none"]["flow"] == 0
     assert needs["bundled"]["weights"] - needs["dis"]["weights"] == 4 * 100_951
 
 

@@ -39,7 +39,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 def parse_rate(text: str) -> Fraction:
     """`25`, `29.97` or `30000/1001` frames per second; raises `ValueError` or `ArithmeticError`."""
-    rate = Fraction(text).limit_denominator(100_000)
+    # Through a float where there is an exponent: a large one would be written out as a whole number.
+    rate = Fraction(float(text) if "e" in text.lower() else text).limit_denominator(100_000)
     if not SLOWEST <= rate <= FASTEST:
         raise ValueError(f"no rate from {SLOWEST} to {FASTEST}: {text}")
     return rate

@@ -72,7 +72,7 @@ class Run:
         self.output = Output(prepared, self.work.folder)
         self.sinks = open_sinks(prepared, self.work.folder)
 
-    def steps(self) -> Iterator[JobProgress]:
+    def steps(self) -> Generator[Any, None, None]:
         """Upscale what is not yet done, then put the output together."""
         with self.work.locked():
             self.journal = self._begin()

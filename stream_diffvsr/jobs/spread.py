@@ -103,10 +103,7 @@ class SpreadRun(Run):
         self.losses: dict[int, int] = {}
         self.error: Exception | None = None
         self.taken, self.recorded, self.ended = 0, False, False
-        self.story: Generator[Any, None, None] = self._progress()
-
-    def _progress(self) -> Generator[Any, None, None]:
-        yield from self.steps()
+        self.story = self.steps()
 
     def frame_settings(self) -> dict[str, Any]:
         parts = {"split": f"{self.split.frames} {self.split.warm_up}"} if self.split.frames else {}

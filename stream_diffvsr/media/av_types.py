@@ -29,38 +29,37 @@ class Codec(Named, Protocol):
     audio_formats: Sequence[Named] | None
 
 
-class Context(Named, Protocol):
-    """A codec's context, of a decoder or an encoder."""
+class Coded(Named, Protocol):
+    """What a stream and its codec's context say alike, of a picture or of sound."""
 
-    codec: Codec
     time_base: Fraction
-    framerate: Fraction
     rate: Any
     width: int
     height: int
     pix_fmt: str
     format: Any
     layout: Any
-    sample_rate: int
     sample_aspect_ratio: Fraction | None
+
+    def decode(self, packet: Packet | None = None) -> list[Any]: ...
+    def encode(self, frame: Any = None) -> list[Packet]: ...
+
+
+class Context(Coded, Protocol):
+    """A codec's context, of a decoder or an encoder."""
+
+    codec: Codec
+    framerate: Fraction
+    sample_rate: int
     colorspace: int
     color_range: int
     color_trc: int
     color_primaries: int
     codec_tag: str
-    bit_rate: int | None
-    extradata: bytes | None
     options: dict[str, str]
-    thread_type: Any
     thread_count: int
-    is_open: bool
-    max_b_frames: int
-    gop_size: int
-    has_b_frames: bool
 
     def open(self) -> None: ...
-    def decode(self, packet: Packet | None = None) -> list[Any]: ...
-    def encode(self, frame: Any = None) -> list[Packet]: ...
 
 
 class Frame(Protocol):
@@ -84,8 +83,6 @@ class Frame(Protocol):
     color_range: int
     color_trc: int
     color_primaries: int
-    rotation: int
-    pict_type: Any
     # A sound's.
     samples: int
     sample_rate: int
@@ -95,41 +92,25 @@ class Frame(Protocol):
     def to_ndarray(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class Stream(Protocol):
+class Stream(Coded, Protocol):
     """A stream of a file that is read or written."""
 
     type: str
     index: int
     id: int
-    name: str
     container: Container
     codec_context: Context
-    time_base: Fraction
     metadata: dict[str, str]
     disposition: Any
     start_time: int | None
     duration: int | None
     frames: int
-    language: str | None
     profile: str | None
     average_rate: Fraction | None
     guessed_rate: Fraction | None
-    base_rate: Fraction | None
-    rate: Any
-    width: int
-    height: int
-    pix_fmt: str
-    format: Any
-    layout: Any
-    sample_aspect_ratio: Fraction | None
     mimetype: str
     data: bytes
     discard: Any
-    thread_type: Any
-    bit_rate: int | None
-
-    def decode(self, packet: Packet | None = None) -> list[Any]: ...
-    def encode(self, frame: Any = None) -> list[Packet]: ...
 
 
 class Packet(Protocol):
@@ -144,20 +125,16 @@ class Packet(Protocol):
     size: int
     is_corrupt: bool
     is_discard: bool
-    is_keyframe: bool
 
     def decode(self) -> list[Any]: ...
     def has_sidedata(self, kind: str) -> bool: ...
     def get_sidedata(self, kind: str) -> Any: ...
-    def set_sidedata(self, data: Any, move: bool = False) -> None: ...
     def __bytes__(self) -> bytes: ...
 
 
 class Streams(Protocol):
     video: Sequence[Stream]
     audio: Sequence[Stream]
-    subtitles: Sequence[Stream]
-    attachments: Sequence[Stream]
 
     def __iter__(self) -> Iterator[Stream]: ...
     def __len__(self) -> int: ...

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ..errors import VideoError
 from .av_types import Container
 
 PLAYLISTS = {"concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"}
 """Formats that open other files, or the network: whoever sends such a file would choose what is read."""
+ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+"""What a WMV or WMA file begins with."""
 
 
 def check_readable(path: Path) -> None:
@@ -51,23 +52,35 @@ def open_container(path: Path, form: str | None = None) -> Container:
 
 
 def is_joined(path: Path, form: str) -> bool:
-    """Whether a file is several behind one another, of which FFmpeg reads the first alone: MP4, FLV, WMV."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if form == "flv":
-            again = data.find(b"FLV\x01", 9)
-            return again >= 0 and data[again + 5 : again + 9] == b"\0\0\0\x09"
-        if form == "asf":
-            return data.find(data[:16], 16) >= 0
-        start = 0
-        while "mp4" in form and start + 16 <= len(data):  # from box to box
-            kind = data[start + 4 : start + 8]
-            if kind == b"moof":  # fragments are read through to the end
-                return False
-            if start and kind == b"ftyp":
+    """Whether a file is several behind one another, of which FFmpeg reads the first alone: MP4, FLV, WMV.
+
+    Goes from box to box, object to object, tag to tag; what they hold is not read.
+    """
+    if form not in ("asf", "flv") and "mp4" not in form.split(","):
+        return False
+    start = 13 if form == "flv" else 0
+    with path.open("rb") as file:
+        while len(head := _at(file, start)) == 24:
+            if form == "flv":
+                again, step = head[:3] == b"FLV", 15 + int.from_bytes(head[1:4], "big")
+            elif form == "asf":
+                again, step = head[:16] == ASF, int.from_bytes(head[16:], "little")
+            else:
+                if head[4:8] == b"moof":  # fragments are read through to the end
+                    return False
+                again, step = head[4:8] == b"ftyp", int.from_bytes(head[:4], "big")
+                step = int.from_bytes(head[8:16], "big") if step == 1 else step
+            if again and start:
                 return True
-            size = int.from_bytes(data[start : start + 4], "big")
-            size = int.from_bytes(data[start + 8 : start + 16], "big") if size == 1 else size
-            if size < 8:  # 0: to the end
-                break
-            start += size
+            if step < 8:  # damaged, or up to the end
+                return False
+            start += step
     return False
+
+
+def _at(file: BinaryIO, start: int) -> bytes:
+    try:
+        file.seek(start)
+    except (OSError, OverflowError):  # a size beyond what files can have
+        return b""
+    return file.read(24)

@@ -240,8 +240,8 @@ class VideoSource:
         if (height, width) != (self.info.height, self.info.width):
             raise VideoError(
                 f"frame {index} of {self.path} is {width}x{height}, those before it are "
-                f"{self.info.width}x{self.info.height}: upscale the rest separately, with --start "
-                f"{index} and "
+                f"{self.info.width}x{self.info.height}: upscale the rest separately, "
+                f"with --start {index} and "
                 "another output."
             )
         if not self._captioned and "A53_CC" in side_data(frame):
