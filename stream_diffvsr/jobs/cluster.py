@@ -311,7 +311,7 @@ def _start_here(ray: Any, devices: Devices) -> None:
         )
     except Exception as error:  # Ray raises bare ones here
         raise VideoError(
-            f"Ray does not start on this machine ({_first_line(error)}): try again when it is less busy."
+            f"Ray does not start on this machine: {_first_line(error)}. Solve that, or use a single device."
         ) from error
 
 
