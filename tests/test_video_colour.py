@@ -69,6 +69,8 @@ def test_strips_give_what_the_whole_gives(siting: str, monkeypatch: pytest.Monke
     strips, _ = planes.to_rgb()
     monkeypatch.setattr(colours, "STRIP", 1000)
     assert torch.equal(strips, planes.to_rgb()[0])
+    for step in (2, 7):
+        assert torch.equal(strips[:, :, ::step, ::step], planes.to_rgb(step=step)[0])
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

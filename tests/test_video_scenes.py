@@ -10,11 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VideoError, from_pixels
 from stream_diffvsr.jobs import scenes
 from stream_diffvsr.jobs.run import VideoJob, run
-from stream_diffvsr.media.read import VideoSource
+from stream_diffvsr.media.read import VideoSource, open_source
 from stream_diffvsr.media.span import Span
 
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
@@ -42,6 +43,24 @@ def test_the_measure_is_opencvs(seed: int) -> None:
     lq = [from_pixels(torch.from_numpy(f).movedim(-1, 0)[None].float() / 255) for f in (before, now)]
     looks = [scenes.SceneCut().summary(each) for each in lq]
     assert scenes.difference(*looks) == pytest.approx(wanted, abs=0.35)
+
+
+@pytest.mark.parametrize("rotation", [0, 90, 180])
+@pytest.mark.parametrize("size", [(526, 20), (24, 790), (24, 16)])
+def test_reading_ahead_sees_what_a_run_sees(size: tuple[int, int], rotation: int, tmp_path: Path) -> None:
+    """Bit for bit, from a part of the pixels."""
+    (tmp_path / "pictures").mkdir()
+    for index in range(2):
+        Image.fromarray(clips.picture(index, *size)).save(tmp_path / "pictures" / f"{index}.png")
+    video = clips.write_video(tmp_path / "in.mp4", 2, size=size, rotation=rotation)
+    for source in (open_source(video), open_source(tmp_path / "pictures")):
+        for frame in source.frames(Span()):
+            assert frame.size == frame.rgb.shape[2:]
+            thinned = frame.thinned(scenes.thinning(*frame.size))
+            assert max(thinned.shape) >= min(256, max(size))
+            assert torch.equal(
+                scenes.hsv(from_pixels(thinned)), scenes.SceneCut().summary(from_pixels(frame.rgb))
+            )
 
 
 def test_equal_frames_differ_by_nothing() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from ..errors import IncompatibleInputError
@@ -14,7 +13,7 @@ from ..media.seek import Place
 from ..tensors import from_pixels
 from .overlap import prefetch
 from .prepare import Prepared
-from .scenes import Scene, SceneCut
+from .scenes import Scene, SceneCut, hsv, thinning
 
 NO_CUTS = SceneCut(threshold=None)
 
@@ -49,10 +48,12 @@ def find_scenes(
     scene: Scene | None = None
     last: SourceFrame | None = None
     previous_lq = None if job.state is None else job.state.tensors.get("previous_lq")
-    before = None if previous_lq is None else _seen(prepared, previous_lq)
+    before: Seen | None = None
+    if previous_lq is not None:
+        before = previous_lq.shape[2:], prepared.cut_rule.summary(previous_lq)
     places: dict[int, Place | None] = {}
     for frame in prefetch(source.frames(job.span), job.read_ahead):
-        now = _seen(prepared, from_pixels(job.sizes.to_model(frame.rgb)))
+        now = _seen(prepared, frame)
         cut = before is not None and _cut(prepared, frame.index, before, now)
         if scene is None:
             scene = Scene(frame.index, offset=prepared.offset(frame.index), state="" if cut else state)
@@ -69,12 +70,19 @@ def find_scenes(
         yield from _split_scene(replace(scene, end=last.index + 1), split, places)
 
 
-Seen = tuple[torch.Size, Tensor | None]
-"""Of a frame: its shape, and what of it is compared."""
+Seen = tuple[tuple[int, ...], Tensor | None]
+"""Of a frame: its (height, width) as the model sees it, and what of it is compared."""
 
 
-def _seen(prepared: Prepared, lq: Tensor) -> Seen:
-    return lq.shape, prepared.cut_rule.summary(lq)
+def _seen(prepared: Prepared, frame: SourceFrame) -> Seen:
+    """What a run compares of this frame, bit for bit, without converting all of its pixels."""
+    rule, sizes = prepared.cut_rule, prepared.job.sizes
+    size = sizes.model(*frame.size)
+    if not rule.compares:
+        return size, None
+    if size != frame.size:
+        return size, rule.summary(from_pixels(sizes.to_model(frame.rgb)))
+    return size, hsv(from_pixels(frame.thinned(thinning(*size))))
 
 
 def _cut(prepared: Prepared, index: int, before: Seen, now: Seen) -> bool:

@@ -122,8 +122,11 @@ class Planes:
     """(height, width)"""
     colour: Colour
 
-    def to_rgb(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
-        """RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1], computed on `device`."""
+    def to_rgb(self, device: torch.device | str = "cpu", step: int = 1) -> tuple[Tensor, Tensor | None]:
+        """RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1], computed on `device`.
+
+        With a `step`, of every step-th row and column only, from the first.
+        """
         planes = [
             (torch.from_numpy(values).to(device).float()[None, None], bits)
             for values, bits in zip(self.values, self.bits, strict=True)
@@ -133,8 +136,9 @@ class Planes:
             values, bits = planes.pop()
             alpha = values / (2**bits - 1)
         if self.is_rgb:
-            return torch.cat([values / (2**bits - 1) for values, bits in planes], dim=1), alpha
-        return yuv_to_rgb(planes, self.colour, self.size), alpha
+            rgb = torch.cat([values / (2**bits - 1) for values, bits in planes], dim=1)
+            return rgb[:, :, ::step, ::step], alpha
+        return yuv_to_rgb(planes, self.colour, self.size, step), alpha
 
     def checksum(self) -> int:
         """Tells frames apart."""
@@ -198,19 +202,25 @@ STRIP = 64
 """Rows that a CPU converts together, so that what lies between stays in its cache."""
 
 
-def yuv_to_rgb(planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int, int]) -> Tensor:
-    """Luma and two chroma planes, with their bits -> RGB (1, 3, h, w) in [0, 1]; luma alone is grey."""
+def yuv_to_rgb(
+    planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int, int], skip: int = 1
+) -> Tensor:
+    """Luma and two chroma planes, with their bits -> RGB (1, 3, h, w) in [0, 1]; luma alone is grey.
+
+    Of every `skip`-th row and column.
+    """
     (luma, bits), *chroma = planes
+    luma = luma[:, :, ::skip, ::skip]
     step = 2.0 ** (bits - 8)
     black, white = (0.0, 2.0**bits - 1) if colour.full_range else (16 * step, 219 * step)
     if not chroma:
         return ((luma - black) / white).clamp(0, 1).expand(-1, 3, -1, -1)
     span = 2**bits - 1 if colour.full_range else 224 * step
     weight_red, weight_blue = LUMA_WEIGHTS[colour.matrix]
-    rgb = luma.new_empty(1, 3, *size)
+    rgb = luma.new_empty(1, 3, *luma.shape[2:])
     strip = STRIP if luma.device.type == "cpu" else size[0]
-    between = [_between(p, size, colour.siting) for p, _ in chroma]
-    for top in range(0, size[0], strip):
+    between = [[at[::skip] for at in _between(p, size, colour.siting)] for p, _ in chroma]
+    for top in range(0, luma.shape[2], strip):
         grey = (luma[:, :, top : top + strip] - black) / white
         blue, red = (
             (_upsample(p, rows[top : top + strip], columns) - 128 * step) / span

@@ -68,6 +68,10 @@ class SourceFrame:
         """(1, 3, h, w) float32 in [0, 1]."""
         return self._shown[0]
 
+    def thinned(self, step: int) -> Tensor:
+        """Every step-th row and column of `rgb`, in a fraction of its time."""
+        return self.pixels.to_rgb(self.device, step)[0]
+
     @property
     def alpha(self) -> Tensor | None:
         """(1, 1, h, w) float32 in [0, 1]."""
@@ -77,7 +81,7 @@ class SourceFrame:
 class Pixels(Protocol):
     """What a frame's colours are made of."""
 
-    def to_rgb(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]: ...
+    def to_rgb(self, device: torch.device | str, step: int = 1) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,9 +91,12 @@ class Decoded:
     planes: Planes
     matrix: tuple[int, int, int, int] | None
 
-    def to_rgb(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+    def to_rgb(self, device: torch.device | str, step: int = 1) -> tuple[Tensor, Tensor | None]:
+        if self.matrix is None:
+            return self.planes.to_rgb(device, step)
         rgb, alpha = self.planes.to_rgb(device)
-        return upright(rgb, self.matrix), None if alpha is None else upright(alpha, self.matrix)
+        rgb = upright(rgb, self.matrix)[:, :, ::step, ::step]
+        return rgb, None if alpha is None else upright(alpha, self.matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +106,9 @@ class Loaded:
     rgb: Tensor
     alpha: Tensor | None
 
-    def to_rgb(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
-        return self.rgb.to(device), None if self.alpha is None else self.alpha.to(device)
+    def to_rgb(self, device: torch.device | str, step: int = 1) -> tuple[Tensor, Tensor | None]:
+        rgb = self.rgb[:, :, ::step, ::step].to(device)
+        return rgb, None if self.alpha is None else self.alpha.to(device)
 
 
 class Source(Protocol):
