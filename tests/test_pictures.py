@@ -282,6 +282,19 @@ def test_streams_of_pictures_are_videos(pipe, tmp_path: Path) -> None:
     assert pictures.is_picture(tmp_path / "one.mjpeg")
 
 
+def test_an_animation_with_a_frame_that_claims_to_be_huge(tmp_path: Path) -> None:
+    from stream_diffvsr.media.read import open_source
+
+    path = tmp_path / "a.gif"
+    first, second = (Image.fromarray(clips.picture(index)).quantize(8) for index in range(2))
+    first.save(path, save_all=True, append_images=[second])
+    data = path.read_bytes()
+    place = data.rindex(b"\x2c\0\0")  # the second picture's place and size
+    path.write_bytes(data[: place + 5] + b"\xff\xff\xff\xff" + data[place + 9 :])
+    with pytest.raises(VideoError, match="damaged"):
+        open_source(path)
+
+
 def test_what_is_no_picture_here_is_one_sentence(tmp_path: Path, monkeypatch) -> None:
     import os
     import sys

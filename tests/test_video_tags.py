@@ -20,6 +20,7 @@ from stream_diffvsr.cli.main import main
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media import codecs
 from stream_diffvsr.media.colour import Colour, planes_to_frame, rgb_to_planes
+from stream_diffvsr.media.read import Span, VideoSource
 from stream_diffvsr.media.streams import SourceInfo
 
 DISPLAY = (0.68, 0.32, 0.265, 0.69, 0.15, 0.06, 0.3127, 0.329, 0.005, 1000)
@@ -207,7 +208,7 @@ def test_what_a_frame_says_and_nobody_can_carry_on_is_said(caplog) -> None:
         def __bytes__(self) -> bytes:
             return b"x"
 
-    frame = types.SimpleNamespace(side_data=[Unknown(), Sphere()])
+    frame = types.SimpleNamespace(rotation=0, side_data=[Unknown(), Sphere()])
     assert display_matrix(frame) is None and hdr_data(frame) == {}
     assert "360 degree projection cannot be kept" in caplog.text
 
@@ -259,9 +260,34 @@ def test_the_shape_shown_stays_at_any_size(pipe, tmp_path: Path) -> None:
         assert shape == Fraction(36, 28) * Fraction(64, 45)
 
 
-def test_the_alpha_of_webm_is_read(tmp_path: Path) -> None:
-    from stream_diffvsr.media.read import Span, VideoSource
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_motion_jpeg_of_a_camera_that_writes_exif(orientation: int, pipe, tmp_path: Path) -> None:
+    """Read, and turned as the camera says."""
+    import io
 
+    from PIL import Image, ImageOps
+
+    source, exif, shown = tmp_path / "a.avi", Image.Exif(), []
+    exif[0x0112], exif[0x010F] = orientation, "Camera"
+    with av.open(str(source), "w") as out:
+        stream = out.add_stream("mjpeg", rate=10, width=48, height=32, pix_fmt="yuvj420p")
+        for index in range(2):
+            file = io.BytesIO()
+            Image.fromarray(clips.picture(index, 48, 32)).save(file, "jpeg", quality=95, exif=exif)
+            shown.append(np.asarray(ImageOps.exif_transpose(Image.open(file))))
+            packet = av.Packet(file.getvalue())
+            packet.stream, packet.pts, packet.dts = stream, index, index
+            packet.time_base = Fraction(1, 10)
+            out.mux(packet)
+    frames = [frame.rgb[0].movedim(0, -1).numpy() * 255 for frame in VideoSource(source).frames(Span())]
+    for found, wanted in zip(frames, shown, strict=True):
+        assert found.shape == wanted.shape and np.abs(found - wanted).mean() < 3
+    output = upscale(pipe, source, tmp_path / "out.mkv", codec="ffv1")
+    (first, _) = clips.frames_of(output)
+    assert first[1].shape[:2] == (4 * shown[0].shape[0], 4 * shown[0].shape[1])
+
+
+def test_the_alpha_of_webm_is_read(tmp_path: Path) -> None:
     if "libvpx-vp9" not in av.codecs_available:
         pytest.skip("this build of FFmpeg has no libvpx-vp9")
     with av.open(str(tmp_path / "a.webm"), "w") as out:

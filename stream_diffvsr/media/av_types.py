@@ -71,6 +71,7 @@ class Frame(Protocol):
     time_base: Fraction
     duration: int
     is_corrupt: bool
+    rotation: int
     format: Format
     planes: Sequence[Any]
     side_data: Any

@@ -54,8 +54,6 @@ TGA_SUFFIXES = (".tga", ".icb", ".vda", ".vst")
 """TGA is known by its name alone: its first bytes are also those of some streams of video."""
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 """What a HEIC file calls itself in its first bytes."""
-DAMAGE = (OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, struct.error)
-"""What Pillow raises for damaged files."""
 DEFAULT_MILLISECONDS = 100
 """What viewers use for an animation's frame without a duration."""
 SAVE_OPTIONS = {
@@ -115,6 +113,13 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts if part]
 
 
+def damage() -> tuple[type[Exception], ...]:
+    """What Pillow raises for damaged files, some of which claim to be huge."""
+    from PIL.Image import DecompressionBombError as Huge
+
+    return Huge, OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, struct.error
+
+
 def open_picture(path: Path) -> Image.Image:
     """Pillow's image of a file, not loaded yet. Raises `VideoError` for what is known and not read here."""
     from PIL import Image
@@ -151,7 +156,7 @@ def is_picture(path: Path) -> bool:
             if _animated(image):
                 return False
             return image.format != "JPEG" or path.suffix.lower() in SUFFIXES or not _is_jpeg_stream(path)
-    except DAMAGE:
+    except damage():
         return False
 
 
@@ -160,7 +165,7 @@ def is_animated(path: Path) -> bool:
     try:
         with open_picture(path) as image:
             return _animated(image)
-    except DAMAGE:
+    except damage():
         return False
 
 
@@ -185,7 +190,7 @@ def size_of(path: Path) -> tuple[int, int]:
         with open_picture(path) as image:
             turned = image.getexif().get(ORIENTATION, 1) >= 5
             return image.size[::-1] if turned else image.size
-    except DAMAGE as error:
+    except damage() as error:
         raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
 
 
@@ -204,7 +209,7 @@ def read(path: Path) -> Picture:
                 return _read_deep(path, image)
             image.load()
             return replace(from_pillow(ImageOps.exif_transpose(image)), profile=_profile(image))
-    except DAMAGE as error:
+    except damage() as error:
         raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
 
 
@@ -273,7 +278,7 @@ def _in_rgb(image: Image.Image) -> Any:
         return ImageCms.profileToProfile(
             image, io.BytesIO(icc), ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
-    except (ImageCms.PyCMSError, *DAMAGE) as error:
+    except (ImageCms.PyCMSError, *damage()) as error:
         log.warning("the colour profile of a picture is not applied: %s", error)
         return image.convert("RGB")
 
@@ -300,7 +305,7 @@ def _exif(image: Any) -> bytes:
             if words := {k: v for k, v in found.get_ifd(tag).items() if k not in EXIF_OF_PIXELS}:
                 kept[tag] = words
         return kept.tobytes() if len(kept) else b""
-    except DAMAGE as error:
+    except damage() as error:
         log.warning("the EXIF data of %s is left out: it is damaged (%s)", image.filename, error)
         return b""
 
@@ -441,5 +446,5 @@ def read_animation(path: Path) -> Iterator[tuple[Picture, int]]:
                 image.load()  # only then do WebP and AVIF name this frame's duration
                 duration = round(float(image.info.get("duration", 0))) or DEFAULT_MILLISECONDS
                 yield from_pillow(image), duration
-    except DAMAGE as error:
+    except damage() as error:
         raise VideoError(f"{path} cannot be read as an animation ({error}): it is damaged.") from error

@@ -122,11 +122,15 @@ def turned_size(frame: Frame) -> tuple[int, int]:
 
 
 def side_data(frame: Frame) -> dict[str, bytes]:
-    """A frame's side data by FFmpeg's names; PyAV has none for the newest kinds."""
+    """A frame's side data by FFmpeg's names.
+
+    PyAV 18 gives none where one is of a kind that it has no name for: EXIF, in the Motion JPEG of cameras.
+    """
     found = {}
-    for data in frame.side_data:
-        with suppress(ValueError):
-            found[data.type.name] = bytes(data)
+    with suppress(ValueError):
+        for data in frame.side_data:
+            with suppress(ValueError):
+                found[data.type.name] = bytes(data)
     return found
 
 
@@ -199,6 +203,9 @@ def hdr_data(frame: Frame) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if name in HDR_DATA}
 
 
+QUARTERS = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
+
+
 def display_matrix(frame: Frame) -> tuple[int, int, int, int] | None:
     """The signs (a, b, c, d) of the frame's display matrix, None where it is upright.
 
@@ -207,7 +214,8 @@ def display_matrix(frame: Frame) -> tuple[int, int, int, int] | None:
     import numpy as np
 
     if (data := side_data(frame).get("DISPLAYMATRIX")) is None:
-        return None
+        # Where side data cannot be had, the angle can: degrees against the clock, mirrors unseen.
+        return QUARTERS.get(frame.rotation % 360)
     values = np.frombuffer(data, np.int32)
     a, b, c, d = (int(np.sign(values[i]) if abs(values[i]) > 1 << 15 else 0) for i in (0, 1, 3, 4))
     upright = (a, b, c, d) == (1, 0, 0, 1)
