@@ -36,7 +36,7 @@ VIDEOS = {
     "a.ts": ("mpeg2video", "mp2"),
     "a.mpg": ("mpeg2video", "mp2"),
     "a.flv": ("flv1", "aac"),
-    "a.wmv": ("mpeg4", "wmav2"),
+    "a.wmv": ("msmpeg4v3", "wmav2"),
     "b.mkv": ("ffv1", "flac"),
     "a.m2v": ("mpeg2video", None),
     "a.h264": ("libx264", None),
@@ -186,7 +186,7 @@ def job(pipe, file: Path) -> str:
 
 
 def make(folder: Path) -> list[Path]:
-    """Small sound files, of each format that this FFmpeg writes."""
+    """Small files without damage, of each format that this FFmpeg writes."""
     from PIL import Image
 
     made = []
@@ -218,6 +218,8 @@ def write(path: Path, codec: str, sound: str | None) -> None:
         video.width, video.height = side, side
         video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         audio = None if sound is None else out.add_stream(sound, rate=48000, layout="stereo")
+        if sound == "wmav2":
+            audio.codec_context.bit_rate = 128_000  # it has no default that it takes
         for index in range(6):
             out.mux(video.encode(av.VideoFrame.from_ndarray(picture(index, side, side), format="rgb24")))
         out.mux(video.encode(None))

@@ -282,6 +282,17 @@ def test_streams_of_pictures_are_videos(pipe, tmp_path: Path) -> None:
     assert pictures.is_picture(tmp_path / "one.mjpeg")
 
 
+def test_a_tiff_that_lacks_rows_is_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    Image.fromarray(RGB).save(path)
+    height = struct.pack("<HHII", 257, 4, 1, clips.HEIGHT)
+    data = path.read_bytes()
+    assert data.count(height) == 1
+    path.write_bytes(data.replace(height, struct.pack("<HHII", 257, 4, 1, clips.HEIGHT + 100)))
+    with pytest.raises(VideoError, match="rows"):
+        pictures.read(path)
+
+
 def test_an_animation_with_a_frame_that_claims_to_be_huge(tmp_path: Path) -> None:
     from stream_diffvsr.media.read import open_source
 

@@ -115,9 +115,10 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 def damage() -> tuple[type[Exception], ...]:
     """What Pillow raises for damaged files, some of which claim to be huge."""
-    from PIL.Image import DecompressionBombError as Huge
+    from PIL.Image import DecompressionBombError
 
-    return Huge, OSError, ValueError, SyntaxError, EOFError, TypeError, KeyError, IndexError, struct.error
+    known = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, struct.error, zlib.error)
+    return (DecompressionBombError, AssertionError, AttributeError, ArithmeticError, RuntimeError, *known)
 
 
 def open_picture(path: Path) -> Image.Image:
@@ -191,7 +192,9 @@ def size_of(path: Path) -> tuple[int, int]:
             turned = image.getexif().get(ORIENTATION, 1) >= 5
             return image.size[::-1] if turned else image.size
     except damage() as error:
-        raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
+        raise VideoError(
+            f"{path} cannot be read as a picture ({str(error) or type(error).__name__}): it is damaged."
+        ) from error
 
 
 def read(path: Path) -> Picture:
@@ -207,10 +210,15 @@ def read(path: Path) -> Picture:
                 log.warning("%s holds more JPEG pictures behind the first, which alone is read", path)
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
+            # Pillow leaves rows black that no strip of a TIFF has.
+            if image.tile and (rows := max(tile[1][3] for tile in image.tile)) < image.height:
+                raise ValueError(f"it has {rows} of {image.height} rows")
             image.load()
             return replace(from_pillow(ImageOps.exif_transpose(image)), profile=_profile(image))
     except damage() as error:
-        raise VideoError(f"{path} cannot be read as a picture ({error}): it is damaged.") from error
+        raise VideoError(
+            f"{path} cannot be read as a picture ({str(error) or type(error).__name__}): it is damaged."
+        ) from error
 
 
 def sample_bits(image: Any, path: Path) -> int:
@@ -447,4 +455,6 @@ def read_animation(path: Path) -> Iterator[tuple[Picture, int]]:
                 duration = round(float(image.info.get("duration", 0))) or DEFAULT_MILLISECONDS
                 yield from_pillow(image), duration
     except damage() as error:
-        raise VideoError(f"{path} cannot be read as an animation ({error}): it is damaged.") from error
+        raise VideoError(
+            f"{path} cannot be read as an animation ({str(error) or type(error).__name__}): it is damaged."
+        ) from error

@@ -45,5 +45,6 @@ def run(settings: Settings) -> None:
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=5,
+                timeout_keep_alive=75,  # not just when a client that polls every few seconds asks again
             )
         ).run()
