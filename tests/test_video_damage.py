@@ -12,6 +12,7 @@ import pytest
 
 from stream_diffvsr import StreamDiffVSRError, UpscaleOptions
 from stream_diffvsr.jobs.run import VideoJob, run
+from stream_diffvsr.media.containers import ASF, is_joined
 from stream_diffvsr.media.read import open_source
 
 DAMAGES = int(os.environ.get("STREAM_DIFFVSR_DAMAGES", "20"))
@@ -99,3 +100,11 @@ def test_files_put_behind_one_another_are_told(suffix: str, codec: str, tmp_path
     both.write_bytes(2 * one.read_bytes())
     open_source(both)
     assert "behind one another" in caplog.text
+
+
+@pytest.mark.parametrize("form", ["asf", "mov,mp4,m4a,3gp,3g2,mj2"])
+def test_a_size_that_no_file_has_ends_the_search(form: str, tmp_path: Path) -> None:
+    size = b"\xff" * 8
+    head = ASF + size if form == "asf" else b"\0\0\0\1free" + size
+    (tmp_path / "a").write_bytes(head.ljust(64, b"\0"))
+    assert not is_joined(tmp_path / "a", form)

@@ -81,6 +81,6 @@ def is_joined(path: Path, form: str) -> bool:
 def _at(file: BinaryIO, start: int) -> bytes:
     try:
         file.seek(start)
-    except (OSError, OverflowError):  # a size beyond what files can have
+    except (OSError, OverflowError, ValueError):  # a size beyond what files can have
         return b""
     return file.read(24)
