@@ -190,7 +190,7 @@ def table() -> Iterator[str]:
     yield "|---" * (1 + len(SIZES)) + "|"
     for name, row in rows.items():
         cells = [row(*size) for size in SIZES.values()]
-        told = [f"{operations / 1e12:.2f} T, {bytes_ / 1e9:.1f} GB" for operations, bytes_ in cells]
+        told = [f"{operations / 1e12:.2f} T, {bytes_ / 2**30:.1f} GB" for operations, bytes_ in cells]
         yield f"| {name} | " + " | ".join(told) + " |"
 
 
