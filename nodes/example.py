@@ -16,15 +16,15 @@ class ExampleVideo:
     """A file of this pack as a VIDEO; core's Load Video lists those of the input folder alone."""
 
     DESCRIPTION = (
-        "A small clip that comes with this pack, for trying things out: 128x72, two scenes of a second each, "
-        "with sound. Put Load Video in its place for a video of your own."
+        "A short sample clip for trying things out: 128x72, two scenes of one second each, with sound. "
+        "For your own video, replace this node with Load Video."
     )
     SEARCH_ALIASES: ClassVar = ["sample video", "demo clip", "test video"]
     CATEGORY = CATEGORY
     FUNCTION = "execute"
     RETURN_TYPES = ("VIDEO", "STRING")
     RETURN_NAMES = ("video", "path")
-    OUTPUT_TOOLTIPS = ("The clip, as Load Video hands on a video.", "Where the clip lies.")
+    OUTPUT_TOOLTIPS = ("The clip as a video, as from Load Video.", "Path of the clip.")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -46,7 +46,9 @@ def writable(path: str | Path) -> Path:
     inside = any(target.resolve().is_relative_to(root.resolve()) for root in allowed)
     if not inside and os.environ.get(ANY_OUTPUT) != "1":
         places = " or ".join(map(str, allowed))
-        raise IncompatibleInputError(f"an output below {places} (or {ANY_OUTPUT}=1 set)", str(target))
+        raise IncompatibleInputError(
+            f"outputs must be below {places}, or {ANY_OUTPUT}=1 must be set; {target} is elsewhere"
+        )
     return target.resolve()
 
 

@@ -88,7 +88,7 @@ def resolve_device(name: str) -> torch.device:
     if mm is None:
         return devices.resolve_device(name)
     if name not in device_names():
-        raise IncompatibleInputError(f"device as one of {', '.join(device_names())}", repr(name))
+        raise IncompatibleInputError(f"device must be one of {', '.join(device_names())}, not {name!r}")
     main = mm.get_torch_device()
     return main if name in ("auto", main.type) else torch.device(name)
 

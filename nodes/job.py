@@ -63,7 +63,7 @@ def source_path(video_path: str) -> Path:
     try:
         return host.folder("input") / Path(unquoted(video_path)).expanduser()
     except RuntimeError as error:
-        raise IncompatibleInputError("a home folder that there is in video_path", video_path) from error
+        raise IncompatibleInputError(f"the home folder in video_path does not exist: {video_path}") from error
 
 
 def check_output(output_path: str | None) -> None:
@@ -72,14 +72,16 @@ def check_output(output_path: str | None) -> None:
     files.writable(name)
     ending = Path(name).suffix.lower()
     if ending not in CONTAINERS and ENDING.fullmatch(ending):
-        raise IncompatibleInputError(f"output_path without an ending, or with {', '.join(CONTAINERS)}", name)
+        raise IncompatibleInputError(
+            f"output_path must end in one of {', '.join(CONTAINERS)}, or have no ending; got {name}"
+        )
 
 
 def choose_source(video_path: str, video: Any) -> Source:
     """What to read: the file of one of the two inputs."""
     given = bool(unquoted(video_path))
     if given == (video is not None):
-        raise IncompatibleInputError("either video_path or video", "both" if given else "neither")
+        raise IncompatibleInputError(f"give either video_path or video, not {'both' if given else 'neither'}")
     return Source(source_path(video_path)) if given else video_source(video)
 
 
@@ -140,7 +142,9 @@ def make_job(
     path, start, end, drawn = source
     trimmed = bool(start) or end is not None
     if trimmed and (start_frame or end_frame != LAST):
-        raise IncompatibleInputError("a trimmed video or start_frame and end_frame", "both")
+        raise IncompatibleInputError(
+            "the video is already trimmed: leave start_frame and end_frame at their defaults"
+        )
     codec = settings.file.get("codec", "h264")
     if codec == "h264" and unquoted(output_path).lower().endswith(".webm"):
         codec = "av1"  # the default in a container that holds none of the sort

@@ -20,14 +20,14 @@ def check_images(images: Tensor, minimum: int = 1) -> None:
     """Refuse what is no batch of RGB or RGBA pictures with sides of at least `minimum`."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[-1] not in (3, 4):
         got = f"{tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise IncompatibleInputError("images (frames, height, width, 3 or 4 channels)", got)
+        raise IncompatibleInputError(
+            f"images must have the shape (frames, height, width, 3 or 4 channels), not {got}"
+        )
     count, height, width, _ = images.shape
     if not count:
-        raise IncompatibleInputError("at least one image", "none; check the loader's cap or skip")
+        raise IncompatibleInputError("there are no images; check the loader's cap or skip")
     if min(height, width) < minimum:
-        raise IncompatibleInputError(
-            f"pictures of at least {minimum}x{minimum}", f"a picture of {width}x{height}"
-        )
+        raise IncompatibleInputError(f"pictures must be at least {minimum}x{minimum}, not {width}x{height}")
 
 
 def to_frame(image: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Live:
     RETURN_NAMES = ("image", "info")
     OUTPUT_TOOLTIPS = (
         "The frame, exactly 4 times as wide and high; alpha is kept.",
-        "Which frame of its sequence it is, and why a sequence began.",
+        "The frame's number in its sequence, and why a new sequence began.",
     )
 
     def __init__(self) -> None:
@@ -39,7 +39,10 @@ class Live:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        reset = "Begin a new sequence with this frame, as at a cut. Leave it off, or nothing is kept."
+        reset = (
+            "Start a new sequence with this frame, as after a cut. While this is on, every frame starts "
+            "a new sequence."
+        )
         return {
             "required": {
                 "pipe": PIPE_IN,

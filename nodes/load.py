@@ -26,8 +26,8 @@ class Loader:
     """Loads a model, and leaves its place in memory to ComfyUI."""
 
     DESCRIPTION = (
-        "Loads a model. v1 is the released Stream-DiffVSR, downloaded where it is not found; nano is a small "
-        "one that comes with this pack and runs on a CPU; FlashVSR is for real footage on a GPU."
+        "Loads a model. v1 is the released Stream-DiffVSR, downloaded when first used; nano is a small "
+        "model that comes with this pack and runs on a CPU; FlashVSR is for real footage on a GPU."
     )
     SEARCH_ALIASES: ClassVar = ["load stream diffvsr", "vsr model loader", "video upscale model"]
     CATEGORY = CATEGORY
@@ -49,8 +49,8 @@ class Loader:
                     {
                         "default": "v1",
                         "tooltip": "nano: the small model that comes with this pack. The others are "
-                        f"downloaded when first used: {sizes}. Then every complete checkpoint in the model "
-                        "folders, and the single-image models in upscale_models.",
+                        f"downloaded when first used: {sizes}. The list also has every complete "
+                        "checkpoint in the model folders, and the single-image models in upscale_models.",
                     },
                 ),
                 "device": (

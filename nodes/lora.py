@@ -21,8 +21,8 @@ class LoRA:
     """A new pipe with a LoRA; the one that comes in stays as it is."""
 
     DESCRIPTION = (
-        "Adds what was learned from certain footage to Stream-DiffVSR: a LoRA of 'stream-diffvsr train'. "
-        "Several in a row add up; the model that comes in stays as it is and can be used beside it."
+        "Adds a LoRA made by 'stream-diffvsr train' to Stream-DiffVSR. Chain several of these nodes to "
+        "combine LoRAs. The model that comes in stays unchanged, so you can use both side by side."
     )
     SEARCH_ALIASES: ClassVar = ["stream diffvsr lora", "fine-tuned video upscale", "load lora"]
     CATEGORY = ADVANCED
@@ -39,8 +39,8 @@ class LoRA:
                 "lora": (
                     [name for name, path in host.lora_files() if is_ours(path, files.file_stamp(path))],
                     {
-                        "tooltip": "Files in ComfyUI's LoRA folders that 'stream-diffvsr train' made; those "
-                        "of other models do not fit and are not listed."
+                        "tooltip": "LoRAs made by 'stream-diffvsr train' in ComfyUI's LoRA folders. "
+                        "LoRAs for other models do not work and are not listed."
                     },
                 ),
                 "strength": (
@@ -50,7 +50,7 @@ class LoRA:
                         "min": -2.0,
                         "max": 2.0,
                         "step": 0.05,
-                        "tooltip": "How much of it to add. 1: as it was trained; 0: the model as it was.",
+                        "tooltip": "How strongly to apply the LoRA. 1: as trained; 0: not at all.",
                     },
                 ),
             }
@@ -65,7 +65,7 @@ class LoRA:
         from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
 
         if not isinstance(pipe, StreamDiffVSRPipeline):
-            raise IncompatibleInputError("a model of Stream-DiffVSR for a LoRA", pipe.info.family)
+            raise IncompatibleInputError(f"a LoRA needs a Stream-DiffVSR model, not {pipe.info.family}")
         path = dict(host.lora_files()).get(lora)
         if path is None:
             raise ModelNotFoundError(f"LoRA {lora!r}", lora, "Put it into ComfyUI's folder models/loras.")

@@ -26,7 +26,7 @@ class Runtime:
     """A wrapper: the pipe that comes in stays as it is."""
 
     DESCRIPTION = (
-        "Chooses how a model is computed: by PyTorch, OpenVINO or ONNX Runtime, compiled, in 8 bits, or on "
+        "Chooses how a model runs: with PyTorch, OpenVINO or ONNX Runtime, compiled, in 8 bits, or on "
         "several devices at once. Put it last: it overrides Settings and any Runtime node before it."
     )
     SEARCH_ALIASES: ClassVar = [
@@ -41,14 +41,14 @@ class Runtime:
     FUNCTION = "execute"
     RETURN_TYPES = (PIPE,)
     RETURN_NAMES = ("pipe",)
-    OUTPUT_TOOLTIPS = ("The model, computed as chosen here.",)
+    OUTPUT_TOOLTIPS = ("The model, set up as chosen here.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         devices = (
-            "Upscale Video spreads the scenes of a video over these: all, cuda:0,cuda:1, or cpu:2 for two "
-            "workers on the CPU. Needs the Python package ray; not yet run on GPUs. Empty: the loader's "
-            "device alone."
+            "Devices over which Upscale Video spreads the scenes of a video: all, cuda:0,cuda:1, or "
+            "cpu:2 for two workers on the CPU. Needs the Python package ray; not yet tried on GPUs. "
+            "Empty: only the Loader's device."
         )
         return {
             "required": {"pipe": PIPE_IN, **choice_widgets()},
@@ -89,7 +89,7 @@ class Runtime:
         base = how_made(pipe).base or pipe
         about = how_made(base)
         if quantize != "none" and "loras" in about.model:
-            raise IncompatibleInputError("quantize none for a model with a LoRA", quantize)
+            raise IncompatibleInputError(f"a model with a LoRA needs quantize none, not {quantize}")
         made = with_runtime(base, runtime, provider, quantize)
         model = {**about.model, "runtime": runtime, "provider": provider, "quantize": quantize}
         remember(made, replace(about, model=model, base=base, compile_mode=compile_mode, devices=devices))
@@ -109,17 +109,18 @@ def choice_widgets() -> dict[str, Widget]:
             list(RUNTIMES),
             {
                 "default": "torch",
-                "tooltip": "What computes the networks of Stream-DiffVSR. openvino and onnx: often faster on "
-                "a CPU, equal but for rounding; each needs a package of its own and converts the model once. "
-                "auto: the fastest of those that are installed, tried with a few small frames.",
+                "tooltip": "The library that runs Stream-DiffVSR's networks. openvino and onnx are often "
+                "faster on a CPU and give the same results up to rounding; each needs its own Python "
+                "packages and converts the model once. auto: the fastest of those that are installed, "
+                "found by timing a few small frames.",
             },
         ),
         "provider": (
             list(PROVIDERS),
             {
                 "default": "auto",
-                "tooltip": "Where the runtime computes. openvino: cpu, gpu or npu of Intel. onnx: cpu, cuda "
-                "or tensorrt. auto: the device of the loader. With torch, leave it at auto.",
+                "tooltip": "Where the runtime runs. openvino: cpu, or Intel's gpu or npu. onnx: cpu, cuda or "
+                "tensorrt. auto: the Loader's device. With torch, leave this at auto.",
             },
         ),
         "compile_mode": (
@@ -130,8 +131,9 @@ def choice_widgets() -> dict[str, Widget]:
             list(QUANTIZATIONS),
             {
                 "default": "none",
-                "tooltip": "int8, fp8: linear layers in 8 bits, an approximation. Needs the Python package "
-                "torchao, fp8 also an NVIDIA card of the 40 series or newer. Only for torch.",
+                "tooltip": "int8, fp8: run linear layers in 8 bits, an approximation. Needs the Python "
+                "package torchao; fp8 also needs an NVIDIA card of the 40 series or newer. Only for "
+                "torch.",
             },
         ),
     }
@@ -144,7 +146,7 @@ def check_has(pipe: Upscaler, asked: dict[str, str]) -> None:
     for name, value in asked.items():
         if pipe.info.family != "diffvsr" and value != OWN[name]:
             title = FAMILIES[pipe.info.family].title
-            raise IncompatibleInputError(f"{name} {OWN[name]}, as {title} has no other", value)
+            raise IncompatibleInputError(f"{title} only supports {name} {OWN[name]}, not {value}")
 
 
 def workers_on(devices: str) -> Devices | None:
@@ -159,7 +161,9 @@ def workers_on(devices: str) -> Devices | None:
     if found and len(found.names) > 1:
         return found
     if found and text != "all":
-        raise IncompatibleInputError("several devices (one is chosen in the Loader)", devices)
+        raise IncompatibleInputError(
+            f"devices needs more than one, got {devices}; a single device is chosen in the Loader"
+        )
     return None
 
 

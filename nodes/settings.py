@@ -44,13 +44,14 @@ def file_widgets() -> dict[str, Widget]:
     from ..stream_diffvsr.options import rules
 
     told = {name: rule.help for name, rule in rules(VideoJob).items()}
+    pix_fmt = f"{told['pix_fmt']} auto: {rules(VideoJob)['pix_fmt'].unset_help}."
     made: dict[str, Widget] = {
         "scene_cut": (
             ["auto", "off"],
             {
                 "default": "auto",
-                "tooltip": "auto: each scene starts without memory of the one before. Only Upscale Video "
-                "looks for scenes; a batch of images is treated as one scene.",
+                "tooltip": "auto: each scene starts without memory of the previous one. Only Upscale "
+                "Video looks for scenes; a batch of images is treated as one scene.",
             },
         ),
         "scene_cut_threshold": (
@@ -60,12 +61,13 @@ def file_widgets() -> dict[str, Widget]:
                 "min": 0.0,
                 "max": 255.0,
                 "step": 0.5,
-                "tooltip": "Mean HSV difference between two frames (0 to 255) from which a new scene begins.",
+                "tooltip": "A new scene begins where the mean HSV difference between two frames (0 to "
+                "255) reaches this value.",
             },
         ),
         "codec": (list(CODECS), {"default": "h264", "tooltip": told["codec"]}),
         "crf": ("INT", {"default": 18, "min": 0, "max": 63, "tooltip": told["crf"]}),
-        "pix_fmt": (list(PIXEL_FORMATS), {"default": "auto", "tooltip": told["pix_fmt"]}),
+        "pix_fmt": (list(PIXEL_FORMATS), {"default": "auto", "tooltip": pix_fmt}),
     }
     return {name: (kind, {**about, "advanced": True}) for name, (kind, about) in made.items()}
 
@@ -74,7 +76,9 @@ def with_defaults(widgets: dict[str, Widget], values: dict[str, Any]) -> dict[st
     """A value for every widget; refuses a crf that the codec does not know."""
     given = {name: about["default"] for name, (_, about) in widgets.items()} | values
     if given["codec"] in ("h264", "h265") and given["crf"] > H26X_CRF:
-        raise IncompatibleInputError(f"crf of at most {H26X_CRF} for {given['codec']}", str(given["crf"]))
+        raise IncompatibleInputError(
+            f"crf must be at most {H26X_CRF} for {given['codec']}, not {given['crf']}"
+        )
     return given
 
 
@@ -112,8 +116,8 @@ class SettingsValue:
         family = pipe.info.family if pipe else "diffvsr"
         cls = FAMILIES[family].options
         if self.engine and self.family != family:
-            expected = f"settings of {FAMILIES[family].title}, as the model is"
-            raise IncompatibleInputError(expected, f"settings of {FAMILIES[self.family].title}")
+            ours, model = FAMILIES[self.family].title, FAMILIES[family].title
+            raise IncompatibleInputError(f"these are {ours} settings, but the model is {model}")
         own = {name: value for name, value in own.items() if name in rules(cls)}
         engine = dict(self.engine)
         if preset != "settings":
@@ -131,7 +135,8 @@ class Settings:
     """Collects settings for the other nodes."""
 
     DESCRIPTION = (
-        "Further settings for the Stream-DiffVSR nodes. The defaults are the model's own and suit most runs."
+        "Further settings for the Stream-DiffVSR nodes. The defaults are those of the model and suit "
+        "most uses."
     )
     SEARCH_ALIASES: ClassVar = ["stream diffvsr options", "video upscale settings", "upscaler settings"]
     CATEGORY = ADVANCED
@@ -196,19 +201,21 @@ class FamilySettings:
 
 class FlashVSRSettings(FamilySettings):
     FAMILY = "flashvsr"
-    DESCRIPTION = "Settings for a FlashVSR model. The defaults are the published ones and suit most runs."
+    DESCRIPTION = "Settings for a FlashVSR model. The defaults are the published ones and suit most uses."
     SEARCH_ALIASES: ClassVar = ["flashvsr options", "flash vsr settings"]
 
 
 class SwiftVRSettings(FamilySettings):
     FAMILY = "swiftvr"
-    DESCRIPTION = "Settings for a SwiftVR model. The defaults are the published ones and suit most runs."
+    DESCRIPTION = "Settings for a SwiftVR model. The defaults are the published ones and suit most uses."
     SEARCH_ALIASES: ClassVar = ["swiftvr options", "swift vr settings"]
 
 
 class ImageSettings(FamilySettings):
     FAMILY = "image"
-    DESCRIPTION = "Settings for a single-image model from upscale_models, such as how steady the video is."
+    DESCRIPTION = (
+        "Settings for a single-image model from upscale_models, such as how strongly to suppress flicker."
+    )
     SEARCH_ALIASES: ClassVar = ["image model video settings", "steady upscale", "upscale model flicker"]
 
 

@@ -19,15 +19,15 @@ SIZE: Widget = (
     list(SIZES),
     {
         "default": OWN,
-        "tooltip": "Size of the result: a multiple of the source, or the pixels of its shorter side. What "
-        "the model does not make by itself is resampled once, after it.",
+        "tooltip": "Size of the result: a multiple of the source, or the length of its shorter side in "
+        "pixels. If the model cannot produce that size itself, its result is resampled once.",
     },
 )
 PRESET: Widget = (
     [AS_SETTINGS, *PRESETS],
     {
         "default": AS_SETTINGS,
-        "tooltip": f"settings: what the Settings node says, and exact without one. {PRESET_HELP}",
+        "tooltip": f"settings: as set in the Settings node, or exact without one. {PRESET_HELP}",
         "advanced": True,
     },
 )

@@ -34,9 +34,9 @@ def check_values(widgets: Mapping[str, Widget], values: Mapping[str, Any]) -> No
             continue
         # A page may send 1, or "0.5", for a choice of 1.0 or 0.5.
         if isinstance(kind, list) and value not in kind and str(value) not in map(str, kind):
-            raise IncompatibleInputError(f"{name} as one of {', '.join(map(str, kind))}", repr(value))
+            raise IncompatibleInputError(f"{name} must be one of {', '.join(map(str, kind))}, not {value!r}")
         if isinstance(value, (int, float)) and not low <= value <= high:
-            raise IncompatibleInputError(f"{name} from {low} to {high}", str(value))
+            raise IncompatibleInputError(f"{name} must be from {low} to {high}, not {value}")
 
 
 PIPE_IN: Widget = (PIPE, {"tooltip": "The model, from Stream-DiffVSR Loader."})

@@ -23,23 +23,20 @@ BLACK_SIDE = 8
 class CreateState:
     """An empty state, or one that continues from a given upscaled frame."""
 
-    DESCRIPTION = (
-        "Makes a state to start from: empty, or as if initial_frame had just been upscaled, so that the next "
-        "frame follows it."
-    )
+    DESCRIPTION = "Creates a state to start from: empty, or as if initial_frame had just been upscaled."
     SEARCH_ALIASES: ClassVar = ["start sequence", "reset state", "new video upscale state"]
     CATEGORY = ADVANCED
     FUNCTION = "execute"
     RETURN_TYPES = (STATE,)
     RETURN_NAMES = ("state",)
-    OUTPUT_TOOLTIPS = ("The state to start from: frame_index is 1 with initial_frame, else 0.",)
+    OUTPUT_TOOLTIPS = ("The state to start from: frame_index is 1 with initial_frame, otherwise 0.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        frame = "An upscaled frame that the next one shall follow; its sides are multiples of 4."
+        frame = "An upscaled frame for the next one to follow. Its sides must be multiples of 4."
         lq = (
-            "The same frame before upscaling, a quarter as wide and high. Leave unconnected to use "
-            "initial_frame reduced by 4 with area averaging."
+            "The same frame before upscaling, a quarter as wide and high. Leave unconnected to reduce "
+            "initial_frame by 4 with area averaging."
         )
         return {
             "optional": {
@@ -52,7 +49,7 @@ class CreateState:
         self, initial_frame: Tensor | None = None, initial_lq: Tensor | None = None
     ) -> tuple[StreamDiffVSRState]:
         if initial_frame is None and initial_lq is not None:
-            raise IncompatibleInputError("initial_frame together with initial_lq", "initial_lq alone")
+            raise IncompatibleInputError("initial_lq needs initial_frame, too")
         if initial_frame is None:
             return (StreamDiffVSRState(),)
         hq = layout.to_model(one_picture(initial_frame, "initial_frame"))
@@ -64,7 +61,7 @@ class ExtractState:
     """What a state holds."""
 
     DESCRIPTION = (
-        "Shows what a state holds: the last upscaled frame, how many frames were done, and its settings."
+        "Shows what a state contains: the last upscaled frame, the number of frames done, and the settings."
     )
     SEARCH_ALIASES: ClassVar = ["state info", "last frame", "inspect state"]
     CATEGORY = ADVANCED
@@ -72,15 +69,15 @@ class ExtractState:
     RETURN_TYPES = ("IMAGE", "INT", "BOOLEAN", "STRING")
     RETURN_NAMES = ("previous_frame", "frame_index", "has_previous", "info")
     OUTPUT_TOOLTIPS = (
-        "The last upscaled frame; on an empty state one black picture of 8x8.",
-        "How many frames of the video were done.",
+        "The last upscaled frame, or a black picture of 8x8 if the state is empty.",
+        "Number of frames of the video done so far.",
         "Whether there is a frame to continue from.",
-        "The same in words, with the model and the settings used.",
+        "A summary in words, with the model and the settings used.",
     )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"state": (STATE, {"tooltip": "The state to look into."})}}
+        return {"required": {"state": (STATE, {"tooltip": "The state to inspect."})}}
 
     def execute(self, state: State) -> tuple[Tensor, int, bool, str]:
         hq = state.tensors.get("previous_hq")
@@ -133,7 +130,7 @@ class SaveState:
 class LoadState:
     """Reads a saved state."""
 
-    DESCRIPTION = "Loads a state that Save State wrote; Upscale then continues as if it had never stopped."
+    DESCRIPTION = "Loads a state that Save State wrote, so that Upscale continues as if it had never stopped."
     SEARCH_ALIASES: ClassVar = ["resume video upscale", "continue upscale", "restore state"]
     CATEGORY = ADVANCED
     FUNCTION = "execute"
@@ -169,7 +166,7 @@ def one_picture(image: Tensor, name: str) -> Tensor:
     """Refuse a batch; (1, H, W, 3 or 4) -> the same."""
     layout.check_images(image)
     if len(image) != 1:
-        raise IncompatibleInputError(f"one picture as {name}", f"a batch of {len(image)}")
+        raise IncompatibleInputError(f"{name} must be one picture, not a batch of {len(image)}")
     return image
 
 
@@ -177,7 +174,9 @@ def reduced(hq: Tensor) -> Tensor:
     """(1, 3, 4h, 4w) -> (1, 3, h, w), the mean of each 4x4 square."""
     height, width = hq.shape[-2:]
     if height % SCALE or width % SCALE:
-        raise IncompatibleInputError(f"initial_frame with sides of multiples of {SCALE}", f"{width}x{height}")
+        raise IncompatibleInputError(
+            f"the sides of initial_frame must be multiples of {SCALE}, not {width}x{height}"
+        )
     return F.avg_pool2d(hq, SCALE)
 
 
@@ -194,8 +193,8 @@ def describe(state: State) -> str:
     lines = [f"frames done: {state.index}", frame]
     if since is not None:
         lines.append(
-            f"The last {len(since)} frames came after a border of chunks: they are done again before the "
-            "next batch, and only their earlier results, which are already out, could differ."
+            f"The last {len(since)} frames belong to an unfinished chunk and are computed again before "
+            "the next batch."
         )
     texts = sorted(state.provenance.to_texts().items())
     return "\n".join([*lines, *(f"{key}: {value}" for key, value in texts)])

@@ -42,9 +42,9 @@ class Upscale:
     """Upscales a batch of images, which is a piece of video."""
 
     DESCRIPTION = (
-        "Upscales frames by 4 with Stream-DiffVSR. The batch is time: frame 0 comes first, and each frame is "
-        "guided by the one before. Link state from one Upscale to the next, or link meta_batch, and a video "
-        "done in parts equals one done at once."
+        "Upscales frames by 4 with Stream-DiffVSR. The batch is time: frame 0 comes first, and each "
+        "frame is guided by the previous one. Link state from one Upscale to the next, or link "
+        "meta_batch: a video upscaled in parts then equals one upscaled at once."
     )
     SEARCH_ALIASES: ClassVar = [
         "video super resolution",
@@ -79,9 +79,9 @@ class Upscale:
                     {
                         "default": False,
                         "advanced": True,
-                        "tooltip": "Run the U-Net in tiles: the least memory, and a slightly different "
-                        "picture. Off: the memory_plan of Settings, whose auto uses tiles only "
-                        "where nothing else fits.",
+                        "tooltip": "Run the U-Net in tiles: needs the least memory and changes the "
+                        "picture slightly. Off: as memory_plan in Settings says; its default, auto, uses "
+                        "tiles only if nothing else fits.",
                     },
                 ),
                 "tile_size": (
@@ -103,8 +103,8 @@ class Upscale:
                         "max": 256,
                         "step": 16,
                         "advanced": True,
-                        "tooltip": "Overlap of the tiles in pixels of the result, below half of tile_size. "
-                        "Only used when enable_tiling is on.",
+                        "tooltip": "Overlap of the tiles in output pixels, below half of tile_size. Only "
+                        "used when enable_tiling is on.",
                     },
                 ),
                 "meta_batch": (
@@ -130,7 +130,7 @@ class Upscale:
         check_values({name: cls.INPUT_TYPES()["optional"][name] for name in given}, given)
         if enable_tiling and tile_size and tile_overlap and 2 * tile_overlap >= tile_size:
             raise IncompatibleInputError(
-                f"tile_overlap below half of tile_size {tile_size}", str(tile_overlap)
+                f"tile_overlap must be below half of tile_size {tile_size}, not {tile_overlap}"
             )
         return True
 
@@ -168,7 +168,7 @@ class Upscale:
 class ProcessFrame:
     """Upscales one frame, for loops."""
 
-    DESCRIPTION = "Upscales one frame by 4 and hands on the state, for loops that do one frame at a time."
+    DESCRIPTION = "Upscales one frame by 4 and passes its state on, for loops over single frames."
     SEARCH_ALIASES: ClassVar = ["single frame upscale", "video loop upscale", "stream upscale"]
     CATEGORY = CATEGORY
     FUNCTION = "execute"
@@ -178,7 +178,7 @@ class ProcessFrame:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        state = "What the frame before left behind; from Create State for the first one."
+        state = "State after the previous frame. For the first frame, link Create State."
         return {
             "required": {
                 "pipe": PIPE_IN,
@@ -209,9 +209,8 @@ def check_frame_by_frame(pipe: Upscaler) -> None:
     """Refuse a model that takes frames in chunks."""
     if not pipe.info.frame_by_frame:
         raise IncompatibleInputError(
-            "a model that takes one frame at a time, such as nano or v1",
-            f"{pipe.info.family}, which takes {pipe.info.first} frames before its first result: use "
-            "Stream-DiffVSR Upscale",
+            f"{pipe.info.family} needs {pipe.info.first} frames before its first result: use Stream-DiffVSR "
+            "Upscale, or a model that takes one frame at a time, such as nano or v1",
         )
 
 
@@ -309,11 +308,11 @@ class MetaBatch:
             return True
         if not linked:
             raise IncompatibleInputError(
-                f"the Meta Batch Manager linked to meta_batch too, for {pipe.info.family}", "no link"
+                f"{pipe.info.family} needs the Meta Batch Manager linked to meta_batch, too"
             )
         if not self.last and len(images) < pipe.info.first:
             raise IncompatibleInputError(
-                f"frames_per_batch of at least {pipe.info.first} for {pipe.info.family}", str(len(images))
+                f"{pipe.info.family} needs frames_per_batch of at least {pipe.info.first}, not {len(images)}"
             )
         return self.last
 
@@ -327,7 +326,10 @@ class MetaBatch:
         number, state, waiting = _sequences.get(self.holder, {}).get(self.node_id, (None, None, None))
         if state is not None and waiting is not None and number == self.number - 1:
             return opened(state)[0], torch.cat([waiting, images]) if len(waiting) else images
-        log.warning("meta-batch %d does not follow one of this node: a new sequence starts", self.number)
+        log.warning(
+            "meta-batch %d does not follow one that this node has upscaled: a new sequence starts",
+            self.number,
+        )
         return given, images
 
     def keep(self, state: State, waiting: Tensor) -> None:

@@ -21,9 +21,9 @@ class UpscaleVideo:
     """Upscales a file to a file."""
 
     DESCRIPTION = (
-        "Upscales a whole video by 4, from file to file: any length in constant memory, with sound, timing "
-        "and colours kept. A cancelled run leaves what is done as a playable file, and queueing it "
-        "again continues from there."
+        "Upscales a video by 4, file to file: any length in constant memory, with sound, timing and "
+        "colours kept. Cancelling leaves a playable file with the finished part; queue the workflow "
+        "again to resume."
     )
     SEARCH_ALIASES: ClassVar = [
         "upscale long video",
@@ -47,8 +47,8 @@ class UpscaleVideo:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "A video file or a folder of pictures, anywhere; a relative path starts "
-                        "in the input folder. Leave it empty where video is linked.",
+                        "tooltip": "A video file or a folder of pictures; a relative path starts in the "
+                        "input folder. Leave empty if video is connected.",
                     },
                 ),
                 "video": (
@@ -59,8 +59,9 @@ class UpscaleVideo:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "File to write, below the output folder; a number is added where it "
-                        "exists. Empty: numbered files in its folder stream_diffvsr, named after the video.",
+                        "tooltip": "File to write, below the output folder; a number is added if it "
+                        "exists. Empty: a numbered file in the subfolder stream_diffvsr, named after the "
+                        "video.",
                     },
                 ),
                 "frames_per_batch": (
@@ -70,7 +71,7 @@ class UpscaleVideo:
                         "min": 0,
                         "max": 256,
                         "advanced": True,
-                        "tooltip": "Frames decoded ahead, 0 for automatic. Never changes pixels.",
+                        "tooltip": "Frames decoded in advance, 0 for automatic. Never changes pixels.",
                     },
                 ),
                 "start_frame": (
@@ -90,7 +91,7 @@ class UpscaleVideo:
                         "min": LAST,
                         "max": 2**31 - 1,
                         "advanced": True,
-                        "tooltip": "Last frame to upscale, included; -1: the last one of the video.",
+                        "tooltip": "Last frame to upscale, inclusive; -1: the end of the video.",
                     },
                 ),
                 "num_inference_steps": STEPS,
@@ -112,8 +113,8 @@ class UpscaleVideo:
         """Raises what execution would refuse: a returned text would be reported once for each argument."""
         if video_path and not source_path(video_path).exists():
             raise IncompatibleInputError(
-                "a file, or a folder of pictures, as video_path",
-                f"{source_path(video_path)}, which is not there",
+                f"video_path must be a file or a folder of pictures; {source_path(video_path)} does not "
+                "exist",
             )
         check_output(output_path)
         return True

@@ -30,7 +30,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if str(device) not in names:
         raise IncompatibleInputError(
-            f"a device of this machine ({', '.join(['auto', *names])})", repr(str(device))
+            f"device must be one of this machine's ({', '.join(['auto', *names])}), not {str(device)!r}"
         )
     return torch.device(device)
 
@@ -41,7 +41,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
         return torch.float16 if _fast_half(device) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
-        raise IncompatibleInputError(f"dtype as one of auto, {', '.join(DTYPES)}", repr(dtype))
+        raise IncompatibleInputError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}")
     return chosen
 
 

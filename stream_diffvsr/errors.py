@@ -31,16 +31,11 @@ class CheckpointError(StreamDiffVSRError):
 
 
 class IncompatibleInputError(StreamDiffVSRError, ValueError):
-    """An argument that does not fit; the message has what is needed and what came."""
-
-    def __init__(self, expected: str, got: str) -> None:
-        self.expected = expected
-        self.got = got
-        super().__init__(f"expected {expected}, got {got}")
+    """An argument that does not fit; the message says what was given and what is needed."""
 
 
 class VRAMError(StreamDiffVSRError):
-    """Memory ran out at every level that was tried."""
+    """Memory ran out with every plan that was tried."""
 
     def __init__(self, required_mb: int, available_mb: int, suggestion: str) -> None:
         self.required_mb = required_mb

@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the file again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds no JSON object; fetch the file again.")
+        raise CheckpointError(f"{path} is not a JSON object; fetch the file again.")
     return content
 
 
@@ -105,7 +105,7 @@ def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
     state = read_pickled(path, device)
     state = {"": state} if isinstance(state, Tensor) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise _damaged(path, "holds something other than named weights")
+        raise _damaged(path, "contains something other than named weights")
     return state
 
 
@@ -158,7 +158,7 @@ def keep_json(path: Path, value: object) -> None:
         with atomic(path) as file:
             file.write(json.dumps(value).encode())
     except OSError as error:
-        log.info("%s is not kept: %s", path, error)
+        log.info("%s could not be saved: %s", path, error)
 
 
 def fingerprint(paths: Iterable[Path]) -> str:

@@ -222,14 +222,15 @@ def _refuse_what_is_not_there(
     """Settings of the loader that not every family has."""
     if family not in WAN and attention != "auto":
         raise IncompatibleInputError(
-            f"attention 'auto', as {FAMILIES[family].title} has no large self-attention", repr(attention)
+            f"{FAMILIES[family].title} has no large self-attention: leave attention at 'auto', not "
+            f"{attention!r}"
         )
     own = {"flow": ("diffvsr", flow, "auto"), "quantize": ("diffvsr", quantize, "none")}
     own |= {"runtime": ("diffvsr", runtime, "torch"), "loras": ("diffvsr", loras, ())}
     for name, (owner, value, usual) in {**own, "version": ("flashvsr", version, None)}.items():
         if family != owner and value != usual:
             raise IncompatibleInputError(
-                f"{name} {usual!r}, as {FAMILIES[family].title} has none", repr(value)
+                f"{FAMILIES[family].title} only supports {name} {usual!r}, not {value!r}"
             )
 
 
@@ -265,7 +266,7 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
     ]
 
 
-UNTOLD = "nothing tells whether it is v1 or v1.1: call the folder flashvsr-v1 or flashvsr-v1.1."
+UNTOLD = "it could be v1 or v1.1: name the folder flashvsr-v1 or flashvsr-v1.1."
 
 
 def reason_ignored(candidate: Candidate) -> str | None:
@@ -290,7 +291,7 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
         if among := inside(Path(source), family_of):
             named = " or ".join(map(str, among))
             raise ModelNotFoundError(
-                "checkpoint", Path(source), f"That is a folder of checkpoints: name {named}."
+                "checkpoint", Path(source), f"This folder contains several checkpoints: name {named}."
             )
         return Path(source)
     if image.recognise(Path(source)):

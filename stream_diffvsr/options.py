@@ -60,7 +60,7 @@ class Rule:
     group: str = ""
     """Title under which its flag is listed."""
     unset_help: str = ""
-    """What the help says of a default that is None."""
+    """What a default of None means, for the help and the tooltip."""
     hidden: bool = False
     """Whether jobs alone set it: it has no flag, and stands in no schema that does not name it."""
 
@@ -98,7 +98,7 @@ def check_options(options: Any) -> None:
             continue
         problem = _problem(getattr(options, name), rule)
         if problem:
-            raise IncompatibleInputError(f"{name} as {problem}", repr(getattr(options, name)))
+            raise IncompatibleInputError(f"{name} must be {problem}, not {getattr(options, name)!r}")
 
 
 def _problem(value: object, rule: Rule) -> str | None:
@@ -137,7 +137,7 @@ def from_json(cls: type[Made], values: Mapping[str, Any]) -> Made:
     """
     table = rules(cls)
     if unknown := sorted(values.keys() - table.keys()):
-        raise IncompatibleInputError(f"options among {', '.join(table)}", ", ".join(unknown))
+        raise IncompatibleInputError(f"there is no option {', '.join(unknown)}; there are {', '.join(table)}")
     return cls(**{name: _from_text(name, table[name], value) for name, value in values.items()})
 
 
@@ -231,7 +231,7 @@ def with_preset(
 ) -> dict[str, Any]:
     """Fields of a family's options: those of a preset, and `own`, which wins."""
     if name not in presets:
-        raise IncompatibleInputError(f"preset as one of {', '.join(presets)}", repr(name))
+        raise IncompatibleInputError(f"preset must be one of {', '.join(presets)}, not {name!r}")
     return {**presets[name], **own}
 
 
@@ -252,7 +252,9 @@ def from_widgets(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _widget(rule: Rule, default: Any) -> tuple[Any, dict[str, Any]]:
-    about: dict[str, Any] = {"default": rule.unset if default is None else default, "tooltip": rule.help}
+    unset = f" {rule.unset}: {rule.unset_help}." if rule.optional and rule.unset_help else ""
+    about: dict[str, Any] = {"default": rule.unset if default is None else default}
+    about["tooltip"] = rule.help + unset
     if rule.expert:
         about["advanced"] = True
     if rule.choices:
@@ -274,4 +276,4 @@ def _from_text(name: str, rule: Rule, value: Any) -> Any:
     try:
         return rule.parse(value)
     except (ValueError, ArithmeticError) as error:
-        raise IncompatibleInputError(f"{name} as {rule.metavar or 'text'}", repr(value)) from error
+        raise IncompatibleInputError(f"{name} must be {rule.metavar or 'text'}, not {value!r}") from error

@@ -60,12 +60,12 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
 
 def check_frame(lq: Tensor) -> None:
     """Refuse what is no LQ frame; raises `IncompatibleInputError`."""
-    expected = f"an LQ frame (1, 3, h, w) of float32 with sides of at least {MINIMUM_SIDE}"
+    needed = f"an LQ frame must be (1, 3, h, w) in float32 with sides of at least {MINIMUM_SIDE}"
     if not isinstance(lq, Tensor):
-        raise IncompatibleInputError(expected, f"{type(lq).__name__}")
+        raise IncompatibleInputError(f"{needed}, not {type(lq).__name__}")
     height, width = lq.shape[-2:] if lq.ndim == 4 else (0, 0)
     if lq.shape[:2] != (1, 3) or min(height, width) < MINIMUM_SIDE or lq.dtype != torch.float32:
-        raise IncompatibleInputError(expected, f"{tuple(lq.shape)} of {lq.dtype}")
+        raise IncompatibleInputError(f"{needed}, not {tuple(lq.shape)} in {lq.dtype}")
     check_finite(lq, "LQ frame")
 
 
@@ -78,12 +78,12 @@ def check_finite(x: Tensor, name: str) -> None:
     """Refuse NaN and infinity, which recursion would carry into every later frame."""
     if not is_finite(x):
         count = int((~torch.isfinite(x)).sum())
-        raise IncompatibleInputError(f"a finite {name}", f"{count} values that are NaN or infinite")
+        raise IncompatibleInputError(f"{name} has {count} values that are NaN or infinite")
 
 
 def check_shape(x: Tensor, shape: tuple[int, ...], name: str) -> None:
     """Refuse a tensor of another shape, another dtype than float32, or with values that are not finite."""
     if not isinstance(x, Tensor) or tuple(x.shape) != shape or x.dtype != torch.float32:
-        got = f"{tuple(x.shape)} of {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-        raise IncompatibleInputError(f"{name} of shape {shape} in float32", got)
+        got = f"{tuple(x.shape)} in {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+        raise IncompatibleInputError(f"{name} must have the shape {shape} in float32, not {got}")
     check_finite(x, name)

@@ -113,7 +113,9 @@ class State:
 
     def __post_init__(self) -> None:
         if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
-            raise IncompatibleInputError("frame_index as a whole number of at least 0", repr(self.index))
+            raise IncompatibleInputError(
+                f"frame_index must be a whole number of at least 0, not {self.index!r}"
+            )
 
     @property
     def has_previous(self) -> bool:

@@ -438,7 +438,7 @@ def test_an_error_reaches_the_page_with_its_remedy(server: Server) -> None:
     prompt["3"] = node("ImageCrop", image=["2", 0], width=6, height=4, x=0, y=0)
     done = server.wait(server.queue(prompt))
     (error,) = messages(done, "execution_error")
-    assert "pictures of at least 8x8, got a picture of 6x4" in error["exception_message"]
+    assert "pictures must be at least 8x8, not 6x4" in error["exception_message"]
     assert error["node_type"] == "StreamDiffVSR_Upscale"
     assert error["exception_type"] == "stream_diffvsr.IncompatibleInputError"
 
@@ -447,9 +447,9 @@ def test_an_error_reaches_the_page_with_its_remedy(server: Server) -> None:
     "prompt, said",
     [
         (file_job(video_path="gone.mp4"), "as video_path, got"),
-        (file_job(video_path="video.mp4", output_path="x.gif"), "output_path without an ending"),
+        (file_job(video_path="video.mp4", output_path="x.gif"), "output_path must end in one of"),
         (pictures("bad", enable_tiling=True, tile_size=256, tile_overlap=256), "below half of tile_size 256"),
-        (file_job(video_path="video.mp4", output_path="../x.mp4"), "an output below"),
+        (file_job(video_path="video.mp4", output_path="../x.mp4"), "outputs must be below"),
         (
             {
                 "1": ours("LoadState", state_file="gone.safetensors [output]"),

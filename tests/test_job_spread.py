@@ -247,9 +247,9 @@ def test_workers_that_differ_are_refused(other, said) -> None:
 def test_devices_are_read() -> None:
     assert parse_devices("cpu:3").names == ("cpu",) * 3
     for text in ("cpu:0", "gpu", "", "cuda:0,cuda:0", "0,0"):
-        with pytest.raises(IncompatibleInputError, match=r"devices as all"):
+        with pytest.raises(IncompatibleInputError, match=r"devices must be all"):
             parse_devices(text)
-    with pytest.raises(IncompatibleInputError, match="a device of this machine"):
+    with pytest.raises(IncompatibleInputError, match="one of this machine's"):
         parse_devices("0,97")
 
 
@@ -261,7 +261,7 @@ def test_another_folder_is_noticed(source, model, plain, tmp_path) -> None:
         from stream_diffvsr.jobs.prepare import source_fingerprint
 
         (wrong,) = pool.check_access(to_json(task), source_fingerprint(source), "another process")
-        assert "choose an output in a folder that all share" in wrong
+        assert "choose an output in a folder that all machines share" in wrong
         assert (
             pool.check_access(to_json(task), source_fingerprint(source), WorkFolder(task.output).token())
             == []

@@ -109,7 +109,7 @@ def test_a_state_names_its_loras_and_fits_no_others(guided: StreamDiffVSRPipelin
     again, _ = guided.with_loras((path, 0.8))(frames(), FAST, state=kept)
     assert torch.equal(again, other(frames(), FAST, state=state)[0])
     for stranger in (guided, guided.with_loras((path, 0.7))):
-        with pytest.raises(IncompatibleInputError, match="expected a state of model"):
+        with pytest.raises(IncompatibleInputError, match="the state belongs to model"):
             stranger(frames(), FAST, state=kept)
 
 
@@ -147,11 +147,11 @@ def test_what_does_not_fit_is_told_in_a_sentence(guided: StreamDiffVSRPipeline, 
         assert "\n" not in str(raised.value)
 
     refused(ModelNotFoundError, "LoRA not found", tmp_path / "nowhere.safetensors")
-    refused(IncompatibleInputError, "strength from -2 to 2", whole, 2.5)
-    refused(IncompatibleInputError, "strength from -2 to 2", whole, float("nan"))
+    refused(IncompatibleInputError, "must be from -2 to 2", whole, 2.5)
+    refused(IncompatibleInputError, "must be from -2 to 2", whole, float("nan"))
     bad.write_bytes(whole.read_bytes()[:-100])
     refused(CheckpointError, "no whole safetensors file")
-    refused(IncompatibleInputError, "trained for another one", spoiled(whole, bad, base="f" * 32))
+    refused(IncompatibleInputError, "was trained for another model", spoiled(whole, bad, base="f" * 32))
     refused(
         CheckpointError,
         "not finite in unet.conv_in",
@@ -174,7 +174,7 @@ def test_a_lora_is_of_one_family_and_comes_before_the_runtime(nano_lora: Path, t
     pipe = load_pipeline("nano", device="cpu")
     runtime = open_runtime("openvino", "cpu", pipe.device, torch.float32, "none")
     assert runtime
-    with pytest.raises(IncompatibleInputError, match="LoRAs come before"):
+    with pytest.raises(IncompatibleInputError, match="LoRAs must be added before"):
         pipe.on(runtime).with_loras((nano_lora, 1.0))
     built = load_pipeline("nano", device="cpu", runtime="openvino", loras=[(nano_lora, 1.0)])
     assert built.info.model == pipe.with_loras((nano_lora, 1.0)).model != pipe.model

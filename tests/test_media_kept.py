@@ -102,7 +102,7 @@ def test_words_that_a_container_refuses_cost_themselves(pipe, tmp_path: Path, ca
         clips.write_sound(out, sound, 4, 50)
     result = upscale(pipe, tmp_path / "a.mkv", tmp_path / "b.mp4")
     assert seen(result) == [("video", "h264"), ("audio", "aac")]
-    assert caplog.text.count("chapters, words, covers and attached files are left out: ") == 1
+    assert caplog.text.count("chapters, metadata, cover pictures and attached files are left out: ") == 1
 
 
 PHOTO = {0x010E: "a hill", 0x010F: "Camera", 0x0112: 6, 0x8769: {0x829A: 0.5, 0xA002: 9, 0x927C: b"own"}}
@@ -161,7 +161,7 @@ def test_the_texts_of_a_png_go_along_and_their_loss_is_said(bits: int, pipe, tmp
         assert image.text["title"] == "\u00fcber" and len(image.text) == 2  # type: ignore[attr-defined]
     assert pictures.read(tmp_path / "b.png").bits == bits
     upscale(pipe, tmp_path / "a.png", tmp_path / "b.jpg")
-    assert caplog.text.count("b.jpg is written without its texts, which only .png holds") == 1
+    assert caplog.text.count("b.jpg is written without its texts, which only .png can store") == 1
 
 
 def test_other_video_streams_are_said(tmp_path: Path, caplog) -> None:
@@ -213,7 +213,7 @@ def test_making_ready_tells_how_far_it_is_and_can_be_stopped(tmp_path: Path, mon
     with caplog.at_level("INFO"):
         make_sides(source, "mp4", tmp_path, lambda *done: told.append(done))
     assert len(told) > 3 and told == sorted(told) and told[-1][0] <= told[-1][1] == source.stat().st_size
-    assert "sound and subtitles are made ready: " in caplog.text
+    assert "preparing sound and subtitles: " in caplog.text
     (tmp_path / LISTING).unlink()
 
     def stop(done: int, total: int) -> None:

@@ -270,7 +270,7 @@ def test_devices_are_comfyuis(monkeypatch: pytest.MonkeyPatch, main: str, names:
     assert host.device_names() == names
     assert host.resolve_device("auto") == torch.device(main)
     assert host.resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ValueError, match=r"device as one of auto, .* got 'cuda:9'"):
+    with pytest.raises(ValueError, match=r"device must be one of auto, .* not 'cuda:9'"):
         host.resolve_device("cuda:9")
 
 

@@ -81,7 +81,7 @@ def test_live_begins_anew_where_it_must(pipe) -> None:
     workflow = {"workflow": {"id": "another"}}
     _, info = node.execute(pipe, images[:1, :8], extra_pnginfo=workflow, **run)
     assert info.endswith("a new sequence: another workflow")
-    with pytest.raises(ValueError, match="one picture as image"):
+    with pytest.raises(ValueError, match="image must be one picture"):
         node.execute(pipe, images, **run)
 
 

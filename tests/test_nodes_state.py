@@ -60,7 +60,7 @@ def test_a_state_with_its_own_lq() -> None:
 @pytest.mark.parametrize(
     "frame, lq, said",
     [
-        (None, (1, 8, 8, 3), "initial_lq alone"),
+        (None, (1, 8, 8, 3), "initial_lq needs initial_frame"),
         ((1, 30, 48, 3), None, "48x30"),
         ((2, 32, 48, 3), None, "a batch of 2"),
         ((1, 32, 48, 3), (1, 9, 12, 3), "previous_hq"),
@@ -126,7 +126,7 @@ def test_loading_notices_a_changed_file() -> None:
 
 @pytest.mark.parametrize("prefix", ["../out", "/somewhere/else", "a/../../b"])
 def test_nothing_is_written_outside_the_output_folder(prefix: str) -> None:
-    with pytest.raises(ValueError, match="an output below"):
+    with pytest.raises(ValueError, match="outputs must be below"):
         SAVE().execute(filled_state(), prefix)
 
 
@@ -134,7 +134,7 @@ def test_links_out_of_the_output_folder_are_followed_and_refused(tmp_path: Path)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "output").mkdir()
     (tmp_path / "output" / "link").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ValueError, match="an output below"):
+    with pytest.raises(ValueError, match="outputs must be below"):
         files.writable("link/x")
 
 

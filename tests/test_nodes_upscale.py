@@ -164,10 +164,10 @@ def test_any_size_becomes_exactly_four_times_it(pipe, size: tuple[int, int]) -> 
 @pytest.mark.parametrize(
     "images, said",
     [
-        (torch.zeros(0, 16, 16, 3), "at least one image, got none; check the loader's cap or skip"),
+        (torch.zeros(0, 16, 16, 3), "there are no images; check the loader's cap or skip"),
         (torch.zeros(1, 16, 16, 1), "(1, 16, 16, 1)"),
         (torch.zeros(16, 16, 3), "(16, 16, 3)"),
-        (torch.zeros(1, 4, 6, 3), "pictures of at least 8x8, got a picture of 6x4"),
+        (torch.zeros(1, 4, 6, 3), "pictures must be at least 8x8, not 6x4"),
         (torch.full((1, 16, 16, 3), float("nan")), "NaN"),
     ],
 )
@@ -182,10 +182,10 @@ def test_what_is_no_batch_of_pictures_is_refused(pipe, images: torch.Tensor, sai
     [
         (
             {"enable_tiling": True, "tile_size": 256, "tile_overlap": 128},
-            "below half of tile_size 256, got 128",
+            "below half of tile_size 256, not 128",
         ),
-        ({"tile_size": 128}, "tile_size from 256 to 1024, got 128"),
-        ({"tile_overlap": 272}, "tile_overlap from 16 to 256, got 272"),
+        ({"tile_size": 128}, "tile_size must be from 256 to 1024, not 128"),
+        ({"tile_overlap": 272}, "tile_overlap must be from 16 to 256, not 272"),
     ],
 )
 def test_tiles_that_do_not_fit_are_refused_before_the_run(widgets: dict, said: str) -> None:
@@ -203,12 +203,12 @@ def test_tiles_that_fit_are_taken() -> None:
 @pytest.mark.parametrize(
     "name, widgets, said",
     [
-        ("Settings", {"codec": "h264", "crf": 52}, "crf of at most 51 for h264, got 52"),
-        ("Settings", {"codec": "h265", "crf": 63}, "crf of at most 51 for h265"),
-        ("Settings", {"codec": "vp9"}, "codec as one of h264, .* got 'vp9'"),
-        ("Settings", {"flow_scale": 0.3}, "flow_scale as one of 1.0"),
-        ("ImageSettings", {"crf": 60}, "crf of at most 51 for h264"),
-        ("ImageSettings", {"tile_size": 128, "tile_overlap": 64}, "tile_overlap below half"),
+        ("Settings", {"codec": "h264", "crf": 52}, "crf must be at most 51 for h264, not 52"),
+        ("Settings", {"codec": "h265", "crf": 63}, "crf must be at most 51 for h265"),
+        ("Settings", {"codec": "vp9"}, "codec must be one of h264, .* not 'vp9'"),
+        ("Settings", {"flow_scale": 0.3}, "flow_scale must be one of 1.0"),
+        ("ImageSettings", {"crf": 60}, "crf must be at most 51 for h264"),
+        ("ImageSettings", {"tile_size": 128, "tile_overlap": 64}, "tile_overlap must be below half"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_before_the_run(name: str, widgets: dict, said: str) -> None:
@@ -216,7 +216,7 @@ def test_settings_that_do_not_fit_are_refused_before_the_run(name: str, widgets:
     with pytest.raises(ValueError, match=said):
         node.VALIDATE_INPUTS(**widgets)
     if "vp9" not in widgets.values():  # what no widget offers is told by whoever takes it
-        with pytest.raises(ValueError, match=said.partition(" as ")[0]):
+        with pytest.raises(ValueError, match=said.partition(" must ")[0]):
             node().execute(**widgets)
 
 

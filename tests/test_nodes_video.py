@@ -176,9 +176,9 @@ def test_a_cancelled_run_is_playable_and_goes_on(pipe, clip: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "inputs, said",
     [
-        ({}, "either video_path or video, got neither"),
-        ({"video_path": "x.mp4", "video": FromFile("x.mp4")}, "got both"),
-        ({"video": FromFile("x.mp4", (1.0, 1.0)), "start_frame": 3}, "a trimmed video or start_frame"),
+        ({}, "either video_path or video, not neither"),
+        ({"video_path": "x.mp4", "video": FromFile("x.mp4")}, "not both"),
+        ({"video": FromFile("x.mp4", (1.0, 1.0)), "start_frame": 3}, "already trimmed: leave start_frame"),
         ({"video_path": "gone.mp4"}, "gone.mp4"),
     ],
 )
@@ -239,7 +239,7 @@ def test_a_video_of_frames_in_memory_is_written_as_players_take_it_and_goes_on(
 
 
 def test_an_empty_video_is_refused(pipe) -> None:
-    with pytest.raises(ValueError, match="at least one image, got none; check the loader's cap or skip"):
+    with pytest.raises(ValueError, match="there are no images; check the loader's cap or skip"):
         upscale(pipe, video=FromComponents(torch.zeros(0, 16, 24, 3)))
 
 
@@ -253,13 +253,13 @@ def test_paths_are_checked_before_the_run(clip: Path) -> None:
 @pytest.mark.parametrize(
     "path, output, said",
     [
-        ("gone.mp4", "", "video_path, got .*gone.mp4"),
+        ("gone.mp4", "", "video_path must be .*gone.mp4 does not exist"),
         ("~nobody-here/x.mp4", "", "home folder"),
-        ("", "../x.mp4", "an output below"),
-        ("", "x/my.gif", r"output_path without an ending, or with \.mp4, .*got x/my\.gif"),
-        ("", "x/my.AVI", "without an ending"),
-        ("", "x/my.m2ts", "without an ending"),
-        ("", "x/my.png", "without an ending"),
+        ("", "../x.mp4", "outputs must be below"),
+        ("", "x/my.gif", r"output_path must end in one of \.mp4, .*got x/my\.gif"),
+        ("", "x/my.AVI", "have no ending"),
+        ("", "x/my.m2ts", "have no ending"),
+        ("", "x/my.png", "have no ending"),
     ],
 )
 def test_a_bad_path_is_refused_before_the_run(path: str, output: str, said: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -345,8 +346,7 @@ def bad_frames():
 def test_what_is_no_frame_is_refused(pipe, kind):
     with pytest.raises(IncompatibleInputError) as caught:
         pipe.process_frame(bad_frames()[kind])
-    assert caught.value.expected
-    assert caught.value.got
+    assert re.search(r"must be .*, not |has \d+ values that are NaN", str(caught.value))
     assert isinstance(caught.value, ValueError)
 
 

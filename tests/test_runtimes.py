@@ -178,11 +178,10 @@ def test_recorded_numbers(pipe, golden: Path, name, case):
 def test_same_bits_in_each_process(checkpoint, name, tmp_path):
     """And with one and two threads, where the runtime gives that."""
     code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1]); torch.set_num_threads(int(sys.argv[4]))\n"
-        "from samples import moving, shift_flow\n"
-        "from stream_diffvsr import load_pipeline\n"
-        "pipe = load_pipeline(sys.argv[2], device='cpu', flow=shift_flow, runtime=sys.argv[3])\n"
-        "torch.save(pipe(moving(2, 24, 40))[0], sys.argv[5])"
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); "
+        "torch.set_num_threads(int(sys.argv[4]))\nfrom samples import moving, shift_flow\nfrom "
+        "stream_diffvsr import load_pipeline\npipe = load_pipeline(sys.argv[2], device='cpu', "
+        "flow=shift_flow, runtime=sys.argv[3])\ntorch.save(pipe(moving(2, 24, 40))[0], sys.argv[5])"
     )
     results = []
     for index, threads in enumerate((1, 1, 2)):
@@ -239,12 +238,12 @@ def test_a_missing_package(checkpoint, monkeypatch, name, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"runtime": "tflite"}, "runtime as one of torch"),
-        ({"runtime": "torch", "provider": "cuda"}, "provider auto with runtime torch"),
-        ({"runtime": "openvino", "provider": "tensorrt"}, "a provider of OpenVINO"),
-        ({"runtime": "openvino", "provider": "npu"}, "devices that OpenVINO finds here"),
+        ({"runtime": "tflite"}, "runtime must be one of torch"),
+        ({"runtime": "torch", "provider": "cuda"}, "runtime torch needs provider auto"),
+        ({"runtime": "openvino", "provider": "tensorrt"}, "one of OpenVINO's"),
+        ({"runtime": "openvino", "provider": "npu"}, "OpenVINO finds no 'npu' here"),
         ({"runtime": "openvino", "quantize": "int8"}, "quantize none"),
-        ({"runtime": "onnx", "provider": "cuda"}, "a provider that this ONNX Runtime has"),
+        ({"runtime": "onnx", "provider": "cuda"}, "one that this ONNX Runtime has"),
         ({"runtime": "onnx", "dtype": "bfloat16"}, "dtype float32 or float16"),
     ],
 )

@@ -28,10 +28,10 @@ from stream_diffvsr.media.ways import RefusedError, Translated
 @pytest.mark.parametrize(
     ("name", "sound", "said", "codec"),
     [
-        ("a.avi", "pcm_u8", "an output .mkv keeps it", "pcm_u8"),
-        ("a.mkv", "wavpack", "an output .mkv keeps it", "wavpack"),
-        ("a.avi", "adpcm_ms", "an output .mkv has it as FLAC", "flac"),
-        ("a.wmv", "wmav2", "an output .mkv has it as FLAC", "flac"),
+        ("a.avi", "pcm_u8", "an .mkv output keeps it", "pcm_u8"),
+        ("a.mkv", "wavpack", "an .mkv output keeps it", "wavpack"),
+        ("a.avi", "adpcm_ms", "an .mkv output has it as FLAC", "flac"),
+        ("a.wmv", "wmav2", "an .mkv output has it as FLAC", "flac"),
     ],
 )
 def test_another_container_for_the_sound(name, sound, said, codec, pipe, tmp_path: Path, caplog) -> None:
@@ -242,14 +242,14 @@ def test_a_target_with_square_pixels(pipe, tmp_path: Path, caplog) -> None:
     """AV1 has no word for the shape of pixels, and Matroska is not told it."""
     source = clips.write_video(tmp_path / "a.mp4", 1, size=(36, 28), aspect=Fraction(4, 3))
     upscale(pipe, source, tmp_path / "b.webm")
-    assert "b.webm will be shown as 144x112 and not as 192x112" in caplog.text
+    assert "b.webm will be displayed as 144x112 instead of 192x112" in caplog.text
     assert "--target 192x112 makes them square" in caplog.text
     caplog.clear()
     with av.open(str(upscale(pipe, source, tmp_path / "c.webm", target=(192, 112)))) as container:
         stream = container.streams.video[0]
         assert (stream.width, stream.height, stream.sample_aspect_ratio or 1) == (192, 112, 1)
     upscale(pipe, source, tmp_path / "d.mkv")
-    assert "will be shown" not in caplog.text
+    assert "will be displayed" not in caplog.text
 
 
 def test_a_source_that_was_still_being_written(pipe, tmp_path: Path, caplog) -> None:

@@ -435,11 +435,11 @@ FAULTS: dict[str, Fault] = {
         beside=("subrip",),
         said="is converted to subrip",
     ),
-    "text bitmaps to mp4": Fault(bitmaps, said="an output .mkv keeps it"),
+    "text bitmaps to mp4": Fault(bitmaps, said="an .mkv output keeps it"),
     "text bitmaps to mkv": Fault(bitmaps, "out.mkv", beside=("hdmv_pgs_subtitle",)),
-    "words font to mp4": Fault(with_font, said="only .mkv holds attached files"),
+    "words font to mp4": Fault(with_font, said="only .mkv can hold attached files"),
     "words font to mkv": Fault(with_font, "out.mkv", beside=("ttf",)),
-    "words data": Fault(with_data, counts=[5], said="its packets are not copied"),
+    "words data": Fault(with_data, counts=[5], said="its packets cannot be copied"),
 }
 
 

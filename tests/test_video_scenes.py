@@ -155,5 +155,5 @@ def test_other_rules_are_refused(text: str) -> None:
 
 def test_a_list_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("one,two\n")
-    with pytest.raises(VideoError, match="no list of cuts"):
+    with pytest.raises(VideoError, match="not a list of cuts"):
         scenes.parse(str(tmp_path / "a.csv"))

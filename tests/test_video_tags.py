@@ -186,7 +186,7 @@ def test_dynamic_hdr_is_said_to_be_lost(caplog) -> None:
     with caplog.at_level(logging.WARNING):
         assert set(hdr_data(types.SimpleNamespace(side_data=side_data))) == {"CONTENT_LIGHT_LEVEL"}
     assert "DYNAMIC_HDR_PLUS cannot be kept" in caplog.text
-    assert "described in part only" in caplog.text
+    assert "is incomplete" in caplog.text
 
 
 def test_what_a_frame_says_and_nobody_can_carry_on_is_said(caplog) -> None:

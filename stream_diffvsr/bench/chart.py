@@ -18,7 +18,7 @@ def write_chart(path: Path, report: Mapping[str, Any]) -> None:
             "a chart needs matplotlib: pip install 'stream-diffvsr[quality]'"
         ) from error
     if path.suffix.lower() != ".png":
-        raise VideoError(f"the chart is written as PNG: name it something.png, not {path.name}.")
+        raise VideoError(f"the chart is a PNG file: name it something.png, not {path.name}.")
     results, best = report["results"], max(report["limits"].values())
     names = [f"{result['width']}x{result['height']}" for result in results]
     figure = Figure(figsize=(9, 1.8 + 0.6 * len(results)), layout="constrained")

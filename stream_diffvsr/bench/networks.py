@@ -99,7 +99,7 @@ def open_diffvsr(model: str | Path, device: str, dtype: str, flow: str) -> Strea
     """The same where only Stream-DiffVSR will do."""
     pipe = open_measured(model, device, dtype, flow)
     if not isinstance(pipe, StreamDiffVSRPipeline):
-        raise IncompatibleInputError("a model of Stream-DiffVSR", str(model))
+        raise IncompatibleInputError(f"this needs a Stream-DiffVSR model, not {model}")
     return pipe
 
 

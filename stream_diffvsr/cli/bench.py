@@ -41,28 +41,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         action="append",
-        help=f"LQ size as WIDTHxHEIGHT, may be repeated; all: {', '.join(SIZES)}. Default: {SIZE}.",
+        help=f"Input size as WIDTHxHEIGHT; may be repeated. all: {', '.join(SIZES)}. Default: {SIZE}.",
     )
     parser.add_argument(
-        "--frames", type=int, default=8, help="Frames to measure, or chunks of them. Default: 8."
+        "--frames",
+        type=int,
+        default=8,
+        help="Number of frames to measure (or of chunks, for models that work in chunks). Default: 8.",
     )
     for name in ("num_inference_steps", "compile_mode"):
         add_flag(parser, UpscaleOptions, name)
     parser.add_argument("--preset", choices=PRESETS, default="exact", help=f"{PRESET_HELP} Default: exact.")
+    parser.add_argument("--threads", type=int, help="Number of CPU threads. Default: torch's own choice.")
     parser.add_argument(
-        "--threads", type=int, help="CPU threads to compute with. Default: torch's own choice."
-    )
-    parser.add_argument(
-        "--plain", action="store_true", help="Compare with the reference's way of computing, too."
+        "--plain", action="store_true", help="Also run the model in the reference's way, and compare."
     )
     parser.add_argument(
         "--blocks",
         type=int,
         default=30,
-        help="Of random-flashvsr and random-swiftvr; fewer for a trial. Default: 30.",
+        help="Number of transformer blocks in random-flashvsr and random-swiftvr; use fewer for a quick "
+        "try. Default: 30.",
     )
-    parser.add_argument("--json", type=Path, help="Write the figures to this file.")
-    parser.add_argument("--chart", type=Path, help="Draw them into this PNG; it needs matplotlib.")
+    parser.add_argument("--json", type=Path, help="Write the figures to this JSON file.")
+    parser.add_argument("--chart", type=Path, help="Draw a chart into this PNG file; needs matplotlib.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -132,7 +134,9 @@ def _of_any_family(model: Upscaler, args: argparse.Namespace) -> tuple[dict[str,
             f"--{name.replace('_', '-').replace('loras', 'lora')}"
             for name in (*usual, "steps", "compile_mode")
         )
-        raise IncompatibleInputError(f"none of {names} with {family.title}, which has none", str(args.model))
+        raise IncompatibleInputError(
+            f"{args.model} is a {family.title} model, which does not support {names}"
+        )
     options = family.options(**with_preset(family.presets, args.preset, {}))
     return (
         {"preset": args.preset, "compile_mode": "off"},
@@ -143,7 +147,7 @@ def _of_any_family(model: Upscaler, args: argparse.Namespace) -> tuple[dict[str,
 def parse_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal()):
-        raise IncompatibleInputError("--size as WIDTHxHEIGHT, such as 320x180", repr(text))
+        raise IncompatibleInputError(f"--size must be WIDTHxHEIGHT, such as 320x180, not {text!r}")
     return int(width), int(height)
 
 

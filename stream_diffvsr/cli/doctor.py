@@ -31,7 +31,7 @@ BUNDLED_MODEL = Candidate("nano", NANO, "diffvsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "folders to search first, for models and for unfinished work"
+    words = "folders to search first for models and for unfinished work"
     parser.add_argument("folder", nargs="*", type=Path, help=words)
 
 

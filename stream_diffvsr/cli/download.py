@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(f'{name} ({each.gigabytes} GB)' for name, each in RELEASES.items())}. "
         f"Default: {RELEASED}.",
     )
-    parser.add_argument("--folder", type=Path, help="models folder to use instead of the usual one")
+    parser.add_argument("--folder", type=Path, help="models folder to use instead of the default one")
     parser.add_argument("--revision", help="branch, tag or commit of the published repository")
 
 
@@ -31,9 +31,8 @@ def run(args: argparse.Namespace) -> int:
     there = already_whole(args.model, args.folder)
     if there and args.revision:
         raise IncompatibleInputError(
-            f"no whole {args.model} where revision {args.revision!r} is to go (rename that folder, "
-            "or choose another with --folder)",
-            str(there),
+            f"{there} already holds a complete {args.model}; to download revision {args.revision!r}, "
+            "rename that folder, or choose another with --folder",
         )
     try:
         path = there or download_with_bar(args.model, folders, args.revision)

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[SIZE],
         metavar="WxH",
-        help=f"LQ sizes that shall start at once. Default: {SIZE}.",
+        help=f"Input sizes to prepare for. Default: {SIZE}.",
     )
 
 
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     sizes = [parse_size(text) for text in args.sizes]
     pipe = open_model(args)
     if not isinstance(pipe, StreamDiffVSRPipeline) or pipe.built is None:
-        raise IncompatibleInputError("--runtime openvino or onnx", args.runtime)
+        raise IncompatibleInputError(f"export needs --runtime openvino or onnx, not {args.runtime}")
     for width, height in sizes:
         print(f"building for {width}x{height} ...", file=sys.stderr)
         # The first frame and a guided one use all graphs there are.

@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--devices",
         metavar="LIST",
-        help="Spread scenes over several devices: all, cuda:0,cuda:1 or 0,1, or cpu:2 for two workers on the "
-        "CPU. Needs the package ray; not yet run on GPUs.",
+        help="Spread scenes over several devices: all, cuda:0,cuda:1 or 0,1, or cpu:2 for two workers on "
+        "the CPU. Needs the package ray; not yet tried on GPUs.",
     )
     group.add_argument(
         "--ray",
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=8,
         metavar="K",
-        help="Each such part begins K frames early and throws them away. Default: 8.",
+        help="Start each of these parts K frames early and discard those frames. Default: 8.",
     )
 
 
@@ -67,14 +67,16 @@ def workers_from_flags(args: argparse.Namespace) -> Devices | None:
     """The workers that the flags ask for; None where this process does the work."""
     if args.devices is None and args.ray is None:
         if args.split_scenes:
-            raise IncompatibleInputError("--split-scenes with --devices or --ray", "neither")
+            raise IncompatibleInputError("--split-scenes needs --devices or --ray")
         return None
     if args.preview:
-        raise IncompatibleInputError("--preview in one process", "--devices or --ray")
+        raise IncompatibleInputError("--preview does not work with --devices or --ray")
     if args.devices is not None and (args.ray is None or args.devices.startswith("cpu")):
         return parse_devices(args.devices)
     if args.devices is not None:
-        raise IncompatibleInputError("with --ray, --devices as cpu:N (else --device cuda)", args.devices)
+        raise IncompatibleInputError(
+            f"with --ray, --devices can only be cpu:N, not {args.devices}; for GPUs, use --device cuda"
+        )
     return Devices((), "cpu" if args.device in ("cpu", "auto") else "cuda")
 
 
@@ -97,10 +99,12 @@ def outputs(found: Sequence[Path], args: argparse.Namespace, named: Callable[[Pa
     """Where each of several inputs goes: into the folder of -o, or beside itself. Raises `VideoError`."""
     folder = args.output
     if args.plan or args.preview or args.state_in:
-        raise IncompatibleInputError("one input for --plan, --preview and --state-in", f"{len(found)}")
+        raise IncompatibleInputError(
+            f"--plan, --preview and --state-in work with one input, not with {len(found)}"
+        )
     if folder is not None:
         if known_suffix(folder.suffix) and not folder.is_dir():
-            raise VideoError(f"{folder} is one file, the inputs are {len(found)}: give a folder with -o.")
+            raise VideoError(f"{folder} is a file, but there are {len(found)} inputs: give a folder with -o.")
         folder.mkdir(exist_ok=True)
     made = [named(path) if folder is None else folder / named(path).name for path in found]
     twice = [path for path, count in Counter(path.absolute() for path in made).items() if count > 1]
@@ -120,7 +124,7 @@ class Results:
         try:
             job = make()
             if not self.single and not job.overwrite and job.output.exists() and not begun(job):
-                log.info("%s is there already: skipped", job.output)
+                log.info("%s exists: skipped", job.output)
                 return None
             return job
         except StreamDiffVSRError as error:

@@ -14,10 +14,10 @@ from ..errors import VideoError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("result", type=Path, help="Video, or folder of pictures.")
-    parser.add_argument("truth", type=Path, help="The same in full quality.")
+    parser.add_argument("result", type=Path, help="The result: a video, or a folder of pictures.")
+    parser.add_argument("truth", type=Path, help="The original in full quality.")
     parser.add_argument(
-        "--border", type=int, default=0, help="Ignore this many pixels at each side. Default: 0."
+        "--border", type=int, default=0, help="Ignore this many pixels at each edge. Default: 0."
     )
     parser.add_argument("--frames", type=int, help="Compare at most this many frames.")
     parser.add_argument("--csv", type=Path, help="Write the figures of each frame to this CSV file.")
@@ -50,6 +50,6 @@ def matched(result: Path, truth: Path) -> Iterator[tuple[Tensor, Tensor]]:
     for one, other in zip_longest(*sources):
         if one is None or other is None:
             longer = truth if one is None else result
-            print(f"stream-diffvsr: {longer} has more frames, which are not compared", file=sys.stderr)
+            print(f"stream-diffvsr: {longer} has more frames; the extra ones are ignored", file=sys.stderr)
             return
         yield one.rgb, other.rgb

@@ -20,8 +20,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="nano",
-        help=f"nano (small, bundled), a released model, downloaded when first used ({', '.join(RELEASES)}), "
-        "a checkpoint folder, or the file of a single-image model. Default: nano.",
+        help=f"nano (small, bundled), a released model ({', '.join(RELEASES)}; downloaded when first "
+        "used), a checkpoint folder, or the file of a single-image model. Default: nano.",
     )
     parser.add_argument(
         "--lora",
@@ -30,18 +30,18 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH]",
-        help="Of Stream-DiffVSR: a file that 'stream-diffvsr train' made, with a strength from -2 to 2 if "
-        "not 1; may be repeated, and adds up.",
+        help="A LoRA for Stream-DiffVSR, made by 'stream-diffvsr train', with an optional strength from "
+        "-2 to 2 (1 if not given). May be repeated to combine several.",
     )
     parser.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps. Default: auto, the fastest."
+        "--device", default="auto", help="auto (the fastest), cpu, cuda, cuda:1 or mps. Default: auto."
     )
     parser.add_argument(
         "--dtype",
         default="auto",
         choices=["auto", *DTYPES],
-        help="Number format of the networks. Default: auto, which is float16 on GPUs that do it well, else "
-        "float32.",
+        help="Number format of the networks. auto: float16 on GPUs that are fast with it, otherwise "
+        "float32. Default: auto.",
     )
     parser.add_argument(
         "--quantize",
@@ -53,35 +53,35 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--runtime",
         default="torch",
         choices=RUNTIMES,
-        help="What runs the networks of Stream-DiffVSR: PyTorch, OpenVINO (faster on a CPU), ONNX "
-        "Runtime, or auto: the fastest exact one that is installed, measured once. The first run "
-        "with anything but torch converts the model, which takes minutes. Default: torch.",
+        help="The library that runs Stream-DiffVSR's networks: PyTorch, OpenVINO (faster on a CPU), ONNX "
+        "Runtime, or auto: the fastest exact one that is installed, measured once. Except with torch, "
+        "the first run converts the model, which takes minutes. Default: torch.",
     )
     parser.add_argument(
         "--provider",
         default="auto",
         choices=PROVIDERS,
-        help="Where the runtime runs: cpu, gpu or npu with openvino; cpu, cuda or tensorrt with onnx. Only "
-        "cpu has been run on hardware so far. Default: auto.",
+        help="Where the runtime runs: cpu, gpu or npu with openvino; cpu, cuda or tensorrt with onnx. "
+        "Only cpu has been tried so far. Default: auto.",
     )
     parser.add_argument(
         "--attention",
         default="auto",
         choices=ATTENTIONS,
-        help="Self-attention of SwiftVR: PyTorch's (auto, sdpa), or on CUDA FlashAttention (flash) or "
-        "the approximate SageAttention (sage). FlashVSR has auto and sdpa. Default: auto.",
+        help="Self-attention of SwiftVR: PyTorch's (auto, sdpa) or, on CUDA, FlashAttention (flash) or "
+        "the approximate SageAttention (sage). FlashVSR supports auto and sdpa. Default: auto.",
     )
     parser.add_argument(
         "--flow",
         default="auto",
         choices=["auto", *FLOW_MODELS],
-        help="How motion between frames is estimated. Default: auto, as the model was trained.",
+        help="How motion between frames is estimated. auto: as the model was trained. Default: auto.",
     )
     parser.add_argument(
         "--progress",
         default="bar",
         choices=PROGRESS,
-        help="A bar, a line of JSON per frame on standard output, or nothing. Default: bar.",
+        help="A progress bar, one line of JSON per frame on standard output, or nothing. Default: bar.",
     )
 
 

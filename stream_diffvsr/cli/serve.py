@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
 
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         raise IncompatibleInputError(
-            "the service's packages (pip install 'stream-diffvsr[service]')", f"none of {', '.join(missing)}"
+            f"the packages {', '.join(missing)} are missing: run pip install 'stream-diffvsr[service]'"
         )
     settings = Settings(**{**from_environment(os.environ), **given_options(args, Settings)})
     # A program of its own, which does not hold this one's hundreds of megabytes of torch.

@@ -38,18 +38,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        help="Name of the result. Default: the first clip's with _lora.safetensors, or _full for a folder.",
+        help="Name of the result. Default: the first clip's name with _lora.safetensors, or with _full "
+        "for a folder.",
     )
     parser.add_argument(
-        "--base", default="nano", help="nano, v1, mix, or a folder of Stream-DiffVSR. Default: nano."
+        "--base", default="nano", help="nano, v1, mix, or a Stream-DiffVSR folder. Default: nano."
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:1. Default: auto.")
-    parser.add_argument("--resume", action="store_true", help="Continue a run that was stopped.")
+    parser.add_argument("--resume", action="store_true", help="Resume an interrupted run.")
     parser.add_argument(
         "--show-degradation",
         type=Path,
         metavar="PNG",
-        help="Write a picture of what the degradation makes of your clips, and end.",
+        help="Write a picture that shows how your clips are degraded, then exit.",
     )
     add_flags(parser, TrainOptions, titles=())
 
@@ -90,11 +91,15 @@ def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
     output = own if named else own.with_name(f"{own.name}.safetensors")
     begun = run_folder(output).exists()
     if begun and not args.resume:
-        raise IncompatibleInputError("a new --output, or --resume", f"{output}, of which a run has begun")
+        raise IncompatibleInputError(
+            f"{output} belongs to a run that has already begun: add --resume, or choose a new --output"
+        )
     if args.resume and not begun:
-        raise IncompatibleInputError("--resume with the --output of a run that has begun", str(output))
+        raise IncompatibleInputError(
+            f"there is no run to resume for {output}: check --output, or leave --resume away"
+        )
     if output.exists() and not begun:
-        raise IncompatibleInputError("an --output that is not there yet", str(output))
+        raise IncompatibleInputError(f"{output} exists: choose a new --output")
     return output
 
 
@@ -108,7 +113,7 @@ def train(
 ) -> int:
     base = load_pipeline(args.base, device=args.device, dtype=torch.float32)
     if not isinstance(base, StreamDiffVSRPipeline):
-        raise IncompatibleInputError("a model of Stream-DiffVSR as --base", base.info.family)
+        raise IncompatibleInputError(f"--base must be a Stream-DiffVSR model, not {base.info.family}")
     told = {"base_name": str(args.base), "settings": repr(options), "licence": LICENCE}
     run_folder(output).mkdir(parents=True, exist_ok=True)
     run = Run(base, footage, recipe, options, output, run_folder(output), told)
@@ -144,8 +149,10 @@ def tell_costs(run: Run) -> None:
     files = 4 * learning * 5 + (options.steps // options.every + 1) * MEGABYTE
     free = shutil.disk_usage(run.report.folder).free
     if files > free:
-        needed = f"{files // MEGABYTE} MB of free disk beside the output"
-        raise IncompatibleInputError(needed, f"{free // MEGABYTE} MB")
+        raise IncompatibleInputError(
+            f"the run needs {files // MEGABYTE} MB of disk space beside the output, "
+            f"{free // MEGABYTE} MB are free"
+        )
     if options.minutes is not None and run.step == 0:
         run.steps = max(1, min(options.steps, int(60 * options.minutes / seconds)))
     left, trained, held = run.steps - run.step, run.footage.train, run.footage.held

@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input",
         type=Path,
         nargs="+",
-        help="Video file, image, folder of images, or folder of videos; several are done in one run.",
+        help="Video file, picture, folder of pictures, or folder of videos; may be several.",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
-        help="File or folder to write; several inputs need a folder. Default: beside the input, <name>_4x or "
-        "with the size asked for.",
+        help="File or folder to write; for several inputs, a folder. Default: <name>_4x beside the "
+        "input, or with the requested size instead of 4x.",
     )
     add_model_arguments(parser)
     parser.add_argument("--state-in", type=Path, metavar="FILE", help="Continue from a saved state.")
@@ -59,13 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=many.positive,
         metavar="N",
-        help="CPU threads, of each worker where there are several. Default: its share of the cores.",
+        help="CPU threads per worker. Default: its share of the cores.",
     )
     groups["speed"].add_argument(
         "--preset",
         choices=("exact", "balanced", "fast"),
         default="exact",
-        help=f"Of Stream-DiffVSR: {PRESET_HELP} Default: exact.",
+        help=f"For Stream-DiffVSR. {PRESET_HELP} Default: exact.",
     )
     groups["memory"].add_argument(
         "--plan", action="store_true", help="Estimate memory, disk space and time, then exit."
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preview",
         type=int,
         metavar="N",
-        help="Write a picture every N frames, at most one in a second: bicubic and the result.",
+        help="Write a picture (bicubic beside the result) every N frames, at most once per second.",
     )
 
 
@@ -183,7 +183,9 @@ def plan_without_weights(
 ) -> Iterator[str]:
     """The same for released networks that are not here, as far as their configurations tell it."""
     if family_named(args.model) != "diffvsr":
-        raise IncompatibleInputError("a model that is here (run 'stream-diffvsr download')", args.model)
+        raise IncompatibleInputError(
+            f"--plan needs the weights of {args.model}: run 'stream-diffvsr download {args.model}' first"
+        )
     device = resolve_device(args.device)
     planner = released_planner(args.flow, resolve_dtype(args.dtype, device), device)
     job = settle_job(job, Info("diffvsr", "", ""), UpscaleOptions, *size)
@@ -191,7 +193,10 @@ def plan_without_weights(
     chosen = planner.plan(shape, {} if job.state is None else job.state.provenance.details, job.options)
     needs = planner.needs(shape, job.options, chosen)
     yield from cost_lines(job, size, frames, plan=str(chosen), needs=needs, device=device)
-    yield f"time: told when the weights of {args.model} are here ('stream-diffvsr download {args.model}')"
+    yield (
+        f"time: cannot be estimated before the weights of {args.model} are here; run 'stream-diffvsr "
+        f"download {args.model}'"
+    )
 
 
 def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
@@ -203,7 +208,7 @@ def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
     own = {key: value for key, value in vars(args).items() if key in known}
     if foreign := sorted(own.keys() - rules(family.options).keys()):
         flags = ", ".join(f"--{(table[key].flag or key).replace('_', '-')}" for key in foreign)
-        raise IncompatibleInputError(f"options of {family.title}, the family of {args.model}", flags)
+        raise IncompatibleInputError(f"{args.model} is a {family.title} model, which has no {flags}")
     options = family.options(**with_preset(family.presets, args.preset, own))
     state = None if args.state_in is None else State.load(args.state_in)
     return VideoJob(source=source, output=output, options=options, state=state, **asked)

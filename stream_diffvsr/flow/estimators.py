@@ -208,4 +208,6 @@ def open_flow(
         return DisFlow()
     if flow == "none":
         return NoFlow()
-    raise IncompatibleInputError(f"flow as one of auto, {', '.join(FLOW_MODELS)}, or a callable", repr(flow))
+    raise IncompatibleInputError(
+        f"flow must be one of auto, {', '.join(FLOW_MODELS)}, or a callable, not {flow!r}"
+    )

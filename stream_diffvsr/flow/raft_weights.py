@@ -95,8 +95,8 @@ def download_raft(name: str) -> Path:
         raise ModelNotFoundError(
             f"flow weights of {name}",
             path,
-            f"They could not be downloaded ({error}): fetch {weights.url} and put it there or into the "
-            f"folder '{FOLDER}' of a models folder, or choose another flow ('dis' needs no weights).",
+            f"They could not be downloaded ({error}): put {weights.url} there or into the folder "
+            f"'{FOLDER}' of a models folder, or choose another flow ('dis' needs no weights).",
         ) from error
     return path
 

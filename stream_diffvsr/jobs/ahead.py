@@ -28,7 +28,7 @@ class Split:
     def __post_init__(self) -> None:
         if self.frames < 0 or not 0 <= self.warm_up <= max(self.frames, 8):
             raise IncompatibleInputError(
-                "a warm-up of 0 frames up to the length of the parts", f"{self.warm_up} for {self.frames}"
+                f"a warm-up must be from 0 to the length of the parts ({self.frames}), not {self.warm_up}"
             )
 
 

@@ -66,7 +66,9 @@ def parse_devices(text: str) -> Devices:
         return Devices(("cpu",) * int(count or 1), "cpu")
     names = tuple(f"cuda:{part}" if part.isdecimal() else part for part in text.replace(" ", "").split(","))
     if not all(name.startswith("cuda:") for name in names) or len(set(names)) < len(names):
-        raise IncompatibleInputError("devices as all, cuda:0,cuda:1, 0,1 or cpu:2", repr(text))
+        raise IncompatibleInputError(
+            f"devices must be all, cuda:0,cuda:1, 0,1 or cpu:2, or like these, not {text!r}"
+        )
     for name in names:
         resolve_device(name)
     return Devices(names, "cuda")
@@ -80,7 +82,7 @@ def import_ray() -> Any:
         import ray
     except ImportError:
         raise IncompatibleInputError(
-            "the package ray for several devices or machines", f"none: {INSTALL}"
+            f"several devices or machines need the package ray: run {INSTALL}"
         ) from None
     return ray
 
@@ -132,7 +134,7 @@ class RayPool:
         for worker in self.workers:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 return self.ray.get(self.actors[worker].call.remote(question, *values), timeout=ANSWER)
-        raise OSError("no worker answers; run the same command again to continue")
+        raise OSError("no worker answers; run the same command again to resume")
 
     def _all(self, question: str, seconds: float, *values: Any) -> dict[str, Any]:
         """The answers of all workers; raises `VideoError` where one gives none in time."""

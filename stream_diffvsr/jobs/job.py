@@ -33,7 +33,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """`1920x1080` -> width and height."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and max(int(width), int(height)) <= MOST):
-        raise VideoError(f"{text!r} is no size such as 1920x1080, of sides of at most {MOST}.")
+        raise VideoError(f"{text} is not a size such as 1920x1080, with sides of at most {MOST}.")
     return int(width), int(height)
 
 
@@ -42,7 +42,7 @@ def parse_rate(text: str) -> Fraction:
     # Through a float where there is an exponent: a large one would be written out as a whole number.
     rate = Fraction(float(text) if "e" in text.lower() else text).limit_denominator(100_000)
     if not SLOWEST <= rate <= FASTEST:
-        raise ValueError(f"no rate from {SLOWEST} to {FASTEST}: {text}")
+        raise ValueError(f"the rate must be from {SLOWEST} to {FASTEST}, not {text}")
     return rate
 
 
@@ -65,7 +65,7 @@ class VideoJob:
     )
     start: int | Fraction | str = option(
         0,
-        "First frame to upscale: a frame number from 0, or a time as 12.5s or hh:mm:ss.",
+        "First frame to upscale: a frame number from 0, or a time such as 12.5s or hh:mm:ss.",
         parse=parse_position,
         group="input",
         metavar="POSITION",
@@ -73,15 +73,15 @@ class VideoJob:
     """An index, or seconds as a Fraction; text is read as on the command line."""
     end: int | Fraction | str | None = option(
         None,
-        "Last frame to upscale, included.",
+        "Last frame to upscale, inclusive.",
         parse=parse_position,
         group="input",
         metavar="POSITION",
-        unset_help="the last one",
+        unset_help="the last frame",
     )
     stream: int | None = option(
         None,
-        "Index of the video stream in the file.",
+        "Number of the video stream in the file.",
         kind=int,
         low=0,
         group="input",
@@ -107,7 +107,7 @@ class VideoJob:
     )
     target: tuple[int, int] | None = option(
         None,
-        "Exactly this size.",
+        "Width and height of the output, exactly.",
         parse=parse_size,
         group=SIZE,
         metavar="WxH",
@@ -122,18 +122,18 @@ class VideoJob:
     )
     colour_fix: str = option(
         "model",
-        "How colours are kept. model: as the model makes them. none: also without what FlashVSR does by "
-        "itself. wavelet: broad colours from the low-quality frame, details from the model. adain: "
-        "mean and contrast per channel from the low-quality frame; in a panning shot it adds "
-        "flicker (0.0010 against 0.0006 of the range in a test), which wavelet does not.",
+        "How colours are treated. model: as the model makes them. none: as model, but without the "
+        "correction built into FlashVSR. wavelet: broad colours from the source, details from the model. "
+        "adain: mean and contrast of each channel from the source, which adds some flicker in panning "
+        "shots.",
         choices=COLOUR_FIXES,
         group="output",
         expert=True,
     )
     strength: float = option(
         1.0,
-        "How much of the model's detail to use: 0 is plain bicubic, 1 the model, more exaggerates "
-        "it. The next frame is guided by the model's own result in any case.",
+        "How much of the model's detail to use: 0 is plain bicubic, 1 the model; more exaggerates it. "
+        "The next frame is always guided by the model's own result.",
         low=0.0,
         high=1.5,
         step=0.05,
@@ -143,20 +143,20 @@ class VideoJob:
     )
     codec: str | None = option(
         None,
-        "Codec of the video file. ffv1 and png lose nothing.",
+        "Codec of the video file. ffv1 and png are lossless.",
         kind=str,
         choices=CODECS,
         group="output",
-        unset_help="h264, and av1 for WebM",
+        unset_help="h264, or av1 for WebM",
     )
     crf: int | None = option(
         None,
-        "Quality of the video file: a lower number is better and larger. h264 and h265: 0 to 51, av1: 0 to "
-        "63; prores, ffv1 and png have none.",
+        "Quality of the video file: lower numbers mean better quality and larger files. h264 and h265: 0 "
+        "to 51, av1: 0 to 63; prores, ffv1 and png have no such setting.",
         kind=int,
         group="output",
         metavar="N",
-        unset_help="18, and 24 for av1",
+        unset_help="18, or 24 for av1",
     )
     pix_fmt: str | None = option(
         None,
@@ -165,12 +165,12 @@ class VideoJob:
         unset="auto",
         group="output",
         metavar="NAME",
-        unset_help="the bit depth of the source, 4:2:0 where the codec has that",
+        unset_help="the bit depth of the source, with 4:2:0 if the codec supports it",
     )
     scene_cut: str = option(
         "auto",
-        "How scenes are found; each starts without memory of the one before. auto, off, a threshold from 0 "
-        "to 255 (auto is 27), or a CSV file listing the first frame of each scene.",
+        "How scenes are found; each starts without memory of the previous one. auto, off, a threshold "
+        "from 0 to 255 (auto is 27), or a CSV file with the first frame of each scene.",
         group="input",
         metavar="HOW",
     )
@@ -189,12 +189,12 @@ class VideoJob:
         unset_help="about a minute's work, at most 120",
     )
     read_ahead: int = option(
-        4, "Frames decoded ahead. Never changes pixels.", low=1, group="input", expert=True, metavar="N"
+        4, "Frames decoded in advance. Never changes pixels.", low=1, group="input", expert=True, metavar="N"
     )
     audio: bool = option(True, "Copy audio and subtitles.", group="output")
     metadata: Mapping[str, str] = field(default_factory=dict)
     """Written into the output beside the source's own."""
-    overwrite: bool = option(False, "Replace a finished output.")
+    overwrite: bool = option(False, "Replace existing output files.")
     restart: bool = option(False, "Discard the unfinished work of an earlier run.")
     compare: Path | None = option(
         None,

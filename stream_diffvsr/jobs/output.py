@@ -81,8 +81,8 @@ class Output:
         wanted = round(width * (encoding.aspect or 1))
         if abs(wanted - width * told) >= 1:
             log.warning(
-                "%s will be shown as %dx%d and not as %dx%d: with %s it cannot say that its pixels are not "
-                "square; --target %dx%d makes them square",
+                "%s will be displayed as %dx%d instead of %dx%d, because %s cannot store non-square "
+                "pixels; --target %dx%d makes them square",
                 *(self.videos[name].name, round(width * told), height, wanted, height),
                 *(encoding.codec, wanted + wanted % 2, height),
             )
@@ -123,7 +123,7 @@ class Output:
                         f"{path.name} cannot be written ({refused}): choose another --codec or suffix."
                     ) from refused
                 self.words = False
-                log.warning("chapters, words, covers and attached files are left out: %s", refused)
+                log.warning("chapters, metadata, cover pictures and attached files are left out: %s", refused)
 
     def _window(self, parts: Sequence[SegmentFile], finished: bool) -> Window:
         """The time of the source that the parts cover; a job that starts later has its start at 0.

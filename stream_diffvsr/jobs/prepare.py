@@ -116,7 +116,7 @@ def check_paths(job: VideoJob) -> None:
     for number, path in enumerate(paths):
         check_folder(path)
         if path.resolve() in [other.resolve() for other in paths[:number]]:
-            raise VideoError(f"{path} is named for two outputs: give each a name of its own.")
+            raise VideoError(f"{path} is named for two outputs: give each its own name.")
         if path.is_dir() and (number or container_of(path) is not None or one_picture(job.source)):
             raise VideoError(f"{path} is a folder: name a file in it.")
         if number and path.exists() and not (begun or job.overwrite):
@@ -124,7 +124,9 @@ def check_paths(job: VideoJob) -> None:
         if path.resolve() == job.source.resolve():
             raise VideoError(f"{path} is the source itself: choose another output.")
     if job.compare is not None and container_of(job.compare) is None:
-        raise VideoError(f"{job.compare.name} is no video file: a comparison is {', '.join(CONTAINERS)}.")
+        raise VideoError(
+            f"{job.compare.name} is not a video file: a comparison must be {', '.join(CONTAINERS)}."
+        )
     # A folder may have a dot in its name, but not look like a file that is not written here.
     folder = job.output.is_dir() or (job.source.is_dir() and not known_suffix(job.output.suffix))
     if job.output.suffix and container_of(job.output) is None and not folder:

@@ -37,7 +37,7 @@ def cost_lines(
     which 'peak' is what they take together.
     """
     (height, width), (out_height, out_width) = job.sizes.model(*size), job.sizes.output(*size)
-    count = f"{frames} frames" if frames else "an unknown number of frames"
+    count = f"{frames} frames" if frames else "unknown number of frames"
     yield f"size: {width}x{height} to {out_width}x{out_height}, {count}"
     if plan:
         yield f"plan: {plan}"

@@ -118,7 +118,7 @@ class Run:
         journal = replace(journal, segments=resumable(journal.segments))
         self.work.remove_leftovers(journal)
         if journal.segments:
-            log.info("continuing after %d frames done earlier", journal.frames)
+            log.info("resuming after %d frames done earlier", journal.frames)
         return journal
 
     def _check_free(self, before: Journal | None) -> None:
@@ -144,7 +144,7 @@ class Run:
     def _join(self) -> None:
         """Put the segments together and note how large the output is."""
         if not self.journal.segments:
-            raise VideoError(f"{self.job.source} has no frame in the span asked for.")
+            raise VideoError(f"{self.job.source} has no frame in the requested span.")
         self._note(finished=self.output.join(self.journal.segment_files, finished=True))
 
     def _complete(self) -> None:
@@ -168,7 +168,7 @@ class Run:
             state = State(index=last.end + self.prepared.offset(self.journal.first))
         if not (state.has_previous or self.model.info.frame_by_frame):
             log.warning(
-                "%s starts a new sequence at frame %d: %s cannot be continued from the end of a video",
+                "%s starts a new sequence at frame %d: %s models cannot continue from the end of a video",
                 path,
                 state.index,
                 self.model.info.family,
@@ -187,8 +187,8 @@ class Run:
         with contextlib.suppress(OSError, VideoError):
             if (now := size_of(self.job.source)) != (before := self.journal.source["size"]):
                 log.warning(
-                    "%s had %d bytes at first and has %d now: it was still being written, so the "
-                    "output may lack what came later; run it again when the file is complete",
+                    "%s had %d bytes at the start and has %d now: it was still being written, so the end may "
+                    "be missing; run it again when the file is complete",
                     *(self.job.source, before, now),
                 )
 
@@ -303,4 +303,4 @@ class _OneProcess(Run):
         self.journal = renderer.journal
         self._note(partial=self.output.join(parts, finished=False))
         self._give_names()
-        log.info("%s holds the %d frames done so far", self.job.output, sum(part.frames for part in parts))
+        log.info("%s contains the %d frames done so far", self.job.output, sum(part.frames for part in parts))

@@ -130,7 +130,7 @@ def parse(text: str) -> SceneCut:
     except ValueError:
         return SceneCut(listed=read_list(Path(text)))
     if not 0 <= threshold <= 255:
-        raise VideoError(f"scene cuts need a threshold from 0 to 255, got {text}.")
+        raise VideoError(f"the threshold for scene cuts must be from 0 to 255, not {text}.")
     return SceneCut(threshold)
 
 
@@ -181,7 +181,8 @@ def read_list(path: Path) -> frozenset[int]:
         return frozenset(int(row[column]) - 1 for row in rows[header + 1 :] if row)
     except (ValueError, IndexError) as error:
         raise VideoError(
-            f"{path} is no list of cuts ({error}): give one frame index a line, or PySceneDetect's CSV."
+            f"{path} is not a list of cuts ({error}): write one frame number per line, or use "
+            "PySceneDetect's CSV."
         ) from error
 
 

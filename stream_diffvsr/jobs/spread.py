@@ -166,7 +166,9 @@ class SpreadRun(Run):
         if answer is None:
             self.losses[scene.first] = self.losses.get(scene.first, 0) + 1
             if self.losses[scene.first] >= LOSSES:
-                self.fail(OSError(f"frame {scene.first} and those after it cost {LOSSES} workers"))
+                self.fail(
+                    OSError(f"the scene that starts at frame {scene.first} has brought down {LOSSES} workers")
+                )
             elif self.error is None:
                 self.ready.append(scene)
             return
@@ -205,7 +207,7 @@ class SpreadRun(Run):
         if self.journal.segments and "main" in self.output.videos:
             self._note(partial=self.output.join(self.journal.segment_files, finished=False))
             self._give_names()
-            log.info("%s holds the %d frames done so far", self.job.output, self.journal.frames)
+            log.info("%s contains the %d frames done so far", self.job.output, self.journal.frames)
 
 
 @dataclass(frozen=True)
@@ -243,7 +245,7 @@ class Spread:
                     run, _ = self.names.pop(name)
                     run.take(name, answer)
                 if not self.pool.workers:
-                    raise OSError("all workers are lost; run the same command again to continue")
+                    raise OSError("all workers are lost; run the same command again to resume")
                 yield self._progress()
         finally:
             self._stop()

@@ -143,12 +143,17 @@ class Worker:
             path, work = Path(job["source"]), WorkFolder(Path(job["output"]))
             where = place_of_work()
             if not path.exists():
-                raise FileNotFoundError(f"{where} does not see {path}: put it in a folder that all share.")
+                raise FileNotFoundError(
+                    f"{where} does not see {path}: put it in a folder that all machines share."
+                )
             if source_fingerprint(path) != dict(source):
-                raise FileNotFoundError(f"{path} is another file on {where}: let all see the same folder.")
+                raise FileNotFoundError(
+                    f"{path} is a different file on {where}: all machines must see the same folder."
+                )
             if work.token() != token:
                 raise FileNotFoundError(
-                    f"{where} does not see {work.folder}: choose an output in a folder that all share."
+                    f"{where} does not see {work.folder}: choose an output in a folder that all machines "
+                    "share."
                 )
             if not os.access(work.folder, os.W_OK | os.X_OK):
                 raise PermissionError(f"{where} cannot write into {work.folder}: check its permissions.")

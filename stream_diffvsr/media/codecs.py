@@ -153,17 +153,16 @@ def choose_encoding(
     pix_fmt = pix_fmt or default_format(spec, info.bits)
     if pix_fmt not in spec.formats:
         raise VideoError(
-            f"{codec} is not written as {pix_fmt!r} here; choose from {', '.join(spec.formats)}."
+            f"{codec} does not support the pixel format {pix_fmt!r} here; use one of "
+            f"{', '.join(spec.formats)}."
         )
     height, width = size
     layout = LAYOUTS[pix_fmt]
     if layout.bits < info.bits:
-        log.warning(
-            "%d bits of the source become %d: %s is written as %s", info.bits, layout.bits, codec, pix_fmt
-        )
+        log.warning("reducing %d bits to %d: %s is written as %s", info.bits, layout.bits, codec, pix_fmt)
     if width % layout.chroma_width or height % layout.chroma_height:
         raise VideoError(
-            f"{pix_fmt} needs even sides, the output is {width}x{height}: change the target size."
+            f"{pix_fmt} needs even sides, but the output is {width}x{height}: change the target size."
         )
     colour = output_colour(info.colour, spec, layout)
     options = encoder_options(codec, crf, info)
@@ -230,8 +229,8 @@ def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
         return {}
     if codec not in HDR_OPTIONS:
         log.warning(
-            "%s is written without the HDR10 data of the source (mastering display, light level): "
-            "%s can carry it",
+            "%s is written without the source's HDR10 data (mastering display, light level), which %s "
+            "can carry",
             codec,
             ", ".join(HDR_OPTIONS),
         )
@@ -281,7 +280,7 @@ def check_encoder(encoding: Encoding, container: str) -> None:
         "these settings ({}): choose another --codec or --target."
     )
     if encoding.width < (narrowest := CODECS[encoding.codec].narrowest):
-        raise VideoError(refused.format(f"its frames are at least {narrowest} wide"))
+        raise VideoError(refused.format(f"it needs frames at least {narrowest} wide"))
     try:
         with av.open(io.BytesIO(), "w", format=container) as out:
             open_encoder(out, encoding).codec_context.open()

@@ -24,7 +24,7 @@ def check_readable(path: Path) -> None:
             return
         if not path.is_file():
             raise VideoError(
-                f"{path} is a pipe or a device, which is read only once: save it as a file first."
+                f"{path} is a pipe or a device, which can only be read once: save it as a file first."
             )
         with path.open("rb") as file:
             empty = not file.read(1)
@@ -46,7 +46,7 @@ def open_container(path: Path, form: str | None = None) -> Container:
     except (av.FFmpegError, OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(
-            f"{path} cannot be opened as a video or picture ({reason}): it is damaged, incomplete, or "
+            f"{path} cannot be opened as a video or picture ({reason}): it may be damaged, incomplete, or "
             "something else."
         ) from error
 

@@ -44,8 +44,8 @@ DEEP_SUFFIXES = (".png", ".tif", ".tiff")
 """Formats that hold alpha, and 16 bits, when we write them."""
 EXIF_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROFILE_WORDS = {
-    "exif": "its EXIF data, which .jpg, .png and .webp hold",
-    "text": "its texts, which only .png holds",
+    "exif": "its EXIF data, which .jpg, .png and .webp can store",
+    "text": "its texts, which only .png can store",
 }
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 VIDEOS = {"MPEG", "FLI"}
@@ -86,7 +86,7 @@ def list_folder(folder: Path) -> list[Path]:
         if not file.is_file():
             check_readable(file)
     if not files:
-        raise VideoError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}).")
+        raise VideoError(f"{folder} contains no pictures ({', '.join(SUFFIXES)}).")
     return sorted(files, key=lambda file: natural_key(file.name))
 
 
@@ -97,7 +97,7 @@ def say_left_out(folder: Path) -> None:
     }
     if left_out := sorted(others - set(SUFFIXES)):
         log.warning(
-            "files of %s in %s are left out: they are not read as pictures", ", ".join(left_out), folder
+            "%s files in %s are left out: they cannot be read as pictures", ", ".join(left_out), folder
         )
 
 
@@ -207,7 +207,9 @@ def read(path: Path) -> Picture:
                 kind = "pages" if image.format == "TIFF" else "frames"
                 log.warning("%s has %d %s: only the first is read", path, count, kind)
             if image.format == "JPEG" and _is_jpeg_stream(path):
-                log.warning("%s holds more JPEG pictures behind the first, which alone is read", path)
+                log.warning(
+                    "%s contains more JPEG pictures behind the first one, which is the only one read", path
+                )
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
             # Pillow leaves rows black that no strip of a TIFF has.
@@ -329,7 +331,9 @@ def write(path: Path, picture: Picture) -> None:
     """
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
-        raise VideoError(f"{path.name} names no picture format that is written: {', '.join(WRITABLE)}.")
+        raise VideoError(
+            f"{path.name} does not have the ending of a supported picture format: {', '.join(WRITABLE)}."
+        )
     alpha = picture.alpha if suffix in ALPHA_SUFFIXES else None
     pixels = picture.rgb if alpha is None else torch.cat([picture.rgb, alpha], dim=1)
     deep = picture.bits > 8 and suffix in DEEP_SUFFIXES

@@ -151,18 +151,20 @@ class VideoSource:
             self.stream_index, self._named = chosen.index, named_frames(chosen)
             first = next(self._decode(container, chosen), None)
             if first is None:
-                raise VideoError(f"{path} has a video stream, but no frame of it can be decoded.")
+                raise VideoError(f"{path} has a video stream, but none of its frames can be decoded.")
             self.info = describe(chosen, first)
             self._first = first.pts or 0
             if is_joined(path, container.format.name):
                 log.warning(
-                    "%s is several files put behind one another, of which only the first is read: upscale "
-                    "the others by themselves",
+                    "%s consists of several joined files, of which only the first is read: upscale the "
+                    "others separately",
                     path,
                 )
         self.notes.clear()
         if self.info.interlaced:
-            log.warning("%s is interlaced: deinterlace it first, combed lines are upscaled as they are", path)
+            log.warning(
+                "%s is interlaced: deinterlace it first, because combed lines are upscaled as they are", path
+            )
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
         """The frames of the span; damaged packets are skipped and counted. Raises `VideoError`.
@@ -247,14 +249,13 @@ class VideoSource:
         height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
         if (height, width) != (self.info.height, self.info.width):
             raise VideoError(
-                f"frame {index} of {self.path} is {width}x{height}, those before it are "
-                f"{self.info.width}x{self.info.height}: upscale the rest separately, "
-                f"with --start {index} and "
-                "another output."
+                f"frame {index} of {self.path} is {width}x{height}, the earlier ones are "
+                f"{self.info.width}x{self.info.height}: upscale the rest separately, with --start {index} "
+                "and another output."
             )
         if not self._captioned and "A53_CC" in side_data(frame):
             self._captioned = True
-            log.warning("%s has closed captions in its picture, which are left out", self.path)
+            log.warning("%s has closed captions in its video stream, which are left out", self.path)
         duration = getattr(frame, "duration", None) or None
         pixels = Decoded(planes_of(frame, self.info.colour), matrix)
         return SourceFrame(index, time, duration, pixels, (height, width), self.info.bits)
@@ -269,12 +270,12 @@ class VideoSource:
             try:
                 packet = next(packets, None)
             except (av.FFmpegError, OSError) as error:
-                self.notes["places where the file cannot be read"] += 1
+                self.notes["unreadable places in the file"] += 1
                 log.warning("%s cannot be read to its end (%s)", self.path, error)
                 return
             if packet is None:
                 return
-            self.notes["breaks taken out of its timestamps"] += line.straighten(packet)
+            self.notes["breaks in its timestamps closed"] += line.straighten(packet)
             if packet.stream.index == stream.index:
                 self.packets += 1
                 # Without timestamps of its own, a frame's is guessed from those before it.
@@ -305,8 +306,8 @@ class VideoSource:
                 if shape is not None and not self._reshaped:
                     self._reshaped = True
                     log.warning(
-                        "%s changes the shape of its pixels (%s to 1, then %s): the output keeps that of "
-                        "its first frame",
+                        "%s changes its pixel aspect ratio (%s to 1, then %s): the output keeps that of the "
+                        "first frame",
                         *(self.path, shape, now),
                     )
                 shape = now
@@ -326,7 +327,7 @@ def alpha_decoder(stream: Stream) -> Any:
     try:
         decoder: Any = av.CodecContext.create(name, "r")
     except ValueError:
-        log.warning("the transparency of stream %d is left out: this PyAV has no %s", stream.index, name)
+        log.warning("the transparency of stream %d is left out: this PyAV lacks %s", stream.index, name)
         return None
     return lambda packet: decoder.decode(packet if packet.size else None)
 

@@ -55,9 +55,9 @@ def frames_from(
     frames = decode_from(container, stream, place, decode)
     frame = next((frame for frame in frames if frame.pts is None or frame.pts >= place.time), None)
     if frame is None or frame.pts != place.time:
-        raise DoubtError("the frame to go on from was not found")
+        raise DoubtError("the frame to resume from was not found")
     if place.digest is not None and looks(frame) != place.digest:
-        raise DoubtError("the frame to go on from came out otherwise")
+        raise DoubtError("the frame to resume from was decoded differently")
     yield frame
     yield from frames
 
@@ -79,7 +79,7 @@ def decode_from(
             yield key
             yield from frames
             return
-    raise DoubtError("no key frame was found before the frame to go on from")
+    raise DoubtError("no key frame was found before the frame to resume from")
 
 
 def count_to(
@@ -99,7 +99,7 @@ def count_to(
         raise DoubtError("its frames cannot be counted without decoding them")
     times = timestamps(container, stream, span, first)
     if not times or times[0] != first or any(a == b for a, b in itertools.pairwise(times)):
-        raise DoubtError("its timestamps do not tell its frames apart")
+        raise DoubtError("its timestamps do not distinguish its frames")
     for index, time in enumerate(times):
         if not span.before(index, (time - first) * stream.time_base):
             return Place(index, time), times
@@ -114,7 +114,7 @@ def timestamps(container: Container, stream: Stream, span: Span, first: int) -> 
         if not packet.size:
             continue
         if packet.pts is None or packet.is_discard or packet.is_corrupt:
-            raise DoubtError("it has packets that show nothing, or at no known time")
+            raise DoubtError("it has packets without a picture, or without a time")
         times.append(packet.pts)
         if not span.before(len(times) - 1, (packet.pts - first) * stream.time_base):
             left -= 1
@@ -127,4 +127,4 @@ def timestamps(container: Container, stream: Stream, span: Span, first: int) -> 
 def check_counted(times: array[int] | None, index: int, frame: Frame) -> None:
     """Raise `DoubtError` where a frame is not the one that was counted."""
     if times is not None and index < len(times) and frame.pts != times[index]:
-        raise DoubtError("its packets and frames are not the same in number")
+        raise DoubtError("it has different numbers of packets and frames")

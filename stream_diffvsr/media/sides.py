@@ -182,7 +182,7 @@ class Report:
             self.on_progress(packet.pos, total)
         if time.monotonic() >= self.next:
             self.next = time.monotonic() + REPORT_SECONDS
-            log.info("sound and subtitles are made ready: %d %%", 100 * packet.pos // max(1, total))
+            log.info("preparing sound and subtitles: %d %%", 100 * packet.pos // max(1, total))
 
 
 def _make(source: Path, container_format: str, folder: Path, report: Report) -> tuple[list[Side], list[str]]:
@@ -208,7 +208,7 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
                 making.drop()
                 continue
             if done[index] is None:
-                said.append(f"{names[index]} is left out: it holds nothing that can be decoded")
+                said.append(f"{names[index]} is left out: it contains nothing that can be decoded")
             elif making.way.name:
                 said.append(
                     f"{names[index]} is converted to {making.way.name}: {container_format} cannot hold it "
@@ -232,11 +232,11 @@ def what_is_lost(original: Container, container_format: str) -> list[str]:
         if stream.type in ("audio", "subtitle") and not stream.codec_context:
             why = "its codec is not known"
         elif stream.type == "data" and "timecode" not in stream.metadata:
-            why = "its packets are not copied"
+            why = "its packets cannot be copied"
         elif stream.type == "video" and is_cover(stream):
             why = why_no_cover(stream, container_format)
         elif stream.type == "attachment" and container_format != "matroska":
-            why = "only .mkv holds attached files"
+            why = "only .mkv can hold attached files"
         if why:
             name = stream.metadata.get("handler_name") or stream.metadata.get("filename")
             called = f" ({name})" if name else ""
@@ -252,10 +252,10 @@ def keeping_advice(stream: Stream, container_format: str) -> str:
         try:
             with av_refusals(), av.open(io.BytesIO(), "w", format="matroska") as mkv:
                 add_copy(mkv, stream)
-            return "an output .mkv keeps it"
+            return "an .mkv output keeps it"
         except RefusedError:
             if stream.type == "audio":
-                return "an output .mkv has it as FLAC, without further loss"
+                return "an .mkv output has it as FLAC, without further loss"
     return "--no-audio leaves it out"
 
 

@@ -27,7 +27,7 @@ class Sizes:
     def __post_init__(self) -> None:
         given = [name for name in ("target", "short_edge", "scale") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise VideoError(f"{' and '.join(given)} were given: choose one way to set the output's size.")
+            raise VideoError(f"{' and '.join(given)} were given: use only one to set the output's size.")
         numbers = [*(self.target or ()), self.short_edge or 1, self.scale or 1, self.pre_scale]
         if min(numbers) <= 0 or self.pre_scale > 1:
             raise VideoError("sizes and scales must be positive, and pre-scale at most 1.")

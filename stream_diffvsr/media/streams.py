@@ -55,7 +55,7 @@ def choose_stream(container: Container, path: Path, wanted: int | None) -> Strea
     videos = [s for s in container.streams.video if getattr(s, "codec_context", None) and not is_cover(s)]
     if not videos:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-        raise VideoError(f"{path} has no video stream that can be decoded, it holds {kinds}.")
+        raise VideoError(f"{path} has no video stream that can be decoded, only {kinds}.")
     if wanted is None:
         best = max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
         if others := [str(s.index) for s in videos if s is not best]:
@@ -198,7 +198,7 @@ def hdr_data(frame: Frame) -> dict[str, bytes]:
     display = found.get(HDR_DATA[0])
     # Its last two numbers say whether the chromaticities and the luminances are known.
     if display is not None and 0 in struct.unpack_from("=2i", display, 80):
-        log.warning("the source's mastering display is described in part only, and is left out")
+        log.warning("the source's mastering display data is incomplete and is left out")
         del found[HDR_DATA[0]]
     return {name: data for name, data in found.items() if name in HDR_DATA}
 

@@ -61,7 +61,7 @@ def with_later_time_code(words: dict[str, str], skipped: Fraction, rate: Fractio
         try:
             moved[key] = later_time_code(words[key], round(skipped * rate), rate)
         except ValueError:
-            log.warning("the time code %r is left out: it is that of the first frame", moved.pop(key))
+            log.warning("the time code %r is left out: it would be that of the first frame", moved.pop(key))
     return moved
 
 
@@ -85,7 +85,7 @@ def later_time_code(code: str, frames: int, rate: Fraction) -> str:
 def copy_chapters(out: Output, original: Container, window: Window) -> None:
     """The chapters, cut to the window; older PyAV cannot, which is logged."""
     if not hasattr(original, "chapters") or not hasattr(out, "set_chapters"):
-        log.info("chapters, if there are any, are not copied: this PyAV cannot; update the package av")
+        log.info("chapters are not copied, if there are any: this PyAV cannot; update the package av")
         return
     if chapters := cut_chapters(original.chapters(), window):
         out.set_chapters(chapters)
@@ -117,7 +117,7 @@ def why_no_cover(stream: Stream, container_format: str) -> str | None:
     if container_format not in ("mp4", "matroska"):
         return f"{container_format} holds no cover picture"
     if not stream.codec_context or stream.codec_context.name not in COVERS:
-        return f"a cover picture is one of {', '.join(COVERS)}"
+        return f"a cover picture must be one of {', '.join(COVERS)}"
     return None
 
 

@@ -90,7 +90,7 @@ class Translated:
         self.unended: Any = None
         self.before, self.name = stream.codec_context.name, TEXT_CODECS[out.format.name.split(",")[0]]
         if self.before not in KNOWN:
-            raise RefusedError("it is no text that can be translated")
+            raise RefusedError("it is not text that can be translated")
         if hasattr(out, "add_mux_stream"):
             self.stream = out.add_mux_stream(self.name, time_base=stream.time_base)
             return

@@ -63,9 +63,13 @@ def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
     """Refuse frames of different sizes, and a border that leaves nothing to compare."""
     (height, width), size = truth.shape[-2:], f"{result.shape[-1]}x{result.shape[-2]}"
     if result.shape != truth.shape:
-        raise IncompatibleInputError(f"a result of the truth's {width}x{height}", size)
+        raise IncompatibleInputError(
+            f"the result must have the size of the original, {width}x{height}, not {size}"
+        )
     if min(height, width) - 2 * border < SMALLEST:
-        raise IncompatibleInputError(f"frames of at least {SMALLEST} pixels inside the border", size)
+        raise IncompatibleInputError(
+            f"frames need at least {SMALLEST} pixels inside the border on each side, got {size}"
+        )
 
 
 SMALLEST = 41

@@ -22,17 +22,17 @@ def open_runtime(
     Raises `IncompatibleInputError` and `ModuleNotFoundError` with what to do.
     """
     if name not in RUNTIMES:
-        raise IncompatibleInputError(f"runtime as one of {', '.join(RUNTIMES)}", repr(name))
+        raise IncompatibleInputError(f"runtime must be one of {', '.join(RUNTIMES)}, not {name!r}")
     if name in ("torch", "auto"):
         if provider != "auto":
-            raise IncompatibleInputError(f"provider auto with runtime {name}", repr(provider))
+            raise IncompatibleInputError(f"runtime {name} needs provider auto, not {provider!r}")
         return None
     if quantize != "none":
-        raise IncompatibleInputError(f"quantize none with runtime {name}", repr(quantize))
+        raise IncompatibleInputError(f"runtime {name} needs quantize none, not {quantize!r}")
     if name == "onnx":
         return ONNX(provider, device, resolve_dtype(dtype, device))
     if device.type != "cpu":
         raise IncompatibleInputError(
-            "device cpu with runtime openvino, which takes frames there", str(device)
+            f"runtime openvino needs device cpu, not {device}; its provider decides where it computes"
         )
     return OpenVINO(provider, resolve_dtype(dtype, device))

@@ -42,7 +42,7 @@ class Graph:
         """torch's ExportedProgram; raises `IncompatibleInputError` where this torch is too old."""
         if not hasattr(torch.export.Dim, "AUTO"):
             raise IncompatibleInputError(
-                "torch 2.6 or newer for runtimes other than torch", torch.__version__
+                f"runtimes other than torch need torch 2.6 or newer, not {torch.__version__}"
             )
         free = torch.export.Dim.AUTO
         shapes = tuple({2: free, 3: free} if x.ndim == 4 else {} for x in self.inputs)

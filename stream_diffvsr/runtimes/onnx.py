@@ -50,13 +50,14 @@ class ONNX:
         usable = [name for name, needed in PROVIDERS.items() if needed[0] in there]
         if self.provider not in usable:
             raise IncompatibleInputError(
-                f"a provider that this ONNX Runtime has ({', '.join(['auto', *usable])})", repr(provider)
+                f"provider must be one that this ONNX Runtime has ({', '.join(['auto', *usable])}), not "
+                f"{provider!r}"
             )
         if (self.provider == "cpu") != (self.device.type == "cpu"):
             wanted = "cpu" if self.provider == "cpu" else "cuda"
-            raise IncompatibleInputError(f"device {wanted} with provider {self.provider}", str(self.device))
+            raise IncompatibleInputError(f"provider {self.provider} needs device {wanted}, not {self.device}")
         if dtype == torch.bfloat16:
-            raise IncompatibleInputError("dtype float32 or float16 with runtime onnx", "bfloat16")
+            raise IncompatibleInputError("runtime onnx needs dtype float32 or float16, not bfloat16")
         self.version = onnxruntime.__version__
 
     @property

@@ -38,14 +38,14 @@ class OpenVINO:
             ) from error
         self.core, self.version = openvino.Core(), openvino.__version__
         if provider not in DEVICES:
-            raise IncompatibleInputError(f"a provider of OpenVINO ({', '.join(DEVICES)})", repr(provider))
+            raise IncompatibleInputError(
+                f"provider must be one of OpenVINO's ({', '.join(DEVICES)}), not {provider!r}"
+            )
         self.device, self.precision = DEVICES[provider], precision
         self.number_format = str(precision).removeprefix("torch.")
         found = self.core.available_devices
         if not any(name.partition(".")[0] == self.device for name in found):
-            raise IncompatibleInputError(
-                f"one of the devices that OpenVINO finds here ({', '.join(found)})", repr(provider)
-            )
+            raise IncompatibleInputError(f"OpenVINO finds no {provider!r} here, only {', '.join(found)}")
 
     @property
     def details(self) -> str:

@@ -46,19 +46,19 @@ def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
         async for chunk in request.stream():
             content += chunk
             if len(content) > BODY_BYTES:
-                raise ProblemError(413, f"A request in JSON has at most {BODY_BYTES // 1024} kB.")
+                raise ProblemError(413, f"A JSON request must not exceed {BODY_BYTES // 1024} kB.")
         try:
             return model.model_validate(json.loads(content or b"{}", parse_constant=_no_number))
         except ValidationError as error:
             raise ProblemError(422, problems.sentence_of(error.errors())) from error
         except (ValueError, RecursionError) as error:
-            raise ProblemError(400, "The request is no JSON.") from error
+            raise ProblemError(400, "The request is not valid JSON.") from error
 
     return read
 
 
 def _no_number(text: str) -> Any:
-    raise ValueError(f"{text} is no JSON")
+    raise ValueError(f"{text} is not valid JSON")
 
 
 def described(model: type[BaseModel], **examples: Any) -> dict[str, Any]:
@@ -85,8 +85,8 @@ FORM = {
 }
 FILE_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {"application/octet-stream": {}}},
-    206: {"description": "The part that the Range header asks for."},
-    304: {"description": "It is as the ETag in If-None-Match says."},
+    206: {"description": "The part requested with the Range header."},
+    304: {"description": "Not changed since the ETag in If-None-Match."},
 }
 
 
@@ -136,12 +136,12 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
     def task(task_id: str) -> Task:
         return jobs.task(kind, task_id)
 
-    @router.get("", summary="List tasks, the newest first", operation_id=f"{kind}_list")
+    @router.get("", summary="List tasks, newest first", operation_id=f"{kind}_list")
     async def newest(limit: int = Query(50, ge=1, le=500), offset: int = Query(0, ge=0, le=10**9)) -> Tasks:
         return Tasks(tasks=[jobs.status(each) for each in store.newest(kind, limit, offset)])
 
     @router.post(
-        "/upload", status_code=201, summary="Send a file", operation_id=f"{kind}_upload", openapi_extra=FORM
+        "/upload", status_code=201, summary="Upload a file", operation_id=f"{kind}_upload", openapi_extra=FORM
     )
     async def upload(request: Request) -> Status:
         length = request.headers.get("content-length", "0")
@@ -151,7 +151,7 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
     @router.post(
         "/{task_id}/upscaling",
         status_code=202,
-        summary="Ask for the job",
+        summary="Start the job",
         operation_id=f"{kind}_upscaling",
         openapi_extra=described(
             Upscaling,
@@ -162,12 +162,12 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
     async def upscaling(task_id: str, asked: Upscaling = Depends(json_body(Upscaling))) -> Status:  # noqa: B008
         return jobs.status(await jobs.submit(kind, task_id, asked))
 
-    @router.get("/{task_id}/status", summary="How it stands", operation_id=f"{kind}_status")
+    @router.get("/{task_id}/status", summary="Get the status", operation_id=f"{kind}_status")
     async def status(task_id: str) -> Status:
         return jobs.status(task(task_id))
 
     @router.delete(
-        "/{task_id}", summary="Cancel, and keep or remove the files", operation_id=f"{kind}_delete"
+        "/{task_id}", summary="Cancel, and keep or delete the files", operation_id=f"{kind}_delete"
     )
     async def delete(task_id: str, remove: bool = False) -> Status:
         """With `remove` the task and its files are gone; without, what is done stays and can be continued."""
@@ -190,7 +190,7 @@ def files_router(kind: str, jobs: Jobs) -> APIRouter:
 
     @router.get(
         "/result",
-        summary="Fetch the result, or ranges of it",
+        summary="Download the result, or ranges of it",
         operation_id=f"{kind}_result",
         responses=FILE_ANSWER,
         response_class=Response,
@@ -198,13 +198,13 @@ def files_router(kind: str, jobs: Jobs) -> APIRouter:
     async def result(request: Request, task_id: str, download: bool = False) -> Response:
         found = task(task_id)
         if found.state not in ("finished", "cancelled"):
-            raise ProblemError(409, f"There is no result: the task is {found.state}.")
+            raise ProblemError(409, f"There is no result yet: the task is {found.state}.")
         path = store.result_of(found)
         return serve(request, path, f"{Path(found.name).stem}_upscaled{path.suffix}", download=download)
 
     @router.get(
         "/source",
-        summary="Fetch the file that was sent",
+        summary="Download the uploaded file",
         operation_id=f"{kind}_source",
         responses=FILE_ANSWER,
         response_class=Response,
@@ -274,7 +274,7 @@ def house_router(settings: Settings, jobs: Jobs) -> APIRouter:
     )
     async def session(request: Request, login: Login = Depends(json_body(Login))) -> Response:  # noqa: B008
         if settings.token and not equal_in_constant_time(login.token, settings.token):
-            raise ProblemError(401, "That is not the token.")
+            raise ProblemError(401, "This is not the token.")
         answer = Response(status_code=204)
         if settings.token:
             secure = request.url.scheme == "https"

@@ -74,12 +74,12 @@ class Guard:
         if not self.settings.token and _hostname(host) not in LOOPBACK:
             return (
                 421,
-                "This server answers to localhost and 127.0.0.1 only; it needs --token for other names.",
+                "This server only answers to localhost and 127.0.0.1; other names need --token.",
             )
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _foreign(headers, host):
-            return 403, "Pages of other sites may not send requests here."
+            return 403, "Requests from other sites' pages are refused."
         if self.settings.token and path.startswith(API) and path not in OPEN and not self._known(headers):
-            return 401, "This server needs its token: send 'Authorization: Bearer TOKEN'."
+            return 401, "This server needs its token: send the header 'Authorization: Bearer TOKEN'."
         return None
 
     def _known(self, headers: Mapping[str, str]) -> bool:

@@ -57,11 +57,11 @@ class Jobs:
         suffix = Path(name.replace("\\", "/")).suffix.lower()
         if not SUFFIX.fullmatch(suffix):
             raise ProblemError(
-                415, "The file's name has no usual ending such as .mp4 or .png, which tells what it is."
+                415, "The file's name needs an ending such as .mp4 or .png that tells its type."
             )
         if kind == "images" and suffix not in (await self.checks.about())["pictures"]:
             raise ProblemError(
-                415, f"{suffix} is no picture that is read here: send videos to /api/v1/videos."
+                415, f"{suffix} is not a supported picture format: send videos to /api/v1/videos."
             )
         shown = Path(name.replace("\\", "/")).name[-200:]
         shown = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in shown)
@@ -80,14 +80,14 @@ class Jobs:
         if task.state == "queued" or task.state == "running":
             if {**task.request} == {**request, "suffix": task.request.get("suffix")}:
                 return task
-            raise ProblemError(409, f"This task is {task.state} with another request: cancel it first.")
+            raise ProblemError(409, f"This task is {task.state} with a different request: cancel it first.")
         if len(self.store.waiting()) >= self.settings.max_waiting:
-            raise ProblemError(503, "The queue is full: ask again later.", Retry_After="60")
+            raise ProblemError(503, "The queue is full: try again later.", Retry_After="60")
         request["suffix"] = _format(kind, task, asked.format, about)
         facts = await self._facts(task, request, about)
         again = self.store.get(task.id)
         if again is None and not task.source:
-            raise ProblemError(404, "The task was deleted meanwhile.")
+            raise ProblemError(404, "The task has been deleted.")
         if again is not None and again.state not in ("uploaded", *OVER):
             return again
         if task.state == "finished" or dict(task.request) != request:
@@ -115,7 +115,7 @@ class Jobs:
         if there is not None or asked.source is None:
             task = self.task(kind, task_id)
             if asked.source is not None and asked.source != task.request.get("source"):
-                raise ProblemError(409, "This task has another source: make up a new task id.")
+                raise ProblemError(409, "This task has another source: choose a new task id.")
             return task
         new = await self.named(kind, asked.source)
         if s3.is_url(asked.source):
@@ -203,7 +203,7 @@ def plain_id(task_id: str) -> str:
     """A UUID, with or without its dashes, as 32 hex digits; raises `ProblemError`."""
     plain = task_id.replace("-", "").lower()
     if not re.fullmatch("[0-9a-f]{32}", plain):
-        raise ProblemError(404, f"{task_id[:80]!r} is no task id, which is a UUID.")
+        raise ProblemError(404, f"{task_id[:80]} is not a task id, which must be a UUID.")
     return plain
 
 
@@ -212,7 +212,7 @@ def allowed(path: str, folders: tuple[Path, ...]) -> Path:
 
     What is not below them is not told apart from what is not there.
     """
-    refused = ProblemError(422, f"source: {path[:200]!r} is no file below a folder that this server allows.")
+    refused = ProblemError(422, f"source: {path[:200]} is not a file in a folder that this server allows.")
     try:
         real = Path(path).resolve(strict=True)
         inside = any(real.is_relative_to(folder.resolve()) for folder in folders)
@@ -240,6 +240,6 @@ def _check_texts(request: Mapping[str, Any]) -> None:
         text = json.dumps(request, ensure_ascii=False, allow_nan=False)
         text.encode()
     except (ValueError, RecursionError) as error:
-        raise ProblemError(422, "The request holds text or numbers that cannot be written.") from error
+        raise ProblemError(422, "The request contains text or numbers that cannot be stored.") from error
     if "\\u0000" in text:
-        raise ProblemError(422, "The request holds a zero character.")
+        raise ProblemError(422, "The request contains a null character.")

@@ -23,7 +23,9 @@ class Problem(BaseModel):
     type: str = "about:blank"
     title: str = Field(examples=["Unprocessable Content"])
     status: int = Field(examples=[422])
-    detail: str = Field(examples=["model: there is no 'v9' here; GET /api/v1/models lists those there are."])
+    detail: str = Field(
+        examples=["model: there is no 'v9' here; GET /api/v1/models lists the available ones."]
+    )
 
 
 class ProblemError(StreamDiffVSRError):
@@ -48,7 +50,7 @@ def sentence_of(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> str:
 
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    "4XX": {"description": "Why the request is refused.", "model": Problem},
+    "4XX": {"description": "Why the request was refused.", "model": Problem},
     "5XX": {"description": "What went wrong.", "model": Problem},
 }
 """For the description of every route."""
@@ -71,4 +73,4 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     def failed(request: Request, error: Exception) -> JSONResponse:
-        return problem_response(500, f"The server failed ({type(error).__name__}); its log says more.")
+        return problem_response(500, f"The server failed ({type(error).__name__}); see its log.")

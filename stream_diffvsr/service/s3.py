@@ -27,7 +27,7 @@ def is_url(text: str) -> bool:
 def check_url(url: str) -> None:
     """Raise `ProblemError` for what is no place in S3, and where obstore is not installed."""
     if not URL.fullmatch(url):
-        raise ProblemError(422, f"{url[:200]!r} is not of the form s3://bucket/key.")
+        raise ProblemError(422, f"{url[:200]} is not of the form s3://bucket/key.")
     if importlib.util.find_spec("obstore") is None:
         raise ProblemError(
             501, "S3 needs the package obstore on the server: pip install 'stream-diffvsr[s3]'."
@@ -61,7 +61,7 @@ async def fetch(url: str, target: Path, max_bytes: int) -> None:
             async for chunk in got.stream(min_chunk_size=CHUNK):
                 done += await asyncio.to_thread(file.write, chunk)
             if done != size:
-                raise OSError(f"{done} of {size} bytes came")
+                raise OSError(f"only {done} of {size} bytes arrived")
 
     target.parent.mkdir(exist_ok=True)
     await _again(once, f"{url} cannot be read")
@@ -76,7 +76,7 @@ async def deliver(source: Path, url: str) -> None:
         await obstore.put_async(store, key, source, chunk_size=CHUNK)
         stored, size = (await obstore.head_async(store, key))["size"], source.stat().st_size
         if stored != size:
-            raise OSError(f"{stored} of {size} bytes are there")
+            raise OSError(f"only {stored} of {size} bytes were stored")
 
     await _again(once, f"{url} cannot be written")
 

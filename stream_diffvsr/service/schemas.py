@@ -14,7 +14,7 @@ class Upscaling(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    model: str = Field("nano", max_length=200, description="A model that /api/v1/models lists.")
+    model: str = Field("nano", max_length=200, description="Name of a model, as listed by /api/v1/models.")
     preset: str = Field("exact", max_length=50, description="A preset of the model's family.")
     size: str = Field(
         "4x", max_length=20, description="A factor (2x, 3x, 4x) or the short edge (720p to 2160p)."
@@ -22,22 +22,22 @@ class Upscaling(BaseModel):
     format: str | None = Field(
         None,
         max_length=10,
-        description="Suffix of the result, such as .mp4; null: that of the source where possible.",
+        description="Ending of the result's name, such as .mp4; null: that of the source if possible.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
-        description="Options of the job, of the loader and of the model's family, by name.",
+        description="Options of the job, the loader and the model's family, by name.",
     )
     source: str | None = Field(
         None,
         max_length=2000,
         description="Instead of an upload: s3://bucket/key, or a path below a folder that the server "
-        "allows. The task id is then a UUID that the caller makes up; the same request again does no harm.",
+        "allows. The caller then chooses the task id, a UUID; sending the same request again does no harm.",
     )
     target: str | None = Field(
-        None, max_length=1200, description="s3://bucket/key to which the result goes, too."
+        None, max_length=1200, description="s3://bucket/key to which the result is also uploaded."
     )
-    download: bool = Field(False, description="Whether a model that is not here may be downloaded.")
+    download: bool = Field(False, description="Whether to download the model if it is not on the server.")
 
 
 class Status(BaseModel):
@@ -45,14 +45,14 @@ class Status(BaseModel):
 
     task_id: str = Field(examples=["0f8e4a4cb3d94f6a9d1c5be9d2d0a7b1"])
     kind: Literal["videos", "images"]
-    name: str = Field(description="The file's name, as its sender calls it.", examples=["holiday.mp4"])
-    status: STATES = Field(description="'uploaded': no job was asked for yet.")
+    name: str = Field(description="Name of the file, as sent.", examples=["holiday.mp4"])
+    status: STATES = Field(description="'uploaded': no job has been started yet.")
     frames_done: int = Field(examples=[120])
     frames_total: int | None = Field(examples=[2400])
     fps: float | None = Field(examples=[2.5])
     seconds_left: float | None = Field(examples=[912.0])
     message: str = Field(
-        description="Why it failed, or what it is doing besides making frames.", examples=[""]
+        description="Why the job failed, or what it is doing before or after upscaling.", examples=[""]
     )
     position: int | None = Field(description="How many jobs are ahead of it in the queue.", examples=[None])
     device: str | None = Field(examples=["cuda:0"])
@@ -61,12 +61,14 @@ class Status(BaseModel):
     size: list[int] | None = Field(description="Width and height of the source.", examples=[[640, 360]])
     output_size: list[int] | None = Field(examples=[[2560, 1440]])
     codec: str | None = Field(examples=["h264"])
-    request: dict[str, Any] = Field(description="The job as it was asked for.", examples=[{"model": "nano"}])
+    request: dict[str, Any] = Field(description="The job as requested.", examples=[{"model": "nano"}])
     has_result: bool = Field(
-        description="Whether there is a file to fetch: whole if finished, what was done if cancelled."
+        description="Whether there is a result to download: complete if finished, the finished part if "
+        "cancelled."
     )
     preview: str | None = Field(
-        description="Changes when there is a newer preview.jpg; null: none.", examples=["18a5b3c2d1e0f000"]
+        description="Changes whenever there is a newer preview.jpg; null: there is none.",
+        examples=["18a5b3c2d1e0f000"],
     )
 
 
@@ -82,7 +84,7 @@ class Model(BaseModel):
     name: str = Field(examples=["v1"])
     family: str = Field(examples=["diffvsr"])
     title: str = Field(examples=["Stream-DiffVSR"])
-    here: bool = Field(description="Whether it is on this machine.")
+    here: bool = Field(description="Whether the model is on this machine.")
     download_gigabytes: float | None = Field(None, examples=[4.0])
     can_download: bool | None = None
 
@@ -112,13 +114,15 @@ class Capabilities(BaseModel):
     limits: dict[str, float] = Field(
         examples=[{"max_bytes": 2e10, "max_pixels": 35389440, "max_seconds": 21600}]
     )
-    s3: bool = Field(description="Whether s3:// is understood.")
-    paths: bool = Field(description="Whether paths on the server may be sources.")
-    source_suffixes: dict[str, list[str]] = Field(description="Of images; anything else counts as video.")
-    formats: dict[str, list[str]] = Field(description="Suffixes of results.")
-    job: dict[str, Any] = Field(description="JSON schema of the options of a job, and how they are shown.")
-    loader: dict[str, Any] = Field(description="The same of the options that open the model.")
-    families: dict[str, Any] = Field(description="The same of each family, with its presets.")
+    s3: bool = Field(description="Whether s3:// addresses are supported.")
+    paths: bool = Field(description="Whether paths on the server may be used as sources.")
+    source_suffixes: dict[str, list[str]] = Field(
+        description="Endings of image files; anything else is treated as video."
+    )
+    formats: dict[str, list[str]] = Field(description="Endings of results.")
+    job: dict[str, Any] = Field(description="JSON schema of the options of a job, and how to display them.")
+    loader: dict[str, Any] = Field(description="The same for the options that load the model.")
+    families: dict[str, Any] = Field(description="The same for each family, with its presets.")
 
 
 class Login(BaseModel):

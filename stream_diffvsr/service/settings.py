@@ -26,11 +26,11 @@ def parse_folders(text: str) -> tuple[Path, ...]:
 class Settings:
     """Frozen; wrong values raise `IncompatibleInputError`."""
 
-    host: str = option("127.0.0.1", "Address to listen on. Any but this machine's own needs --token.")
+    host: str = option("127.0.0.1", "Address to listen on. Any except this machine's own needs --token.")
     port: int = option(8000, "Port to listen on. 0: any free one.", low=0, high=65535)
     root: Path = option(
         Path("stream-diffvsr-service"),
-        "Folder that holds uploads, results and the list of jobs. It is made if it is missing.",
+        "Folder for uploads, results and the list of jobs. It is created if it does not exist.",
         parse=Path,
         metavar="FOLDER",
     )
@@ -46,17 +46,17 @@ class Settings:
         metavar="FOLDERS",
     )
     devices: str = option(
-        "auto", "Devices that work, each on one job at a time: auto, all, or a list such as cuda:0,cuda:1."
+        "auto", "Devices to run jobs on, one at a time on each: auto, all, or a list such as cuda:0,cuda:1."
     )
     ray: str = option(
-        "", "Ray cluster over which each job is spread, one job at a time, as with upscale --ray."
+        "", "Ray cluster over which each job is spread, as with upscale --ray; one job at a time."
     )
     max_gigabytes: float = option(20.0, "Largest file accepted, in GB (10^9 bytes).", low=0.001)
     max_pixels: int = option(
         8192 * 4320, "Most pixels in an input frame; an output frame may have eight times as many.", low=64
     )
-    max_seconds: float = option(6 * 3600.0, "Longest video that is taken.", low=0.1)
-    max_waiting: int = option(1000, "Most jobs that may wait.", low=1)
+    max_seconds: float = option(6 * 3600.0, "Longest video accepted.", low=0.1)
+    max_waiting: int = option(1000, "Most jobs in the queue.", low=1)
     keep_days: float = option(
         0.0, "Days after which finished jobs and unused uploads are deleted. 0: never.", low=0
     )
@@ -68,8 +68,8 @@ class Settings:
         check_options(self)
         if self.host not in LOOPBACK and not self.token:
             raise IncompatibleInputError(
-                "a token (--token, or STREAM_DIFFVSR_TOKEN) to listen on more than this machine",
-                f"--host {self.host} without one",
+                f"--host {self.host} can be reached from other machines and needs a token: set --token or "
+                "STREAM_DIFFVSR_TOKEN",
             )
 
     @property
@@ -87,7 +87,9 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
         try:
             found[name] = (rule.parse or rule.kind)(text)
         except ValueError as error:
-            raise IncompatibleInputError(f"{variable} as {rule.kind.__name__}", repr(text)) from error
+            raise IncompatibleInputError(
+                f"{variable} must be of type {rule.kind.__name__}, not {text!r}"
+            ) from error
     return found
 
 

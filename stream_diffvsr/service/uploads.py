@@ -56,7 +56,7 @@ class Upload:
             except MultipartParseError as error:
                 raise ProblemError(400, f"The form cannot be read: {error}.") from error
             except ClientDisconnect as error:
-                raise ProblemError(400, "The upload broke off.") from error
+                raise ProblemError(400, "The upload was interrupted.") from error
             except OSError as error:
                 if error.errno != errno.ENOSPC:
                     raise
@@ -66,7 +66,7 @@ class Upload:
         if self.name is None:
             raise ProblemError(422, f"The form has no field called '{FILE}' with a file name.")
         if not self._whole:
-            raise ProblemError(400, "The upload broke off: the form has no end.")
+            raise ProblemError(400, "The upload was interrupted before the end of the form.")
         if self.size == 0:
             raise ProblemError(422, "The file is empty.")
 

@@ -130,7 +130,9 @@ class Workers:
                 await self._run(live)
             except Exception as error:
                 log.exception("job %s", task.id)
-                self._over(live, "failed", f"The server could not run it ({type(error).__name__}: {error}).")
+                self._over(
+                    live, "failed", f"The server could not run the job ({type(error).__name__}: {error})."
+                )
             finally:
                 del self.live[task.id]
                 live.over.set()
@@ -266,7 +268,7 @@ def last_words(log_file: Path) -> str:
         told = [line.removeprefix("stream-diffvsr: ") for line in lines if line.strip()][-LAST_LINES:]
         if told:
             return "\n".join(told)
-    return "Its process was killed, perhaps because memory ran out."
+    return "The process was killed, perhaps because memory ran out."
 
 
 def end_orphans(folder: Path) -> None:

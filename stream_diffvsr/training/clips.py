@@ -96,8 +96,8 @@ def read_clips(paths: Iterable[Path], side: int, frames: int) -> Footage:
         found += used
     if not found:
         raise IncompatibleInputError(
-            f"clips with scenes of at least {frames} frames of at least {side}x{side}",
-            "; ".join(told) or "none",
+            f"no clip has scenes of at least {frames} frames of at least {side}x{side} "
+            f"({'; '.join(told) or 'no clips'})",
         )
     train, held = _hold_out(found, frames)
     return Footage(train, held, told)

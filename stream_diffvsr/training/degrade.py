@@ -172,10 +172,10 @@ def open_recipe(name: str) -> Recipe:
     try:
         listed = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        expected = f"a degradation: one of {', '.join(PRESETS)}, or a YAML file"
-        raise IncompatibleInputError(expected, f"{name} ({error})".replace("\n", " ")) from error
+        said = f"the degradation must be one of {', '.join(PRESETS)}, or a YAML file, not {name} ({error})"
+        raise IncompatibleInputError(said.replace("\n", " ")) from error
     if not isinstance(listed, list):
-        raise IncompatibleInputError("a list of steps in the degradation file", f"{name}")
+        raise IncompatibleInputError(f"the degradation file {name} must be a list of steps")
     steps = [step if isinstance(step, dict) else {step: None} for step in listed]
     return check_steps(
         [next(iter(step.items()), ("", None)) if len(step) == 1 else ("", None) for step in steps]
@@ -186,17 +186,21 @@ def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
     """Refuse what no step knows; raises `IncompatibleInputError`."""
     for name, given in steps:
         if name not in STEPS or not isinstance(given or {}, dict):
-            expected = f"steps of degradation among {', '.join(STEPS)}"
-            raise IncompatibleInputError(expected, f"{name!r}: {given!r}")
+            raise IncompatibleInputError(
+                f"there is no degradation step {name!r}: {given!r}; the steps are {', '.join(STEPS)}"
+            )
         known = {**STEPS[name][1], "chance": (0.0, 1.0)}
         missing = STEPS[name][1].keys() - (given or {}).keys()
         for key in [*(given or {}), *missing]:
             value = (given or {}).get(key)
             if not _fits(value, known.get(key, ())):
-                wanted = known.get(key) or f"not there: it has {', '.join(known)}"
-                raise IncompatibleInputError(f"{name}: {key} within {wanted}", repr(value))
+                if key not in known:
+                    raise IncompatibleInputError(f"{name} has no {key}, only {', '.join(known)}")
+                raise IncompatibleInputError(f"{name}: {key} must be within {known[key]}, not {value!r}")
     if [name for name, _ in steps].count("reduce") != 1:
-        raise IncompatibleInputError("one step 'reduce' in a degradation", ", ".join(map(str, dict(steps))))
+        raise IncompatibleInputError(
+            "a degradation needs exactly one step 'reduce', not " + ", ".join(map(str, dict(steps)))
+        )
     return [(name, given or {}) for name, given in steps]
 
 

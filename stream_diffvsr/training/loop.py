@@ -273,7 +273,7 @@ class Run:
             if now.get(name) != value
         ]
         if changed:
-            raise IncompatibleInputError("the settings with which this run began", ", ".join(changed))
+            raise IncompatibleInputError(f"this run began with other settings: {', '.join(changed)}")
         self.step, self.steps, self.best_step = facts["step"], facts["steps"], facts["best_step"]
         self.best, self.begun = Figures(**facts["best"]), Figures(**facts["begun"])
         with torch.no_grad():

@@ -13,53 +13,55 @@ class TrainOptions:
 
     what: str = option(
         "lora",
-        "lora: a small file of low-rank changes that --lora loads. full: all weights, a folder for --model.",
+        "lora: a small file for --lora. full: all weights, as a folder for --model.",
         choices=("lora", "full"),
     )
-    steps: int = option(1000, "Updates of the weights.", low=1)
+    steps: int = option(1000, "Number of training steps.", low=1)
     minutes: float | None = option(
         None,
-        "Run as many steps as fit into this time, measured before the first; at most --steps.",
+        "Run as many steps as fit into this many minutes, estimated before the first one; at most --steps.",
         kind=float,
         low=0.0,
     )
     degradation: str = option(
         "clean",
-        "How good frames are degraded to look like yours: clean, compressed, old-film, anime, or a "
-        "YAML file.",
+        "How good frames are degraded to look like yours: clean, compressed, old-film, anime, or a YAML "
+        "file.",
     )
     decoder: bool = option(
-        False, "Train the decoder, too: it makes the finest detail, and nano depends on it.", flag="decoder"
+        False, "Also train the decoder, which makes the finest detail; helps nano most.", flag="decoder"
     )
     rank: int = option(
-        16, "Rank of the LoRA: a higher one can learn more, in a larger file.", low=1, high=512
+        16, "Rank of the LoRA: a higher rank can learn more, in a larger file.", low=1, high=512
     )
     rate: float | None = option(
         None,
-        "Learning rate after the first steps; it falls to 0 at the end.",
+        "Learning rate after warm-up; it falls to 0 at the end.",
         kind=float,
         low=0.0,
         high=1.0,
         unset_help="0.001 for lora, 0.0001 for full",
     )
-    size: int = option(128, "Side of the training crops, in pixels of the good frames.", low=32, high=2048)
-    frames: int = option(
-        4, "Frames per sequence, each guided by the model's own previous one.", low=1, high=64
+    size: int = option(
+        128, "Width and height of the training crops, in pixels of the good frames.", low=32, high=2048
     )
-    batch: int = option(1, "Sequences per step, on each device.", low=1, high=256)
+    frames: int = option(
+        4, "Frames per sequence, each guided by the model's own previous result.", low=1, high=64
+    )
+    batch: int = option(1, "Sequences per step on each device.", low=1, high=256)
     loss: str = option("l1", "l1 keeps more detail, l2 gives more PSNR.", choices=("l1", "l2"))
     steadiness: float = option(
-        0.5, "Weight of the loss on changes over time that the original does not have.", low=0.0, high=100.0
+        0.5, "Weight of the loss for changes over time that the original does not have.", low=0.0, high=100.0
     )
-    every: int = option(100, "Measure on the held-out part, and save pictures, every so many steps.", low=1)
-    seed: int = option(0, "Random seed: the same seed gives the same weights.", low=0)
+    every: int = option(100, "Measure on the held-out part and save pictures every N steps.", low=1)
+    seed: int = option(0, "Random seed. The same seed gives the same weights.", low=0)
     precision: str = option(
         "float32",
-        "bfloat16 halves the memory of activations, on GPUs that support it.",
+        "bfloat16 halves the memory for activations on GPUs that support it.",
         choices=("float32", "bfloat16"),
     )
     checkpointing: bool = option(
-        False, "Compute activations again instead of keeping them: slower, far less memory."
+        False, "Recompute activations instead of keeping them: slower, far less memory."
     )
 
     def __post_init__(self) -> None:

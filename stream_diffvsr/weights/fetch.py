@@ -117,7 +117,7 @@ def fetch(
     """
     target = next((target for target in targets if _can_bring_to(target)), None)
     if target is None:
-        hint = f"No models folder can be written; name one in {VARIABLE}."
+        hint = f"No models folder is writable; name one in {VARIABLE}."
         raise ModelNotFoundError(f"weights of {release.name}", targets[-1], hint)
     tell = on_progress or (lambda done, total: None)
     log.info("downloading %s to %s", release.repository, target)
@@ -139,8 +139,8 @@ def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"weights of {release.name}",
         target,
-        f"They could not be downloaded: {reason}; try again later, or get the files of "
-        f"{endpoint()}/{release.repository} in another way and put them into {target}.",
+        f"They could not be downloaded: {reason}; try again later, or copy the files of "
+        f"{endpoint()}/{release.repository} into {target} by other means.",
     )
 
 
@@ -277,10 +277,10 @@ def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
 
 def _reason(trace: str) -> str:
     """What a child's last error says, for the person who waits for it."""
-    lines = [line.strip() for line in trace.splitlines() if line.strip()] or ["it ended without a word"]
+    lines = [line.strip() for line in trace.splitlines() if line.strip()] or ["it ended without a message"]
     last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
     kinds = {
-        ("401 ", "403 ", "GatedRepo"): f"{endpoint()} refuses it: it does not exist there, or needs a login "
+        ("401 ", "403 ", "GatedRepo"): f"{endpoint()} refuses it: it does not exist, or needs a login "
         "(set HF_TOKEN, or run 'hf auth login')",
         ("404 ", "NotFoundError"): f"{endpoint()} does not have it",
         ("No space left", "[Errno 28]"): "No space left on the disk",

@@ -52,9 +52,9 @@ def test_a_librarys_way_gives_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "sentence"),
     [
-        ("xformers", CUDA, torch.float16, "attention as one of auto, sdpa, sage, flash"),
-        ("sage", torch.device("cpu"), torch.float16, "a CUDA device with dtype float16 or bfloat16"),
-        ("flash", CUDA, torch.float32, "a CUDA device with dtype float16 or bfloat16"),
+        ("xformers", CUDA, torch.float16, "attention must be one of auto, sdpa, sage, flash"),
+        ("sage", torch.device("cpu"), torch.float16, "a CUDA device and dtype float16 or bfloat16"),
+        ("flash", CUDA, torch.float32, "a CUDA device and dtype float16 or bfloat16"),
     ],
 )
 def test_what_cannot_be(name, device, dtype, sentence):

@@ -219,7 +219,7 @@ FOREIGN = {
 def test_flags_of_another_family_are_refused(family, command, tmp_path):
     code, _, error = command(*FOREIGN[family], "-o", tmp_path / "out.mkv")
     title = FAMILIES[family].title
-    assert code == 2 and f"options of {title}" in error and error.endswith(f"got {FOREIGN[family][0]}")
+    assert code == 2 and f"is a {title} model" in error and error.endswith(f"has no {FOREIGN[family][0]}")
     for arguments in (["--flow", "dis"], ["--quantize", "int8"]) if family != "diffvsr" else ():
         code, _, error = command(*arguments, "-o", tmp_path / "out.mkv")
         assert code == 2 and arguments[0][2:] in error and title in error
@@ -236,7 +236,7 @@ def test_the_doctor_lists_each_as_complete(subjects, monkeypatch, capsys, tmp_pa
 
 def test_a_version_is_told_and_only_where_there_are_several(subjects, tmp_path, capsys):
     folder = CASES["flashvsr"].make(tmp_path).rename(tmp_path / "mine")
-    with pytest.raises(IncompatibleInputError, match=r"version as 'v1' or 'v1\.1'") as caught:
+    with pytest.raises(IncompatibleInputError, match=r"version must be 'v1' or 'v1\.1'") as caught:
         load_pipeline(folder, device="cpu")
     assert "\n" not in str(caught.value)
     assert load_pipeline(folder, device="cpu", version="v1").info.model.endswith("-v1")

@@ -366,7 +366,7 @@ def test_a_state_only_at_borders(upscaler):
     assert session.state() is None
     session.finish()
     assert session.state() is None
-    with pytest.raises(IncompatibleInputError, match="after the end"):
+    with pytest.raises(IncompatibleInputError, match="the sequence has ended"):
         session.push(clip(1, 8, 8)[0])
 
 
@@ -446,12 +446,12 @@ def test_errors_of_a_state(upscaler, caplog):
     with pytest.raises(IncompatibleInputError, match="size"):
         upscaler.session(SHORT, state).push(clip(1)[0])
     other = replace(state, provenance=replace(state.provenance, model="another"))
-    with pytest.raises(IncompatibleInputError, match="a state of model"):
+    with pytest.raises(IncompatibleInputError, match="the state belongs to model another"):
         upscaler.session(SHORT, other)
     for change in ({"scale": 2.0}, {"protocol": "session"}, {"clip_len": 12}):
         with pytest.raises(IncompatibleInputError, match=f"{next(iter(change))} .*state's frames"):
             upscaler.session(replace(SHORT, **change), state)
-    with pytest.raises(IncompatibleInputError, match="a state of swiftvr"):
+    with pytest.raises(IncompatibleInputError, match="not to swiftvr"):
         upscaler.session(SHORT, State("flashvsr", 3, {"latents": torch.zeros(1)}))
     upscaler.session(replace(SHORT, overlap=2), state)
     assert "not an exact continuation of frame 9: overlap: None -> 2" in caplog.text

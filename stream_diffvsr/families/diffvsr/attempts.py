@@ -76,8 +76,8 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
         if not message:
             if dtype == torch.float32:
                 raise CheckpointError(
-                    f"frame {index} came out with values that are not finite, in float32 too: "
-                    "the weights are damaged, or the previous frame was far out of range."
+                    f"frame {index} contains NaN or infinite values even in float32: the weights are "
+                    "damaged, or the previous frame was far out of range."
                 )
             if OVERFLOWED not in frame.state.provenance.details:
                 name = str(dtype).removeprefix("torch.")

@@ -135,7 +135,7 @@ def traits(folder: Path) -> Traits:
     known = {each.name: index[each.name] for each in fields(Traits) if each.name in index}
     for name, value in known.items():
         if type(value) is not type(getattr(Traits(), name)):
-            raise CheckpointError(f"{folder / INDEX} has {name} {value!r}, which is not what it takes.")
+            raise CheckpointError(f"{folder / INDEX} has an invalid {name}: {value}.")
     return Traits(**known)
 
 

@@ -51,7 +51,7 @@ def needed(names: Collection[str], folder: Path) -> list[str]:
         inside = [name.removeprefix(f"{part}/") for name in names if name.startswith(f"{part}/")]
         chosen = choose(inside, part)
         if chosen is None:
-            raise CheckpointError(f"What is published there holds no weights of {part}.")
+            raise CheckpointError(f"The published files contain no weights for {part}.")
         files = [CONFIG, chosen, *(shards(inside, chosen) if chosen.endswith(".json") else [])]
         wanted |= {f"{part}/{name}" for name in files}
     if text:

@@ -107,7 +107,7 @@ def _files(path: Path, name: str) -> tuple[Path, ...]:
         return (path,)
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{path} names no files of weights; fetch the file again.")
+        raise CheckpointError(f"{path} lists no weight files; fetch the file again.")
     # Names only: an index never leads out of its folder.
     files = [path.parent / Path(str(file)).name for file in sorted(set(places.values()))]
     for file in files:

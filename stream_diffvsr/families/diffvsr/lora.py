@@ -82,14 +82,16 @@ def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
     """
     path = Path(path)
     if not (math.isfinite(strength) and abs(strength) <= STRONGEST):
-        raise IncompatibleInputError(f"a LoRA strength from {-STRONGEST:g} to {STRONGEST:g}", str(strength))
+        raise IncompatibleInputError(
+            f"the strength of a LoRA must be from {-STRONGEST:g} to {STRONGEST:g}, not {strength}"
+        )
     if not path.is_file():
         raise ModelNotFoundError("LoRA", path, "Check the path.")
     tensors, told = read_tensors(path)
     if told.get("format") != FORMAT:
         raise CheckpointError(
-            f"{path} was not made by 'stream-diffvsr train': LoRAs of Stable Diffusion 2 and of other models "
-            "do not fit the layers of this one."
+            f"{path} was not made by 'stream-diffvsr train': LoRAs for Stable Diffusion 2 and other "
+            "models do not work with this one."
         )
     found: dict[str, LowRank] = {}
     for name in {key.removesuffix(A).removesuffix(B): None for key in tensors}:
@@ -103,7 +105,7 @@ def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
         if not math.isfinite(scale):
             raise ValueError("alpha is not finite")
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} does not tell its rank and alpha ({error}); copy it again.") from error
+        raise CheckpointError(f"{path} does not say its rank and alpha ({error}); copy it again.") from error
     return Lora(path.name, fingerprint([path]), told.get("base", ""), found, scale, float(strength))
 
 
@@ -131,8 +133,8 @@ def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> T
     for lora in loras:
         if lora.base != model:
             raise IncompatibleInputError(
-                f"a LoRA for this model ({model[:8]})",
-                f"{lora.name}, trained for another one ({lora.base[:8] or 'unknown'})",
+                f"{lora.name} was trained for another model ({lora.base[:8] or 'unknown'}) than this one "
+                f"({model[:8]})",
             )
         for name, (a, b) in lora.changes.items():
             shape = known[name].weight.shape if name in known else torch.Size()

@@ -17,8 +17,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Names for sets of approximations; README.md tells the error and the time of each."""
 
 PRESET_HELP = (
-    "exact: the reference's numbers. balanced: guidance by the previous frame is computed in every second "
-    "step only. fast: only once per frame, with motion estimated at half the size."
+    "exact: the same results as the reference. balanced: computes the guidance by the previous frame "
+    "only in every second step. fast: computes it only once per frame, and estimates motion at half size."
 )
 
 
@@ -28,14 +28,13 @@ class UpscaleOptions:
 
     num_inference_steps: int | None = option(
         None,
-        "Denoising steps per frame. 0: as the model was trained, which is 4 for the released one; more is "
-        "slower and seldom better.",
+        "Denoising steps per frame; more are slower and seldom better.",
         kind=int,
         low=1,
         high=1000,
         usual=(1, 50),
         unset=0,
-        unset_help="as the model was trained",
+        unset_help="as the model was trained (4 for the released one)",
         flag="steps",
         metavar="N",
     )
@@ -50,8 +49,8 @@ class UpscaleOptions:
     )
     guidance_scale: float = option(
         0.0,
-        "Classifier-free guidance. Up to 1 there is none, as the model was trained; above 1 the U-Net takes "
-        "twice the time.",
+        "Strength of classifier-free guidance. Up to 1 it is off, as the model was trained; above 1 the "
+        "U-Net takes twice the time.",
         low=0,
         usual=(0.0, 20.0),
         step=0.1,
@@ -60,14 +59,14 @@ class UpscaleOptions:
     )
     prompt: str = option(
         "",
-        "What the picture shows. The model was trained with the empty prompt; any other needs its text "
+        "Describes the picture. The model was trained with an empty prompt; any other needs its text "
         "encoder.",
         multiline=True,
         expert=True,
     )
     negative_prompt: str = option(
         "",
-        "What the picture should not show. Only used when guidance_scale is above 1.",
+        "What the picture should not show. Only used if guidance_scale is above 1.",
         multiline=True,
         expert=True,
     )
@@ -82,7 +81,7 @@ class UpscaleOptions:
     )
     control_guidance_start: float = option(
         0.0,
-        "Fraction of the denoising steps after which guidance by the previous frame begins.",
+        "Guidance by the previous frame begins after this fraction of the denoising steps.",
         low=0.0,
         high=1.0,
         step=0.05,
@@ -91,7 +90,7 @@ class UpscaleOptions:
     )
     control_guidance_end: float = option(
         1.0,
-        "Fraction of the denoising steps after which guidance by the previous frame ends.",
+        "Guidance by the previous frame ends after this fraction of the denoising steps.",
         low=0.0,
         high=1.0,
         step=0.05,
@@ -100,39 +99,38 @@ class UpscaleOptions:
     )
     timestep_spacing: str | None = option(
         None,
-        "Which noise levels the steps visit. checkpoint: as its scheduler file says, or leading where that "
-        "says nothing. The paper trained with 999, 749, 499, 249, which is trailing.",
+        "Which noise levels the steps use. The paper trained with 999, 749, 499, 249, which is trailing.",
         kind=str,
         choices=("trailing", "leading", "linspace"),
         unset="checkpoint",
-        unset_help="checkpoint",
+        unset_help="as the checkpoint's scheduler file says, otherwise leading",
         expert=True,
     )
     use_tpm: bool = option(
         True,
-        "Show the previous frame to the decoder, too (Temporal Processor Module). Off: more flicker.",
+        "Also show the previous frame to the decoder (Temporal Processor Module). Off: more flicker.",
         expert=True,
     )
     flow_scale: float = option(
         1.0,
-        "Resolution of motion estimation, as a fraction of the output. Below 1 it is faster and less "
-        "accurate; the model was trained with 1.",
+        "Resolution of motion estimation, as a fraction of the output. Values below 1 are faster and "
+        "less accurate; the model was trained with 1.",
         choices=(1.0, 0.5, 0.25),
         group="speed",
         expert=True,
     )
     memory_plan: str = option(
         "auto",
-        "How memory is saved. whole: nothing is split. banded: less memory, the same picture. tiled: least "
-        "memory, with the U-Net in tiles and a slightly different picture. auto: the first of them that "
-        "fits, and the next one when memory runs out.",
+        "How memory is saved. whole: not at all. banded: needs less memory, the same picture. tiled: "
+        "needs the least memory, with the U-Net in tiles and a slightly different picture. auto: the "
+        "first of these that fits, and the next one if memory runs out.",
         choices=("auto", "whole", "banded", "tiled"),
         group="memory",
         expert=True,
     )
     tile_size: int | None = option(
         None,
-        "Tile size in output pixels. Only used with tiles.",
+        "Tile size in output pixels. Only used if the U-Net runs in tiles.",
         kind=int,
         low=64,
         high=2**20,
@@ -152,15 +150,15 @@ class UpscaleOptions:
     )
     compile_mode: str = option(
         "off",
-        "Use torch.compile. auto: the first frame takes a minute or more, the others are faster. max: tries "
-        "more ways, and starts even more slowly. A warning is logged where it cannot work.",
+        "Use torch.compile. auto: the first frame takes a minute or more, later ones are faster. max: "
+        "tries more variants and starts even more slowly. If it does not work here, a warning is logged.",
         choices=("off", "auto", "max"),
         group="speed",
         expert=True,
     )
     control_every: int = option(
         1,
-        "Run the ControlNet every N steps and reuse it in between, an approximation.",
+        "Run the ControlNet every N steps and reuse its output in between, an approximation.",
         low=1,
         high=1000,
         group="speed",
@@ -169,12 +167,12 @@ class UpscaleOptions:
     )
     occlusion: str | None = option(
         None,
-        "Guidance where the previous frame does not show what is there now. mask: it fades out. off: it "
-        "stays, as in the paper. checkpoint: as the model was trained.",
+        "Guidance where the previous frame does not show what is there now. mask: fades out. off: stays, "
+        "as in the paper.",
         kind=str,
         choices=("off", "mask"),
         unset="checkpoint",
-        unset_help="checkpoint",
+        unset_help="as the model was trained",
         expert=True,
     )
 
@@ -182,7 +180,7 @@ class UpscaleOptions:
         check_options(self)
         if self.tile_size is not None and self.tile_overlap * 2 >= self.tile_size:
             raise IncompatibleInputError(
-                f"tile_overlap below half of tile_size {self.tile_size}", str(self.tile_overlap)
+                f"tile_overlap must be below half of tile_size {self.tile_size}, not {self.tile_overlap}"
             )
 
     @property

@@ -106,8 +106,8 @@ class StreamDiffVSRPipeline:
         """
         if self.built is not None or self.number_format != str(self.dtype).removeprefix("torch."):
             raise IncompatibleInputError(
-                "a model as its files have it: LoRAs come before quantize and runtime",
-                f"one of {self.runtime}, {self.number_format}",
+                "LoRAs must be added before quantize and runtime; this model already has "
+                f"{self.runtime}, {self.number_format}",
             )
         base = self.base or self
         told = (lora.read_lora(path, strength) for path, strength in loras)
@@ -131,7 +131,7 @@ class StreamDiffVSRPipeline:
         if self.dtype != runtime.dtype or self.number_format != str(self.dtype).removeprefix("torch."):
             wanted = str(runtime.dtype).removeprefix("torch.")
             raise IncompatibleInputError(
-                f"a model loaded in {wanted} for runtime {runtime.name}", self.number_format
+                f"runtime {runtime.name} needs a model loaded in {wanted}, not {self.number_format}"
             )
         other = copy.copy(self)
         other.built = BuiltNetworks(self.torch_networks, runtime)
@@ -219,7 +219,7 @@ class StreamDiffVSRPipeline:
         """Upscale a batch, (N, 3, h, w) -> (N, 3, 4h, 4w) float32 on the CPU; the batch is time."""
         if not isinstance(frames, Tensor) or frames.ndim != 4:
             got = tuple(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
-            raise IncompatibleInputError("frames (N, 3, h, w)", str(got))
+            raise IncompatibleInputError(f"frames must have the shape (N, 3, h, w), not {got}")
         last = StreamDiffVSRState.of(state)
         count, _, height, width = frames.shape
         hq = torch.empty((count, 3, SCALE * height, SCALE * width))
@@ -292,7 +292,9 @@ class StreamDiffVSRPipeline:
         """Refuse what does not fit, tell which settings changed, and choose the memory plan."""
         check_frame(lq)
         if options.flow_scale != 1 and not self.flow.any_size:
-            raise IncompatibleInputError("flow_scale 1 with a callable as flow", str(options.flow_scale))
+            raise IncompatibleInputError(
+                f"with a callable as flow, flow_scale must be 1, not {options.flow_scale}"
+            )
         state.check_fits(lq, self.model)
         height, width = lq.shape[-2:]
         if latents is not None:

@@ -68,7 +68,7 @@ class Plan:
 
     def __str__(self) -> str:
         parts = {
-            "linear": "flow in linear memory",
+            "linear": "flow without its correlation volume",
             "tiled": "flow in tiles",
             "whole": "" if self.rows or self.tile else "whole frames",
         }[self.flow]
@@ -88,7 +88,7 @@ class Plan:
             plan._check()
         except (TypeError, ValueError) as error:
             raise IncompatibleInputError(
-                "a state whose plan was written by this program", repr(text)
+                f"the state has a memory plan that this program does not write: {text!r}"
             ) from error
         return plan
 
@@ -173,7 +173,9 @@ class Planner:
             plan,
             self.bytes_needed(size, options, plan) / GIGABYTE,
             free / GIGABYTE,
-            "" if plan.exact else "; nothing exact fits, so results differ slightly from the whole frame's",
+            ""
+            if plan.exact
+            else "; no exact plan fits, so results differ slightly from those for the whole frame",
         )
         return plan
 

@@ -41,14 +41,16 @@ class StreamDiffVSRState(State):
             try:
                 provenance = Provenance.from_texts(metadata)
             except ValueError as error:
-                raise IncompatibleInputError("metadata with options in JSON", str(error)) from error
+                raise IncompatibleInputError(f"the state's options are not valid JSON: {error}") from error
         super().__init__(
             FAMILY, index if frame_index is None else frame_index, held, provenance or Provenance()
         )
         if family not in ("", FAMILY):
-            raise IncompatibleInputError("a state of the family diffvsr", f"one of {family}")
+            raise IncompatibleInputError(f"the state belongs to {family}, not to diffvsr")
         if held and held.keys() != given.keys():
-            raise IncompatibleInputError("both previous_hq and previous_lq, or neither", ", ".join(held))
+            raise IncompatibleInputError(
+                f"give both previous_hq and previous_lq, or neither, not only {', '.join(held)}"
+            )
         if held:
             _check_pair(held["previous_hq"], held["previous_lq"])
 
@@ -83,19 +85,19 @@ class StreamDiffVSRState(State):
         """Refuse to continue with another model or another size; raises `IncompatibleInputError`."""
         mine = self.provenance.model or model
         if mine != model:
-            raise IncompatibleInputError(f"a state of model {model}", f"one of model {mine}")
+            raise IncompatibleInputError(f"the state belongs to model {mine}, not to this one ({model})")
         if self.previous_lq is not None and self.previous_lq.shape != lq.shape:
             height, width = self.previous_lq.shape[-2:]
             raise IncompatibleInputError(
-                f"a frame of {width}x{height}, the size of the state",
-                f"{lq.shape[-1]}x{lq.shape[-2]}; start a new state for another size",
+                f"the state is for frames of {width}x{height}, not {lq.shape[-1]}x{lq.shape[-2]}; start a "
+                "new state for another size",
             )
 
 
 def _check_pair(hq: Tensor, lq: Tensor) -> None:
     if lq.ndim != 4 or lq.shape[:2] != (1, 3) or str(lq.dtype) != "torch.float32":
         raise IncompatibleInputError(
-            "previous_lq (1, 3, h, w) of float32", f"{tuple(lq.shape)} of {lq.dtype}"
+            f"previous_lq must be (1, 3, h, w) in float32, not {tuple(lq.shape)} in {lq.dtype}"
         )
     height, width = lq.shape[-2:]
     check_shape(hq, (1, 3, height * SCALE, width * SCALE), "previous_hq")

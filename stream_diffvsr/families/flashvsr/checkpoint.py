@@ -99,14 +99,13 @@ def open_flashvsr(
     `ModelNotFoundError` or `CheckpointError`.
     """
     if version not in VERSIONS:
-        expected = (
-            "version as 'v1' or 'v1.1', which FlashVSR's files do not tell (or a folder called "
-            "flashvsr-v1 or flashvsr-v1.1)"
+        raise IncompatibleInputError(
+            f"version must be 'v1' or 'v1.1', not {version!r}: FlashVSR's files do not say which they are "
+            "(or call the folder flashvsr-v1 or flashvsr-v1.1)"
         )
-        raise IncompatibleInputError(expected, repr(version))
     folder = Path(folder)
     if version_of(folder) not in (None, version):
-        raise IncompatibleInputError(f"version 'v1.1', as {folder / RENAMED} is called", repr(version))
+        raise IncompatibleInputError(f"{folder / RENAMED} is a file of version 'v1.1', not {version!r}")
     parts, prompt = _read(folder, version), read_prompt(folder)
     networks = {name: _fill(part, device, dtype) for name, part in parts.items()}
     paths = dict.fromkeys([*(part.path for part in parts.values()), _required(folder, PROMPT)])

@@ -71,8 +71,7 @@ class FlashVSR(ChunkUpscaler):
 
     def attend_by(self, name: str) -> Any:
         if name != "sdpa":
-            expected = "attention auto or sdpa, as no other library attends to FlashVSR's chosen windows"
-            raise IncompatibleInputError(expected, repr(name))
+            raise IncompatibleInputError(f"FlashVSR supports attention auto or sdpa, not {name!r}")
         return gathered
 
     def session(
@@ -91,12 +90,13 @@ class FlashVSR(ChunkUpscaler):
         options = options or FlashVSROptions()
         if options.decoder not in self.networks:
             have = [name for name in ("tiny", "full") if name in self.networks]
-            expected = f"decoder {' or '.join(map(repr, have))}, as the model's folder has no other"
-            raise IncompatibleInputError(expected, repr(options.decoder))
+            raise IncompatibleInputError(
+                f"the model's folder has the decoder {' and '.join(map(repr, have))}, not {options.decoder!r}"
+            )
         if noise is not None:
             if noise.ndim != 5 or noise.shape[:2] != (1, self.channels) or not noise.is_floating_point():
-                expected = f"noise of shape (1, {self.channels}, latents, height / 8, width / 8)"
-                raise IncompatibleInputError(expected, str(tuple(noise.shape)))
+                shape = f"(1, {self.channels}, latents, height / 8, width / 8)"
+                raise IncompatibleInputError(f"noise must have the shape {shape}, not {tuple(noise.shape)}")
             check_finite(noise, "noise")
         return super().session(options, state, on_step, noise)
 
@@ -157,8 +157,8 @@ class FlashVSR(ChunkUpscaler):
         end = memory.latents + count
         if given is not None:
             if given.shape[2] < end or tuple(given.shape[3:]) != (height, width):
-                expected = f"noise of at least {end} latents of {height} x {width}"
-                raise IncompatibleInputError(expected, str(tuple(given.shape)))
+                needed = f"noise needs at least {end} latents of {height} x {width}"
+                raise IncompatibleInputError(f"{needed}, got the shape {tuple(given.shape)}")
             return given[:, :, memory.latents : end].float()
         drawn = []
         for latent in range(memory.latents, end):

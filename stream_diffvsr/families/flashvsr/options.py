@@ -19,41 +19,42 @@ OWN = "FlashVSR"
 class FlashVSROptions:
     """Settings of one sequence, checked once; the defaults are the published ones."""
 
-    scale: float = option(4.0, "How many times larger the result is on each side.", low=1, high=4, step=0.5)
+    scale: float = option(4.0, "How many times larger each side of the result is.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "How much more of it across.", low=0.25, high=4, hidden=True)
-    seed: int = option(0, "Seed of the noise.", low=0, high=2**64 - 1)
+    seed: int = option(0, "Noise seed.", low=0, high=2**64 - 1)
     decoder: str = option(
         "tiny",
-        "tiny is fast and sees the low-quality frames; full is Wan's own decoder.",
+        "tiny: fast, and also sees the input frames. full: Wan's own decoder.",
         choices=DECODERS,
         group=OWN,
     )
     colour_fix: str = option(
         "adain",
-        "adain gives each frame the mean and contrast per channel of its low-quality frame.",
+        "adain: gives each frame the mean and contrast of its input frame, per channel. none: leaves "
+        "colours as they are.",
         choices=("adain", "none"),
         group=OWN,
     )
     sparse_ratio: float = option(
-        2.0, "How much each window attends to; 1.5 is faster, 2 steadier.", low=0.01, high=10, step=0.1,
-        expert=True, group=OWN,
+        2.0, "How much each window attends to: 1.5 is faster, 2 has less flicker.",
+        low=0.01, high=10, step=0.1, expert=True, group=OWN,
     )  # fmt: skip
     kv_ratio: int = option(
         3,
-        "How many earlier pairs of latents are attended to and kept in memory.",
+        "How many earlier pairs of latents are kept in memory and attended to.",
         low=1,
         high=8,
         expert=True,
         group=OWN,
     )
     local_range: int = option(
-        11, "Side, in windows of 128 pixels, of the area that a window may attend to; 9 is sharper.",
+        11, "Size of the area that a window may attend to, in windows of 128 pixels; 9 is sharper.",
         low=1, high=99, expert=True, group=OWN,
     )  # fmt: skip
     memory_plan: str = option(
         "auto",
-        "offload keeps the transformer and the keys of earlier pairs in system memory between uses, the same "
-        "pictures in less memory; auto does so when memory runs out.",
+        "offload: keeps the transformer and the keys of earlier pairs in system memory between uses; the "
+        "same picture with less memory. auto: does so if memory runs out.",
         choices=("auto", "whole", "offload"),
         expert=True,
         group="memory",

@@ -78,8 +78,8 @@ def open_image_model(
         channels = descriptor.input_channels, descriptor.output_channels
         if not isinstance(descriptor, ImageModelDescriptor) or channels not in CHANNELS:
             raise CheckpointError(
-                f"{path} ({name}) takes {channels[0]} channels and gives {channels[1]}; "
-                "choose a model of colour or grey pictures."
+                f"{path} ({name}) takes {channels[0]} channels and gives {channels[1]}; choose a model "
+                "for colour or grey pictures."
             )
         if descriptor.scale not in SCALES:
             raise CheckpointError(
@@ -88,7 +88,7 @@ def open_image_model(
         if {torch.float16: descriptor.supports_half, torch.bfloat16: descriptor.supports_bfloat16}.get(
             dtype, True
         ) is False:
-            log.warning("%s is not made for %s; it runs in float32", name, str(dtype).removeprefix("torch."))
+            log.warning("%s does not support %s; it runs in float32", name, str(dtype).removeprefix("torch."))
             dtype = torch.float32
         network = ImageNetwork(descriptor).to(device, dtype).eval().requires_grad_(False)
         flow = open_bundled().to(device)
@@ -99,7 +99,7 @@ def _check_name(path: Path) -> None:
     if not path.is_file():
         raise ModelNotFoundError("single-image model", path, "Check the path.")
     if path.suffix.lower() not in SUFFIXES:
-        raise CheckpointError(f"{path} is no model file: its name must end in {', '.join(SUFFIXES)}.")
+        raise CheckpointError(f"{path} is not a model file: its name must end in {', '.join(SUFFIXES)}.")
 
 
 def _read(path: Path, device: str) -> dict[str, Any]:
@@ -127,5 +127,5 @@ def _architecture(path: Path, weights: dict[str, Any]) -> str:
                 )
             return each.architecture.name
     raise CheckpointError(
-        f"{path} holds no super-resolution or restoration model that spandrel knows; choose another file."
+        f"{path} contains no super-resolution or restoration model that spandrel knows; choose another file."
     )

@@ -82,7 +82,7 @@ class ImageModel:
     ) -> ImageSession:
         """Begin a sequence, or continue the one of `state`; there is no `noise` in these models."""
         if noise is not None:
-            raise IncompatibleInputError("no noise, as single-image models draw none", "a tensor of it")
+            raise IncompatibleInputError("single-image models draw no noise, so none can be given")
         return ImageSession(self, options or ImageOptions(), state or State(), on_step or ignore_progress)
 
     def stream(
@@ -140,14 +140,18 @@ class ImageModel:
         """Refuse what does not fit, log changed settings, and return the tile size to use."""
         check_frame(lq)
         if before.family not in ("", FAMILY) or set(before.tensors) not in (set(), {HQ, LQ}):
-            raise IncompatibleInputError("a state of a single-image model", f"one of {before.family or '?'}")
+            raise IncompatibleInputError(
+                f"the state belongs to {before.family or 'another family'}, not to single-image models"
+            )
         old, recorded = before.provenance, before.provenance.details.get(TILES, WHOLE)
         if old.model not in ("", self.info.model):
-            raise IncompatibleInputError(f"a state of model {self.info.model}", f"one of model {old.model}")
+            raise IncompatibleInputError(
+                f"the state belongs to model {old.model}, not to this one ({self.info.model})"
+            )
         if before.has_previous:
             was, now = (f"{x.shape[-1]}x{x.shape[-2]}" for x in (before.tensors[LQ], lq))
             if was != now:
-                raise IncompatibleInputError(f"a frame of {was}, the size of the state", now)
+                raise IncompatibleInputError(f"the state is for frames of {was}, not {now}")
             large = (self.network.scale * side for side in lq.shape[-2:])
             check_shape(before.tensors[HQ], (1, 3, *large), HQ)
         fallen = int(recorded) if options.tile_size is None and recorded.isdecimal() else None
@@ -174,8 +178,8 @@ class ImageModel:
         hq = hq.to(self.device)
         if not is_finite(hq):
             raise CheckpointError(
-                f"a frame came out with values that are not finite in {self.info.number_format}: "
-                "use float32; where that does not help, the weights are damaged."
+                f"the result contains NaN or infinite values in {self.info.number_format}: use float32; "
+                "if that does not help, the weights are damaged."
             )
         kept = {HQ: hq, LQ: lq.to(self.device, copy=True)}
         return hq, kept if options.steady > 0 else {}
@@ -196,7 +200,7 @@ class ImageModel:
             remedy = f"it ran out ({message}); use smaller frames, a smaller tile_size or dtype float16"
             raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
         log.warning(
-            "out of memory (%s): this frame and those after it are computed in tiles of %d output pixels, "
+            "out of memory (%s): computing this frame and all later ones in tiles of %d output pixels, "
             "an approximation",
             message,
             lower[0],

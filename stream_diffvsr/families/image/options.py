@@ -20,17 +20,17 @@ class ImageOptions:
 
     steady: float = option(
         0.0,
-        "How strongly each result is blended with the previous one, moved along, where both show "
-        "the same thing. 0: each frame by itself, as the model makes it. Higher: less flicker, a "
-        "little softer.",
+        "How strongly each result is blended with the previous one, aligned to it, where both show the "
+        "same thing. 0: each frame by itself, as the model makes it. Higher values: less flicker, slightly "
+        "softer.",
         low=0, high=1, step=0.05, group=OWN,
     )  # fmt: skip
     tile_size: int | None = option(
         None,
-        "Side, in output pixels, of the tiles that a frame is computed in; it takes less memory and changes "
-        "the picture slightly. 0 or unset: the whole frame at once, and in tiles only where memory runs out.",
-        kind=int, low=64, high=2**20, unset=0, unset_help="the whole frame", group="memory", expert=True,
-        metavar="N",
+        "Size, in output pixels, of the tiles in which a frame is computed; tiles need less memory and "
+        "change the picture slightly.",
+        kind=int, low=64, high=2**20, unset=0, group="memory", expert=True, metavar="N",
+        unset_help="the whole frame at once, in tiles only if memory runs out",
     )  # fmt: skip
     tile_overlap: int = option(
         64,
@@ -42,5 +42,5 @@ class ImageOptions:
         check_options(self)
         if self.tile_size is not None and self.tile_overlap * 2 >= self.tile_size:
             raise IncompatibleInputError(
-                f"tile_overlap below half of tile_size {self.tile_size}", str(self.tile_overlap)
+                f"tile_overlap must be below half of tile_size {self.tile_size}, not {self.tile_overlap}"
             )

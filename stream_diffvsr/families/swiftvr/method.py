@@ -74,7 +74,7 @@ class SwiftVR(ChunkUpscaler):
         The first 25 results come with frame 28 of a scene, then 24 with each 24 frames. There is no noise.
         """
         if noise is not None:
-            raise IncompatibleInputError("no noise, since SwiftVR starts from the frames alone", "noise")
+            raise IncompatibleInputError("SwiftVR draws no noise, so none can be given")
         return super().session(options, state, on_step)
 
     def whole(self, memory: Memory, options: SwiftVROptions) -> int:

@@ -24,28 +24,29 @@ OWN = "SwiftVR"
 class SwiftVROptions:
     """Settings of one sequence, checked once; the defaults are the published ones."""
 
-    scale: float = option(4.0, "How many times larger the result is on each side.", low=1, high=4, step=0.5)
+    scale: float = option(4.0, "How many times larger each side of the result is.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "How much more of it across.", low=0.25, high=4, hidden=True)
     protocol: str = option(
         "file",
-        "file reads 4 more frames first and fills up the last clip, as for the published results; "
-        "session uses equal clips from the start and waits for 4 frames fewer.",
+        "file: reads 4 more frames first and fills up the last clip, as for the published results. "
+        "session: uses equal clips from the start and waits for 4 frames fewer.",
         choices=("file", "session"),
         expert=True,
         group=OWN,
     )
     clip_len: int = option(
-        CLIP, "Frames restored together, a multiple of 4; fewer come sooner, with less memory and quality.",
+        CLIP, "Frames restored together, a multiple of 4. With fewer, results come sooner and need less "
+        "memory, but quality is lower.",
         low=GROUP, high=CLIP, step=GROUP, expert=True, group=OWN,
     )  # fmt: skip
     overlap: int | None = option(
-        None, "Groups of 4 earlier frames that a clip sees again.",
+        None, "Number of groups of 4 earlier frames that a clip sees again.",
         kind=int, low=0, high=CLIP // GROUP, unset=-1, expert=True, group=OWN,
         unset_help="0 for protocol file, 1 for session",
     )  # fmt: skip
     memory_plan: str = option(
         "auto",
-        "offload keeps the transformer in system memory between uses; auto does so when memory runs out.",
+        "offload: keeps the transformer in system memory between uses. auto: does so if memory runs out.",
         choices=("auto", "whole", "offload"),
         expert=True,
         group="memory",
@@ -54,7 +55,7 @@ class SwiftVROptions:
     def __post_init__(self) -> None:
         check_options(self)
         if self.clip_len % GROUP:
-            raise IncompatibleInputError(f"clip_len as a multiple of {GROUP}", repr(self.clip_len))
+            raise IncompatibleInputError(f"clip_len must be a multiple of {GROUP}, not {self.clip_len!r}")
 
     @property
     def context(self) -> int:

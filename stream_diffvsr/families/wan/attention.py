@@ -44,13 +44,14 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
     package is missing.
     """
     if name not in ATTENTIONS:
-        raise IncompatibleInputError(f"attention as one of {', '.join(ATTENTIONS)}", repr(name))
+        raise IncompatibleInputError(f"attention must be one of {', '.join(ATTENTIONS)}, not {name!r}")
     if name not in PACKAGES:
         return
     if device.type != "cuda" or dtype == torch.float32:
         number = str(dtype).removeprefix("torch.")
         raise IncompatibleInputError(
-            f"a CUDA device with dtype float16 or bfloat16 for attention {name!r}", f"{device} with {number}"
+            f"attention {name!r} needs a CUDA device and dtype float16 or bfloat16, not {device} with "
+            f"{number}"
         )
     try:
         from diffusers.models.attention_dispatch import attention_backend

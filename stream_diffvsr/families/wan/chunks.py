@@ -194,7 +194,10 @@ class ChunkUpscaler(ABC):
                     need = self.bytes_needed(size, replace(options, memory_plan=plan))
                     remedy = f"it ran out ({message}); {self.remedy}"
                     raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
-                log.warning("out of memory (%s): what can wait in system memory does so from now on", message)
+                log.warning(
+                    "out of memory (%s): moving to system memory whatever can wait there, from now on",
+                    message,
+                )
 
     def weights(self) -> list[Tensor]:
         """All tensors that it holds whatever it computes."""
@@ -211,8 +214,8 @@ class ChunkUpscaler(ABC):
         """A finished frame; refused where it is none."""
         if not hq.is_meta and not is_finite(hq):
             raise CheckpointError(
-                f"a frame came out with values that are not finite in {self.number_format}: "
-                "use bfloat16 or float32; where that does not help, the weights are damaged."
+                f"the result contains NaN or infinite values in {self.number_format}: use bfloat16 or "
+                "float32; if that does not help, the weights are damaged."
             )
         return hq.contiguous()
 
@@ -279,14 +282,12 @@ class ChunkSession:
     def push(self, lq: Tensor) -> list[Upscaled]:
         """The next frame, (1, 3, h, w) float32; the frames finished by it: none, or those of a chunk."""
         if self._finished:
-            raise IncompatibleInputError(
-                "no frame after the end of a sequence", "another one: begin a session"
-            )
+            raise IncompatibleInputError("the sequence has ended: begin a new session for further frames")
         check_frame(lq)
         size = lq.shape[-2], lq.shape[-1]
         if size != (self._size or size):
             raise IncompatibleInputError(
-                f"a frame of the sequence's size {self._size} (height, width)", str(size)
+                f"all frames of a sequence must have the same size {self._size} (height, width), not {size}"
             )
         frames = [*self._frames, lq.to(self._upscaler.device, copy=True)]
         if len(frames) < self._upscaler.whole(self._memory, self._options):
@@ -323,10 +324,14 @@ class ChunkSession:
         """Refuse a state that does not fit, and say where it was made otherwise."""
         before, now = state.provenance, self._upscaler.provenance(size_of(state), self._options)
         if before.model not in ("", now.model):
-            raise IncompatibleInputError(f"a state of model {now.model}", f"one of model {before.model}")
+            raise IncompatibleInputError(
+                f"the state belongs to model {before.model}, not to this one ({now.model})"
+            )
         for name in self._upscaler.fixed:
             old, new = before.options.get(name, now.options[name]), now.options[name]
             if old != new:
-                raise IncompatibleInputError(f"{name} {old!r}, as in the state's frames", repr(new))
+                raise IncompatibleInputError(
+                    f"{name} must be {old!r}, as for the state's frames, not {new!r}"
+                )
         if differences := before.differences(now):
             log.warning("not an exact continuation of frame %d: %s", state.index, differences)

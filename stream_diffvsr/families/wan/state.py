@@ -41,7 +41,9 @@ def unpacked(
 ) -> tuple[int, int, dict[str, Numbered]]:
     """Start, latents, and tensors by kind, of what `packed` gave; raises `IncompatibleInputError`."""
     if state.family != family or POSITION not in state.tensors:
-        raise IncompatibleInputError(f"a state of {family}", f"one of {state.family or 'another family'}")
+        raise IncompatibleInputError(
+            f"the state belongs to {state.family or 'another family'}, not to {family}"
+        )
     start, latents, *_ = state.tensors[POSITION].tolist()
     held: dict[str, Numbered] = {}
     for name, value in state.tensors.items():

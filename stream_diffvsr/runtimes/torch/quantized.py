@@ -25,13 +25,13 @@ def check_quantize(kind: str, device: torch.device) -> None:
     `ModuleNotFoundError` without torchao.
     """
     if kind not in QUANTIZATIONS:
-        raise IncompatibleInputError(f"quantize as one of {', '.join(QUANTIZATIONS)}", repr(kind))
+        raise IncompatibleInputError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, not {kind!r}")
     if kind != "none":
         _configuration(kind)
     if kind == "fp8" and not multiplies_fp8(device):
         raise IncompatibleInputError(
-            "an NVIDIA GPU of compute capability 8.9 or more for quantize 'fp8'",
-            f"{device}; leave quantize at 'none', or take 'int8'",
+            "quantize 'fp8' needs an NVIDIA GPU of compute capability 8.9 or more, not "
+            f"{device}; leave quantize at 'none', or use 'int8'",
         )
 
 

@@ -127,7 +127,7 @@ function comparison(before, after, labels = ["Before", "After"]) {
     make("span", { className: "edge" }),
     make("span", { className: "tag left" }, labels[0]), make("span", { className: "tag right" }, labels[1]));
   const slider = make("input", { type: "range", min: 0, max: 100, step: 0.5, value: 50 });
-  slider.setAttribute("aria-label", "Where before ends and after begins");
+  slider.setAttribute("aria-label", "Divider between before and after");
   slider.oninput = () => layers.style.setProperty("--at", `${slider.value}%`);
   layers.onpointermove = (event) => {
     if (event.pointerType === "mouse" && !event.buttons) return;
@@ -234,7 +234,7 @@ function jobForm(kind, viewer) {
   const last = remembered(kind), word = KINDS[kind];
   const file = make("input", { type: "file" });
   file.accept = kind === "images" ? capabilities.source_suffixes.images.join() : "video/*,.mkv,.ts,.m2ts,.gif,.webp";
-  const drop = make("div", { className: "file" }, field(`The ${word}`, file, `Choose it, or drop it here; up to ${gigabytes(capabilities.limits.max_bytes)}.`));
+  const drop = make("div", { className: "file" }, field(`The ${word}`, file, `Choose a file, or drop it here; up to ${gigabytes(capabilities.limits.max_bytes)}.`));
   drop.ondragover = (event) => { event.preventDefault(); drop.classList.add("over"); };
   drop.ondragleave = () => drop.classList.remove("over");
   drop.ondrop = (event) => {
@@ -269,9 +269,9 @@ function jobForm(kind, viewer) {
     make("h2", {}, kind === "videos" ? "Upscale a video" : "Upscale an image"), drop,
     field("Model", model, "nano is small and bundled; the others are downloaded when they are first used."),
     field("Quality", preset), field("Size", size), field("Format", format),
-    elsewhere.length ? make("details", {}, make("summary", {}, "From and to elsewhere"),
+    elsewhere.length ? make("details", {}, make("summary", {}, "Other sources and targets"),
       field("Source", source, `Instead of a file: ${elsewhere.join(" or ")}.`),
-      capabilities.s3 ? field("Target", target, "Where the result goes, too; it can be downloaded here in any case.") : null) : null,
+      capabilities.s3 ? field("Target", target, "The result is also uploaded there. You can always download it here.") : null) : null,
     own, start, sent);
   form.onsubmit = async (event) => {
     event.preventDefault();
@@ -282,10 +282,10 @@ function jobForm(kind, viewer) {
       remember(kind, request);
       if (target.value) request.target = target.value;
       request.download = models.find((each) => each.name === model.value).here === false;
-      notice("Sending the file.");
+      notice("Uploading the file.");
       const id = source.value ? taskId() : await upload(kind, file.files[0], sent);
       if (source.value) request.source = source.value;
-      notice("The server looks at the file.");
+      notice("The server is inspecting the file.");
       watch(kind, await send(`${kind}/${id}/upscaling`, request), viewer);
       notice("The job is in the queue.");
     } catch (error) {
@@ -303,7 +303,7 @@ function upload(kind, file, progress) {
     const request = new XMLHttpRequest(), form = new FormData();
     form.append("file", file);
     request.upload.onprogress = (event) => { progress.value = event.loaded / event.total; };
-    request.onerror = () => failed(new Error("The upload broke off."));
+    request.onerror = () => failed(new Error("The upload was interrupted."));
     request.onload = () => {
       const told = JSON.parse(request.responseText || "{}");
       request.status === 201 ? done(told.task_id) : failed(new Error(told.detail ?? "The upload failed."));
@@ -319,7 +319,7 @@ function numbers(task) {
   const count = task.frames_total ? `${task.frames_done} of ${task.frames_total} frames` : `${task.frames_done} frames`;
   const waits = task.position ? `${task.position} before it` : "next in line";
   return [
-    { queued: `Waits, ${waits}`, running: "Runs", finished: "Finished", failed: "Failed", cancelled: "Cancelled", uploaded: "Uploaded" }[task.status],
+    { queued: `Waiting, ${waits}`, running: "Runs", finished: "Finished", failed: "Failed", cancelled: "Cancelled", uploaded: "Uploaded" }[task.status],
     count,
     task.fps ? `${task.fps.toFixed(task.fps < 1 ? 3 : 1)} frames per second` : "",
     task.status === "running" && task.seconds_left != null ? `${duration(task.seconds_left)} left` : "",
@@ -345,7 +345,7 @@ function actions(task, changed) {
     return made;
   };
   const request = Object.fromEntries(Object.entries(task.request).filter(([, value]) => value !== null));
-  const partly = task.status === "cancelled" ? "Download what is done" : "Download";
+  const partly = task.status === "cancelled" ? "Download the finished part" : "Download";
   return [
     task.has_result ? link(partly, `${API}${path}/result?download=true`) : null,
     task.status === "finished" ? button("Compare", () => { compareTask = task; show(byId("tab-compare"), true); }) : null,
@@ -493,7 +493,7 @@ function sideBySide(task) {
 // ---- begin
 
 async function begin() {
-  notice("Asking the server what it can do.");
+  notice("Asking the server for its options.");
   [capabilities, { models }] = [await ask("capabilities"), await ask("models")];
   for (const kind of Object.keys(KINDS)) {
     const place = make("div", { className: "card" }, make("p", { className: "empty" }, `The newest frame is shown here, before and after, while the ${KINDS[kind]} is upscaled.`));
