@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class StreamDiffVSRError(Exception):
-    """Base of all errors that this engine raises on purpose."""
+    """Base of all errors that the engine raises on purpose."""
 
 
 class ModelNotFoundError(StreamDiffVSRError):

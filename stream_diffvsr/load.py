@@ -162,18 +162,22 @@ def load_pipeline(
 ) -> Upscaler:
     """Open a model and make it ready to run.
 
-    `source`: 'nano' (bundled), a released model by name (`weights.released.RELEASES`: found on this machine
-    or downloaded), the name of a checkpoint that `find_checkpoints(extra_folders)` lists, a folder of one,
-    whose files tell the family, or the file of a single-image model. `version` 'v1' or 'v1.1' is needed for a
-    folder of FlashVSR with another name than the published one. `dtype` is that of the networks; frames,
-    flow, warp, state and scheduler arithmetic are float32 always. `flow` and `quantize` are
-    Stream-DiffVSR's: `quantize` 'int8' and 'fp8' approximate linear layers in 8 bits (they need torchao,
-    'fp8' also a GPU that has it). So is `runtime`, which computes its networks: 'torch', 'openvino', 'onnx',
-    or 'auto': the fastest exact one of those that are installed, measured once. `provider` is its device:
-    'auto', 'cpu', 'gpu' or 'npu' for OpenVINO, 'auto', 'cpu', 'cuda' or 'tensorrt' for ONNX Runtime.
-    `attention` is FlashVSR's and SwiftVR's: 'auto' and 'sdpa' are PyTorch's own, 'sage' (an approximation)
-    and 'flash' SwiftVR's alone, on CUDA, with their packages.
-    `loras` are files that 'stream-diffvsr train' made, each with a strength from -2 to 2 (1: as trained).
+    `source`: 'nano' (bundled), the name of a released model (`weights.released.RELEASES`; downloaded if it is
+    not on this machine), the name or folder of a checkpoint that `find_checkpoints(extra_folders)` lists, or
+    the file of a single-image model. `dtype` is the number format of the networks; frames, flow, warp, state
+    and scheduler arithmetic are always float32.
+
+    For Stream-DiffVSR only: `flow`, the estimator of motion. `quantize` 'int8' or 'fp8' runs linear layers
+    in 8 bits, an approximation (needs torchao; 'fp8' also a GPU that supports it). `runtime` is the library
+    that runs the networks: 'torch', 'openvino', 'onnx', or 'auto', the fastest exact one that is installed,
+    measured once. `provider` is its device: 'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda'
+    or 'tensorrt' for ONNX Runtime. `loras` are (file, strength) pairs of LoRAs that 'stream-diffvsr train'
+    made, with strengths from -2 to 2 (1: as trained).
+
+    For FlashVSR only: `version` 'v1' or 'v1.1', needed if the folder does not have the published name.
+    For FlashVSR and SwiftVR: `attention` 'auto' or 'sdpa' (PyTorch's own); for SwiftVR on CUDA also 'sage'
+    (an approximation) and 'flash', which need their packages.
+
     `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
     download, which resumes from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
@@ -254,12 +258,12 @@ def family_named(source: str | Path, extra_folders: Iterable[str | Path] = ()) -
 
 
 def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
-    """Every checkpoint folder of this machine as (name, path, problem or None), in the order of search.
+    """List all checkpoint folders on this machine as (name, path, problem or None), in search order.
 
-    Searched are `extra_folders` (ComfyUI's, where there is one), those that the environment variable
-    STREAM_DIFFVSR_MODELS names, the user's data folder, a ComfyUI around this package, and the cache of
-    huggingface_hub; each may hold a checkpoint itself or checkpoints in folders. A released name such as 'v1'
-    means the first complete folder so named. Nothing is loaded, and nothing is raised for damaged folders.
+    The search covers `extra_folders` (in ComfyUI, its model folders), the folders in the environment variable
+    STREAM_DIFFVSR_MODELS, the user's data folder, a ComfyUI around this package, and huggingface_hub's cache.
+    Each may be a checkpoint or contain checkpoints. A released name such as 'v1' means the first complete
+    folder of that name. Nothing is loaded, and damaged folders raise nothing.
     """
     return [
         Found(each.name, each.path, reason_ignored(each)) for each in candidates(extra_folders, family_of)
@@ -325,9 +329,9 @@ def download(
     revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Bring a released model to the first registered folder, else the user's data folder; return its folder.
+    """Download a released model to the first registered folder, or the user's data folder; return its folder.
 
-    Raises `ModelNotFoundError` with what to do by hand.
+    Raises `ModelNotFoundError`, which says what to do by hand.
     """
     release, family, folders = RELEASES[name], FAMILIES[RELEASES[name].family], list(extra_folders)
     folder = fetch(
@@ -367,7 +371,7 @@ def estimate_memory(
     """Bytes by stage for an LQ frame of `height` x `width`, counted without reading any weights.
 
     Keys: 'weights', 'frames', the activations of 'flow', 'controlnet', 'unet' and 'vae', and 'peak', which is
-    what all of it takes at the worst moment. With `memory_plan` 'auto' it is the need with nothing split.
+    the most that is needed at any moment. With `memory_plan` 'auto', nothing is split.
     `model`: 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
     """
     options = options or UpscaleOptions()

@@ -5,7 +5,7 @@
 | lq       | (1, 3, h, w)      | model range: nominal [-1, 1], finite values outside pass unclamped      |
 | lq_up    | (1, 3, 4h, 4w)    | bicubic x4 of lq, with its overshoot                                    |
 | hq       | (1, 3, 4h, 4w)    | model range, not clamped                                                |
-| flow     | (1, 2, 4h, 4w)    | pixels; channel 0 is dx; where a pixel of now was in the previous frame |
+| flow     | (1, 2, 4h, 4w)    | pixels; channel 0 is dx; where a pixel was in the previous frame        |
 | warped   | (1, 3, 4h, 4w)    | the previous hq pulled along flow; outside is 0, mid grey               |
 | latents  | (1, 4, h', w')    | noise to result; h', w' are h, w padded to multiples of 4               |
 | features | list of (1, C, ., .) | of warped, pooled 4x4, coarse to fine, for the decoder's TPM         |

@@ -4,8 +4,8 @@
     for result in upscaler.stream(frames, options):           # frames: (1, 3, h, w) float32 in [-1, 1]
         show(result.index, result.hq)                         # (1, 3, H, W), model range, not clamped
 
-A family computes; it never loops over a sequence. `stream` below is the only loop, and everything above the
-families (jobs, nodes, command, service) knows nothing but the types of this file.
+A family computes frames but never loops over a sequence: `stream` below is the only loop. Everything above
+the families (jobs, nodes, command, service) uses only the types in this file.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ OnStep = Callable[[str, int, int], None]
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
-    """An `on_step` that wants nothing."""
+    """An `on_step` that does nothing."""
 
 
 @dataclass(frozen=True)
 class Info:
-    """What a loaded model says of itself."""
+    """Properties of a loaded model."""
 
     family: str
     model: str
@@ -54,7 +54,7 @@ class Info:
 
     @property
     def frame_by_frame(self) -> bool:
-        """Whether each frame gives its result at once, so that every frame is a border."""
+        """Whether every frame gives its result at once: a sequence can be continued after any frame."""
         return self.first == 1 and self.chunk == 1
 
 
@@ -72,7 +72,7 @@ class Provenance:
     """The family's further facts, such as its memory plan."""
 
     def differences(self, now: Provenance) -> str:
-        """In words, what changed from these frames to `now`; '' where nothing that is recorded did."""
+        """Describes what changed from these frames to `now`; '' if nothing that is recorded did."""
         names = {"number_format": "dtype", "runtime": "runtime"}
         pairs = [(name, getattr(self, key), getattr(now, key)) for key, name in names.items()]
         pairs += [(key, value, now.options[key]) for key, value in self.options.items() if key in now.options]
@@ -101,7 +101,7 @@ class Provenance:
 class State:
     """The memory of a sequence: a frozen value that can be kept, branched, saved and loaded.
 
-    Without tensors it starts a sequence at frame `index` of the video and carries nothing over.
+    Without tensors it starts a new sequence at frame `index` of the video.
     """
 
     family: str = ""
@@ -132,7 +132,7 @@ class State:
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; it appears under its name only when it is whole."""
+        """Write a safetensors file; it appears under its name only when it is complete."""
         from .files import save_tensors
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
@@ -141,9 +141,9 @@ class State:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote, onto the CPU, into memory of its own.
+        """Read what `save` wrote, onto the CPU, into newly allocated memory.
 
-        Raises `ModelNotFoundError` for a missing file and `CheckpointError` for any other that is no state.
+        Raises `ModelNotFoundError` if the file is missing, and `CheckpointError` if it is not a state.
         """
         from .files import read_tensors
 
@@ -180,21 +180,21 @@ class Upscaled:
 
 
 class Session(Protocol):
-    """One sequence on its way through a model; used by one thread at a time.
+    """A model working on one sequence; to be used by one thread at a time.
 
-    Several sessions of one upscaler may be interleaved: they share weights and nothing else.
+    Several sessions of one upscaler may be interleaved: they share only the weights.
     """
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Take the next frame, (1, 3, h, w) float32 in model range; return the frames finished by it."""
+        """Take the next frame, (1, 3, h, w) float32 in model range; return the results that are now ready."""
         ...
 
     def finish(self) -> list[Upscaled]:
-        """Return the frames still missing: N frames in, N frames out. Nothing may be pushed after it."""
+        """Return the remaining results: N frames in, N frames out. Nothing may be pushed afterwards."""
         ...
 
     def state(self) -> State | None:
-        """The state after the frames returned so far; None where no exact continuation is possible."""
+        """The state after the results returned so far; None if it cannot be continued exactly."""
         ...
 
 
@@ -236,7 +236,7 @@ class Upscaler(Protocol):
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """By stage: what a host needs to place them."""
+        """The networks by stage, for a host that decides where they run."""
         ...
 
     def session(
@@ -263,20 +263,20 @@ class Upscaler(Protocol):
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
         """How frames of an LQ size (height, width) would be made now, memory plan included.
 
-        A job fixes it once: a state that holds it and no tensors starts a sequence exactly so.
+        A job fixes this once: a state with this provenance and no tensors starts a sequence in the same way.
         """
         ...
 
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
-        """Bytes that an LQ frame of `size` (height, width) takes beside the weights."""
+        """Bytes that an LQ frame of `size` (height, width) needs besides the weights."""
         ...
 
 
 def stream(session: Session, frames: Iterable[Tensor], finish: bool = True) -> Iterator[Upscaled]:
     """Feed a session a sequence: the only loop over frames.
 
-    Lazy: frame n + 1 is asked for only after the results of frame n were taken. Without `finish` more frames
-    follow, and those that the last results wait for are left out.
+    Lazy: frame n + 1 is requested only after the results of frame n were taken. Pass `finish=False` if more
+    frames will follow: results that still depend on them are then left out.
     """
     for lq in frames:
         yield from session.push(lq)

@@ -305,7 +305,7 @@ def test_plan_of_released_weights_that_are_absent(tmp_path: Path, monkeypatch, c
     memory = ["--memory-plan", "banded", "--flow-scale", "0.5"]
     assert main(["upscale", str(source), "--plan", "--model", "v1", "--device", "cpu", *memory]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[1] == "plan: flow in linear memory, convolutions in bands of 128 rows"
+    assert lines[1] == "plan: flow without its correlation volume, convolutions in bands of 128 rows"
     assert "weights 2.56" in lines[2] and "download" in lines[4]
 
 

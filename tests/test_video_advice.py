@@ -282,7 +282,7 @@ def test_even_sides_and_a_format_that_is_listed(pipe, tmp_path: Path) -> None:
     with pytest.raises(VideoError, match=r"yuv420p needs even sides, .*: change the target size"):
         upscale(pipe, source, tmp_path / "b.mp4", target=(101, 51))
     upscale(pipe, source, tmp_path / "b.mp4", target=(102, 52))
-    with pytest.raises(VideoError, match=r"is not written as 'yuv411p' here; choose from .*yuv444p,"):
+    with pytest.raises(VideoError, match=r"does not support the pixel format 'yuv411p' here; use .*yuv444p,"):
         upscale(pipe, source, tmp_path / "c.mp4", pix_fmt="yuv411p")
     upscale(pipe, source, tmp_path / "c.mp4", pix_fmt="yuv444p")
 

@@ -398,9 +398,7 @@ FAULTS: dict[str, Fault] = {
         job={"target": (96, 128)},
     ),
     "shape of 3gp": Fault(picture_only("a.3gp", "h263", size=(128, 96), count=2)),
-    "shape changes": Fault(
-        reshaped, counts=[7, 8], said="changes the shape of its pixels (1 to 1, then 4/3)"
-    ),
+    "shape changes": Fault(reshaped, counts=[7, 8], said="changes its pixel aspect ratio (1 to 1, then 4/3)"),
     "shape odd": Fault(picture_only("a.mkv", "ffv1", "bgr0", size=(17, 13))),
     "shape odd of its scale": Fault(picture_only("a.mkv", "ffv1", "bgr0", size=(17, 13)), job={"scale": 2.5}),
     "shape of 16:9 from dv": Fault(

@@ -175,4 +175,4 @@ def test_a_picture_that_changed_is_noticed(tmp_path: Path, caplog) -> None:
     with caplog.at_level("INFO"):
         frames = list(source.frames(Span(21), Place(20, 20 * clips.STEP, 12345)))
     assert [frame.index for frame in frames] == list(range(21, FRAMES))
-    assert "is read from its start: the frame to go on from came out otherwise" in caplog.text
+    assert "is read from its start: the frame to resume from was decoded differently" in caplog.text

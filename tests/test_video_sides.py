@@ -104,7 +104,7 @@ def test_sound_that_is_declared_and_never_comes_is_left_out(output, pipe, tmp_pa
         out.mux(video.encode(None))
     assert [kind for kind, _ in seen(tmp_path / "a.ts")] == ["video", "audio"]
     assert [kind for kind, _ in seen(upscale(pipe, tmp_path / "a.ts", tmp_path / output))] == ["video"]
-    assert "audio stream 1 (aac) is left out: it holds nothing" in caplog.text
+    assert "audio stream 1 (aac) is left out: it contains nothing" in caplog.text
 
 
 def test_a_sound_that_changes_its_layout_is_followed(pipe, tmp_path: Path) -> None:

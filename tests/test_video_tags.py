@@ -91,8 +91,8 @@ def test_where_hdr10_data_cannot_be_carried_it_is_said_once(hdr: Path, pipe, tmp
     assert light_of(output) == []
     said = [message for message in caplog.messages if "HDR10" in message]
     assert said == [
-        "prores is written without the HDR10 data of the source (mastering display, light level): h264, "
-        "h265, av1 can carry it"
+        "prores is written without the source's HDR10 data (mastering display, light level), which h264, "
+        "h265, av1 can carry"
     ]
 
 
@@ -154,7 +154,7 @@ def test_bits_that_are_lost_are_said(caplog) -> None:
     ):
         caplog.clear()
         codecs.choose_encoding(codec, pix_fmt, None, info, (128, 128))
-        assert ("10 bits of the source become 8" in caplog.text) == lost
+        assert ("reducing 10 bits to 8" in caplog.text) == lost
 
 
 def test_an_encoder_that_opens_but_not_for_this(monkeypatch) -> None:

@@ -1,4 +1,4 @@
-"""Say what is installed, which device and weights are used, and why other weights are not."""
+"""Show what is installed, which device and weights will be used, and why others will not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Download released weights, or what is missing of them."""
+"""Download released weights, or only the missing files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build a runtime's files beforehand, for containers and machines that shall start at once."""
+"""Convert a model for OpenVINO or ONNX Runtime in advance, so that later runs start right away."""
 
 from __future__ import annotations
 

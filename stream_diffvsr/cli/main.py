@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     """One that says what is wrong without pages of usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; '{self.prog} --help' lists what there is\n")
+        self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:

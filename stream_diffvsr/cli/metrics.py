@@ -1,4 +1,4 @@
-"""Measure a result against the truth: PSNR, SSIM, GMSD, VIF, warping error, tOF."""
+"""Compare a result with the original: PSNR, SSIM, GMSD, VIF, warping error, tOF."""
 
 from __future__ import annotations
 

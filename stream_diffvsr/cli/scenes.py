@@ -1,4 +1,4 @@
-"""List the scenes of a video: each starts without memory of the one before."""
+"""List the scenes of a video: each starts without memory of the previous one."""
 
 from __future__ import annotations
 

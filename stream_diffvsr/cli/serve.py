@@ -1,4 +1,4 @@
-"""Start the page and the REST API."""
+"""Start the web page and the REST API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Upscale a video, an image or a folder of images."""
+"""Upscale videos, pictures, or folders of them."""
 
 from __future__ import annotations
 

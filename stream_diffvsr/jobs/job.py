@@ -48,7 +48,7 @@ def parse_rate(text: str) -> Fraction:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoJob:
-    """What to upscale, where to, and how. Frozen; paths are checked when the job runs."""
+    """What to upscale, where to write it, and how. Frozen; paths are checked when the job runs."""
 
     source: Path
     """A video, an animated GIF, WebP or PNG, a picture, or a folder of pictures."""

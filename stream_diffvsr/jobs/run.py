@@ -52,11 +52,11 @@ WRITE_DEPTH = 4
 def run(
     pipe: Upscaler, job: VideoJob | Prepared, on_step: OnStep | None = None
 ) -> Generator[JobProgress, None, None]:
-    """Do a job, yielding after each frame; the output is there when it ends.
+    """Run a job, yielding after each frame; the output exists when the generator ends.
 
-    Closing the generator, or an exception from `on_step`, cancels: what is done is left as a playable
-    file, and the same job again continues. Raises `VideoError` for what cannot be read or written as
-    asked, `OSError` where reading or writing fails on the way (finished segments are kept).
+    Closing the generator, or an exception from `on_step`, cancels the job: a playable file with the finished
+    part remains, and running the same job again resumes it. Raises `VideoError` for what cannot be read or
+    written as requested, and `OSError` if reading or writing fails on the way (finished segments are kept).
     """
     prepared = prepare(job) if isinstance(job, VideoJob) else job
     yield from _OneProcess(pipe, prepared.fitted(pipe), on_step).steps()

@@ -14,7 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"control_every": 2},
     "fast": {"control_every": 4, "flow_scale": 0.5},
 }
-"""Names for sets of approximations; README.md tells the error and the time of each."""
+"""Names for sets of approximations; docs/speed.md has the error and the time of each."""
 
 PRESET_HELP = (
     "exact: the same results as the reference. balanced: computes the guidance by the previous frame "
@@ -24,7 +24,7 @@ PRESET_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
-    """How frames are upscaled. Frozen; wrong values raise `IncompatibleInputError` here and nowhere else."""
+    """How frames are upscaled. Frozen; wrong values raise `IncompatibleInputError` on creation."""
 
     num_inference_steps: int | None = option(
         None,

@@ -53,9 +53,9 @@ class FrameResult(Upscaled):
 
 
 class StreamDiffVSRPipeline:
-    """The networks of one checkpoint; it keeps nothing about any video, that is what states are for.
+    """The networks of one checkpoint. It remembers nothing about any video: that is what states are for.
 
-    One thread at a time computes a frame, the others wait; several sequences may be interleaved.
+    One thread at a time computes a frame while others wait; several sequences may be interleaved.
     """
 
     Options = UpscaleOptions
@@ -88,9 +88,9 @@ class StreamDiffVSRPipeline:
         self._lock = threading.Lock()
 
     def quantize(self, kind: str) -> None:
-        """Have the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, an approximation.
+        """Run the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, an approximation.
 
-        To be called before the first frame, if at all. Raises `IncompatibleInputError` and
+        Call it before the first frame. Raises `IncompatibleInputError` and
         `ModuleNotFoundError` as `quantized.check_quantize`.
         """
         quantized.check_quantize(kind, self.device)
@@ -99,9 +99,9 @@ class StreamDiffVSRPipeline:
             self.number_format += f", linear layers {kind}"
 
     def with_loras(self, *loras: tuple[str | Path, float]) -> StreamDiffVSRPipeline:
-        """A pipeline with these LoRA files, as (path, strength), beside those it has.
+        """A pipeline with these LoRA files, as (path, strength), in addition to those it already has.
 
-        It shares all that they do not change with this one, which stays as it is. Raises as `read_lora`,
+        It shares all unchanged layers with this pipeline, which is not modified. Raises as `read_lora`,
         `merge_loras` do, and `IncompatibleInputError` where layers are quantised or another runtime has them.
         """
         if self.built is not None or self.number_format != str(self.dtype).removeprefix("torch."):
@@ -204,7 +204,7 @@ class StreamDiffVSRPipeline:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Iterator[FrameResult]:
-        """Upscale frame after frame; the next one is asked for only when the last result was taken."""
+        """Upscale frame after frame; the next one is requested only after the last result was taken."""
         for result in upscaler.stream(self.session(options, state, on_step, noise), frames):
             assert isinstance(result, FrameResult)
             yield result
@@ -243,9 +243,9 @@ class StreamDiffVSRPipeline:
         the size padded to multiples of 4; `flow` (1, 2, 4h, 4w) pixels instead of an estimate, which then
         guides even where the pipe estimates none.
 
-        Where memory runs out, `memory_plan` 'auto' repeats the frame with a lower plan, which the state then
-        records. A frame of half precision that is not finite is repeated in float32. Both are logged.
-        Raises `IncompatibleInputError`, and `VRAMError` where no plan suffices.
+        If memory runs out, `memory_plan` 'auto' repeats the frame with a plan that needs less, which the
+        state records. A frame that overflows in half precision is repeated in float32. Both are logged.
+        Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
         """
         options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
         try:

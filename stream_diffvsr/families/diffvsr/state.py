@@ -1,4 +1,4 @@
-"""What one frame of Stream-DiffVSR hands to the next."""
+"""What one frame of Stream-DiffVSR passes on to the next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAMILY = "diffvsr"
 
 
 class StreamDiffVSRState(State):
-    """The `State` of Stream-DiffVSR: tensors `previous_hq` and `previous_lq`, both or neither.
+    """The `State` of Stream-DiffVSR, with the tensors `previous_hq` and `previous_lq`, or without both.
 
     A state without previous frames starts a sequence at `frame_index`.
     """
@@ -82,7 +82,7 @@ class StreamDiffVSRState(State):
         return self.provenance.to_texts()
 
     def check_fits(self, lq: Tensor, model: str) -> None:
-        """Refuse to continue with another model or another size; raises `IncompatibleInputError`."""
+        """Raise `IncompatibleInputError` for another model or another frame size."""
         mine = self.provenance.model or model
         if mine != model:
             raise IncompatibleInputError(f"the state belongs to model {mine}, not to this one ({model})")
