@@ -276,4 +276,6 @@ def _from_text(name: str, rule: Rule, value: Any) -> Any:
     try:
         return rule.parse(value)
     except (ValueError, ArithmeticError) as error:
-        raise IncompatibleInputError(f"{name} must be {rule.metavar or 'text'}, not {value!r}") from error
+        raise IncompatibleInputError(
+            f"{name} must be given as {rule.metavar or 'text'}, not {value!r}"
+        ) from error

@@ -96,7 +96,7 @@ def test_json_there_and_back() -> None:
         assert from_json(Sample, json.loads(json.dumps(to_json(sample)))) == sample
     with pytest.raises(IncompatibleInputError, match="no option colour"):
         from_json(Sample, {"colour": 1})
-    with pytest.raises(IncompatibleInputError, match="rate must be RATE"):
+    with pytest.raises(IncompatibleInputError, match="rate must be given as RATE"):
         from_json(Sample, {"rate": "soon"})
 
 

@@ -300,7 +300,7 @@ def change(path: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> Non
 
 EDITS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "lacks": lambda tensors: tensors.pop(sorted(tensors)[3]),
-    "holds": lambda tensors: tensors.update(extra=torch.zeros(1)),
+    "does not have": lambda tensors: tensors.update(extra=torch.zeros(1)),
     "of shape": lambda tensors: tensors.update({sorted(tensors)[3]: torch.zeros(5)}),
 }
 
@@ -308,7 +308,11 @@ EDITS: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 @pytest.mark.parametrize("words", EDITS)
 @pytest.mark.parametrize("file", [file for file in FILES if file.endswith(".safetensors")])
 def test_a_key_is_wrong(folder: Path, file: str, words: str):
-    key = "extra" if words == "holds" else sorted(load_file(folder / file))[3].removeprefix("text_model.")
+    key = (
+        "extra"
+        if words == "does not have"
+        else sorted(load_file(folder / file))[3].removeprefix("text_model.")
+    )
     change(folder / file, EDITS[words])
     error = problem(folder)
     assert isinstance(error, CheckpointError)

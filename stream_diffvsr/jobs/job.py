@@ -33,7 +33,7 @@ def parse_size(text: str) -> tuple[int, int]:
     """`1920x1080` -> width and height."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and max(int(width), int(height)) <= MOST):
-        raise VideoError(f"{text} is not a size such as 1920x1080, with sides of at most {MOST}.")
+        raise VideoError(f"{text!r} is not a size such as 1920x1080, with sides of at most {MOST}.")
     return int(width), int(height)
 
 
@@ -81,7 +81,7 @@ class VideoJob:
     )
     stream: int | None = option(
         None,
-        "Number of the video stream in the file.",
+        "Index of the video stream in the file.",
         kind=int,
         low=0,
         group="input",

@@ -43,6 +43,6 @@ def parse_position(text: str) -> int | Fraction:
     if match := re.fullmatch(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text):
         return Fraction(match[3]) + 60 * int(match[2]) + 3600 * int(match[1] or 0)
     raise VideoError(
-        f"{text} is not a position in a video: give a frame number such as 120, or a time such as 12.5s "
+        f"{text!r} is not a position in a video: give a frame number such as 120, or a time such as 12.5s "
         "or 0:01:02.5."
     )

@@ -129,7 +129,7 @@ def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[st
     model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
     if model is None:
         raise ProblemError(
-            422, f"model: there is no {asked['model']} here; GET /api/v1/models lists the available ones."
+            422, f"model: there is no {asked['model']!r} here; GET /api/v1/models lists the available ones."
         )
     if not model["here"]:
         if not model["can_download"]:
@@ -184,11 +184,13 @@ def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
     (width, height), (out_width, out_height) = facts["size"], facts["output_size"]
     most = settings.max_pixels
     if width * height > most:
-        raise ProblemError(413, f"Frames of {width}x{height} have more than the {most} pixels accepted here.")
+        raise ProblemError(
+            413, f"Frames of {width}x{height} have more than the {most:,} pixels accepted here."
+        )
     if out_width * out_height > ANY_SIZE * most:
         raise ProblemError(
             413,
-            f"Result frames of {out_width}x{out_height} have more than the {ANY_SIZE * most} pixels "
+            f"Result frames of {out_width}x{out_height} have more than the {ANY_SIZE * most:,} pixels "
             "allowed here.",
         )
     if (facts["seconds"] or 0) > settings.max_seconds:

@@ -203,7 +203,7 @@ def plain_id(task_id: str) -> str:
     """A UUID, with or without its dashes, as 32 hex digits; raises `ProblemError`."""
     plain = task_id.replace("-", "").lower()
     if not re.fullmatch("[0-9a-f]{32}", plain):
-        raise ProblemError(404, f"{task_id[:80]} is not a task id, which must be a UUID.")
+        raise ProblemError(404, f"{task_id[:80]!r} is not a task id, which must be a UUID.")
     return plain
 
 
@@ -212,7 +212,7 @@ def allowed(path: str, folders: tuple[Path, ...]) -> Path:
 
     What is not below them is not told apart from what is not there.
     """
-    refused = ProblemError(422, f"source: {path[:200]} is not a file in a folder that this server allows.")
+    refused = ProblemError(422, f"source: {path[:200]!r} is not a file in a folder that this server allows.")
     try:
         real = Path(path).resolve(strict=True)
         inside = any(real.is_relative_to(folder.resolve()) for folder in folders)

@@ -27,7 +27,7 @@ def is_url(text: str) -> bool:
 def check_url(url: str) -> None:
     """Raise `ProblemError` for what is no place in S3, and where obstore is not installed."""
     if not URL.fullmatch(url):
-        raise ProblemError(422, f"{url[:200]} is not of the form s3://bucket/key.")
+        raise ProblemError(422, f"{url[:200]!r} is not of the form s3://bucket/key.")
     if importlib.util.find_spec("obstore") is None:
         raise ProblemError(
             501, "S3 needs the package obstore on the server: pip install 'stream-diffvsr[s3]'."

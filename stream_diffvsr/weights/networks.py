@@ -43,9 +43,9 @@ def move_weight(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Ten
 def check_keys(path: Path, got: Shapes, needed: Shapes) -> None:
     """Compare names and shapes; the error names the first that differs."""
     problems = [f"lacks {key!r}" for key in needed if key not in got]
-    problems += [f"has {key}, which this network does not have" for key in got if key not in needed]
+    problems += [f"has {key!r}, which this network does not have" for key in got if key not in needed]
     problems += [
-        f"has {key} of shape {got[key]}, but its configuration says {needed[key]}"
+        f"has {key!r} of shape {got[key]}, but its configuration says {needed[key]}"
         for key in needed
         if key in got and got[key] != needed[key]
     ]

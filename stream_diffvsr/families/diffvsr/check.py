@@ -135,7 +135,7 @@ def traits(folder: Path) -> Traits:
     known = {each.name: index[each.name] for each in fields(Traits) if each.name in index}
     for name, value in known.items():
         if type(value) is not type(getattr(Traits(), name)):
-            raise CheckpointError(f"{folder / INDEX} has an invalid {name}: {value}.")
+            raise CheckpointError(f"{folder / INDEX} has an invalid {name}: {value!r}.")
     return Traits(**known)
 
 
