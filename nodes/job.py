@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..stream_diffvsr.errors import IncompatibleInputError, VideoError
 from . import files, host
-from .pipes import how_made
+from .pipes import how_made, memory_plan
 from .runtime import workers_on
 from .settings import SettingsValue
 from .sizes import AS_SETTINGS, OWN, size_fields
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..stream_diffvsr.jobs.run import VideoJob
     from ..stream_diffvsr.jobs.spread import Pool
-    from ..stream_diffvsr.upscaler import Upscaler
+    from ..stream_diffvsr.upscaler import Provenance, Upscaler
 
 READ_AHEAD = 4
 """Frames decoded ahead where the node says 0."""
@@ -239,8 +239,9 @@ def run_with_progress(
             progress.count(step.done, total)
             if step.hq is not None:
                 progress.live(step.hq[0].movedim(0, -1))
-            said = host.frames_done(step.done, step.total and total, step.fps)
-            progress.say(told + said, last=step.done == total)
+            frames = host.frames_done(step.done, step.total and total, step.fps)
+            said = "; ".join(filter(None, (told + frames, memory_plan(pipe, step.how))))
+            progress.say(said, last=step.done == total)
     return True
 
 
@@ -251,6 +252,7 @@ class Step(NamedTuple):
     total: int | None
     fps: float
     hq: Tensor | None = None
+    how: Provenance | None = None
 
 
 def run_spread(pool: Pool, job: VideoJob) -> Generator[Step, None, None]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
-    from ..stream_diffvsr.upscaler import Upscaler
+    from ..stream_diffvsr.upscaler import Provenance, Upscaler
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,22 @@ _known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()
 def how_made(pipe: Upscaler) -> Known:
     """What there is to know; nothing of a pipe that no node made."""
     return _known.get(pipe, Known())
+
+
+def memory_plan(pipe: Upscaler, how: Provenance | None) -> str:
+    """What of a frame is computed in parts, in words for the node; '' where frames are computed whole."""
+    from ..stream_diffvsr.families.diffvsr.plan import PLAN, Plan
+    from ..stream_diffvsr.families.image.method import TILES, WHOLE
+
+    details, words = how.details if how else {}, ""
+    if PLAN in details:
+        plan = Plan.from_json(details[PLAN])
+        words = "" if plan == Plan(overlap=plan.overlap) else str(plan)
+    elif details.get(TILES, WHOLE) != WHOLE:
+        words = f"tiles of {details[TILES]}"
+    elif getattr(pipe, "offloaded", False):
+        words = "what can wait is kept in system memory"
+    return f"memory plan: {words}" if words else ""
 
 
 def remember(pipe: Upscaler, about: Known) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..stream_diffvsr.errors import IncompatibleInputError
 from ..stream_diffvsr.upscaler import State, stream
 from . import host, layout
+from .pipes import memory_plan
 from .settings import SettingsValue
 from .sizes import AS_SETTINGS, PRESET, SIZE, fidelity_widgets, fitted_job
 from .sockets import (
@@ -255,8 +256,9 @@ def upscale(
         done = index + 1
         progress.show(done, result[index])
         speed.tick()
-        if len(images) > 1:
-            progress.say(host.frames_done(done, len(images), speed.fps), last=done == len(images))
+        line = host.frames_done(done, len(images), speed.fps) if len(images) > 1 else ""
+        if told := "; ".join(filter(None, (line, memory_plan(pipe, border.provenance)))):
+            progress.say(told, last=done == len(images))
     left = start + len(images) - border.index
     frames = [*since, *layout.lq_frames(images[max(0, len(images) - left) :])]
     return result[:done], closed(border, frames[len(frames) - left :], device)

@@ -30,7 +30,9 @@ EXAMPLES = ROOT / "example_workflows"
 FRAMES, WIDTH, HEIGHT, RATE = 16, 128, 72, 8
 """Of the clip."""
 OURS = "StreamDiffVSR_"
-NANO = "`nano` is the small model that comes with this pack and runs anywhere; choose `v1` for full quality."
+NANO = (
+    "**nano** is the small model that comes with this pack and runs anywhere; choose **v1** for full quality."
+)
 OWN_VIDEO = "For a video of your own put **Load Video** in the place of **Example Video**."
 REAL_ESRGAN = {
     "name": "RealESRGAN_x4plus.safetensors",
@@ -107,6 +109,8 @@ BATCHED = {"video": "clip.path", "meta_batch": "batches.meta_batch"}
 
 SHOWS = {
     OURS + "Upscale": 200,
+    OURS + "ProcessFrame": 200,
+    OURS + "Live": 240,
     OURS + "UpscaleVideo": 280,
     OURS + "SimpleUpscale": 280,
     "SaveVideo": 220,
@@ -121,7 +125,7 @@ SHOWS = {
 LINE = 110
 """Letters of a note."""
 SPACE = N("", "")
-"""Above a node that shall stand lower."""
+"""Above a node that shall stand lower, so that a wire passes over it."""
 
 TABLE = {
     "simple_upscale": Example(
@@ -145,7 +149,7 @@ TABLE = {
         (
             (CLIP,),
             (PARTS, loader()),
-            (upscale("parts.images"),),
+            (SPACE, upscale("parts.images")),
             *video("upscale.images", "stream_diffvsr/video"),
         ),
     ),
@@ -158,13 +162,13 @@ TABLE = {
             (PARTS,),
             (some(0, 8), loader()),
             (
-                upscale("some.IMAGE"),
                 N(
                     "bicubic",
                     "ImageScaleBy",
                     {"upscale_method": "bicubic", "scale_by": 4.0},
                     {"image": "some.IMAGE"},
                 ),
+                upscale("some.IMAGE"),
             ),
             (N("compare", "ImageCompare", {}, {"image_a": "bicubic.IMAGE", "image_b": "upscale.images"}),),
         ),
@@ -190,16 +194,16 @@ TABLE = {
         (
             (CLIP,),
             (PARTS,),
-            (some(0, 8), loader()),
-            (upscale("some.IMAGE"),),
+            (SPACE, some(0, 8), loader()),
+            (SPACE, upscale("some.IMAGE")),
             (
                 N("made", "CreateVideo", {}, {"images": "upscale.images", "fps": "parts.fps"}),
                 N("keep", OURS + "SaveState", {}, {"state": "upscale.state"}),
                 N("tell", OURS + "ExtractState", {}, {"state": "upscale.state"}),
             ),
             (
-                N("shown", "PreviewAny", {}, {"source": "tell.info"}),
                 N("save", "SaveVideo", {"filename_prefix": "stream_diffvsr/part_1"}, {"video": "made.VIDEO"}),
+                N("shown", "PreviewAny", {}, {"source": "tell.info"}),
             ),
         ),
     ),
@@ -211,6 +215,7 @@ TABLE = {
             (CLIP,),
             (PARTS,),
             (
+                SPACE,
                 some(8, 8),
                 loader(),
                 N(
@@ -219,7 +224,7 @@ TABLE = {
                     {"state_file": "stream_diffvsr/state_00001_.safetensors [output]"},
                 ),
             ),
-            (upscale("some.IMAGE", state="before.state"),),
+            (SPACE, upscale("some.IMAGE", state="before.state")),
             (
                 N("made", "CreateVideo", {}, {"images": "upscale.images", "fps": "parts.fps"}),
                 N("keep", OURS + "SaveState", {}, {"state": "upscale.state"}),
@@ -228,25 +233,26 @@ TABLE = {
         ),
     ),
     "frame_loop_with_state": Example(
-        "## Frame by frame, with the state on a wire\n\nThree frames by hand: each **Process Frame** "
-        "takes the "
-        "state that the one before hands on. The same wiring goes into any loop node: carry the state from "
-        "turn to turn.",
+        "## Frame by frame, with the state on a wire\n\nThree frames by hand: each **Process Frame** takes "
+        "the state that the one before hands on. The same wiring goes into any loop node: carry the state "
+        "from turn to turn.",
         (
             (CLIP,),
             (PARTS,),
             (
-                *(some(index, 1, f"frame{index}") for index in range(3)),
-                loader(),
                 N("start", OURS + "CreateState"),
+                some(0, 1, "frame0"),
+                *(SPACE,) * 2,
+                some(1, 1, "frame1"),
+                *(SPACE,) * 2,
+                some(2, 1, "frame2"),
+                loader(),
             ),
             (turn(0, "start.state"),),
-            (turn(1, "turn0.state"),),
-            (turn(2, "turn1.state"),),
-            (
-                N("two", "ImageBatch", {}, {"image1": "turn0.image", "image2": "turn1.image"}),
-                N("three", "ImageBatch", {}, {"image1": "two.IMAGE", "image2": "turn2.image"}),
-            ),
+            (*(SPACE,) * 3, turn(1, "turn0.state")),
+            (*(SPACE,) * 6, turn(2, "turn1.state")),
+            (N("two", "ImageBatch", {}, {"image1": "turn0.image", "image2": "turn1.image"}),),
+            (SPACE, N("three", "ImageBatch", {}, {"image1": "two.IMAGE", "image2": "turn2.image"})),
             (N("save", "SaveImage", {"filename_prefix": "stream_diffvsr/frame"}, {"images": "three.IMAGE"}),),
         ),
     ),
@@ -259,15 +265,16 @@ TABLE = {
             (CLIP, N("start", OURS + "CreateState")),
             (
                 PARTS,
-                loader(),
                 N(
                     "loop",
                     "StartLoop",
                     {"mode": "simple", "mode.num_iterations": FRAMES},
                     {"initial_iteration_value": "start.state"},
                 ),
+                loader(),
             ),
             (
+                SPACE,
                 N(
                     "frame",
                     "ImageFromBatch",
@@ -276,6 +283,7 @@ TABLE = {
                 ),
             ),
             (
+                *(SPACE,) * 2,
                 N(
                     "turn",
                     OURS + "ProcessFrame",
@@ -288,30 +296,33 @@ TABLE = {
                 ),
             ),
             (
+                SPACE,
                 N(
                     "end",
                     "EndLoop",
                     {"accumulate": True},
                     {"output_value": "turn.image", "next_iteration_value": "turn.state"},
                 ),
-                N("all", "RebatchImages", {"batch_size": 4096}, {"images": "end.outputs"}),
             ),
+            (SPACE, N("all", "RebatchImages", {"batch_size": 4096}, {"images": "end.outputs"})),
             *video("all.IMAGE", "stream_diffvsr/loop"),
         ),
     ),
     "upscale_and_interpolate": Example(
         "## Larger, and smoother\n\nUpscales, then has core's frame interpolation make a frame between each "
-        "two. Needs ComfyUI 0.33 or newer, and its model FILM (70 MB), which the page offers to download.\n\n"
+        "two. Needs ComfyUI 0.33 or newer, and its model FILM (69 MB), which the page offers to download.\n\n"
         "Set **fps** of Create Video to twice that of your video; the sound stays as it is.\n\n"
         f"{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (PARTS, loader()),
             (
-                upscale("parts.images"),
+                SPACE,
                 N("film", "FrameInterpolationModelLoader", {"model_name": FILM["name"]}, models=(FILM,)),
+                upscale("parts.images"),
             ),
             (
+                SPACE,
                 N(
                     "between",
                     "FrameInterpolate",
@@ -372,7 +383,7 @@ TABLE = {
     "several_devices": Example(
         "## Scenes spread over several devices\n\n**Runtime** says which: *all*, or *cuda:0,cuda:1*; "
         "*cpu:2* for "
-        "two workers on the CPU. Needs `python -m pip install ray` with ComfyUI's Python.\n\nEach "
+        "two workers on the CPU. Needs **python -m pip install ray** with ComfyUI's Python.\n\nEach "
         "scene goes to "
         f"the next device that is free. With one device, all of it runs there.\n\n{OWN_VIDEO} {NANO}",
         (
@@ -390,7 +401,7 @@ TABLE = {
         (
             (CLIP,),
             (N("load", "VHS_LoadVideoPath", {"format": "None"}, {"video": "clip.path"}), loader()),
-            (upscale("load.IMAGE"),),
+            (SPACE, upscale("load.IMAGE")),
             (suite_video(),),
         ),
     ),
@@ -401,9 +412,14 @@ TABLE = {
         "from batch "
         f"to batch and the result equals one single run.\n\n{NANO}",
         (
-            (CLIP, N("batches", "VHS_BatchManager", {"frames_per_batch": 8})),
-            (N("load", "VHS_LoadVideoPath", {"format": "None"}, BATCHED), loader()),
-            (upscale("load.IMAGE", meta_batch="batches.meta_batch"),),
+            (
+                CLIP,
+                SPACE,
+                loader(),
+                N("batches", "VHS_BatchManager", {"frames_per_batch": 8}),
+            ),
+            (N("load", "VHS_LoadVideoPath", {"format": "None"}, BATCHED),),
+            (*(SPACE,) * 3, upscale("load.IMAGE", meta_batch="batches.meta_batch")),
             (suite_video(meta_batch="batches.meta_batch"),),
         ),
     ),
@@ -423,10 +439,13 @@ BUILD = """(({columns, note, shows, room}) => {
   const made = {}, gap = 110;
   let x = 0;
   for (const column of columns) {
-    let y = 0, wide = 0;
-    for (const {name, kind, values, models} of column) {
+    let y = 0;
+    const nodes = column.map(({kind}) => kind && LiteGraph.createNode(kind));
+    const width = Math.max(...nodes.map((node, at) => !node ? 0 :
+      Math.max(node.computeSize()[0], column[at].kind in shows ? 360 : 300)));
+    for (const [at, {name, kind, values, models}] of column.entries()) {
       if (!kind) { y += 150; continue; }
-      const node = LiteGraph.createNode(kind);
+      const node = nodes[at];
       app.graph.add(node);
       for (const [key, value] of Object.entries(values)) {
         const widget = node.widgets.find((each) => each.name === key);
@@ -434,15 +453,13 @@ BUILD = """(({columns, note, shows, room}) => {
         widget.callback?.(value);
       }
       if (models.length) node.properties.models = models;
-      const [width, needed] = node.computeSize();
-      const height = needed + (shows[kind] ?? 0);
-      node.setSize([Math.max(width, kind in shows ? 360 : 280), height]);
+      const height = node.computeSize()[1] + (shows[kind] ?? 0);
+      node.setSize([width, height]);
       node.pos = [x, y];
       y += height + gap;
-      wide = Math.max(wide, node.size[0]);
       made[name] = node;
     }
-    x += wide + 80;
+    x += width + 80;
   }
   for (const {name, links} of columns.flat()) {
     for (const [input, from] of Object.entries(links)) {
@@ -478,7 +495,7 @@ def put_inputs(folder: Path) -> None:
 def built(page: ComfyPage, name: str, example: Example) -> dict[str, Any]:
     columns = [[vars(node) for node in column] for column in example.columns]
     lines = sum(math.ceil(len(part) / LINE) for part in example.note.split("\n\n"))
-    about = {"columns": columns, "note": example.note, "shows": SHOWS, "room": 60 + 30 * lines}
+    about = {"columns": columns, "note": example.note, "shows": SHOWS, "room": 50 + 22 * lines}
     workflow = page.evaluate(f"{BUILD}({json.dumps(about)})")
     workflow["id"] = str(uuid.uuid5(uuid.NAMESPACE_DNS, f"stream-diffvsr {name}"))
     workflow["extra"] = example.extra

@@ -43,6 +43,33 @@ def chromium() -> str | None:
     return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
 
 
+UNTIDY = """(() => {
+    const graph = app.graph, said = new Set();
+    const nodes = graph._nodes.map(({type, pos: [x, y], size: [wide, high]}) =>
+        ({type, left: x + 12, top: y - 30, right: x + wide - 12, bottom: y + high}));
+    for (const [at, one] of nodes.entries())
+        for (const other of nodes.slice(at + 1))
+            if (one.left < other.right && other.left < one.right
+                && one.top < other.bottom && other.top < one.bottom) said.add(`${one.type} on ${other.type}`);
+    for (const {origin_id, origin_slot, target_id, target_slot} of graph._links.values()) {
+        const target = graph.getNodeById(target_id);
+        const [x, y] = graph.getNodeById(origin_id).getConnectionPos(false, origin_slot);
+        const [farX, farY] = target.getConnectionPos(true, target_slot);
+        const bend = Math.hypot(farX - x, farY - y) / 4;
+        for (let t = 0; t <= 1; t += 0.02) {
+            const [a, b, c, d] = [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t ** 3];
+            const atX = a * x + b * (x + bend) + c * (farX - bend) + d * farX;
+            const atY = (a + b) * y + (c + d) * farY;
+            for (const {type, left, top, right, bottom} of nodes)
+                if (left < atX && atX < right && top < atY && atY < bottom)
+                    said.add(`wire to ${target.type}.${target.inputs[target_slot].name} behind ${type}`);
+        }
+    }
+    return [...said];
+})()"""
+"""A wire is the curve that the page draws."""
+
+
 class Browser:
     """One tab of a headless Chromium."""
 
@@ -183,6 +210,10 @@ class ComfyPage(Browser):
         """What stands in open dialogs and notices."""
         found = "document.querySelectorAll('.p-dialog, .p-toast-message')"
         return self.evaluate(f"[...{found}].map(shown => shown.innerText)")
+
+    def untidy(self) -> list[str]:
+        """Wires that run behind a node, and nodes that lie on each other."""
+        return self.evaluate(UNTIDY)
 
     def watch_previews(self) -> None:
         """Count the pictures that arrive while a prompt runs."""

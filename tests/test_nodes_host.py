@@ -16,6 +16,7 @@ from node_pack import ROOT, load_pack, part
 
 from stream_diffvsr import UpscaleOptions
 from stream_diffvsr.families.diffvsr.plan import Plan
+from stream_diffvsr.upscaler import Provenance
 
 PACK = load_pack()
 NODES = PACK.NODE_CLASS_MAPPINGS
@@ -104,6 +105,30 @@ def test_upscale_says_how_far_it_is(pipe, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(host.Progress, "_write", lambda self, text, last=False: said.append(text))
     NODES["StreamDiffVSR_Upscale"]().execute(pipe, torch.rand(2, HEIGHT, WIDTH, 3), num_inference_steps=1)
     assert [text[:13] for text in said] == ["1 of 2 frames", "2 of 2 frames"]
+
+
+@pytest.mark.parametrize("name, count", [("Upscale", 2), ("Upscale", 1), ("UpscaleVideo", 2)])
+def test_a_plan_that_splits_frames_is_told_on_the_node(
+    pipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, count: int
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(host.Progress, "_write", lambda self, text, last=False: said.append(text))
+    clip = str(make_clip(tmp_path / "clip.mp4", count, WIDTH, HEIGHT))
+    inputs = {"images": torch.rand(count, HEIGHT, WIDTH, 3)} if name == "Upscale" else {"video_path": clip}
+    for plan, told in (("whole", False), ("banded", True)):
+        said.clear()
+        settings = NODES["StreamDiffVSR_Settings"]().execute(memory_plan=plan)[0]
+        NODES[f"StreamDiffVSR_{name}"]().execute(pipe, settings=settings, num_inference_steps=1, **inputs)
+        ends = [text.endswith("memory plan: convolutions in bands of 128 rows") for text in said]
+        assert ends == ([told] * count if told or count > 1 else [])
+
+
+def test_tiles_and_system_memory_are_told_as_well() -> None:
+    told = part(PACK, "nodes.pipes").memory_plan
+    image = [Provenance(details={"tiles": tiles}) for tiles in ("whole", "256")]
+    assert [told(SimpleNamespace(), each) for each in image] == ["", "memory plan: tiles of 256"]
+    chunks = SimpleNamespace(offloaded=True)
+    assert told(chunks, None) == "memory plan: what can wait is kept in system memory"
 
 
 def test_a_line_on_the_node_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from ..media.sizes import Sizes, enlarge, resize
 from ..media.span import Span, parse_position
 from ..options import check_options, option
 from ..tensors import SCALE, to_pixels
-from ..upscaler import Info, State
+from ..upscaler import Info, Provenance, State
 
 SIZE = "size of the output"
 """Title of the flags that set it."""
@@ -271,6 +271,8 @@ class JobProgress:
     """(1, 3, H, W) in [0, 1]: the result, at its final size."""
     cut: bool
     """Whether a new scene begins here."""
+    how: Provenance | None = None
+    """How the frame was made; None where the model tells only at its borders."""
 
     @property
     def seconds_left(self) -> float | None:

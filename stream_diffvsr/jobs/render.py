@@ -46,6 +46,8 @@ class Made:
     """(1, 3, H, W) in [0, 1]: the result, at its final size."""
     cut: bool
     """Whether it begins a scene."""
+    how: Provenance | None
+    """How it was made; None where the model tells only at its borders."""
 
 
 class Renderer:
@@ -113,10 +115,10 @@ class Renderer:
             frame, lq = waiting.popleft()
             if frame.index < self.scene:
                 continue
-            made = self._add(frame, lq, result.hq, cut)
+            border = session.state()
+            made = self._add(frame, lq, result.hq, cut, border and border.provenance)
             yield made
             cut = False
-            border = session.state()
             at_border = border is not None and border.index == result.index + 1
             end = border if border is not None and at_border else State(index=result.index + 1)
             if at_border and len(self.open) >= self._length():
@@ -133,7 +135,7 @@ class Renderer:
             self.journal = replace(self.journal, segment_frames=frames)
         return self.prepared.job.segment_frames or self.journal.segment_frames or LONGEST
 
-    def _add(self, frame: SourceFrame, lq: Tensor, hq: Tensor, cut: bool) -> Made:
+    def _add(self, frame: SourceFrame, lq: Tensor, hq: Tensor, cut: bool, how: Provenance | None) -> Made:
         """Hand an upscaled frame to the writing thread."""
         if not self.open:
             self._begin(frame)
@@ -143,7 +145,7 @@ class Renderer:
         self.open.append(FrameTime(frame.index, frame.time, end))
         self.last = frame
         self.clock.tick()
-        return Made(frame.index, lq, hq, cut)
+        return Made(frame.index, lq, hq, cut, how)
 
     def _begin(self, frame: SourceFrame) -> None:
         """Start the files of a segment while there is room for it, for its state and for the joined file."""

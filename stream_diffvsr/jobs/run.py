@@ -276,6 +276,7 @@ class _OneProcess(Run):
             lq=made.lq,
             hq=made.hq,
             cut=made.cut,
+            how=made.how,
         )
 
     def _guarded(self, stage: str, index: int, total: int) -> None:

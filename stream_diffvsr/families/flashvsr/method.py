@@ -127,7 +127,7 @@ class FlashVSR(ChunkUpscaler):
             selection=Selection.of(height, width, options.sparse_ratio, options.local_range),
             past=memory.pairs,
             kept=options.kv_ratio,
-            offload=self._offloaded or options.memory_plan == "offload",
+            offload=self.offloaded or options.memory_plan == "offload",
             on_block=partial(on_step, "denoise"),
         )
         hq, decoder = self._decode(latents, frames, memory, options, on_step)

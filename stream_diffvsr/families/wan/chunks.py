@@ -86,7 +86,8 @@ class ChunkUpscaler(ABC):
         self.networks, self.prompt, self.device, self.dtype = networks, prompt, device, dtype
         self.placement: Placement = FixedPlacement(device)
         self.model, self.number_format = model, str(dtype).removeprefix("torch.")
-        self._offloaded = False
+        self.offloaded = False
+        """Whether memory ran out, so that what can wait is kept in system memory."""
         self._needs = lru_cache(maxsize=64)(self._count)
         self._lock = Lock()
 
@@ -189,7 +190,7 @@ class ChunkUpscaler(ABC):
                 # Here the error is gone, and with it the tensors that its traceback held.
                 release_caches(self.device)
                 if options.memory_plan == "whole" or not self._offload():
-                    plan = "offload" if self._offloaded else options.memory_plan
+                    plan = "offload" if self.offloaded else options.memory_plan
                     size = frames[0].shape[-2], frames[0].shape[-1]
                     need = self.bytes_needed(size, replace(options, memory_plan=plan))
                     remedy = f"it ran out ({message}); {self.remedy}"
@@ -224,9 +225,9 @@ class ChunkUpscaler(ABC):
 
         A host that places networks itself moves the blocks.
         """
-        if self._offloaded or self.device.type != "cuda":
+        if self.offloaded or self.device.type != "cuda":
             return False
-        self._offloaded = True
+        self.offloaded = True
         if self.placement.fixed:
             from diffusers.hooks import apply_group_offloading
 
