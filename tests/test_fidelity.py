@@ -12,15 +12,15 @@ from samples import moving
 from torch import Tensor
 
 from stream_diffvsr import UpscaleOptions, load_pipeline, to_pixels
-from stream_diffvsr.fidelity import adain, wavelet
+from stream_diffvsr.fidelity import _from_lab, _to_lab, adain, lab, wavelet
 from stream_diffvsr.jobs.job import VideoJob
 from stream_diffvsr.media.sizes import enlarge
 from stream_diffvsr.upscaler import Upscaled
 
 HEIGHT, WIDTH, COUNT, SHIFT = 24, 32, 4, 2
 """The clip pans by SHIFT pixels a frame."""
-CROP = 24
-"""Pixels of the result at its border, where what comes into the picture changes the broad colours."""
+CROP = 32
+"""Pixels of the result at its border, where what comes into the picture changes the broad colours: 31."""
 
 
 def pixels(lq: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ def clip(request) -> tuple[int, Tensor, list[Upscaled]]:
 
 
 @pytest.mark.parametrize("drift", [0.0, 0.05])
-@pytest.mark.parametrize("fix", ["wavelet", "adain"])
+@pytest.mark.parametrize("fix", ["lab", "wavelet", "adain"])
 def test_fixed_colours_flicker_no_more_than_before(clip, fix: str, drift: float) -> None:
     """Neither as the model makes it, nor with colours that drift.
 
@@ -66,7 +66,8 @@ def test_fixed_colours_flicker_no_more_than_before(clip, fix: str, drift: float)
     spare = 0.25 / 255 if fix == "adain" and shift else 0.0
     assert flicker(fixed, 4 * shift) <= flicker(plain, 4 * shift) + spare
     for each, lq in zip(fixed, pixels(frames).split(1), strict=True):
-        assert (each.mean((2, 3)) - lq.mean((2, 3))).abs().max() < 0.01
+        light = (each - lq.mean((2, 3), keepdim=True)).mean((2, 3)) if fix == "lab" else torch.zeros(1, 1)
+        assert (each.mean((2, 3)) - lq.mean((2, 3)) - light.mean(1)).abs().max() < 0.01
 
 
 def test_strength_goes_from_bicubic_to_the_model(clip) -> None:
@@ -88,6 +89,35 @@ def test_wavelet_changes_broad_colours_only() -> None:
     torch.testing.assert_close(wavelet(hq, lq_up)[inside], hq[inside] - 0.25, atol=1e-3, rtol=0)
     fine = hq - hq.mean()
     torch.testing.assert_close(wavelet(hq, hq - fine)[inside], hq[inside], atol=1e-3, rtol=0)
+
+
+def test_lab_changes_broad_hue_and_saturation_only() -> None:
+    lq_up, hq = torch.full((1, 3, 96, 96), 0.4), torch.full((1, 3, 96, 96), 0.6)
+    hq[:, 0] += 0.2
+    hq[..., ::2] += 0.05
+    fixed = lab(hq, lq_up)
+    inside = (..., slice(32, -32), slice(32, -32))
+    torch.testing.assert_close(_to_lab(fixed)[:, 0], _to_lab(hq)[:, 0], atol=0.05, rtol=0)
+    assert _to_lab(fixed)[:, 1:].mean((2, 3)).abs().max() < 0.1 < _to_lab(hq)[:, 1:].mean((2, 3)).abs().max()
+    fine = _to_lab(hq)[inside][:, 1:]
+    assert (_to_lab(fixed)[inside][:, 1:] - fine).std((2, 3)).max() < 0.05  # moved as one
+    torch.testing.assert_close(lab(hq, hq), hq)
+
+
+def test_lab_is_the_standards() -> None:
+    """sRGB's own corners, as they are tabled for its white."""
+    tabled = {
+        (1.0, 1.0, 1.0): (100.0, 0.0, 0.0),
+        (0.0, 0.0, 0.0): (0.0, 0.0, 0.0),
+        (1.0, 0.0, 0.0): (53.24, 80.09, 67.20),
+        (0.0, 1.0, 0.0): (87.74, -86.18, 83.18),
+        (0.0, 0.0, 1.0): (32.30, 79.19, -107.86),
+    }
+    rgb = torch.tensor(list(tabled))[:, :, None, None]
+    found = _to_lab(rgb)[..., 0, 0] - torch.tensor([16.0, 0.0, 0.0])
+    torch.testing.assert_close(found, torch.tensor(list(tabled.values())), atol=0.02, rtol=0)
+    many = torch.rand((1, 3, 64, 64), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(_from_lab(_to_lab(many)), many, atol=1e-5, rtol=0)
 
 
 def test_adain_gives_mean_and_deviation() -> None:

@@ -144,7 +144,9 @@ def test_simple_is_loader_and_upscale_video_in_one() -> None:
     assert SIMPLE.IS_CHANGED(model="nano", unique_id="50") != before
 
 
-@pytest.mark.parametrize("fidelity", [{"strength": 0.0}, {"colour_fix": "wavelet"}, {"colour_fix": "adain"}])
+@pytest.mark.parametrize(
+    "fidelity", [{"strength": 0.0}, *({"colour_fix": fix} for fix in ("lab", "wavelet", "adain"))]
+)
 def test_colours_and_strength_change_what_goes_out_and_never_the_state(pipe, fidelity: dict) -> None:
     images = clip(3)
     plain, state = UPSCALE().execute(pipe, images, num_inference_steps=1)

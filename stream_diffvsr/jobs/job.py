@@ -123,8 +123,8 @@ class VideoJob:
     colour_fix: str = option(
         "model",
         "How colours are treated. model: as the model makes them. none: as model, but without the "
-        "correction built into FlashVSR. wavelet: broad colours from the source, details from the model. "
-        "adain: mean and contrast of each channel from the source, which adds some flicker in panning "
+        "correction built into FlashVSR. lab: broad hue and saturation from the source, brightness from the "
+        "model. wavelet: broad colours from the source, details from the model. adain: mean and contrast of each channel from the source, which adds some flicker in panning "
         "shots.",
         choices=COLOUR_FIXES,
         group="output",
@@ -225,7 +225,7 @@ class VideoJob:
         `lq`, (1, 3, h, w) in [0, 1], is what the model saw; `source` the height and width it was made from.
         """
         hq = to_pixels(hq)
-        if self.colour_fix in ("wavelet", "adain") or self.strength != 1:
+        if self.colour_fix not in ("model", "none") or self.strength != 1:
             lq_up = enlarge(lq.to(hq.device), (hq.shape[-2], hq.shape[-1]))
             hq = apply_fidelity(hq, lq_up, self.colour_fix, self.strength)
         return resize(hq, self.sizes.output(*source))
