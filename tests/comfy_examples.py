@@ -242,9 +242,9 @@ TABLE = {
             (
                 N("start", OURS + "CreateState"),
                 some(0, 1, "frame0"),
-                *(SPACE,) * 2,
+                SPACE,
                 some(1, 1, "frame1"),
-                *(SPACE,) * 2,
+                SPACE,
                 some(2, 1, "frame2"),
                 loader(),
             ),

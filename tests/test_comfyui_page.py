@@ -90,7 +90,7 @@ def test_an_example_opens_and_runs_in_the_page(
     if missing := missing_kinds(workflow, server):
         pytest.skip(f"this ComfyUI has no {', '.join(missing)}")
     page.load(workflow)
-    assert (page.unknown(), page.marked(), page.dialogs()) == ([], [], [])
+    assert (page.unknown(), page.marked(), page.dialogs(), page.untidy()) == ([], [], [], [])
     assert colours(page.picture(screenshots / f"{name}.png")) > 100
     page.watch_previews()
     before = set(server.get("/history"))
@@ -105,7 +105,7 @@ def test_an_example_opens_and_runs_in_the_page(
     assert page.previews() >= 1 or file_nodes & {node["type"] for node in workflow["nodes"]}
     page.evaluate("new Promise(done => setTimeout(done, 2000)).then(() => 0)")
     page.picture(screenshots / f"{name}_run.png")
-    assert (page.marked(), page.dialogs(), drawing_errors(page)) == ([], [], [])
+    assert (page.marked(), page.dialogs(), page.untidy(), drawing_errors(page)) == ([], [], [], [])
 
 
 def drawing_errors(page: ComfyPage) -> list[str]:
