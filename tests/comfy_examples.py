@@ -442,7 +442,7 @@ BUILD = """(({columns, note, shows, room}) => {
     let y = 0;
     const nodes = column.map(({kind}) => kind && LiteGraph.createNode(kind));
     const width = Math.max(...nodes.map((node, at) => !node ? 0 :
-      Math.max(node.computeSize()[0], column[at].kind in shows ? 360 : 300)));
+      Math.max(node.computeSize()[0], column[at].kind in shows || column[at].models.length ? 360 : 300)));
     for (const [at, {name, kind, values, models}] of column.entries()) {
       if (!kind) { y += 150; continue; }
       const node = nodes[at];
