@@ -124,8 +124,8 @@ class VideoJob:
         "model",
         "How colours are treated. model: as the model makes them. none: as model, but without the "
         "correction built into FlashVSR. lab: broad hue and saturation from the source, brightness from the "
-        "model. wavelet: broad colours from the source, details from the model. adain: mean and contrast of each channel from the source, which adds some flicker in panning "
-        "shots.",
+        "model. wavelet: broad colours from the source, details from the model. adain: mean and contrast of "
+        "each channel from the source, which adds some flicker in panning shots.",
         choices=COLOUR_FIXES,
         group="output",
         expert=True,
