@@ -187,7 +187,7 @@ def describe(state: State) -> str:
         height, width = lq.shape[-2:]
         frame = f"previous frame {width}x{height}, upscaled {SCALE * width}x{SCALE * height}"
     elif state.has_previous:
-        frame = f"memory of {state.family}, {state.nbytes / 1e6:.1f} MB; the picture is black"
+        frame = f"data of {state.family}, {state.nbytes / 1e6:.1f} MB; the picture is black"
     else:
         frame = f"no previous frame: the picture is black, {BLACK_SIDE}x{BLACK_SIDE}"
     lines = [f"frames done: {state.index}", frame]

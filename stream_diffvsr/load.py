@@ -1,4 +1,4 @@
-"""From a name to a model: the only place that knows all families."""
+"""From a name to a model: the only module that knows all families."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Family:
-    """What is asked of a family's files."""
+    """What a family knows about its files."""
 
     recognise: Callable[[Path], bool]
-    """Whether a folder, or a file, is meant to hold such a model."""
+    """Whether a folder or file is meant to be such a model."""
     problem: Callable[[Path], StreamDiffVSRError | None]
-    """Why it cannot be opened; None where it can."""
+    """Why it cannot be opened; None if it can."""
     needed: Callable[[Collection[str], Path], Collection[str]]
-    """Of all published names those that a folder needs to be whole."""
+    """Which of the published files a folder needs to be complete."""
     options: type
     presets: Mapping[str, Mapping[str, Any]]
     title: str
@@ -105,12 +105,12 @@ WAN = ("flashvsr", "swiftvr")
 
 
 class Found(NamedTuple):
-    """A folder that is meant to be a checkpoint."""
+    """A folder that looks like a checkpoint."""
 
     name: str
     path: Path
     problem: str | None
-    """Why it is ignored; None where it is complete."""
+    """Why it is ignored; None if it is complete."""
 
 
 @overload
@@ -239,7 +239,7 @@ def _refuse_what_is_not_there(
 
 
 def family_of(folder: Path) -> str | None:
-    """The family that a folder's files are meant for; None where it looks like no checkpoint."""
+    """The family that a folder's files belong to; None if it does not look like a checkpoint."""
     try:
         return next((name for name, family in FAMILIES.items() if family.recognise(folder)), None)
     except OSError:  # a folder that may not be looked into, as lost+found
@@ -249,7 +249,7 @@ def family_of(folder: Path) -> str | None:
 def family_named(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> str:
     """The family of a source; raises `ModelNotFoundError` as `resolve` does.
 
-    Of a folder that is no checkpoint it is Stream-DiffVSR, which tells what the folder lacks.
+    For a folder that is not a checkpoint, it is Stream-DiffVSR, which then says what the folder lacks.
     """
     if str(source) in RELEASES:
         return RELEASES[str(source)].family
@@ -274,7 +274,7 @@ UNTOLD = "it could be v1 or v1.1: name the folder flashvsr-v1 or flashvsr-v1.1."
 
 
 def reason_ignored(candidate: Candidate) -> str | None:
-    """Why a folder is ignored, in words; also where packages that tell are missing or broken."""
+    """Why a folder is ignored, in words, even if packages needed to find out are missing or broken."""
     try:
         error = FAMILIES[candidate.family].problem(candidate.path)
     except ImportError as missing:
@@ -285,9 +285,9 @@ def reason_ignored(candidate: Candidate) -> str | None:
 
 
 def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Path | None:
-    """The folder, or the file, of a source; None for released weights that are not there, to be downloaded.
+    """The folder or file of a source; None for released weights that have to be downloaded.
 
-    Raises `ModelNotFoundError` for a name that nothing has, and for a folder of checkpoints.
+    Raises `ModelNotFoundError` for an unknown name, and for a folder with several checkpoints.
     """
     if source == "nano":
         return NANO
@@ -350,8 +350,8 @@ def download(
 def download_targets(name: str, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
     """Where a released model goes, best first.
 
-    A folder that lacks only Stream-DiffVSR's text encoder or tokenizer is completed where it is, but for the
-    hub's cache, in which nobody else may put files.
+    A folder that lacks only Stream-DiffVSR's text encoder or tokenizer is completed in place, unless it is in
+    the hub's cache, where nobody else may write.
     """
     release, folders = RELEASES[name], list(extra_folders)
     cached = hub_snapshots(release.repository)

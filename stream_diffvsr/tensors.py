@@ -43,12 +43,12 @@ def from_pixels(pixels: Tensor) -> Tensor:
 
 
 def upsample(lq: Tensor, scale: float = SCALE) -> Tensor:
-    """Bicubic as the reference makes it: a = -0.75, no antialiasing, not clamped; by 1 the frame itself."""
+    """Bicubic as in the reference: a = -0.75, no antialiasing, not clamped; a factor of 1 changes nothing."""
     return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def padded_size(height: int, width: int, multiple: int = LATENT_MULTIPLE) -> tuple[int, int]:
-    """The next multiples of `multiple` from a height and a width on."""
+    """Height and width rounded up to multiples of `multiple`."""
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
@@ -59,7 +59,7 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def check_frame(lq: Tensor) -> None:
-    """Refuse what is no LQ frame; raises `IncompatibleInputError`."""
+    """Raise `IncompatibleInputError` unless it is an LQ frame."""
     needed = f"an LQ frame must be (1, 3, h, w) in float32 with sides of at least {MINIMUM_SIDE}"
     if not isinstance(lq, Tensor):
         raise IncompatibleInputError(f"{needed}, not {type(lq).__name__}")
@@ -70,12 +70,12 @@ def check_frame(lq: Tensor) -> None:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite; extremes tell it in a tenth of the time that all values take."""
+    """Whether no value is NaN or infinite; checking only the extremes takes a tenth of the time."""
     return bool(torch.isfinite(torch.stack([x.amin(), x.amax()])).all())
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    """Refuse NaN and infinity, which recursion would carry into every later frame."""
+    """Refuse NaN and infinity, which would spread to every later frame."""
     if not is_finite(x):
         count = int((~torch.isfinite(x)).sum())
         raise IncompatibleInputError(f"{name} has {count} values that are NaN or infinite")

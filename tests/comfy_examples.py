@@ -33,7 +33,7 @@ OURS = "StreamDiffVSR_"
 NANO = (
     "**nano** is the small model that comes with this pack and runs anywhere; choose **v1** for full quality."
 )
-OWN_VIDEO = "For a video of your own put **Load Video** in the place of **Example Video**."
+OWN_VIDEO = "To use your own video, replace **Example Video** with **Load Video**."
 REAL_ESRGAN = {
     "name": "RealESRGAN_x4plus.safetensors",
     "url": "https://huggingface.co/Comfy-Org/Real-ESRGAN_repackaged/resolve/main/"
@@ -129,23 +129,24 @@ SPACE = N("", "")
 
 TABLE = {
     "simple_upscale": Example(
-        "## One node\n\nPress **Run**: the clip comes out four times as large, with its sound, in the output "
-        f"folder and on the node.\n\n{OWN_VIDEO} {NANO}",
+        "## One node\n\nPress **Run**: the result, four times as large and with its sound, goes "
+        f"to the output folder and appears on the node.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (N("simple", OURS + "SimpleUpscale", {"model": "nano"}, {"video": "clip.video"}),),
         ),
     ),
     "long_video_file": Example(
-        "## Upscale a video of any length, file to file\n\nMemory does not grow with the length. Sound, "
-        "timing and colours are kept.\n\nCancel whenever you like: what is done is left as a playable file, "
-        f"and queueing the same workflow again goes on there.\n\n{OWN_VIDEO} {NANO}",
+        "## Upscale a video of any length, file to file\n\nMemory does not grow with the length. "
+        "Sound, timing and colours are kept.\n\nCancel whenever you like: the finished part is "
+        "left as a playable file, and queueing the same workflow again resumes "
+        f"it.\n\n{OWN_VIDEO} {NANO}",
         ((CLIP, loader()), (to_file(),)),
     ),
     "simple_video": Example(
-        "## Frames in, frames out\n\nOnly nodes of ComfyUI and of this pack; other nodes can go between.\n\n"
-        "All frames are held in memory: for a long video take the workflow *long_video_file*.\n\n"
-        f"{OWN_VIDEO} {NANO}",
+        "## Frames in, frames out\n\nUses only ComfyUI's own nodes and this pack's; other nodes "
+        "can go in between.\n\nAll frames are held in memory: for a long video use the workflow "
+        f"*long_video_file*.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (PARTS, loader()),
@@ -154,9 +155,9 @@ TABLE = {
         ),
     ),
     "before_after": Example(
-        "## Before and after\n\n**Compare Images** needs ComfyUI 0.33 or newer, and *Nodes 2.0* turned on in "
-        "the menu. Move the pointer over the picture: bicubic on one side, ours on the other.\n\n"
-        f"{OWN_VIDEO} {NANO}",
+        "## Before and after\n\n**Compare Images** needs ComfyUI 0.33 or newer, and *Nodes 2.0* "
+        "turned on in the menu. Move the pointer over the picture: bicubic on one side, the "
+        f"result on the other.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (PARTS,),
@@ -174,7 +175,7 @@ TABLE = {
         ),
     ),
     "single_image": Example(
-        f"## One image\n\nAn image is a video of one frame.\n\n{NANO}",
+        f"## One image\n\nAn image is treated as a video of one frame.\n\n{NANO}",
         (
             (N("picture", "LoadImage", {"image": "example.png"}), loader()),
             (upscale("picture.IMAGE"),),
@@ -189,8 +190,8 @@ TABLE = {
         ),
     ),
     "save_state": Example(
-        "## First part of a video, with its state saved\n\nUpscales the first 8 frames and saves the state. "
-        "*resume_state* goes on from there, also after a restart.",
+        "## First part of a video, with its state saved\n\nUpscales the first 8 frames and saves "
+        "the state. *resume_state* continues from there, even after a restart.",
         (
             (CLIP,),
             (PARTS,),
@@ -208,9 +209,9 @@ TABLE = {
         ),
     ),
     "resume_state": Example(
-        "## Go on from a saved state\n\nRun *save_state* first and reload the page, so that its file "
-        "is in the "
-        "list. Frames 8 to 15 follow frame 7 bit for bit as if the run had never stopped.",
+        "## Continue from a saved state\n\nRun *save_state* first and reload the page, so that "
+        "its file is in the list. Frames 8 to 15 follow frame 7 bit for bit as if the run had "
+        "never stopped.",
         (
             (CLIP,),
             (PARTS,),
@@ -233,9 +234,9 @@ TABLE = {
         ),
     ),
     "frame_loop_with_state": Example(
-        "## Frame by frame, with the state on a wire\n\nThree frames by hand: each **Process Frame** takes "
-        "the state that the one before hands on. The same wiring goes into any loop node: carry the state "
-        "from turn to turn.",
+        "## Frame by frame, with the state passed on\n\nThree frames by hand: each **Process "
+        "Frame** takes the state from the previous one. In a loop node, pass the state on from "
+        "one iteration to the next.",
         (
             (CLIP,),
             (PARTS,),
@@ -257,10 +258,11 @@ TABLE = {
         ),
     ),
     "loop_with_state": Example(
-        "## A loop over frames, with the state carried along\n\nNeeds ComfyUI 0.38 or newer, which has "
-        "**Start Loop** and **End Loop**. Each turn takes one frame and the state of the turn before, so the "
-        "result equals a run over all frames at once. Other nodes can go into the loop.\n\n"
-        f"Set **num_iterations** to the number of frames.\n\n{OWN_VIDEO} {NANO}",
+        "## A loop over frames, with the state carried along\n\nNeeds ComfyUI 0.38 or newer, "
+        "which has **Start Loop** and **End Loop**. Each iteration takes one frame and the "
+        "previous iteration's state, so the result equals a run over all frames at once. Other "
+        "nodes can go into the loop.\n\nSet **num_iterations** to the number of "
+        f"frames.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP, N("start", OURS + "CreateState")),
             (
@@ -309,10 +311,10 @@ TABLE = {
         ),
     ),
     "upscale_and_interpolate": Example(
-        "## Larger, and smoother\n\nUpscales, then has core's frame interpolation make a frame between each "
-        "two. Needs ComfyUI 0.33 or newer, and its model FILM (69 MB), which the page offers to download.\n\n"
-        "Set **fps** of Create Video to twice that of your video; the sound stays as it is.\n\n"
-        f"{OWN_VIDEO} {NANO}",
+        "## Larger, and smoother\n\nUpscales the video, then inserts a frame between each two "
+        "with ComfyUI's own frame interpolation. Needs ComfyUI 0.33 or newer, and its model FILM "
+        "(69 MB), which the page offers to download.\n\nSet **fps** of Create Video to twice "
+        f"that of your video; the sound stays as it is.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (PARTS, loader()),
@@ -342,10 +344,10 @@ TABLE = {
         ),
     ),
     "live_webcam": Example(
-        "## A camera, frame after frame\n\nSet the queue to run **on change** or **instantly** and "
-        "press Run: "
-        "each run takes a picture and upscales it, guided by the run before.\n\n"
-        "The camera's picture is made 160 wide first, so that a CPU keeps up; a GPU takes more.",
+        "## A camera, frame after frame\n\nSet the queue to run **on change** or **instantly** "
+        "and press Run: each run takes a picture and upscales it, guided by the run "
+        "before.\n\nThe camera's picture is first reduced to a width of 160, so that a CPU keeps "
+        "up; a GPU can do more.",
         (
             (N("camera", "WebcamCapture", {"width": 160, "height": 120}), loader()),
             (N("live", OURS + "Live", {}, {"pipe": "model.pipe", "image": "camera.IMAGE"}),),
@@ -356,21 +358,18 @@ TABLE = {
         ),
     ),
     "flashvsr": Example(
-        "## FlashVSR, for real footage\n\nNeeds a GPU (8 to 14 GB). The model is downloaded when the "
-        "workflow "
-        "first runs, about 7 GB; the Loader shows how far it is.\n\n" + OWN_VIDEO,
+        "## FlashVSR, for real footage\n\nNeeds a GPU (8 to 14 GB). The model is downloaded when "
+        "the workflow first runs, about 7 GB; the Loader shows the progress.\n\n" + OWN_VIDEO,
         ((CLIP, loader("flashvsr-v1.1")), (to_file(),)),
     ),
     "swiftvr": Example(
-        "## SwiftVR, the fastest at 1080p and above\n\nNeeds a GPU. The model is downloaded when the "
-        "workflow "
-        "first runs, about 20 GB; the Loader shows how far it is.\n\n" + OWN_VIDEO,
+        "## SwiftVR, the fastest at 1080p and above\n\nNeeds a GPU. The model is downloaded when "
+        "the workflow first runs, about 20 GB; the Loader shows the progress.\n\n" + OWN_VIDEO,
         ((CLIP, loader("swiftvr")), (to_file(),)),
     ),
     "image_model_steady": Example(
         "## A single-image model, without flicker\n\nAny model in *models/upscale_models*. "
-        "**steady** keeps what "
-        "the frame before showed where it still fits; 0 leaves each frame to the model.\n\n" + OWN_VIDEO,
+        "**steady** blends in the previous result where it still fits; 0 turns that off.\n\n" + OWN_VIDEO,
         (
             (
                 CLIP,
@@ -381,11 +380,10 @@ TABLE = {
         ),
     ),
     "several_devices": Example(
-        "## Scenes spread over several devices\n\n**Runtime** says which: *all*, or *cuda:0,cuda:1*; "
-        "*cpu:2* for "
-        "two workers on the CPU. Needs **python -m pip install ray** with ComfyUI's Python.\n\nEach "
-        "scene goes to "
-        f"the next device that is free. With one device, all of it runs there.\n\n{OWN_VIDEO} {NANO}",
+        "## Scenes spread over several devices\n\n**Runtime** sets which: *all*, or "
+        "*cuda:0,cuda:1*; *cpu:2* for two workers on the CPU. Needs **python -m pip install "
+        "ray** with ComfyUI's Python.\n\nEach scene goes to the next device that is free. With a "
+        f"single device, everything runs there.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP, loader()),
             (
@@ -396,8 +394,9 @@ TABLE = {
         ),
     ),
     "vhs_video_with_audio": Example(
-        "## VideoHelperSuite in and out, with sound\n\nNeeds ComfyUI-VideoHelperSuite. Type the path of your "
-        f"video into **Load Video (Path)**, or take its **Load Video (Upload)**.\n\n{NANO}",
+        "## VideoHelperSuite in and out, with sound\n\nNeeds ComfyUI-VideoHelperSuite. Type the "
+        "path of your video into **Load Video (Path)**, or use its **Load Video "
+        f"(Upload)**.\n\n{NANO}",
         (
             (CLIP,),
             (N("load", "VHS_LoadVideoPath", {"format": "None"}, {"video": "clip.path"}), loader()),
@@ -406,11 +405,10 @@ TABLE = {
         ),
     ),
     "vhs_meta_batch": Example(
-        "## A long video in chunks, as one sequence\n\nNeeds ComfyUI-VideoHelperSuite. The **Meta "
-        "Batch Manager** "
-        "cuts the video into batches; because it is linked to **Upscale** too, the sequence goes on "
-        "from batch "
-        f"to batch and the result equals one single run.\n\n{NANO}",
+        "## A long video in chunks, as one sequence\n\nNeeds ComfyUI-VideoHelperSuite. The "
+        "**Meta Batch Manager** cuts the video into batches; because it is linked to **Upscale** "
+        "too, the sequence continues from batch to batch, and the result equals a single "
+        f"run.\n\n{NANO}",
         (
             (
                 CLIP,
@@ -425,8 +423,8 @@ TABLE = {
     ),
 }
 TABLE["simple_upscale.app"] = Example(
-    f"## One node, as an app\n\nChoose a video and press **Run**: it comes out four times as large, with its "
-    f"sound, in the output folder.\n\n{NANO}",
+    "## One node, as an app\n\nChoose a video and press **Run**: the result, four times as "
+    f"large and with its sound, goes to the output folder.\n\n{NANO}",
     (
         (N("clip", "LoadVideo", {"file": "video.mp4"}),),
         (N("simple", OURS + "SimpleUpscale", {"model": "nano"}, {"video": "clip.VIDEO"}),),

@@ -21,8 +21,10 @@ from stream_diffvsr.weights.folders import NANO
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "training/README.md")]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
-NEW = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES += DOCS
+LINKED = [*PAGES, ROOT / "CHANGELOG.md", *sorted((ROOT / "web" / "docs").glob("*.md"))]
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -39,6 +41,7 @@ def commands() -> list[str]:
         lines = [line for kind in ("", "bash") for block in blocks(page, kind) for line in block.splitlines()]
         lines += re.findall(r"`(stream-diffvsr [^`\s]+ [^`\n]+)`", text)
         lines += re.findall(r"^    (stream-diffvsr .+)$", text, re.M)
+        lines = [part.removeprefix("uv run ") for line in lines for part in line.split(" && ")]
         found += [line.split("  #")[0].strip() for line in lines if line.startswith("stream-diffvsr ")]
     return sorted({line for line in found if not re.search(r"\b[A-Z]{3,}\b|\.\.\.", line)})
 
@@ -49,6 +52,7 @@ DOES = [
     # Those of several devices need Ray: tests/test_ray.py.
     if line.startswith("stream-diffvsr upscale") and not re.search("--devices|--ray", line)
 ]
+LOOKS = [line for line in commands() if line.startswith(("stream-diffvsr doctor", "stream-diffvsr scenes"))]
 
 
 def test_there_are_commands():
@@ -73,6 +77,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     make_lora(tmp_path / "my_anime.safetensors", load_pipeline("nano", device="cpu"), names="unet")
     for name in ("clip", "one", "two", "episode", "holiday/beach"):
         clips.write_video(tmp_path / f"{name}.mp4", 2)
+    clips.write_video(tmp_path / "film.mkv", 2)
     clips.write_video(tmp_path / "long.mp4", 11, times=[25600 * i for i in range(11)])
     Image.new("RGB", (16, 12), "teal").save(tmp_path / "photo.png")
     return tmp_path
@@ -85,10 +90,49 @@ def test_the_command_does_it(line, desk):
     assert set(desk.iterdir()) - before or "--plan" in line
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("line", LOOKS)
+def test_the_command_shows_it(line, desk, capsys):
+    before = set(desk.rglob("*"))
+    assert main(shlex.split(line)[1:]) == 0 and capsys.readouterr().out
+    assert set(desk.rglob("*")) == before
+
+
+def test_extras_and_scripts_are_there():
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    extras = {name for names in re.findall(r"stream-diffvsr\[([\w,]+)\]", text) for name in names.split(",")}
+    extras |= set(re.findall(r"--extra (\w+)", text))
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert len(extras) > 5 and [name for name in extras if f"\n{name} = [" not in project] == []
+    scripts = [*re.findall(r"python (benchmarks/\w+\.py)", text)]
+    scripts += [f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (training\.\w+)", text)]
+    assert len(scripts) > 5 and [name for name in scripts if not (ROOT / name).is_file()] == []
+
+
+def headings(page: Path) -> set[str]:
+    """What links to parts of a page may name, as GitHub makes it of headings."""
+    lines = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    links = [link for link in NEW.findall(page.read_text(encoding="utf-8")) if "://" not in link]
-    assert [link for link in links if not (page.parent / link).exists()] == []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in link:
+            assert re.fullmatch(r"https://[\w.-]+\.[a-z]+(/[\w./-]*)?", link), link
+            continue
+        name, _, part = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not part or part in headings(target), link
+
+
+def test_every_page_is_linked_from_the_readme_and_links_on():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    linked = {ROOT / link.partition("#")[0] for link in LINK.findall(text)}
+    assert [page.name for page in DOCS if page not in linked] == []
+    for page in DOCS:
+        links = {link.partition("#")[0] for link in LINK.findall(page.read_text(encoding="utf-8"))}
+        assert links & ({other.name for other in DOCS} - {page.name}), page.name
 
 
 @pytest.mark.parametrize(

@@ -258,7 +258,9 @@ def test_a_damaged_file(tmp_path: Path):
         open_bundled(path)
 
 
-@pytest.mark.parametrize(("change", "match"), [({"hidden": 8}, "has '"), ({"width": 8}, "describes no flow")])
+@pytest.mark.parametrize(
+    ("change", "match"), [({"hidden": 8}, "has '"), ({"width": 8}, "does not describe a flow")]
+)
 def test_a_configuration_of_another_network(tmp_path: Path, change: dict[str, int], match: str):
     path = shutil.copytree(BUNDLED.parent, tmp_path / "flow") / BUNDLED.name
     config = json.loads(path.with_name("config.json").read_text(encoding="utf-8"))

@@ -359,7 +359,7 @@ def test_no_other_output_is_replaced(pipe, tmp_path: Path) -> None:
     source = clips.write_video(tmp_path / "in.mp4", 1)
     (tmp_path / "precious.mp4").write_text("x")
     for name in ("compare", "state_out", "cuts_out"):
-        for path, said in (("precious.mp4", "exists"), ("out.mp4", "named for two outputs")):
+        for path, said in (("precious.mp4", "exists"), ("out.mp4", "given for two outputs")):
             task = VideoJob(source=source, output=tmp_path / "out.mp4", **{name: tmp_path / path})
             with pytest.raises(VideoError, match=said):
                 next(run(pipe, task))

@@ -327,7 +327,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, caplog):
     with built_once(tmp_path / "root", KEY, lambda folder: (folder / "model").write_bytes(b"m")) as folder:  # type: ignore[arg-type,return-value]
         assert (folder / "model").is_file()
     assert not folder.exists()
-    assert "it is built for this run alone" in caplog.text
+    assert "it is built for this run only" in caplog.text
 
 
 def test_a_folder_that_can_only_be_read(tmp_path):

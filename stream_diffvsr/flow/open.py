@@ -36,7 +36,7 @@ def open_bundled(path: Path = BUNDLED) -> FlowNetwork:
         network = empty(lambda: FlowNetwork(**config))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{config_path} describes no flow network ({error!r}); install the package again."
+            f"{config_path} does not describe a flow network ({error!r}); install the package again."
         ) from error
     weights = read_weights(path)
     check_keys(path, {key: tuple(value.shape) for key, value in weights.items()}, shapes_of(network))

@@ -1,4 +1,4 @@
-"""What a job is asked for, and what it reports."""
+"""What a job has to do, and what it reports."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class VideoJob:
     model_scale: float = SCALE
     """How many times larger the model makes a frame; `settle_job` sets it."""
     state: State | None = None
-    """To continue from; None starts a sequence, at the source's own frame index."""
+    """State to continue from; None starts a new sequence, at the source's own frame index."""
     state_out: Path | None = option(
         None, "Save the state after the last frame to this file.", parse=Path, metavar="FILE"
     )
@@ -193,7 +193,7 @@ class VideoJob:
     )
     audio: bool = option(True, "Copy audio and subtitles.", group="output")
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Written into the output beside the source's own."""
+    """Metadata to write into the output in addition to the source's."""
     overwrite: bool = option(False, "Replace existing output files.")
     restart: bool = option(False, "Discard the unfinished work of an earlier run.")
     compare: Path | None = option(
@@ -216,7 +216,7 @@ class VideoJob:
 
     @property
     def sizes(self) -> Sizes:
-        """The sizes that were asked for."""
+        """The requested sizes."""
         return Sizes(self.pre_scale, self.target, self.short_edge, self.scale, self.model_scale)
 
     def finished(self, hq: Tensor, lq: Tensor, source: tuple[int, int]) -> Tensor:
@@ -232,14 +232,14 @@ class VideoJob:
 
     @property
     def span(self) -> Span:
-        """The frames that are wanted."""
+        """The frames to upscale."""
         return Span(self.start, self.end)  # type: ignore[arg-type]
 
 
 def settle_job(job: VideoJob, info: Info, options: type, height: int, width: int) -> VideoJob:
-    """The job with what the model and the source, of `height` x `width`, settle.
+    """The job, completed with what depends on the model and on the source's `height` x `width`.
 
-    A family with any scale makes the size asked for itself, so that nothing is resampled after it.
+    A family that supports any scale produces the requested size itself, so nothing is resampled afterwards.
     """
     own = options() if job.options is None else job.options
     if job.colour_fix != "model" and hasattr(own, "colour_fix"):
@@ -253,14 +253,14 @@ def settle_job(job: VideoJob, info: Info, options: type, height: int, width: int
 
 @dataclass(frozen=True, eq=False)
 class JobProgress:
-    """Given after every frame."""
+    """Reported after every frame."""
 
     done: int
-    """Frames done, with those of earlier runs."""
+    """Frames done, including those of earlier runs."""
     total: int | None
-    """Frames of the job, as far as the file says."""
+    """Number of frames of the job, if the file says."""
     fps: float
-    """Frames per second of this run, the last few of them."""
+    """Frames per second, over the last few frames of this run."""
     segment: int
     """Number of the segment, from 0."""
     index: int
@@ -276,7 +276,7 @@ class JobProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """By the present speed; None where the length or the speed is not known."""
+        """At the current speed; None if the length or the speed is not known."""
         if self.total is None or self.fps <= 0:
             return None
         return max(0, self.total - self.done) / self.fps
@@ -304,7 +304,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class FrameTime:
-    """What is remembered of a frame until its segment is finished; times in ticks of the source."""
+    """What is kept about a frame until its segment is finished; times are in ticks of the source."""
 
     index: int
     start: int

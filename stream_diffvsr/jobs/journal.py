@@ -317,7 +317,7 @@ def work_state(folder: Path) -> str | None:
         except Timeout:
             return "in use by a run"
         except OSError as error:
-            return f"cannot be looked into ({error.strerror}): check its permissions"
+            return f"cannot be read ({error.strerror}): check its permissions"
     try:
         journal = work.load()
     except VideoError as error:

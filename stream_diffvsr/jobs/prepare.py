@@ -116,7 +116,7 @@ def check_paths(job: VideoJob) -> None:
     for number, path in enumerate(paths):
         check_folder(path)
         if path.resolve() in [other.resolve() for other in paths[:number]]:
-            raise VideoError(f"{path} is named for two outputs: give each its own name.")
+            raise VideoError(f"{path} is given for two outputs: choose a different name for each.")
         if path.is_dir() and (number or container_of(path) is not None or one_picture(job.source)):
             raise VideoError(f"{path} is a folder: name a file in it.")
         if number and path.exists() and not (begun or job.overwrite):

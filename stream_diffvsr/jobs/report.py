@@ -42,7 +42,7 @@ def cost_lines(
     if plan:
         yield f"plan: {plan}"
     stages = ", ".join(f"{name} {_gigabytes(needs[name])}" for name in needs if name != "peak")
-    told = f" ({stages})" if stages else " beside the weights"
+    told = f" ({stages})" if stages else " besides the weights"
     yield f"memory: about {_gigabytes(needs['peak'])}{told}; {_gigabytes(free_memory(device))} free"
     codec, folder = job.codec or "h264", job.output.absolute().parent
     room = (frames or 1) * output_bytes(codec, out_width, out_height)

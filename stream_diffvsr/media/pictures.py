@@ -331,9 +331,7 @@ def write(path: Path, picture: Picture) -> None:
     """
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
-        raise VideoError(
-            f"{path.name} does not have the ending of a supported picture format: {', '.join(WRITABLE)}."
-        )
+        raise VideoError(f"{path.name} must end in a supported picture format: {', '.join(WRITABLE)}.")
     alpha = picture.alpha if suffix in ALPHA_SUFFIXES else None
     pixels = picture.rgb if alpha is None else torch.cat([picture.rgb, alpha], dim=1)
     deep = picture.bits > 8 and suffix in DEEP_SUFFIXES

@@ -58,7 +58,7 @@ def _make_once(folder: Path, key: Mapping[str, str], make: Callable[[Path], None
             part.rename(folder)
             return True
     except OSError as error:
-        log.warning("%s cannot be kept (%s): it is built for this run alone", folder, error)
+        log.warning("%s cannot be stored (%s), so it is built for this run only", folder, error)
         return False
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -70,7 +70,7 @@ class ONNX:
         root = user_cache() / "onnx"
 
         def make(folder: Path) -> None:
-            log.info("onnx: converting %s, once; it is kept in %s", graph.name, root)
+            log.info("onnx: converting %s once; the result is stored in %s", graph.name, root)
             _convert(graph, folder / MODEL)
 
         with built_once(root, {**graph.key(), "onnx": self.version}, make) as folder:

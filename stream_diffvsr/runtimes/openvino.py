@@ -56,7 +56,7 @@ class OpenVINO:
         def make(folder: Path) -> None:
             import openvino
 
-            log.info("openvino: converting %s, once; it is kept in %s", graph.name, root)
+            log.info("openvino: converting %s once; the result is stored in %s", graph.name, root)
             model = openvino.convert_model(graph.export())
             openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 

@@ -69,7 +69,7 @@ class Needs:
         return LIBRARIES + FRAMES * 3 * torch.float32.itemsize * SCALE**2 * height * width
 
     def most(self, size: Sequence[int]) -> int:
-        """A bound on what a frame of an LQ size (height, width) needs beside the weights, without counting.
+        """A bound on what a frame of an LQ size (height, width) needs besides the weights, without counting.
 
         The networks hold at most a few dozen pictures of their widest layer's channels at once (released
         widths: 20), RAFT's volume a third of a byte per pair of LQ pixels.

@@ -179,7 +179,7 @@ class StreamDiffVSRPipeline:
         return Planner(self.needs, self.needs.most, self.flow.methods, self.device)
 
     def bytes_needed(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> int:
-        """Bytes beside the weights for an LQ frame (height, width), with nothing split."""
+        """Bytes besides the weights for an LQ frame (height, width), with nothing split."""
         return self.planner.bytes_needed(size, options or UpscaleOptions(), Plan())
 
     def provenance(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> Provenance:
@@ -336,7 +336,7 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Tells the bytes that a stage needs beside the weights, for a placement that has to make room."""
+        """Tells the bytes that a stage needs besides the weights, for a placement that has to make room."""
 
         def need(stage: str) -> int:
             needs = self.needs(frame.size, frame.options, plan)

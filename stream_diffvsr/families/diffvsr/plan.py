@@ -185,14 +185,14 @@ class Planner:
         return CPU_SHARE if self.device.type == "cpu" else SHARE
 
     def minimum_bytes(self, size: Sequence[int], options: UpscaleOptions) -> int:
-        """Bytes beside the weights by the plan that takes the least, or by the one that the options name."""
+        """Bytes besides the weights by the plan that takes the least, or by the one that the options name."""
         if options.memory_plan != "auto":
             return self.bytes_needed(size, options, requested_plan(options, self.methods))
         plans = candidates(options, self.methods, beyond_exact=True)
         return min(self.bytes_needed(size, options, plan) for plan in plans)
 
     def bytes_needed(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> int:
-        """Bytes that a frame takes beside the weights."""
+        """Bytes that a frame takes besides the weights."""
         needs = self.needs(size, options, plan)
         return needs["peak"] - needs["weights"]
 

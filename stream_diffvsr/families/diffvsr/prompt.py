@@ -49,7 +49,7 @@ class PromptEmbeddings:
             return ""
 
     def _files(self) -> list[Path]:
-        """Where embeddings may lie: beside the weights, or in the user's cache by encoder."""
+        """Where embeddings may lie: besides the weights, or in the user's cache by encoder."""
         cached = self.cache_folder / f"{self.encoder[:16]}.{FILE}" if self.encoder else None
         return [self.folder / FILE, *([cached] if cached else [])]
 
@@ -88,7 +88,7 @@ class PromptEmbeddings:
                 path, {**self._read(path), prompt_key(prompt): embedding}, {ENCODER_KEY: self.encoder}
             )
         except OSError as error:
-            log.info("prompt embedding not kept in %s: %s", path, error)
+            log.info("the prompt embedding could not be stored in %s: %s", path, error)
             return False
         return True
 
@@ -107,7 +107,7 @@ def encode(folder: Path, prompt: str) -> Tensor:
         raise ModelNotFoundError(
             f"text encoder, for the embedding of {what},",
             error.expected_path,
-            "Add it, or use the empty prompt." if prompt else f"Add it, or {FILE} beside the weights.",
+            "Add it, or use the empty prompt." if prompt else f"Add it, or {FILE} besides the weights.",
         ) from error
     ids = token_ids(folder / TOKENIZER, prompt, part.config.get("max_position_embeddings", 77))
     model: Any = fill(build(part), part, torch.device("cpu"), torch.float32)

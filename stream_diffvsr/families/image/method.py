@@ -102,7 +102,7 @@ class ImageModel:
         return self._provenance(options, options.tile_size)
 
     def bytes_needed(self, size: tuple[int, int], options: ImageOptions | None = None) -> int:
-        """Bytes that an LQ frame of `size` (height, width) takes beside the weights.
+        """Bytes that an LQ frame of `size` (height, width) takes besides the weights.
 
         Counted on the meta device; where a model's code does not run there, ROUGH numbers per pixel of the
         frame and of its result.

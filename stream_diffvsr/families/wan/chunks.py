@@ -156,7 +156,7 @@ class ChunkUpscaler(ABC):
         return Provenance(self.info.model, self.info.number_format, self.info.runtime, settings)
 
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
-        """Bytes that LQ frames of `size` (height, width) take beside the weights.
+        """Bytes that LQ frames of `size` (height, width) take besides the weights.
 
         Counted over a scene's first two chunks, on the meta device.
         """
