@@ -127,8 +127,8 @@ def test_unreadable_by_a_failing_system(command, tmp_path: Path, monkeypatch) ->
     ("arguments", "said"),
     [
         (["-o", "{folder}/missing/out.mp4"], "does not exist"),
-        (["-o", "{folder}/out.avi"], "names no format"),
-        (["-o", "{folder}/out.png"], "names no format"),
+        (["-o", "{folder}/out.avi"], "a supported ending"),
+        (["-o", "{folder}/out.png"], "a supported ending"),
         (["-o", "{folder}/in.mp4", "--overwrite"], "is the source itself"),
         (["--steps", "0"], "num_inference_steps"),
         (["--codec", "prores", "--crf", "3"], "no quality setting"),

@@ -134,7 +134,7 @@ def check_paths(job: VideoJob) -> None:
         known = pictures.WRITABLE if single else CONTAINERS
         if job.output.suffix.lower() not in known:
             raise VideoError(
-                f"{job.output.name} names no format that can be written here: use {', '.join(known)}"
+                f"{job.output.name} does not have a supported ending: use {', '.join(known)}"
                 f"{'' if single else ', or a folder name for pictures'}."
             )
 

@@ -129,7 +129,7 @@ def build(part: Component) -> nn.Module:
         return empty(lambda: from_config(part.name, part.config))
     except Exception as error:  # whatever the libraries make of a configuration that makes no sense
         raise CheckpointError(
-            f"{part.config_path} describes no {part.name} that can be built ({error!r})."
+            f"{part.config_path} does not describe a valid {part.name} ({error!r})."
         ) from error
 
 
