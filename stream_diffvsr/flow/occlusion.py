@@ -8,13 +8,14 @@ from torch.nn import functional as F
 
 from ..tensors import upsample
 
-AGREE_PIXELS, AGREE_SHARE = 1.0, 0.05
+AGREE_PIXELS, AGREE_SHARE = 2.5, 0.05
 """Flow there and back may miss its start by so many HQ pixels, and by this share of both lengths besides."""
 
-MATCH = 0.06
-"""Largest difference of the two LQ frames along the flow, averaged over colours, in model range."""
+MATCH, CONTRAST = 0.04, 0.15
+"""How far two LQ frames may differ along the flow, averaged over colours, in model range; and by what share
+of the contrast around besides, since small steps make edges and fine lines look different in each frame."""
 
-ERODE, FEATHER = 13, 13
+ERODE, FEATHER = 5, 5
 """HQ pixels by which what is not believed grows, and over which trust then fades."""
 
 
@@ -35,7 +36,10 @@ def mask(lq: Tensor, previous: Tensor, flow: Tensor, back: Tensor | None, scale:
     def along(picture: Tensor) -> Tensor:
         return F.grid_sample(picture, grid, mode="bilinear", padding_mode="border", align_corners=False)
 
-    good = inside & ((along(before) - now).abs().mean(1, keepdim=True) < MATCH)
+    grey = lq.mean(1, keepdim=True)
+    contrast = F.max_pool2d(grey, 3, 1, 1) + F.max_pool2d(-grey, 3, 1, 1)
+    allowed = MATCH + CONTRAST * F.interpolate(contrast, (height, width))
+    good = inside & ((along(before) - now).abs().mean(1, keepdim=True) < allowed)
     if back is not None:
         returned = along(back)
         lengths = flow.square().sum(1, keepdim=True) + returned.square().sum(1, keepdim=True)
