@@ -51,10 +51,10 @@ UNTIDY = """(() => {
         for (const other of nodes.slice(at + 1))
             if (one.left < other.right && other.left < one.right
                 && one.top < other.bottom && other.top < one.bottom) said.add(`${one.type} on ${other.type}`);
-    for (const {origin_id, origin_slot, target_id, target_slot} of graph._links.values()) {
-        const target = graph.getNodeById(target_id);
-        const [x, y] = graph.getNodeById(origin_id).getConnectionPos(false, origin_slot);
-        const [farX, farY] = target.getConnectionPos(true, target_slot);
+    for (const [, from, fromSlot, to, slot] of graph.serialize().links) {
+        const target = graph.getNodeById(to);
+        const [x, y] = graph.getNodeById(from).getConnectionPos(false, fromSlot);
+        const [farX, farY] = target.getConnectionPos(true, slot);
         const bend = Math.hypot(farX - x, farY - y) / 4;
         for (let t = 0; t <= 1; t += 0.02) {
             const [a, b, c, d] = [(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t ** 3];
@@ -62,7 +62,7 @@ UNTIDY = """(() => {
             const atY = (a + b) * y + (c + d) * farY;
             for (const {type, left, top, right, bottom} of nodes)
                 if (left < atX && atX < right && top < atY && atY < bottom)
-                    said.add(`wire to ${target.type}.${target.inputs[target_slot].name} behind ${type}`);
+                    said.add(`wire to ${target.type}.${target.inputs[slot].name} behind ${type}`);
         }
     }
     return [...said];
