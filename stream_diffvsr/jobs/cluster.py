@@ -300,21 +300,27 @@ def _start_here(ray: Any, devices: Devices) -> None:
     if devices.kind == "cuda":
         gpus = len(devices.names)
         os.environ[VISIBLE] = cards(devices.names, os.environ.get(VISIBLE))
-    try:
-        # 'local': never join a cluster that an earlier run left behind.
-        ray.init(
-            address="local",
-            num_cpus=len(devices.names),
-            num_gpus=gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            object_store_memory=100 << 20,
-        )
-    except Exception as error:  # Ray raises bare ones here
-        raise VideoError(
-            f"Ray does not start on this machine: {_first_line(error)}. Solve that, or use a single device."
-        ) from error
+    for last in (False, False, True):
+        try:
+            # 'local': never join a cluster that an earlier run left behind.
+            ray.init(
+                address="local",
+                num_cpus=len(devices.names),
+                num_gpus=gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=100 << 20,
+            )
+            return
+        except Exception as error:  # Ray raises bare ones here
+            ray.shutdown()
+            # It waits half a minute for its own processes, which is too little on a busy machine.
+            if last or "timed out" not in str(error):
+                raise VideoError(
+                    f"Ray does not start on this machine: {_first_line(error).rstrip('.')}. "
+                    "Solve that, or use a single device."
+                ) from error
 
 
 def cards(names: Sequence[str], visible: str | None) -> str:
