@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from test_video_sides import ONE_STEP, seen, upscale, write
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media import pictures, sides
 from stream_diffvsr.media.sides import LISTING, make_sides
+from stream_diffvsr.media.tracks import kept_words
 
 
 def jpeg(size: tuple[int, int] = (16, 16), kind: str = "JPEG") -> bytes:
@@ -181,6 +183,28 @@ def test_other_video_streams_are_said(tmp_path: Path, caplog) -> None:
     caplog.clear()
     assert VideoSource(tmp_path / "a.mkv", 1).stream_index == 1
     assert not caplog.text
+
+
+def test_a_still_before_the_film_is_not_the_film(tmp_path: Path) -> None:
+    """A camera's large still, a stream of one frame that is not marked as a cover."""
+    from stream_diffvsr.media.read import VideoSource
+
+    with av.open(str(tmp_path / "a.mp4"), "w") as out:
+        for codec, pix_fmt, side, count in (("mjpeg", "yuvj420p", 32, 1), ("mpeg4", "yuv420p", 16, 3)):
+            stream = out.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = side, side, pix_fmt
+            for index in range(count):
+                picture = av.VideoFrame.from_ndarray(clips.picture(index, side, side), format="rgb24")
+                picture.pts, picture.time_base = index, Fraction(1, 25)
+                out.mux(stream.encode(picture))
+            out.mux(stream.encode(None))
+    assert VideoSource(tmp_path / "a.mp4").stream_index == 1
+
+
+def test_words_about_the_old_file_are_not_kept() -> None:
+    words = {"BPS-eng": "9", "NUMBER_OF_FRAMES": "5", "_STATISTICS_TAGS": "BPS", "DURATION": "1", "uid": "a"}
+    words |= {"material_package_umid": "b", "toolkit_version_num": "1", "title": "c", "language": "deu"}
+    assert kept_words(words) == {"title": "c", "language": "deu"}
 
 
 def test_what_is_made_ready_is_used_again_and_told_again(tmp_path: Path, caplog) -> None:

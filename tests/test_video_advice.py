@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import contextlib
+import importlib.metadata
+import re
 import sys
 import types
 from fractions import Fraction
@@ -18,11 +22,19 @@ from test_media_kept import cover_of, with_cover
 from test_video_faults import bitmaps, frames
 from test_video_sides import ONE_STEP, SIZE, seen, upscale, write
 
+import stream_diffvsr
 from stream_diffvsr import VideoError
+from stream_diffvsr.cli import main as command
+from stream_diffvsr.cli import serve, train
+from stream_diffvsr.cli.many import workers_from_flags
+from stream_diffvsr.errors import IncompatibleInputError
+from stream_diffvsr.jobs.cluster import Devices, check_same
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media import pictures
 from stream_diffvsr.media.tracks import Window, copy_chapters
 from stream_diffvsr.media.ways import RefusedError, Translated
+from stream_diffvsr.service.settings import Settings
+from stream_diffvsr.training.options import TrainOptions
 
 
 @pytest.mark.parametrize(
@@ -312,3 +324,84 @@ def test_a_newer_av(tmp_path: Path, caplog) -> None:
         assert Translated(out, text).name == "webvtt"
         copy_chapters(out, given, Window())
         assert len(out.chapters()) == 1
+
+
+def named_in_messages(pattern: str) -> set[str]:
+    """What the texts of the package name, its own descriptions of functions among them."""
+    found: set[str] = set()
+    for file in Path(stream_diffvsr.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found |= set(re.findall(pattern, node.value))
+    return found
+
+
+def test_options_commands_and_extras_that_messages_name(capsys) -> None:
+    known = {"--head", "--worker", "--version"}  # of `ray start`, of a program of our own, and of all
+    for name in command.COMMANDS:
+        with pytest.raises(SystemExit):
+            command.main([name, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
+    assert named_in_messages(r"(?<![\w-])--[a-z][a-z0-9-]+") <= known
+    assert named_in_messages(r"'stream-diffvsr ([a-z]+)") <= set(command.COMMANDS)
+    about = importlib.metadata.metadata("stream-diffvsr")
+    extras = named_in_messages(r"stream-diffvsr\[([a-z0-9]+)\]")
+    assert extras >= {"ray", "s3", "service"} and extras <= set(about.get_all("Provides-Extra", []))
+    brought = [each for each in about.get_all("Requires-Dist", []) if 'extra == "service"' in each]
+    for module in serve.NEEDED:
+        assert any(each.startswith(module.replace("_", "-")) for each in brought), module
+
+
+def test_flags_for_several_workers() -> None:
+    def workers(*flags: str) -> Devices | None:
+        return workers_from_flags(command.parse(["upscale", "a.mp4", *flags]))
+
+    for flags, said in (
+        (["--split-scenes", "5"], "--split-scenes with --devices or --ray"),
+        (["--preview", "1", "--devices", "cpu"], "--preview in one process"),
+        (["--ray", "auto", "--devices", "all"], "--devices as cpu:N"),
+    ):
+        with pytest.raises(IncompatibleInputError, match=said):
+            workers(*flags)
+    for flags in (["--devices", "cpu:2"], ["--ray", "auto"]):
+        assert workers("--split-scenes", "5", *flags) is not None
+    assert workers("--preview", "1") is None
+    remedied = workers("--ray", "auto", "--devices", "cpu:2"), workers("--ray", "auto", "--device", "cuda")
+    assert [each and each.kind for each in remedied] == ["cpu", "cuda"]
+
+
+def test_machines_with_equal_packages() -> None:
+    facts = {
+        "machine": "a",
+        "version": "1",
+        "torch": "2",
+        "device": "cpu",
+        "threads": 1,
+        "info": {"model": "m"},
+    }
+    with pytest.raises(VideoError, match="a has torch 2, b has 3: all must have the same"):
+        check_same({"1": facts, "2": {**facts, "machine": "b", "torch": "3"}})
+    check_same({"1": facts, "2": {**facts, "machine": "b"}})
+
+
+def test_a_server_with_a_token() -> None:
+    with pytest.raises(IncompatibleInputError, match="a token"):
+        Settings(host="0.0.0.0")
+    assert Settings(host="0.0.0.0", token="a long word").host == "0.0.0.0"
+
+
+def test_another_output_or_resume_for_training(tmp_path: Path) -> None:
+    def output(name: str, resume: bool = False) -> Path:
+        args = argparse.Namespace(output=tmp_path / name, resume=resume, clips=[tmp_path])
+        return train.output_of(args, TrainOptions())
+
+    train.run_folder(tmp_path / "begun.safetensors").mkdir()
+    with pytest.raises(IncompatibleInputError, match="a new --output, or --resume"):
+        output("begun")
+    assert output("begun", resume=True).name == "begun.safetensors"
+    with pytest.raises(IncompatibleInputError, match="--resume with the --output of a run"):
+        output("new", resume=True)
+    (tmp_path / "done.safetensors").touch()
+    with pytest.raises(IncompatibleInputError, match="--output that is not there yet"):
+        output("done")
+    assert output("new").name == "new.safetensors"

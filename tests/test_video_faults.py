@@ -194,6 +194,19 @@ def bitmaps(folder: Path) -> Path:
     return folder / "a.mkv"
 
 
+def undecodable(folder: Path) -> Path:
+    """Sound that cannot be decoded, beside a good picture."""
+    path = write(folder / "a.mkv", sound="wavpack")
+    with av.open(str(path)) as container:
+        blocks = [bytes(packet)[48:] for packet in container.demux(audio=0) if packet.size]
+    data = path.read_bytes()
+    for block in blocks:
+        assert block in data
+        data = data.replace(block, b"\xff" * len(block))
+    path.write_bytes(data)
+    return path
+
+
 def late_sound(seconds: float) -> Callable[[Any, int], None]:
     def change(packet: Any, number: int) -> None:
         if packet.stream.type == "audio":
@@ -331,6 +344,7 @@ FAULTS: dict[str, Fault] = {
     "track without packets mkv": Fault(
         remuxed("b.mkv", film("a.mkv", sound="aac"), only("video")), said="it holds nothing"
     ),
+    "track that cannot be decoded": Fault(undecodable, said="an output .mkv keeps it"),
     "track with a time twice": Fault(
         remuxed("a.mkv", film("a.mkv", sound="aac"), twice("audio")), beside=("aac",)
     ),
@@ -357,6 +371,7 @@ FAULTS: dict[str, Fault] = {
         picture_only("a.mkv", "mpeg4", rate=120), times=[round(i / 0.12) / 1000 for i in range(5)]
     ),
     "order mpeg4 in avi": Fault(picture_only("a.avi", "mpeg4", options=BFRAMES), times=TENTHS),
+    "order h264 in wmv": Fault(picture_only("a.wmv", "libx264", options=BFRAMES), times=TENTHS),
     "order h264 in flv": Fault(picture_only("a.flv", "libx264", options=BFRAMES)),
     "order mpeg2 in ps": Fault(picture_only("a.vob", "mpeg2video", rate=25, options=BFRAMES), counts=[5]),
     "order h264 in ts": Fault(picture_only("a.ts", "libx264", options=BFRAMES), counts=[5]),

@@ -169,6 +169,14 @@ def test_a_resumed_job_decodes_only_what_it_needs(pipe, tmp_path: Path, monkeypa
     assert all((one == other).all() for (_, one), (_, other) in zip(whole, stopped, strict=True))
 
 
+def test_reading_from_the_start_is_said_once(tmp_path: Path, caplog) -> None:
+    source = VideoSource(make(tmp_path, CASES["h264 interlaced"]))
+    with caplog.at_level("INFO"):
+        source.look_at(Span(30))
+        assert [frame.index for frame in source.frames(Span(30))] == list(range(30, FRAMES))
+    assert caplog.text.count("is read from its start") == 1
+
+
 def test_a_picture_that_changed_is_noticed(tmp_path: Path, caplog) -> None:
     """A place of another file is not gone on from."""
     source = VideoSource(make(tmp_path, CASES["h264"]))

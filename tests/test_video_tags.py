@@ -184,7 +184,7 @@ def test_dynamic_hdr_is_said_to_be_lost(caplog) -> None:
         Side("CONTENT_LIGHT_LEVEL", struct.pack("=2I", 5, 6)),
     ]
     with caplog.at_level(logging.WARNING):
-        assert set(hdr_data(types.SimpleNamespace(side_data=side_data))) == {"CONTENT_LIGHT_LEVEL"}
+        assert set(hdr_data(types.SimpleNamespace(side_data=side_data), {})) == {"CONTENT_LIGHT_LEVEL"}
     assert "DYNAMIC_HDR_PLUS cannot be kept" in caplog.text
     assert "is incomplete" in caplog.text
 
@@ -209,8 +209,46 @@ def test_what_a_frame_says_and_nobody_can_carry_on_is_said(caplog) -> None:
             return b"x"
 
     frame = types.SimpleNamespace(rotation=0, side_data=[Unknown(), Sphere()])
-    assert display_matrix(frame) is None and hdr_data(frame) == {}
+    assert display_matrix(frame) is None and hdr_data(frame, {}) == {}
     assert "360 degree projection cannot be kept" in caplog.text
+
+
+def test_two_views_in_one_picture(pipe, tmp_path: Path, caplog) -> None:
+    with av.open(str(tmp_path / "a.mkv"), "w") as out:
+        stream = out.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "yuv420p"
+        stream.metadata["stereo_mode"] = "left_right"
+        out.mux(stream.encode(av.VideoFrame.from_ndarray(clips.picture(0, 32, 16), format="rgb24")))
+        out.mux(stream.encode(None))
+    output = upscale(pipe, tmp_path / "a.mkv", tmp_path / "b.mkv")
+    assert "3D" not in caplog.text
+    with av.open(str(output)) as container:
+        assert container.streams.video[0].metadata["stereo_mode"] == "left_right"
+    upscale(pipe, tmp_path / "a.mkv", tmp_path / "c.mkv", audio=False)
+    upscale(pipe, tmp_path / "a.mkv", tmp_path / "d.mp4")
+    assert caplog.text.count("3D arrangement is left out: an output .mkv tells it") == 2
+
+
+def test_the_time_code_in_the_data_of_a_camera(pipe, tmp_path: Path, caplog) -> None:
+    """Sony's, which has it at the begin of each packet."""
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as out:
+        video = out.add_stream("libx264", rate=25)
+        video.width, video.height, video.pix_fmt = 16, 16, "yuv420p"
+        clips.needs(out, "add_mux_stream")
+        data = out.add_mux_stream("mov_text", time_base=Fraction(1, 1000))
+        for index in range(2):
+            out.mux(video.encode(av.VideoFrame.from_ndarray(clips.picture(index, 16, 16), format="rgb24")))
+            packet = av.Packet(bytes([0, 18, *range(11), 9, 24, 53, 0, 14, 0, 0]))
+            packet.pts = packet.dts = 40 * index
+            packet.duration, packet.time_base, packet.stream = 40, Fraction(1, 1000), data
+            out.mux(packet)
+        out.mux(video.encode(None))
+    path.write_bytes(path.read_bytes().replace(b"tx3g", b"rtmd").replace(b"sbtl", b"meta"))
+    output = upscale(pipe, path, tmp_path / "b.mp4")
+    assert "data stream 1 (SubtitleHandler) is left out: its packets cannot be copied" in caplog.text
+    with av.open(str(output)) as container:
+        assert container.streams.video[0].metadata["timecode"] == "09:24:53:14"
 
 
 def test_the_time_code_is_kept(pipe, tmp_path: Path, caplog) -> None:

@@ -163,6 +163,8 @@ def test_a_revision_where_another_may_be(
     assert "'other'" in error and "rename that folder" in error and str(home / "v1") in error
     assert main(["download", "--revision", "other", "--folder", str(home / "b")]) == 1
     assert "at revision 'other'" in capsys.readouterr().err
+    assert main(["download", "--revision", "main", "--folder", str(home / "b")]) == 0
+    assert str(home / "b" / "v1") in capsys.readouterr().out
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, list[str]]:

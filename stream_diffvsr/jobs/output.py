@@ -17,6 +17,7 @@ from ..media.join import SegmentFile, join
 from ..media.pictures import Picture
 from ..media.read import VideoSource
 from ..media.sides import OnProgress, Side, make_sides
+from ..media.streams import STEREO_WORD
 from ..media.tracks import Window
 from ..media.ways import RefusedError
 from ..media.write import Sink, container_of
@@ -66,6 +67,8 @@ class Output:
             part = SegmentFile(file, 1, size, 0, self.prepared.step, depth, file, depth)
             self._join(name, (part,), Window(shift=self._shift(Fraction(0))))
             self._check_shape(name)
+            if name == "main":
+                self._check_views()
             (self.folder / file).unlink()
             self.joined(name).unlink()
 
@@ -86,6 +89,18 @@ class Output:
                 *(self.videos[name].name, round(width * told), height, wanted, height),
                 *(encoding.codec, wanted + wanted % 2, height),
             )
+
+    def _check_views(self) -> None:
+        """Say where the output does not tell how the two views of a source lie in its picture."""
+        job, source = self.prepared.job, self.prepared.source
+        if not isinstance(source, VideoSource):
+            return
+        with open_container(job.source) as before, open_container(self.joined("main")) as after:
+            told = STEREO_WORD in after.streams.video[0].metadata
+            if STEREO_WORD in before.streams[source.stream_index].metadata and not told:
+                log.warning(
+                    "the source's 3D arrangement is left out: an output .mkv tells it, without --no-audio"
+                )
 
     def join(self, parts: Sequence[SegmentFile], finished: bool) -> int:
         """Put segments together; returns the size of the file, 0 of pictures."""

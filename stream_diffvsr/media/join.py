@@ -24,6 +24,7 @@ from .tracks import (
     copy_chapters,
     copy_covers,
     kept_words,
+    time_code,
     with_later_time_code,
 )
 from .ways import av_refusals
@@ -111,7 +112,7 @@ def seconds_before(original: Container | None, stream: int | None, window: Windo
 
 def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate: Fraction) -> None:
     """Title, language, time code and flags of a picture that begins `skipped` seconds in."""
-    words = with_later_time_code(kept_words(original.metadata), skipped, rate)
+    words = with_later_time_code(time_code(original) | kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
         del words[key]
     video.metadata.update(words)

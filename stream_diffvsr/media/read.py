@@ -145,7 +145,7 @@ class VideoSource:
         self.notes: Counter[str] = Counter()
         self.packets = 0
         """Packets decoded so far."""
-        self._steady, self._captioned, self._reshaped = True, False, False
+        self._steady, self._captioned, self._reshaped, self._doubted = True, False, False, False
         with open_container(path) as container:
             chosen = choose_stream(container, path, stream)
             self.stream_index, self._named = chosen.index, named_frames(chosen)
@@ -209,7 +209,9 @@ class VideoSource:
                     yield index, time, frame
                 return
             except DoubtError as doubt:
-                log.info("%s is read from its start: %s", self.path, doubt)
+                if not self._doubted:
+                    log.info("%s is read from its start: %s", self.path, doubt)
+                self._doubted = True
                 self.notes.clear()
         with open_container(self.path) as container:
             clock = Clock(self.info, self.notes)
@@ -286,13 +288,13 @@ class VideoSource:
         """Every frame that can be decoded."""
         import av
 
-        untimed, avi = bool(container.format.flags & UNTIMED), container.format.name == "avi"
-        shown = ShownTimes(by_order=avi)
+        untimed, counted = bool(container.format.flags & UNTIMED), container.format.name in ("avi", "asf")
+        shown = ShownTimes(by_order=counted)
         decode = alpha_decoder(stream) or (lambda packet: packet.decode())
         shape = None
         for packet in self._packets(container, stream):
-            # AVI counts packets, and knows no other times.
-            time = packet.dts if avi or packet.pts is None else packet.pts
+            # AVI and WMV have one time for each packet, in decoding order.
+            time = packet.dts if counted or packet.pts is None else packet.pts
             if packet.size and not packet.is_discard:
                 shown.read(time)
             try:
@@ -313,7 +315,7 @@ class VideoSource:
                 shape = now
             for frame in frames:
                 frame.pts = None if untimed else shown.show(frame.pts)
-                self._steady &= avi or not shown.by_order
+                self._steady &= counted or not shown.by_order
                 yield frame
 
 

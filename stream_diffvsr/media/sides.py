@@ -231,7 +231,8 @@ def what_is_lost(original: Container, container_format: str) -> list[str]:
         why = None
         if stream.type in ("audio", "subtitle") and not stream.codec_context:
             why = "its codec is not known"
-        elif stream.type == "data" and "timecode" not in stream.metadata:
+        elif stream.type == "data" and ("timecode" not in stream.metadata or stream.frames > 1):
+            # A time code has one packet; Sony's data of each frame has a time code beside.
             why = "its packets cannot be copied"
         elif stream.type == "video" and is_cover(stream):
             why = why_no_cover(stream, container_format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import struct
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -57,7 +58,8 @@ def choose_stream(container: Container, path: Path, wanted: int | None) -> Strea
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise VideoError(f"{path} has no video stream that can be decoded, only {kinds}.")
     if wanted is None:
-        best = max(videos, key=lambda s: (s.width * s.height, s.frames, -s.index))
+        # Some cameras put a still before the film, as a stream of one frame.
+        best = max(videos, key=lambda s: (s.frames != 1, s.width * s.height, s.frames, -s.index))
         if others := [str(s.index) for s in videos if s is not best]:
             log.warning(
                 "of the video streams of %s only %d (%dx%d) is upscaled, not %s: --stream chooses another",
@@ -108,7 +110,7 @@ def describe(stream: Stream, frame: Frame) -> SourceInfo:
         aspect=None if aspect in (None, 1) else (1 / aspect if turned else aspect),
         has_alpha=frame.format.components[-1].is_alpha or frame.format.has_palette,
         interlaced=bool(frame.interlaced_frame),
-        side_data=hdr_data(frame),
+        side_data=hdr_data(frame, stream.metadata),
         timed=not untimed,
         free_start=bool(flags & MAY_JUMP),
     )
@@ -190,10 +192,16 @@ LOST_DATA = {
 """What changes with the scene, or no encoder here takes, and what it is called."""
 
 
-def hdr_data(frame: Frame) -> dict[str, bytes]:
+STEREO_WORD = "stereo_mode"
+"""In which Matroska says how two views lie in one picture; it goes along with the other words."""
+
+
+def hdr_data(frame: Frame, words: Mapping[str, str]) -> dict[str, bytes]:
     """HDR10 side data of a frame, where it is complete; what cannot be kept is logged."""
     found = side_data(frame)
-    if lost := [words for name, words in LOST_DATA.items() if name in found]:
+    if STEREO_WORD in words:
+        found.pop("STEREO3D", None)
+    if lost := [called for name, called in LOST_DATA.items() if name in found]:
         log.warning("the source's %s cannot be kept and is left out", " and ".join(lost))
     display = found.get(HDR_DATA[0])
     # Its last two numbers say whether the chromaticities and the luminances are known.

@@ -16,7 +16,13 @@ from .streams import is_cover
 
 log = logging.getLogger(__name__)
 
-CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time", "duration"}
+CONTAINER_KEYS = re.compile(
+    r"major_brand|minor_version|compatible_brands|encoder|creation_time|duration"
+    r"|(_statistics_.*|bps|number_of_(frames|bytes)|source_id)(-\w+)?"  # of mkvmerge
+    r"|(generation_|product_)?uid|\w+_(ul|umid)|(company|product)_name|(product|toolkit)_version(_num)?"
+    r"|application_platform|modification_date",  # of MXF
+    re.IGNORECASE,
+)
 """Metadata that belongs to the file it stood in."""
 
 
@@ -51,7 +57,7 @@ class Window:
 
 def kept_words(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata that still holds in another container."""
-    return {key: value for key, value in metadata.items() if key.lower() not in CONTAINER_KEYS}
+    return {key: value for key, value in metadata.items() if not CONTAINER_KEYS.fullmatch(key)}
 
 
 def with_later_time_code(words: dict[str, str], skipped: Fraction, rate: Fraction) -> dict[str, str]:
@@ -63,6 +69,16 @@ def with_later_time_code(words: dict[str, str], skipped: Fraction, rate: Fractio
         except ValueError:
             log.warning("the time code %r is left out: it would be that of the first frame", moved.pop(key))
     return moved
+
+
+TIME_CODE = re.compile(r"\d\d:\d\d:\d\d[:;.]\d\d?")
+
+
+def time_code(picture: Stream) -> dict[str, str]:
+    """The time code that a camera keeps in a stream beside the picture."""
+    codes = [s.metadata.get("timecode", "") for s in picture.container.streams if s.type == "data"]
+    known = [code for code in codes if TIME_CODE.fullmatch(code)]
+    return {"timecode": known[0]} if known else {}
 
 
 def later_time_code(code: str, frames: int, rate: Fraction) -> str:

@@ -137,6 +137,7 @@ class Encoded:
         self.first: Fraction | None = None
         self.resampler: Any = None
         self.kind: tuple[Any, ...] = ()
+        self.damaged = False
 
     def _open(self, frame: Frame, layout: str) -> None:
         rates = self.out.add_stream(self.name, rate=frame.sample_rate or 48000)
@@ -156,6 +157,7 @@ class Encoded:
         try:
             frames = packet.decode()
         except av.FFmpegError:
+            self.damaged = True
             return
         for frame in frames:
             layout = named_layout(frame.layout)
@@ -181,6 +183,8 @@ class Encoded:
         if self.stream is not None:
             yield from self._rest()
             yield from self.stream.encode(None)
+        elif self.damaged:
+            raise RefusedError("nothing of it can be decoded")
 
 
 def named_layout(layout: Any) -> str:
