@@ -357,9 +357,9 @@ def test_flags_for_several_workers() -> None:
         return workers_from_flags(command.parse(["upscale", "a.mp4", *flags]))
 
     for flags, said in (
-        (["--split-scenes", "5"], "--split-scenes with --devices or --ray"),
-        (["--preview", "1", "--devices", "cpu"], "--preview in one process"),
-        (["--ray", "auto", "--devices", "all"], "--devices as cpu:N"),
+        (["--split-scenes", "5"], "--split-scenes needs --devices or --ray"),
+        (["--preview", "1", "--devices", "cpu"], "--preview does not work with --devices or --ray"),
+        (["--ray", "auto", "--devices", "all"], "--devices can only be cpu:N"),
     ):
         with pytest.raises(IncompatibleInputError, match=said):
             workers(*flags)
@@ -385,7 +385,7 @@ def test_machines_with_equal_packages() -> None:
 
 
 def test_a_server_with_a_token() -> None:
-    with pytest.raises(IncompatibleInputError, match="a token"):
+    with pytest.raises(IncompatibleInputError, match="needs a token: set --token"):
         Settings(host="0.0.0.0")
     assert Settings(host="0.0.0.0", token="a long word").host == "0.0.0.0"
 
@@ -396,12 +396,12 @@ def test_another_output_or_resume_for_training(tmp_path: Path) -> None:
         return train.output_of(args, TrainOptions())
 
     train.run_folder(tmp_path / "begun.safetensors").mkdir()
-    with pytest.raises(IncompatibleInputError, match="a new --output, or --resume"):
+    with pytest.raises(IncompatibleInputError, match="add --resume, or choose a new --output"):
         output("begun")
     assert output("begun", resume=True).name == "begun.safetensors"
-    with pytest.raises(IncompatibleInputError, match="--resume with the --output of a run"):
+    with pytest.raises(IncompatibleInputError, match="check --output, or leave --resume away"):
         output("new", resume=True)
     (tmp_path / "done.safetensors").touch()
-    with pytest.raises(IncompatibleInputError, match="--output that is not there yet"):
+    with pytest.raises(IncompatibleInputError, match="exists: choose a new --output"):
         output("done")
     assert output("new").name == "new.safetensors"
