@@ -190,9 +190,10 @@ def test_a_still_before_the_film_is_not_the_film(tmp_path: Path) -> None:
     from stream_diffvsr.media.read import VideoSource
 
     with av.open(str(tmp_path / "a.mp4"), "w") as out:
-        for codec, pix_fmt, side, count in (("mjpeg", "yuvj420p", 32, 1), ("mpeg4", "yuv420p", 16, 3)):
-            stream = out.add_stream(codec, rate=25)
+        streams = [out.add_stream(codec, rate=25) for codec in ("mjpeg", "mpeg4")]
+        for stream, pix_fmt, side in zip(streams, ("yuvj420p", "yuv420p"), (32, 16), strict=True):
             stream.width, stream.height, stream.pix_fmt = side, side, pix_fmt
+        for stream, side, count in zip(streams, (32, 16), (1, 3), strict=True):
             for index in range(count):
                 picture = av.VideoFrame.from_ndarray(clips.picture(index, side, side), format="rgb24")
                 picture.pts, picture.time_base = index, Fraction(1, 25)
