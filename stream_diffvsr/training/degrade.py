@@ -94,7 +94,9 @@ def video(x: Tensor, rng: Rng, *, codec: str, quality: float) -> Tensor:
     import av
 
     height, width = x.shape[-2:]
-    x = F.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+    # x265 of PyAV's wheel writes beyond its memory below 64 pixels of width.
+    right = max(width % 2, 64 - width) if codec == "hevc" else width % 2
+    x = F.pad(x, (0, right, 0, height % 2), mode="replicate")
     options = {"crf": f"{quality:.1f}", "preset": "veryfast"}
     if codec == "hevc":
         options["x265-params"] = "log-level=none:pools=none:frame-threads=1"
