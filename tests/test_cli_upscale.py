@@ -324,3 +324,16 @@ def test_demo(checkpoint: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     assert len(clips.frames_of(folder / "clip_4x.mp4")) == 2
     with Image.open(folder / "compare.png") as picture:
         assert picture.size == (3 * 160 + 16, 96)
+
+
+def test_ctrl_c_while_it_starts(monkeypatch, capsys) -> None:
+    """One word, not a page of what was being imported."""
+    from stream_diffvsr.cli import start
+
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "stream_diffvsr.cli.main", Interrupted("main"))
+    assert start() == 130
+    assert capsys.readouterr().err == "stream-diffvsr: interrupted\n"
