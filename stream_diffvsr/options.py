@@ -156,9 +156,10 @@ def json_schema(cls: type, only: Iterable[str] | None = None) -> dict[str, Any]:
     properties = {}
     for name in [name for name in table if not table[name].hidden] if only is None else only:
         rule = table[name]
-        kind = "string" if rule.parse else names.get(rule.kind, "string")
+        kinds = ["string", "number"] if rule.parse else [names.get(rule.kind, "string")]
+        kinds += ["null"] if rule.optional else []
         facts = {
-            "type": [kind, "null"] if rule.optional else kind,
+            "type": kinds if len(kinds) > 1 else kinds[0],
             "description": rule.help,
             "default": default[name] if default[name] is None or not rule.parse else str(default[name]),
             "minimum": rule.low,

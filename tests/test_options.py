@@ -148,3 +148,12 @@ def test_a_job_reads_its_options_as_the_command_line_does() -> None:
     )
     assert (job.start, job.end, job.rate) == (Fraction(125, 2), Fraction(25, 2), Fraction(2997, 100))
     assert (job.target, job.audio, job.state_out) == ((640, 360), False, Path("s.safetensors"))
+
+
+def test_what_is_read_from_text_may_be_a_number_in_json() -> None:
+    """A frame's index, a rate."""
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json_schema(VideoJob, ["start", "end", "rate"])
+    jsonschema.validate({"start": 3, "end": "2s", "rate": 29.97}, schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"start": True}, schema)

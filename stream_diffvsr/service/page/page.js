@@ -184,7 +184,7 @@ function optionControl(name, rule) {
     control.read = () => control.checked;
     return control;
   }
-  const number = types.includes("integer") || types.includes("number");
+  const number = !types.includes("string") && (types.includes("integer") || types.includes("number"));
   const control = make("input", { type: number ? "number" : "text", value: rule.default ?? "", placeholder: "default" });
   if (number) {
     control.step = types.includes("integer") ? 1 : "any";
