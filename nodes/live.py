@@ -72,7 +72,7 @@ class Live:
         extra_pnginfo: Mapping[str, Any] | None = None,
     ) -> tuple[Tensor, str]:
         check_frame_by_frame(pipe)
-        one_picture(image, "image; a batch is for Stream-DiffVSR Upscale")
+        one_picture(image, "image", "use Stream-DiffVSR Upscale for a batch")
         options = (settings or SettingsValue()).options(
             pipe, num_inference_steps=num_inference_steps, seed=seed
         )

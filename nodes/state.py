@@ -162,11 +162,11 @@ class LoadState:
         return (StreamDiffVSRState.of(state) if state.family in ("", "diffvsr") else state,)
 
 
-def one_picture(image: Tensor, name: str) -> Tensor:
+def one_picture(image: Tensor, name: str, remedy: str = "pass one of its frames") -> Tensor:
     """Refuse a batch; (1, H, W, 3 or 4) -> the same."""
     layout.check_images(image)
     if len(image) != 1:
-        raise IncompatibleInputError(f"{name} must be one picture, not a batch of {len(image)}")
+        raise IncompatibleInputError(f"{name} must be one picture, not a batch of {len(image)}: {remedy}")
     return image
 
 

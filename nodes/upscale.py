@@ -202,7 +202,7 @@ class ProcessFrame:
         own: dict[str, Any] = {"num_inference_steps": num_inference_steps, "seed": seed}
         options = (settings or SettingsValue()).options(pipe, **own)
         return upscale(
-            pipe, one_picture(image, "image; a batch is for Stream-DiffVSR Upscale"), state, options
+            pipe, one_picture(image, "image", "use Stream-DiffVSR Upscale for a batch"), state, options
         )
 
 

@@ -257,7 +257,7 @@ def test_another_folder_is_noticed(source, model, plain, tmp_path) -> None:
     pool, task = LocalPool(model, 1), job(source, tmp_path / "out.mkv")
     with WorkFolder(task.output).locked():
         (wrong,) = pool.check_access(to_json(task), {"files": 1}, WorkFolder(task.output).token())
-        assert "another file" in wrong
+        assert "a different file" in wrong
         from stream_diffvsr.jobs.prepare import source_fingerprint
 
         (wrong,) = pool.check_access(to_json(task), source_fingerprint(source), "another process")

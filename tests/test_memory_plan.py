@@ -157,7 +157,7 @@ def test_auto_takes_the_first_plan_that_fits(output, monkeypatch, caplog):
         assert need(size, chosen) <= need(size, plan) and chosen.exact >= plan.exact
         (line,) = caplog.records
         assert line.message.startswith(f"memory plan: {chosen}")
-        assert ("nothing exact fits" in line.message) == (not chosen.exact)
+        assert ("no exact plan fits" in line.message) == (not chosen.exact)
 
 
 def test_an_accelerator_never_begins_with_tiles(monkeypatch):

@@ -342,9 +342,9 @@ FAULTS: dict[str, Fault] = {
         remuxed("a.mkv", film("a.mkv", sound="aac"), late_sound(1.96)), beside=("aac",)
     ),
     "track without packets mkv": Fault(
-        remuxed("b.mkv", film("a.mkv", sound="aac"), only("video")), said="it holds nothing"
+        remuxed("b.mkv", film("a.mkv", sound="aac"), only("video")), said="it contains nothing"
     ),
-    "track that cannot be decoded": Fault(undecodable, said="an output .mkv keeps it"),
+    "track that cannot be decoded": Fault(undecodable, said="an .mkv output keeps it"),
     "track with a time twice": Fault(
         remuxed("a.mkv", film("a.mkv", sound="aac"), twice("audio")), beside=("aac",)
     ),

@@ -54,6 +54,8 @@ TGA_SUFFIXES = (".tga", ".icb", ".vda", ".vst")
 """TGA is known by its name alone: its first bytes are also those of some streams of video."""
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 """What a HEIC file calls itself in its first bytes."""
+IMAGE_LENGTH = 257
+"""TIFF's tag for the number of rows."""
 DEFAULT_MILLISECONDS = 100
 """What viewers use for an animation's frame without a duration."""
 SAVE_OPTIONS = {
@@ -212,9 +214,10 @@ def read(path: Path) -> Picture:
                 )
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
-            # Pillow leaves rows black that no strip of a TIFF has.
-            if image.tile and (rows := max(tile[1][3] for tile in image.tile)) < image.height:
-                raise ValueError(f"it has {rows} of {image.height} rows")
+            # Pillow leaves rows black that no strip of a TIFF has; its `height` is the turned picture's.
+            height = getattr(image, "tag_v2", {}).get(IMAGE_LENGTH, 0)
+            if image.tile and (rows := max(tile[1][3] for tile in image.tile)) < height:
+                raise ValueError(f"it has {rows} of {height} rows")
             image.load()
             return replace(from_pillow(ImageOps.exif_transpose(image)), profile=_profile(image))
     except damage() as error:
