@@ -56,10 +56,12 @@ def child(args: argparse.Namespace) -> None:
     """Answer every line with a frame."""
     import torch
 
-    from stream_diffvsr.bench.networks import open_measured
+    from stream_diffvsr.bench import networks
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    pipe = open_measured(args.model, "cpu", "float32", "auto")
+    # Older checkouts have another name for it.
+    opened = getattr(networks, "open_measured", None) or networks.open_model
+    pipe = opened(args.model, "cpu", "float32", "auto")
     if args.runtime != "torch":
         from stream_diffvsr.families.diffvsr.fastest import with_runtime
 
