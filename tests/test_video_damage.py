@@ -102,6 +102,27 @@ def test_files_put_behind_one_another_are_told(suffix: str, codec: str, tmp_path
     assert "joined files" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("first", "second"), [(("mpeg2video", "mp2"), ("h264", "aac")), (("h264", "aac"), ("mpeg2video", "mp2"))]
+)
+def test_another_codec_under_the_same_numbers_is_told(first, second, pipe, tmp_path: Path, caplog) -> None:
+    """As where a recording goes over to another channel; FFmpeg keeps the first codec, and shows no error."""
+    parts = [
+        clips.write_video(
+            *(tmp_path / f"{codec}.ts", 60),
+            **{"codec": codec, "audio": 1, "audio_codec": sound, "ticks": Fraction(1, 25)},
+        )
+        for codec, sound in (first, second)
+    ]
+    source = tmp_path / "both.ts"
+    source.write_bytes(b"".join(part.read_bytes() for part in parts))
+    job = VideoJob(source=source, output=tmp_path / "b.mp4", options=UpscaleOptions(num_inference_steps=1))
+    assert 55 <= sum(1 for _ in run(pipe, job)) <= 61
+    picture = "damaged packets" if first[0] == "h264" else "packets without a picture"
+    assert f"{picture} skipped" in caplog.text
+    assert "packets that cannot be decoded, which are left out" in caplog.text
+
+
 @pytest.mark.parametrize("form", ["asf", "mov,mp4,m4a,3gp,3g2,mj2"])
 def test_a_size_that_no_file_has_ends_the_search(form: str, tmp_path: Path) -> None:
     size = b"\xff" * 8

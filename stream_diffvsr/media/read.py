@@ -40,6 +40,9 @@ from .timeline import UNTIMED, ShownTimes, Timeline
 
 log = logging.getLogger(__name__)
 
+MOST_DELAYED = 40
+"""More packets than a decoder keeps back before a frame comes: for reordering 16, and one for each thread."""
+
 
 @dataclass(frozen=True, eq=False)
 class SourceFrame:
@@ -291,7 +294,7 @@ class VideoSource:
         untimed, counted = bool(container.format.flags & UNTIMED), container.format.name in ("avi", "asf")
         shown = ShownTimes(by_order=counted)
         decode = alpha_decoder(stream) or (lambda packet: packet.decode())
-        shape = None
+        shape, idle = None, 0
         for packet in self._packets(container, stream):
             # AVI and WMV have one time for each packet, in decoding order.
             time = packet.dts if counted or packet.pts is None else packet.pts
@@ -303,6 +306,9 @@ class VideoSource:
                 self.notes["damaged packets skipped"] += 1
                 shown.lose(time)
                 continue
+            if frames or not packet.size:
+                self._say_unshown(idle if packet.size else idle - len(frames))
+            idle = 0 if frames or not packet.size else idle + 1
             self.notes["damaged frames used"] += sum(frame.is_corrupt for frame in frames)
             if frames and shape != (now := stream.codec_context.sample_aspect_ratio):
                 if shape is not None and not self._reshaped:
@@ -317,6 +323,11 @@ class VideoSource:
                 frame.pts = None if untimed else shown.show(frame.pts)
                 self._steady &= counted or not shown.by_order
                 yield frame
+
+    def _say_unshown(self, packets: int) -> None:
+        """What a decoder takes without a word: recordings in which another codec follows the first."""
+        if packets > MOST_DELAYED:
+            self.notes["packets without a picture skipped: the codec may change in the file"] += packets
 
 
 def alpha_decoder(stream: Stream) -> Any:

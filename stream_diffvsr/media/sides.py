@@ -214,6 +214,10 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
                     f"{names[index]} is converted to {making.way.name}: {container_format} cannot hold it "
                     f"({reasons.get(index)}); {remedies[index]}"
                 )
+            if making.way.damaged:
+                said.append(
+                    f"{names[index]} has {making.way.damaged} packets that cannot be decoded, which are left out"
+                )
         for index in left:
             ways[index] = ways[index][1:]
     said += [

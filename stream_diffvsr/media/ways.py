@@ -19,6 +19,14 @@ NO_TEXT = b"\0\0"
 EMPTY_SRT = b"1\n00:00:00,000 --> 00:00:01,000\n \n"
 UNENDED = 5
 """Seconds for which a text without an end is shown, unless another comes before."""
+STARTS = {
+    "aac": (0xFFF6, 0xFFF0),
+    "mp2": (0xFFE6, 0xFFE4),
+    "mp3": (0xFFE6, 0xFFE2),
+    "ac3": (0xFFFF, 0x0B77),
+    "eac3": (0xFFFF, 0x0B77),
+}
+"""Bits of the first two bytes of each packet in a transport stream, and what they are."""
 LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
 """FFmpeg's default channel layout, by the number of channels less one."""
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
@@ -50,6 +58,8 @@ class Way(Protocol):
     name: str
     first: Fraction | None
     """When the first of it is heard, where only this way of writing knows."""
+    damaged: int
+    """How many packets could not be decoded."""
 
     def feed(self, packet: Packet) -> Iterable[Any]:
         """The packets that one of the source becomes."""
@@ -63,14 +73,20 @@ class Way(Protocol):
 class Copied:
     """Packets as they are."""
 
-    name, first = "", None
+    name, first, damaged = "", None, 0
 
     def __init__(self, out: Output, stream: Stream) -> None:
         self.stream = add_copy(out, stream)
         self.texts = stream.type == "subtitle"
+        in_ts = stream.container.format.name == "mpegts"
+        self.start = STARTS.get(stream.codec_context.name) if in_ts else None
 
     def feed(self, packet: Packet) -> Iterable[Any]:
         if self.texts and bytes(packet) == NO_TEXT:
+            return ()
+        if self.start and int.from_bytes(bytes(packet)[:2], "big") & self.start[0] != self.start[1]:
+            # Another codec under the same number: players would try to play it.
+            self.damaged += 1
             return ()
         packet.stream = self.stream
         return (packet,)
@@ -82,7 +98,7 @@ class Copied:
 class Translated:
     """Text subtitles in another container's form; what has no end gets one, as MP4 does not show it else."""
 
-    first = None
+    first, damaged = None, 0
 
     def __init__(self, out: Output, stream: Stream) -> None:
         import av
@@ -137,7 +153,7 @@ class Encoded:
         self.first: Fraction | None = None
         self.resampler: Any = None
         self.kind: tuple[Any, ...] = ()
-        self.damaged = False
+        self.damaged = 0
 
     def _open(self, frame: Frame, layout: str) -> None:
         rates = self.out.add_stream(self.name, rate=frame.sample_rate or 48000)
@@ -157,7 +173,7 @@ class Encoded:
         try:
             frames = packet.decode()
         except av.FFmpegError:
-            self.damaged = True
+            self.damaged += 1
             return
         for frame in frames:
             layout = named_layout(frame.layout)
