@@ -110,7 +110,10 @@ def test_another_codec_under_the_same_numbers_is_told(first, second, pipe, tmp_p
     parts = [
         clips.write_video(
             *(tmp_path / f"{codec}.ts", 60),
-            **{"codec": codec, "audio": 1, "audio_codec": sound, "ticks": Fraction(1, 25)},
+            codec=codec,
+            audio=1,
+            audio_codec=sound,
+            ticks=Fraction(1, 25),
         )
         for codec, sound in (first, second)
     ]

@@ -215,9 +215,8 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
                     f"({reasons.get(index)}); {remedies[index]}"
                 )
             if making.way.damaged:
-                said.append(
-                    f"{names[index]} has {making.way.damaged} packets that cannot be decoded, which are left out"
-                )
+                count = making.way.damaged
+                said.append(f"{names[index]} has {count} packets that cannot be decoded, which are left out")
         for index in left:
             ways[index] = ways[index][1:]
     said += [
