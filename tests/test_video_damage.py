@@ -11,6 +11,7 @@ import clips
 import pytest
 
 from stream_diffvsr import StreamDiffVSRError, UpscaleOptions
+from stream_diffvsr.errors import VideoError
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.media.containers import ASF, is_joined
 from stream_diffvsr.media.read import open_source
@@ -132,3 +133,20 @@ def test_a_size_that_no_file_has_ends_the_search(form: str, tmp_path: Path) -> N
     head = ASF + size if form == "asf" else b"\0\0\0\1free" + size
     (tmp_path / "a").write_bytes(head.ljust(64, b"\0"))
     assert not is_joined(tmp_path / "a", form)
+
+
+def test_a_source_that_is_taken_away_is_named_and_nothing_is_lost(pipe, tmp_path: Path) -> None:
+    source = clips.write_video(tmp_path / "a.mp4", 6, audio=1)
+    job = VideoJob(
+        source=source,
+        output=tmp_path / "b.mp4",
+        options=UpscaleOptions(num_inference_steps=1),
+        segment_frames=2,
+    )
+    with pytest.raises(VideoError, match=r"a\.mp4 does not exist"):
+        for step in run(pipe, job):
+            if step.index == 5:
+                source.rename(tmp_path / "c.mp4")
+    (tmp_path / "c.mp4").rename(source)
+    assert not list(run(pipe, job))
+    assert len(clips.frames_of(tmp_path / "b.mp4")) == 6 and clips.packets_of(tmp_path / "b.mp4", "audio")

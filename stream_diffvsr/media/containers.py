@@ -44,6 +44,7 @@ def open_container(path: Path, form: str | None = None) -> Container:
         opened: Any = av.open(str(path.absolute()), format=form, options=formats, metadata_errors="ignore")
         return opened
     except (av.FFmpegError, OSError, ValueError) as error:
+        check_readable(path)
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(
             f"{path} cannot be opened as a video or picture ({reason}): it may be damaged, incomplete, or "
