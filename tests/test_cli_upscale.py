@@ -6,6 +6,7 @@ import os
 import sys
 import types
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import clips
@@ -338,3 +339,9 @@ def test_ctrl_c_while_it_starts(monkeypatch, capsys) -> None:
     monkeypatch.setitem(sys.modules, "stream_diffvsr.cli.main", Interrupted("main"))
     assert start() == 130
     assert capsys.readouterr().err == "stream-diffvsr: interrupted\n"
+
+
+def test_the_bar_of_a_file_whose_length_nobody_knows(command, tmp_path: Path) -> None:
+    source = clips.write_video(tmp_path / "a.m2v", 5, codec="mpeg2video", ticks=Fraction(1, 25))
+    code, _, last = command(source)
+    assert code == 0 and last.split("\r")[-1].startswith("5frame ") and "-" not in last

@@ -56,8 +56,8 @@ def _bar(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
     from tqdm import tqdm
 
     with tqdm(unit="frame", dynamic_ncols=True) as bar:
-        for step in steps:
-            if bar.total is None:
+        for number, step in enumerate(steps):
+            if number == 0:
                 bar.reset(step.total)
                 bar.initial = bar.n = step.done - 1
             bar.set_postfix_str(f"segment {step.segment + 1}", refresh=False)
