@@ -281,7 +281,7 @@ def check_space(folder: Path, needed: int) -> None:
     if free < needed + SPARE_BYTES:
         raise OSError(
             errno.ENOSPC,
-            f"{free >> 20} MB are free, about {(needed + SPARE_BYTES >> 20) + 1} MB are needed; make room and "
-            "run the same command again, it continues",
+            f"{free >> 20} MB are free, about {(needed + SPARE_BYTES >> 20) + 1} MB are needed; make room "
+            "and run the same command again, it continues",
             str(folder),
         )
