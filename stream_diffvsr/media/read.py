@@ -157,6 +157,8 @@ class VideoSource:
                 raise VideoError(f"{path} has a video stream, but none of its frames can be decoded.")
             self.info = describe(chosen, first)
             self._first = first.pts or 0
+            # AVI counts in fields where H.264 may have them: a tick is half a frame then.
+            self._has_durations = container.format.name != "avi"
             if is_joined(path, container.format.name):
                 log.warning(
                     "%s consists of several joined files, of which only the first is read: upscale the "
@@ -261,7 +263,7 @@ class VideoSource:
         if not self._captioned and "A53_CC" in side_data(frame):
             self._captioned = True
             log.warning("%s has closed captions in its video stream, which are left out", self.path)
-        duration = getattr(frame, "duration", None) or None
+        duration = getattr(frame, "duration", None) or None if self._has_durations else None
         pixels = Decoded(planes_of(frame, self.info.colour), matrix)
         return SourceFrame(index, time, duration, pixels, (height, width), self.info.bits)
 
