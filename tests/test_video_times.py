@@ -69,11 +69,11 @@ def test_h264_in_avi_is_shown_in_the_order_of_its_frames(pipe, tmp_path: Path, c
     made = clips.write_video(tmp_path / "a.h264", 12, size=SIZE, options={"bf": "3", "b_strategy": "0"})
     with av.open(str(made)) as before, av.open(str(tmp_path / "a.avi"), "w") as out:
         stream = out.add_stream_from_template(before.streams.video[0], opaque=True)
-        stream.time_base = Fraction(1, 25)
+        stream.time_base = Fraction(1, 50)
         for number, packet in enumerate(p for p in before.demux(video=0) if p.size):
             packet.stream = stream
-            packet.pts = packet.dts = number
-            packet.time_base = Fraction(1, 25)
+            packet.pts = packet.dts = 2 * number
+            packet.time_base = Fraction(1, 50)
             out.mux(packet)
     result = upscale(pipe, tmp_path / "a.avi", tmp_path / "out.mp4")
     assert times(result) == pytest.approx([i / 25 for i in range(12)])
