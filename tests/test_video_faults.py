@@ -351,7 +351,16 @@ FAULTS: dict[str, Fault] = {
     "time of a frame twice": Fault(
         remuxed("a.mkv", picture_only("a.mkv", "mjpeg", "yuvj420p"), twice("video")),
         times=TENTHS,
-        said="not rising",
+        said="out of order",
+    ),
+    "time a month ahead": Fault(
+        remuxed(
+            "a.mkv",
+            picture_only("a.mkv", "mjpeg", "yuvj420p"),
+            lambda p, n: setattr(p, "pts", p.pts + 2_600_000_000 * (n > 2)) or setattr(p, "dts", p.pts),
+        ),
+        times=TENTHS,
+        said="out of order",
     ),
     "time uneven beside sound": Fault(
         lambda folder: clips.write_video(

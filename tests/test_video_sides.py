@@ -209,3 +209,30 @@ def test_texts_without_an_end_are_shown(pipe, tmp_path: Path) -> None:
             packets = [p for p in container.demux(subtitles=0) if p.size and bytes(p) != ways.NO_TEXT]
         ends = [(float(p.pts * p.time_base), float(p.duration * p.time_base)) for p in packets]
         assert ends == [(0.1, pytest.approx(0.2)), (0.3, pytest.approx(ways.UNENDED))]
+
+
+def test_sound_of_several_frames_in_a_packet_keeps_its_time(pipe, tmp_path: Path) -> None:
+    """Decoders give a time to the first of them alone."""
+    source = tmp_path / "b.mkv"
+    with (
+        av.open(str(write(tmp_path / "a.mkv", sound="aac"))) as before,
+        av.open(str(source), "w") as out,
+    ):
+        streams = [out.add_stream_from_template(stream, opaque=True) for stream in before.streams]
+        pairs: list[Any] = []
+        for packet in before.demux():
+            if packet.size and packet.stream.type == "audio":
+                pairs.append(packet)
+            if len(pairs) == 2:
+                both = av.Packet(bytes(pairs[0]) + bytes(pairs[1]))
+                both.pts, both.dts, both.time_base = pairs[0].pts, pairs[0].dts, pairs[0].time_base
+                both.stream, pairs = streams[1], []
+                out.mux(both)
+            elif packet.size and packet.stream.type == "video":
+                packet.stream = streams[0]
+                out.mux(packet)
+    kept, converted = (
+        heard(upscale(pipe, tmp_path / name, tmp_path / f"{name}.webm", codec="av1"))
+        for name in ("a.mkv", "b.mkv")
+    )
+    assert converted[1:] == pytest.approx(kept[1:], abs=0.03)  # a frame of 1024 samples

@@ -352,6 +352,8 @@ class Clock:
 
     def __init__(self, info: SourceInfo, notes: Counter[str], last: int | None = None) -> None:
         self.step = max(1, round(1 / (info.rate * info.time_base)))
+        # MP4 counts a frame's duration in 31 bits of ticks, of which it has at least 10,000 a second.
+        self.longest = int((2**31 - 1) / max(1, 20_000 * info.time_base))
         self.notes = notes
         self.last = last
         self.timed = info.timed
@@ -361,9 +363,9 @@ class Clock:
         if self.last is None:
             self.last = pts or 0
             return self.last
-        if pts is None or pts <= self.last:
-            self.notes["timestamps missing or not rising"] += self.timed
-            pts = self.last + (self.step if pts is None else 1)
+        if pts is None or not 0 < pts - self.last <= self.longest:
+            self.notes["timestamps missing or out of order"] += self.timed
+            pts = self.last + (1 if pts is not None and pts <= self.last else self.step)
         self.last = pts
         return pts
 

@@ -154,6 +154,7 @@ class Encoded:
         self.resampler: Any = None
         self.kind: tuple[Any, ...] = ()
         self.damaged = 0
+        self.due = Fraction(0)
 
     def _open(self, frame: Frame, layout: str) -> None:
         rates = self.out.add_stream(self.name, rate=frame.sample_rate or 48000)
@@ -176,12 +177,16 @@ class Encoded:
             self.damaged += 1
             return
         for frame in frames:
+            # Only the first of several in a packet has a time.
+            begin = self.due if frame.pts is None else frame.pts * frame.time_base
+            frame.pts = round(begin / frame.time_base)
+            self.due = begin + Fraction(frame.samples, frame.sample_rate or 48000)
             layout = named_layout(frame.layout)
             if frame.layout.name != layout:
                 frame = with_layout(frame, layout)
             if self.stream is None:
                 self._open(frame, layout)
-                self.first = None if frame.pts is None else frame.pts * frame.time_base
+                self.first = begin
             kind = (frame.format.name, layout, frame.sample_rate)
             if kind != self.kind:
                 yield from self._rest()
