@@ -240,7 +240,7 @@ def run_with_progress(
             if step.hq is not None:
                 progress.live(step.hq[0].movedim(0, -1))
             frames = host.frames_done(step.done, step.total and total, step.fps)
-            said = "; ".join(filter(None, (told + frames, memory_plan(pipe, step.how))))
+            said = "; ".join(filter(None, (told + frames, memory_plan(step.how))))
             progress.say(said, last=step.done == total)
     return True
 

@@ -35,20 +35,9 @@ def how_made(pipe: Upscaler) -> Known:
     return _known.get(pipe, Known())
 
 
-def memory_plan(pipe: Upscaler, how: Provenance | None) -> str:
+def memory_plan(how: Provenance | None) -> str:
     """What of a frame is computed in parts, in words for the node; '' where frames are computed whole."""
-    from ..stream_diffvsr.families.diffvsr.plan import PLAN, Plan
-    from ..stream_diffvsr.families.image.method import TILES, WHOLE
-
-    details, words = how.details if how else {}, ""
-    if PLAN in details:
-        plan = Plan.from_json(details[PLAN])
-        words = "" if plan == Plan(overlap=plan.overlap) else str(plan)
-    elif details.get(TILES, WHOLE) != WHOLE:
-        words = f"tiles of {details[TILES]}"
-    elif getattr(pipe, "offloaded", False):
-        words = "what can wait is kept in system memory"
-    return f"memory plan: {words}" if words else ""
+    return f"memory plan: {how.parts}" if how and how.parts else ""
 
 
 def remember(pipe: Upscaler, about: Known) -> None:

@@ -257,7 +257,7 @@ def upscale(
         progress.show(done, result[index])
         speed.tick()
         line = host.frames_done(done, len(images), speed.fps) if len(images) > 1 else ""
-        if told := "; ".join(filter(None, (line, memory_plan(pipe, border.provenance)))):
+        if told := "; ".join(filter(None, (line, memory_plan(border.provenance)))):
             progress.say(told, last=done == len(images))
     left = start + len(images) - border.index
     frames = [*since, *layout.lq_frames(images[max(0, len(images) - left) :])]

@@ -70,6 +70,8 @@ class Provenance:
     """The family's options, as JSON values."""
     details: Mapping[str, str] = field(default_factory=dict)
     """The family's further facts, such as its memory plan."""
+    parts: str = field(default="", compare=False)
+    """What of a frame is computed in parts, in words for people; '' for whole frames. It is not saved."""
 
     def differences(self, now: Provenance) -> str:
         """Describes what changed from these frames to `now`; '' if nothing that is recorded did."""

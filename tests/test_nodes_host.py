@@ -16,7 +16,6 @@ from node_pack import ROOT, load_pack, part
 
 from stream_diffvsr import UpscaleOptions
 from stream_diffvsr.families.diffvsr.plan import Plan
-from stream_diffvsr.upscaler import Provenance
 
 PACK = load_pack()
 NODES = PACK.NODE_CLASS_MAPPINGS
@@ -121,14 +120,6 @@ def test_a_plan_that_splits_frames_is_told_on_the_node(
         NODES[f"StreamDiffVSR_{name}"]().execute(pipe, settings=settings, num_inference_steps=1, **inputs)
         ends = [text.endswith("memory plan: convolutions in bands of 128 rows") for text in said]
         assert ends == ([told] * count if told or count > 1 else [])
-
-
-def test_tiles_and_system_memory_are_told_as_well() -> None:
-    told = part(PACK, "nodes.pipes").memory_plan
-    image = [Provenance(details={"tiles": tiles}) for tiles in ("whole", "256")]
-    assert [told(SimpleNamespace(), each) for each in image] == ["", "memory plan: tiles of 256"]
-    chunks = SimpleNamespace(offloaded=True)
-    assert told(chunks, None) == "memory plan: what can wait is kept in system memory"
 
 
 def test_a_line_on_the_node_once_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -307,7 +307,7 @@ def test_smaller_tiles_where_memory_runs_out(path, model, caplog):
     session = model.session()
     session.push(frames[0])
     state = session.state()
-    assert state.provenance.details["tiles"] == "512"
+    assert state.provenance.details["tiles"] == "512" and state.provenance.parts == "tiles of 512"
     # The state goes on in tiles, also where memory suffices; a job's plan without pictures likewise.
     assert torch.equal(pictures(small.stream(frames[1:], state=state)), pictures(results[1:]))
     # A given size is kept, or refused.

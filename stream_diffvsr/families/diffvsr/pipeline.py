@@ -328,6 +328,7 @@ class StreamDiffVSRPipeline:
             self.runtime,
             asdict(options),
             {**details, **now, **plan_details(plan, size)},
+            parts="" if plan == Plan(overlap=plan.overlap) else str(plan),
         )
 
     def _compile_mode(self, options: UpscaleOptions) -> str:

@@ -208,9 +208,13 @@ class ImageModel:
         return lower[0]
 
     def _provenance(self, options: ImageOptions, tile: int | None) -> Provenance:
-        details = {TILES: str(tile or WHOLE)}
         return Provenance(
-            self.info.model, self.info.number_format, self.info.runtime, asdict(options), details
+            self.info.model,
+            self.info.number_format,
+            self.info.runtime,
+            asdict(options),
+            {TILES: str(tile or WHOLE)},
+            parts=f"tiles of {tile}" if tile else "",
         )
 
     def _count(self, size: tuple[int, int], tile: int | None, overlap: int, steady: bool) -> int:

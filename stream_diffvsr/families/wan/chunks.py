@@ -152,8 +152,10 @@ class ChunkUpscaler(ABC):
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
         """How frames are made now; no memory plan changes them."""
         settings = asdict(options or self.Options())
-        del settings["memory_plan"]
-        return Provenance(self.info.model, self.info.number_format, self.info.runtime, settings)
+        offloads = settings.pop("memory_plan") == "offload" or self.offloaded
+        parts = "what can wait is kept in system memory" if offloads else ""
+        info = self.info
+        return Provenance(info.model, info.number_format, info.runtime, settings, parts=parts)
 
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
         """Bytes that LQ frames of `size` (height, width) take besides the weights.
