@@ -21,7 +21,7 @@ HEADER = 1 << 16
 
 
 def file_stamp(path: Path) -> str:
-    """What changes when a file, or one right in a folder, is edited or replaced."""
+    """A stamp that changes when a file, or a file directly in a folder, is edited or replaced."""
     try:
         inside = sorted(map(_stamp, path.iterdir())) if path.is_dir() else []
         digest = hashlib.sha256("\n".join(inside).encode()).hexdigest()[:16] if inside else ""

@@ -149,7 +149,7 @@ def manage(pipe: Upscaler, device: torch.device) -> None:
 
 
 def make_room(pipe: Upscaler, size: tuple[int, int], options: Any) -> None:
-    """Have other models give way before a run, so that the memory plan is made for the room there can be.
+    """Have ComfyUI unload other models before a run, so that the memory plan can use their memory.
 
     `size` is the height and width of a frame before upscaling.
     """
@@ -159,7 +159,7 @@ def make_room(pipe: Upscaler, size: tuple[int, int], options: Any) -> None:
 
 
 def make_all_room() -> None:
-    """Have all models give way: other processes are about to use the devices."""
+    """Have ComfyUI unload all models: other processes are about to use the devices."""
     mm = memory_management()
     if mm:
         mm.unload_all_models()
@@ -231,7 +231,7 @@ class Progress:
             self._next_picture = now + PREVIEW_SECONDS
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """The engine's `on_step`: hears the cancel button, and says how far a slow frame is."""
+        """The engine's `on_step`: checks the cancel button, and shows how far a slow frame is."""
         check_interrupt()
         if total > 1 and time.monotonic() - self._since >= SLOW_SECONDS:
             now = f"frame {self._done + 1}: {STEP_WORDS.get(stage, stage)} {done} of {total}"
@@ -291,7 +291,7 @@ def preview_picture(image: Tensor) -> Any:
 
 
 def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> int | None:
-    """Which of VHS's meta-batches this node runs in, from 0; None where it hangs on no batch manager."""
+    """Which of VHS's meta-batches this node runs in, from 0; None if no batch manager is connected."""
     seen, waiting = set(), [node_id]
     while prompt and waiting:
         current = waiting.pop()

@@ -55,7 +55,7 @@ def lq_frames(images: Tensor) -> Iterator[Tensor]:
 def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
     """Room for the upscaled batch, (N, H, W, C) float32, of `size` (H, W).
 
-    Raises `VRAMError` where there is none: a system gives memory that it has not, and ends ComfyUI later.
+    Raises `VRAMError` where there is none: a system may promise memory that it lacks, and kill ComfyUI later.
     """
     from ..stream_diffvsr.memory import free_memory
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Live:
-    """Upscales one frame per queue run; the next run goes on from it."""
+    """Upscales one frame per queue run; the next run continues from it."""
 
     DESCRIPTION = (
         "Upscales one frame each time the workflow runs, guided by the previous run's frame: for a webcam "

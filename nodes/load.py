@@ -117,7 +117,7 @@ def checkpoints() -> list[str]:
 def is_complete(candidate: Candidate, files_identity: str) -> bool:
     """Whether a folder is a whole checkpoint, looked into again only when its files change.
 
-    Where packages that tell are missing it may be one; running it then says what to install.
+    If packages that can tell are missing, it is taken for one; running it then says what to install.
     """
     from ..stream_diffvsr.load import FAMILIES
 

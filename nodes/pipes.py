@@ -31,7 +31,7 @@ _known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()
 
 
 def how_made(pipe: Upscaler) -> Known:
-    """What there is to know; nothing of a pipe that no node made."""
+    """What is known about a pipe; empty for one that no node made."""
     return _known.get(pipe, Known())
 
 
@@ -41,5 +41,5 @@ def memory_plan(how: Provenance | None) -> str:
 
 
 def remember(pipe: Upscaler, about: Known) -> None:
-    """Remember it as long as there is the pipe."""
+    """Remember it as long as the pipe exists."""
     _known[pipe] = about

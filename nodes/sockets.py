@@ -23,7 +23,7 @@ Widget = tuple[Any, dict[str, Any]]
 
 
 def check_values(widgets: Mapping[str, Widget], values: Mapping[str, Any]) -> None:
-    """Refuse what a widget does not offer, which ComfyUI leaves to a node that validates; None is linked.
+    """Refuse what a widget does not offer, which ComfyUI leaves to a node that validates; None: connected.
 
     Nodes raise what they refuse: ComfyUI would report a returned text once for every argument.
     """

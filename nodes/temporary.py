@@ -27,7 +27,8 @@ def from_bytes(content: bytes) -> Path:
 def from_components(components: Any) -> Path:
     """Frames (N, H, W, C) in [0, 1], their rate and their sound as one file.
 
-    FFV1 with 16 bits a colour, and FLAC. Its bytes follow from what it holds, so a cancelled job goes on.
+    FFV1 with 16 bits a colour, and FLAC. Its bytes depend only on its content, so a cancelled job can be
+    resumed.
     """
     images, audio = components.images, components.audio
     layout.check_images(images)

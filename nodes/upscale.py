@@ -228,9 +228,9 @@ def upscale(
 
     `fidelity` says how near the result stays to the images; it goes out of the node, never into the state.
 
-    A model that takes frames in chunks finishes the batch as if the video ended there. Its state is the one
-    at the last border of chunks, with the frames since, which the next batch does again: all but the end of
-    a batch thus equals one run over all frames. Without `finish` the frames since that border are left out of
+    A model that takes frames in chunks finishes the batch as if the video ended there. Its state is that of
+    the last chunk border with the frames since, which the next batch upscales again: all but the end of a
+    batch equals one run over all frames. Without `finish` the frames since that border are left out of
     the result.
     """
     from ..stream_diffvsr.jobs.job import Speed
@@ -321,7 +321,7 @@ class MetaBatch:
     def resume(self, given: State | None, images: Tensor) -> tuple[State | None, Tensor]:
         """The state after the batch before, and the images that it left over in front of these.
 
-        `given` in the first batch, and outside of meta-batches.
+        Returns `given` in the first batch, and outside of meta-batches.
         """
         if not self.number:
             return given, images

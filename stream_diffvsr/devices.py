@@ -22,7 +22,7 @@ def available() -> list[str]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """'auto' is the best device there is; one that does not exist is refused with those that do."""
+    """'auto' is the best device here; for one that does not exist, the error lists those that do."""
     names = available()
     if device == "auto":
         return torch.device(names[0])
@@ -56,10 +56,11 @@ _nested, _before = 0, (False, False)
 
 @contextmanager
 def repeatable() -> Generator[None, None, None]:
-    """Have cuDNN compute the same numbers every time while the context lasts.
+    """Make cuDNN compute the same numbers every time while the context lasts.
 
-    Some of its algorithms do not, and which is fastest may be another one in another process. TF32 stays as
-    the process has it: by torch's default, convolutions of float32 use it on CUDA and matrix products do not.
+    Some of its algorithms are not repeatable, and which one is fastest can differ between processes. The
+    process's TF32 setting is kept: by torch's default, float32 convolutions use TF32 on CUDA and matrix
+    products do not.
     Contexts of several threads may overlap: the process's own settings return when the last one ends.
     """
     global _nested, _before
@@ -79,7 +80,7 @@ def repeatable() -> Generator[None, None, None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given, so that a clock reads true."""
+    """Wait until the device has finished its work, so that a clock measures all of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

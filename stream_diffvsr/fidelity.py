@@ -1,4 +1,4 @@
-"""How near a result stays to its LQ frame: its colours, and the strength of the model."""
+"""How close a result stays to its LQ frame: its colours, and the strength of the model."""
 
 from __future__ import annotations
 

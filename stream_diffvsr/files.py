@@ -43,15 +43,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """All tensors of a safetensors file, and its metadata; raises `CheckpointError`.
 
-    On a CPU the tensors are the file itself, mapped: nothing is read before it is used, and what is read
-    is the system's file cache and not memory of this process.
+    On a CPU the file is memory-mapped: nothing is read before it is used, and what is read lies in the
+    system's file cache, not in this process's memory.
     """
     with _opened(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a safetensors file says of itself; raises `CheckpointError`."""
+    """A safetensors file's metadata; raises `CheckpointError`."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
@@ -59,7 +59,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of a weight file, mapped: safetensors, or torch's own format without any code in it.
 
-    A file of one tensor alone gives it the name ''.
+    A single unnamed tensor in a file gets the name ''.
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
@@ -67,7 +67,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what a weight file holds, without reading the weights; the file is whole then."""
+    """Names and shapes in a weight file, without reading the weights; also checks that the file is
+    complete."""
     if path.suffix != ".safetensors":
         return {key: tuple(value.shape) for key, value in _read_torch(path, "meta").items()}
     with _opened(path) as file:
@@ -110,7 +111,7 @@ def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def read_pickled(path: Path, device: str = "cpu") -> Any:
-    """What torch saved, opened without running anything that it may hold; raises `CheckpointError`."""
+    """What torch saved, loaded without running any code in it; raises `CheckpointError`."""
     try:
         zipped = zipfile.is_zipfile(path)
         names = zipfile.ZipFile(path).namelist() if zipped else []
@@ -138,7 +139,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 @contextmanager
 def atomic(path: Path) -> Generator[BinaryIO, None, None]:
-    """A binary file that is renamed to `path` when the block ends well, and else vanishes."""
+    """A binary file that is renamed to `path` when the block succeeds, and deleted otherwise."""
     # Processes of several machines, and threads of one, may write the same file.
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
@@ -152,7 +153,7 @@ def atomic(path: Path) -> Generator[BinaryIO, None, None]:
 
 
 def keep_json(path: Path, value: object) -> None:
-    """Write a small file that saves work later; where that fails, only the log says so."""
+    """Write a small file that saves work later; a failure is only logged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:

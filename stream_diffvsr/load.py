@@ -249,7 +249,7 @@ def family_of(folder: Path) -> str | None:
 def family_named(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> str:
     """The family of a source; raises `ModelNotFoundError` as `resolve` does.
 
-    For a folder that is not a checkpoint, it is Stream-DiffVSR, which then says what the folder lacks.
+    A folder that is no checkpoint is treated as Stream-DiffVSR, whose checks then say what is missing.
     """
     if str(source) in RELEASES:
         return RELEASES[str(source)].family
@@ -263,7 +263,7 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
     The search covers `extra_folders` (in ComfyUI, its model folders), the folders in the environment variable
     STREAM_DIFFVSR_MODELS, the user's data folder, a ComfyUI around this package, and huggingface_hub's cache.
     Each may be a checkpoint or contain checkpoints. A released name such as 'v1' means the first complete
-    folder of that name. Nothing is loaded, and damaged folders raise nothing.
+    folder of that name. Nothing is loaded; damaged folders raise no error.
     """
     return [
         Found(each.name, each.path, reason_ignored(each)) for each in candidates(extra_folders, family_of)

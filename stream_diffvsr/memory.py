@@ -1,4 +1,4 @@
-"""How much memory is free, how much tensors take, and how its end announces itself."""
+"""How much memory is free, how much tensors take, and how to recognise that it ran out."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether this is one of the forms in which memory runs out."""
+    """Whether an error means that memory ran out."""
     if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
         return True
     message = str(error).lower()
@@ -53,7 +53,7 @@ def release_caches(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be used on `device` now, without making anything else give way."""
+    """Bytes that could be used on `device` now, without freeing anything."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -81,9 +81,9 @@ def _cgroup_free() -> list[int]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors that exist at once, but for those known before.
+    """Counts the bytes of all tensors that exist at once, except those known before.
 
-    `peak` is the most so far. What libraries hold for themselves is not seen.
+    `peak` is the most so far. It does not see what libraries keep for themselves.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -118,7 +118,7 @@ class LiveTensors(TorchDispatchMode):
 def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
     """The most bytes that a call's tensors take at once, without its inputs and weights (`known`).
 
-    On torch's meta device nothing is computed, so that networks of any size take about a second.
+    On torch's meta device nothing is computed, so networks of any size take about a second.
     """
     with torch.no_grad(), torch.device("meta"), LiveTensors(known) as live:
         result = call()

@@ -133,7 +133,7 @@ def _problem(value: object, rule: Rule) -> str | None:
 def from_json(cls: type[Made], values: Mapping[str, Any]) -> Made:
     """Options from their JSON values, such as `to_json` made; what is missing has its default.
 
-    Raises `IncompatibleInputError` for a name or a value that there is not.
+    Raises `IncompatibleInputError` for an unknown name or a value that is not allowed.
     """
     table = rules(cls)
     if unknown := sorted(values.keys() - table.keys()):

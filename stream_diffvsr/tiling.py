@@ -46,7 +46,7 @@ def bands(height: int, rows: int, halo: int) -> list[Band]:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """A rectangle of a picture and what it counts in the blend."""
+    """A rectangle of a picture, and its weight in the blend."""
 
     rows: slice
     columns: slice
@@ -68,8 +68,8 @@ class Tile:
 def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -> list[Tile]:
     """Cover a picture with tiles of at most `size`, row by row.
 
-    Neighbours share at least `overlap`; starts are multiples of `multiple`, and so must `size` be. Weights
-    go by the squared distances to the tiles' edges and are never 0, at the picture's border neither.
+    Neighbours share at least `overlap`. Tiles start at multiples of `multiple`; `size` must be one too.
+    Weights follow the squared distance to the tile's edges and are never 0, not even at the picture's border.
     """
     rows, columns = (spans(length, size, overlap, multiple) for length in (height, width))
     return [
@@ -90,7 +90,7 @@ def spans(length: int, size: int, overlap: int, multiple: int = 1) -> list[slice
 
 
 def feather(parts: list[slice], length: int) -> list[Tensor]:
-    """Weight of each position in each span: positive everywhere, together 1."""
+    """The weight of each position in each span: always positive, and adding up to 1."""
     position = torch.arange(length) + 0.5
     far = torch.full_like(position, length)
     weights = torch.zeros(len(parts), length)

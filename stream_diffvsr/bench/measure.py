@@ -135,10 +135,10 @@ def measure(
     plain: StreamDiffVSRPipeline | None = None,
     on_frame: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Upscale a moving picture: two frames to warm up, then `frames` that count.
+    """Upscale a moving picture: two frames to warm up, then `frames` that are measured.
 
     With `plain`, each frame is upscaled by both, in turns that alternate, and their ratio is taken pair
-    by pair: so it holds although the machine's speed drifts. The plain one is eager, exact and in
+    by pair: so it holds even if the machine's speed drifts. The plain one is eager, exact and in
     float32, whatever ours is.
     """
     lqs = moving_picture(frames + 2, height, width)
@@ -212,7 +212,7 @@ def _stages(
 def count_operations(
     pipe: StreamDiffVSRPipeline, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
 ) -> dict[str, float]:
-    """1e9 operations of one frame by stage; two for each multiplication that is added to a sum."""
+    """1e9 operations of one frame by stage; a multiply-add is two."""
     pipe = copy.copy(pipe)
     pipe.built = None  # what another runtime does is the same work, unseen by torch's counter
     eager = replace(options, compile_mode="off")
@@ -245,7 +245,7 @@ def measure_sequence(
 ) -> Result:
     """Upscale a moving picture with a model of any family, which may take several frames at once.
 
-    The first two chunks warm up, `rounds` more count.
+    The first two chunks warm up, `rounds` more are measured.
     """
     clock, session = Clock(model.device), model.session(options)
     frames = cycle(moving_picture(8, height, width))

@@ -62,7 +62,7 @@ BLOCKS = 30
 
 
 class RandomPrompts:
-    """Stands where prompt embeddings are read from a folder."""
+    """Takes the place of prompt embeddings read from a folder."""
 
     def get(self, prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(len(prompt))
@@ -121,7 +121,7 @@ def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: in
 
 
 def random_network(name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A network of a checkpoint with random weights of the usual sizes, in seconds also when it is large."""
+    """A checkpoint's network with random weights of typical size; even a large one takes only seconds."""
     return randomized(empty(lambda: from_config(name, config)), device, dtype)
 
 

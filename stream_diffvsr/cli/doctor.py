@@ -83,7 +83,7 @@ def weights(folders: list[Path]) -> Iterator[str]:
 
 
 def verdict(found: Found, used: set[str]) -> str:
-    """What becomes of a folder, given the names that earlier ones already have."""
+    """How a folder will be used, given the names that earlier ones already have."""
     if found.problem:
         return f"ignored: {found.problem}"
     return (
@@ -120,7 +120,7 @@ def flow(folders: list[Path]) -> Iterator[str]:
 
 
 def raft(name: str, folders: list[Path]) -> str:
-    """Where a RAFT's weights are, or what would become of it."""
+    """Where the weights of a RAFT network are, or how they would be obtained."""
     path = find_raft(name, folders)
     if path is None:
         return f"not here; would be downloaded to {hub_file(name)}"

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def already_whole(name: str, folder: Path | None) -> Path | None:
-    """The released weights where they are whole already; with a folder named, only those in it."""
+    """Released weights that are already complete; if a folder is named, only those in it."""
     path = resolve(name, [folder] if folder else [])
     inside = path and (folder is None or folder.resolve() in [path.resolve(), *path.resolve().parents])
     return path if inside else None
@@ -58,7 +58,7 @@ def download_with_bar(name: str, folders: list[Path], revision: str | None) -> P
 
 
 def bring_raft(folders: list[Path]) -> Path:
-    """The file of RAFT's weights, found or downloaded, and looked into."""
+    """The file of RAFT's weights, found or downloaded, and checked."""
     path = find_raft("raft_large", folders) or download_raft("raft_large")
     load_raft("raft_large", path)
     return path

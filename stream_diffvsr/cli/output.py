@@ -39,8 +39,8 @@ def run_to_end(
     """Run a job to its end; returns the last report, None where everything had been done before.
 
     `progress` is one of PROGRESS: a bar on standard error, a line of JSON per frame on standard output, or
-    nothing. With `preview`, that picture is written anew every so many frames, but at most once in a second:
-    bicubic and the result.
+    nothing. With `preview`, that picture (bicubic beside the result) is rewritten every so many frames, at
+    most once a second.
     """
     step, shown_at = None, -math.inf
     shown = {"bar": _bar, "json": _json_lines, "none": iter}[progress]

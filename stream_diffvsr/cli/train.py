@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def print_note(line: str) -> None:
-    """To the person, beside what scripts read."""
+    """Print for people, apart from what scripts read."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -135,7 +135,8 @@ def train(
 
 
 def tell_costs(run: Run) -> None:
-    """Memory, disk and time, measured by a step that changes nothing; with --minutes it tells the steps."""
+    """Memory, disk and time, measured by a step that changes nothing; with --minutes also how many steps that
+    makes."""
     options, device = run.options, run.base.device
     try:
         seconds = run.rehearse()

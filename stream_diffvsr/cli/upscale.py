@@ -122,7 +122,7 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """What is known of a job, of one input, before its model is opened; raises as `run` does.
+    """What is known about a job with one input before its model is opened; raises as `run` does.
 
     Sizes are (width, height) in pixels, `seconds` and `frames` None where the file does not tell.
     """
@@ -154,9 +154,9 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
-    """What the job would take, in lines; a few frames are made to tell the time.
+    """What the job would need, line by line; a few frames are upscaled to estimate the time.
 
-    Released weights are not downloaded for it: without them the time stays untold.
+    Released weights are not downloaded for this; without them no time is given.
     """
     job, frames, size = prepared.job, prepared.total, prepared.size
     first = next(prepared.source.frames(job.span), None)
@@ -181,7 +181,7 @@ def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
 def plan_without_weights(
     args: argparse.Namespace, job: VideoJob, size: tuple[int, int], frames: int | None
 ) -> Iterator[str]:
-    """The same for released networks that are not here, as far as their configurations tell it."""
+    """The same for released networks that are not on this machine, as far as their configurations tell."""
     if family_named(args.model) != "diffvsr":
         raise IncompatibleInputError(
             f"--plan needs the weights of {args.model}: run 'stream-diffvsr download {args.model}' first"

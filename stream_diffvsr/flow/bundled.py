@@ -1,6 +1,6 @@
 """nano's own flow: a small coarse-to-fine network, torch only.
 
-Everything that a frame shows lies at a quarter of its size, since it was enlarged by 4 (bicubic). So frames
+A frame was enlarged by 4 (bicubic), so it holds no more detail than at a quarter of its size. So frames
 are averaged down by 4 first, and the flow found there is enlarged at the end.
 
 On every level of a pyramid the same weights look at the frame, at the previous one moved along the flow
@@ -141,7 +141,7 @@ class Matcher(nn.Module):
 def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Steps (N, 4, h, w) in pixels that would bring `moved` onto `current`, one per window size.
 
-    And how well the wider window holds every direction, (N, 1, h, w) from 0, flat or one edge, to 1.
+    And how well the wider window pins down motion, (N, 1, h, w): 0 where flat or a single edge, up to 1.
     """
     mean = F.pad((current + moved) / 2, (1, 1, 1, 1), mode="replicate")
     dx = (mean[:, :, 1:-1, 2:] - mean[:, :, 1:-1, :-2]) * (inside / 2)
@@ -158,7 +158,7 @@ def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tenso
 
 
 def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
-    """The step of each window, from its mean products of gradients and change, and how well it is held."""
+    """Each window's step, from its mean products of gradients and change, and how reliable it is."""
     xx, xy, yy, xt, yt = products.split(1, 1)
     xx, yy = xx + DAMPING, yy + DAMPING
     determinant = xx * yy - xy * xy
@@ -168,7 +168,7 @@ def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decoder(nn.Module):
-    """From what is seen on a level to a better flow, and to what the next level should know."""
+    """Turns what is seen on a level into a better flow, and into features for the next level."""
 
     def __init__(self, inputs: int, widths: Sequence[int], proposals: int, hidden: int) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def blurred(picture: Tensor) -> Tensor:
 
 
 class FlowNetwork(nn.Module):
-    """Backward flow between pictures of the size at which they hold information."""
+    """Backward flow between pictures at the size that holds all their detail."""
 
     def __init__(
         self, features: int, radius: int, widths: Sequence[int], refinement: Sequence[int], hidden: int

@@ -3,7 +3,7 @@
 RAFT asks, for each pixel of the current frame, how well it matches the pixels around one place in
 the previous frame, on four levels of detail. The usual way computes the match of every pixel with every
 other beforehand: 16 GiB for 2560x1440. Pooling and bilinear sampling are linear, so the same numbers
-come from pooled features, matched only where somebody asks.
+come from pooled features, matched only where they are needed.
 """
 
 from __future__ import annotations

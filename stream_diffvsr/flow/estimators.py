@@ -30,7 +30,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class FlowEstimator(nn.Module):
-    """Base of all estimators; a module also where it has no weights, so that each can be placed."""
+    """Base of all estimators. A module even without weights, so that each can be moved to a device."""
 
     name = "none"
     any_size = True
@@ -46,7 +46,7 @@ class FlowEstimator(nn.Module):
         raise NotImplementedError
 
     def estimate(self, current: Tensor, previous: Tensor, method: str) -> Tensor:
-        """What `forward` does, by one of `methods`."""
+        """Like `forward`, by one of `methods`."""
         return self(current, previous)
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
@@ -55,7 +55,7 @@ class FlowEstimator(nn.Module):
 
     @property
     def estimates(self) -> bool:
-        """Whether there is a flow at all; without, every frame follows the first-frame rule."""
+        """Whether flow is estimated at all; if not, every frame is treated as a first frame."""
         return True
 
 
@@ -68,7 +68,7 @@ class NoFlow(FlowEstimator):
 
 
 class TileableFlow(FlowEstimator):
-    """An estimator whose flow depends on the picture around, so that it can be had in tiles."""
+    """An estimator that looks only at a pixel's surroundings, so it can run in tiles."""
 
     methods = ("whole", "tiled")
 
@@ -145,7 +145,7 @@ class BundledFlow(TileableFlow):
         return self._of_reduced(*small)[..., :height, :width]
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
-        """At the output's size nothing is enlarged only to be averaged again: the same but for rounding."""
+        """Frames are not enlarged only to be averaged down again: the result is the same up to rounding."""
         if scale != REDUCTION or method != "whole":
             return super().between(lq, previous, scale, method)
         return self._of_reduced(enlarged_and_reduced(lq), enlarged_and_reduced(previous))
@@ -156,7 +156,7 @@ class BundledFlow(TileableFlow):
 
 
 class CallableFlow(FlowEstimator):
-    """Any function of (current, previous) at the output's size; what it returns is checked."""
+    """A user's function of (current, previous), called at the output's size; its result is checked."""
 
     any_size = False
 

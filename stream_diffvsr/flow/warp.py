@@ -14,8 +14,8 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
     precision cannot even hold the pixel positions of a large frame.
 
     The reference normalises positions by W-1 and yet samples with align_corners=False, so that zero
-    flow is no identity: it shifts by -0.5 px at the left edge to +0.5 px at the right. The weights
-    were trained so; it is kept for parity (tests/test_golden.py).
+    flow is no identity: it shifts by -0.5 px at the left edge to +0.5 px at the right. The weights were
+    trained that way, so it is kept for parity (tests/test_golden.py).
     """
     height, width = frame.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0].float()
@@ -27,7 +27,7 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
 def centred(flow: Tensor) -> Tensor:
     """The flow with which `warp` finds exactly what `flow` points at, its shift undone beforehand.
 
-    (1, 2, H, W) -> the same. For checkpoints that were trained so and say it in their index.
+    (1, 2, H, W) -> the same. For checkpoints whose index says that they were trained this way.
     """
     height, width = flow.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0] + 0.5

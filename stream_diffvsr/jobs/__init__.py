@@ -1,1 +1,1 @@
-"""A file, or many, with what shall become of it."""
+"""Jobs: one file or many, from source to result."""

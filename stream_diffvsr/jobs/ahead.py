@@ -20,7 +20,7 @@ NO_CUTS = SceneCut(threshold=None)
 
 @dataclass(frozen=True)
 class Split:
-    """How long scenes are cut up; 0 frames: they are not."""
+    """How long scenes are split for several workers; 0 frames: they are not."""
 
     frames: int = 0
     warm_up: int = 8
@@ -35,10 +35,10 @@ class Split:
 def find_scenes(
     prepared: Prepared, split: Split | None = None, state: str = "", told: bool = False
 ) -> Iterator[Scene]:
-    """Each scene as soon as its end is known; they are those that a run finds on its way.
+    """Each scene as soon as its end is known; a run in one process finds the same ones.
 
-    `state` names the file of a state that the first one continues. With `told`, the one scene of a job whose
-    cuts are not looked for is told without reading; its end may be open.
+    `state` names the file of a state that the first one continues. With `told`, a job that looks for no cuts
+    gets its one scene without reading; its end may be unknown.
     """
     job, source, split = prepared.job, prepared.source, split or Split()
     if told and not split.frames and _is_one_scene(prepared) and isinstance(job.start, int):

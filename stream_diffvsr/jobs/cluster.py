@@ -1,7 +1,7 @@
 """Workers through Ray: on several devices of this machine, or on a cluster. Ray is imported here alone.
 
-Ray starts the processes, restarts one that died and gives it its scene again. What it does not do is here: it
-waits for ever for the place of a node that is gone, so the scenes of such a worker go to the others.
+Ray starts the processes, restarts one that died and gives it its scene again. This module adds what Ray
+lacks: it waits forever for a node that is gone, so the scenes of such a worker go to the others.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class RayPool:
 
 
 def check_same(facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `VideoError` where workers differ in what pixels depend on, or one cannot work at all."""
+    """Raise `VideoError` if workers differ in anything that changes pixels, or if one cannot work at all."""
     for each in facts.values():
         if "error" in each:
             raise VideoError(f"{each['machine']}: {each['error']}")
@@ -369,7 +369,7 @@ def _actor(ray: Any, model: Mapping[str, Any], kind: str, threads: int, cluster:
     """One worker; Ray restarts its process when that dies, and asks it again what it was asked."""
 
     class Actor:
-        """Travels by value; what it does is imported where it runs, under the package's own name."""
+        """Sent to workers by value; its code is imported there under the package's own name."""
 
         def __init__(self, model: Any, threads: int) -> None:
             from importlib import import_module

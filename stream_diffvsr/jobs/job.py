@@ -294,7 +294,7 @@ class Speed:
 
     @property
     def count(self) -> int:
-        """Frames counted, as many as are remembered."""
+        """Over how many frames the speed is measured."""
         return len(self.times) - 1
 
     @property

@@ -1,6 +1,6 @@
 """The work folder of an unfinished job: `<output>.parts/` with a lock, a journal, segments and a state.
 
-Everything in it appears by fsync and rename. The journal tells the job's settings; each finished segment has
+Everything in it appears by fsync and rename. The journal holds the job's settings; each finished segment has
 a record beside it, which is written last: what it names is whole. Records may come in any order, and from
 several processes.
 """
@@ -109,13 +109,13 @@ class Journal:
 
     @property
     def cuts(self) -> list[int]:
-        """First frames of the scenes that are begun, but for that of the job itself."""
+        """First frames of the scenes begun so far, except the job's own first frame."""
         if self.scenes:
             return [scene["first"] for scene in self.scenes[1:] if not scene["warm_up"]]
         return sorted({segment.scene for segment in self.segments} - {self.first})
 
     def with_segment(self, segment: Segment) -> Journal:
-        """The journal with one more, or with another in the place of the one of the same frames."""
+        """The journal with one more segment, which replaces one of the same frames."""
         others = [each for each in self.segments if each.start != segment.start]
         return replace(self, segments=tuple(sorted([*others, segment], key=lambda each: each.start)))
 
@@ -140,9 +140,9 @@ def read_segment(content: Mapping[str, Any]) -> Segment:
 
 
 def resumable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """Those that work can go on from, by their frames.
+    """The segments from which work can resume, by their frames.
 
-    A scene counts from its first frame on without a gap, up to its end or to a segment that has a state.
+    Of each scene, those from its first frame on without a gap, up to its end or the last one with a state.
     """
     kept: list[Segment] = []
     for segment in sorted(segments, key=lambda each: each.start):
@@ -250,7 +250,7 @@ class WorkFolder:
         return segment if there else replace(segment, state="")
 
     def token(self) -> str:
-        """Who holds the lock, by which another machine knows the same folder again; '' where nobody does."""
+        """Identifies the lock's holder, so another machine recognises the folder; '' if nobody holds it."""
         owner = self.folder / OWNER
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 
@@ -260,7 +260,7 @@ class WorkFolder:
         self._write(self.journal_file.name, {"format": FORMAT, **facts})
 
     def add(self, segment: Segment) -> None:
-        """Write the record of a segment: from here on it counts as done."""
+        """Write a segment's record; from then on it is treated as done."""
         self._write(segment.record, asdict(segment))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
@@ -306,7 +306,7 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def work_state(folder: Path) -> str | None:
-    """What a work folder is, for a list of what is left over; None for any other folder."""
+    """Describes a leftover work folder; None for any other folder."""
     work = WorkFolder(folder.with_suffix(""))
     if not work.journal_file.is_file() and not (folder / LOCK).is_file():
         return None
@@ -327,7 +327,7 @@ def work_state(folder: Path) -> str | None:
 
 
 def changed_settings(before: Journal, now: Journal) -> list[str]:
-    """What forbids to continue: 'seed was 0, is 1'."""
+    """What prevents continuing, such as 'seed was 0, is 1'."""
     pairs = {
         "source": (before.source, now.source),
         "": (before.settings, now.settings),
@@ -341,7 +341,7 @@ def changed_settings(before: Journal, now: Journal) -> list[str]:
 
 
 def continue_from(before: Journal, now: Journal, folder: Path) -> Journal:
-    """The journal to go on with; raises `VideoError` where source or settings are not the same."""
+    """The journal to continue from; raises `VideoError` where source or settings are not the same."""
     now = replace(
         now, settings=json.loads(json.dumps(now.settings)), source=json.loads(json.dumps(now.source))
     )

@@ -43,14 +43,15 @@ class Output:
         return {name: path for name, (path, _) in self.prepared.videos.items()}
 
     def joined(self, name: str) -> Path:
-        """Where a file is until it is whole."""
+        """Where a file lies until it is complete."""
         return self.folder / f"joined-{name}{self.videos[name].suffix.lower()}"
 
     def rehearse(self, sinks: Mapping[str, Sink], on_progress: OnProgress | None = None) -> None:
         """Put a black frame together with all that goes beside the picture, as the output will be.
 
-        What a container refuses shows here and not after hours of work. `on_progress` hears how far the
-        source is read for its sound and subtitles. Raises `VideoError` where the picture itself is refused.
+        What a container refuses shows here and not after hours of work. `on_progress` is told how much of the
+        source has been read for its sound and subtitles. Raises `VideoError` where the picture itself is
+        refused.
         """
         job = self.prepared.job
         if "main" in self.videos and job.audio and isinstance(self.prepared.source, VideoSource):

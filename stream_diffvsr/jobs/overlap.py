@@ -65,7 +65,7 @@ def _offer(results: queue.Queue[Any], entry: Any, stop: threading.Event) -> bool
 
 
 class Background:
-    """Runs calls one after the other in a thread; at most `depth` wait, then the caller does.
+    """Runs calls one after another in a thread; while `depth` calls are waiting, the caller waits too.
 
     An error of a call is raised by the next `add` or by `wait`.
     """

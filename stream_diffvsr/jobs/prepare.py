@@ -1,4 +1,4 @@
-"""What a job comes to: checked paths, its open source, encoders, writers, and how it is known again."""
+"""A job made ready: checked paths, its open source, encoders, writers, and what identifies it later."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ class Prepared:
         return Span(first, self.job.span.end if end is None else end - 1)
 
     def offset(self, first: int) -> int:
-        """What a state counts more than the source, whose frame `first` is the job's first."""
+        """How far a state's frame numbers are ahead of the source's, whose frame `first` is the job's
+        first."""
         return 0 if self.job.state is None else self.job.state.index - first
 
 
@@ -225,7 +226,7 @@ def check_sizes(job: VideoJob, source: FolderSource) -> None:
 
 
 def source_fingerprint(source: Path) -> dict[str, Any]:
-    """What a source is, wherever it lies: its size and a fingerprint of its bytes."""
+    """What identifies a source wherever it lies: its size and a fingerprint of its bytes."""
     files = source_files(source)
     return {"files": len(files), "size": size_of(source), "content": fingerprint(files)}
 
@@ -276,7 +277,7 @@ def versions(device: torch.device, threads: int) -> dict[str, str]:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise `OSError` while there is still room to stop in order."""
+    """Raise `OSError` while there is still room to stop cleanly."""
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         raise OSError(

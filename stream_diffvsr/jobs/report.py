@@ -1,4 +1,4 @@
-"""What a run would take, told before it begins."""
+"""What a run will need, told before it begins."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def cost_lines(
 
 
 def output_bytes(codec: str, width: int, height: int) -> float:
-    """What a frame commonly takes in a file."""
+    """Bytes that a frame commonly takes in a file."""
     return width * height * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
 
 
@@ -62,7 +62,7 @@ def report_time(pipe: Upscaler, lq: Tensor, options: Any, state: State, frames: 
 
 
 def seconds_per_frame(pipe: Upscaler, lq: Tensor, options: Any, state: State | None = None) -> float:
-    """Time of one frame further on in a sequence, after the first results, which warm up."""
+    """Seconds per frame in the middle of a sequence; the first results only warm up."""
     session = pipe.session(options, state)
     for _ in range(pipe.info.first):
         session.push(lq)

@@ -1,7 +1,7 @@
 """Jobs by several workers: scenes are found by a pass that reads ahead, and handed out, the longest first.
 
 The driver never sees a picture of the result: workers write segments into the job's folder, and the records
-that come back are checked against the files before they count. Which workers there are is a `Pool`'s matter.
+that come back are checked against the files before they are accepted. A `Pool` knows the workers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Pool(Protocol):
         ...
 
     def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
-        """What some worker does not see, in sentences."""
+        """Sentences about paths that some worker cannot see."""
         ...
 
     def give(self, worker: str, name: str, job: Mapping[str, Any], scene: Mapping[str, Any]) -> None:
@@ -59,15 +59,16 @@ class Pool(Protocol):
         ...
 
     def answers(self, seconds: float) -> list[tuple[str, Mapping[str, Any] | None]]:
-        """Wait at most so long; the names of scenes and what came of them, None where the worker is lost."""
+        """Wait at most so long; return the names of scenes with their answers, None if the worker was
+        lost."""
         ...
 
     def progress(self) -> Mapping[str, int]:
-        """Frames done of the scenes at work, by their names."""
+        """Frames done of each scene being rendered, by its name."""
         ...
 
     def stop(self, name: str) -> None:
-        """Give up a scene; it is answered all the same."""
+        """Cancel a scene; its answer still comes."""
         ...
 
 
@@ -161,7 +162,7 @@ class SpreadRun(Run):
         return bool(within) and (within[-1].closed or within[-1].end == scene.end)
 
     def take(self, name: str, answer: Mapping[str, Any] | None) -> None:
-        """What came of a scene; nothing that is not as it was written counts."""
+        """Take a scene's answer; segments that are not as they were written are not accepted."""
         scene = self.busy.pop(name)
         if answer is None:
             self.losses[scene.first] = self.losses.get(scene.first, 0) + 1

@@ -35,7 +35,7 @@ WRITE_DEPTH = 4
 
 
 class StoppedError(Exception):
-    """The driver wants no more of this scene."""
+    """The driver cancelled this scene."""
 
 
 def to_json(job: VideoJob) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Codec(Named, Protocol):
 
 
 class Coded(Named, Protocol):
-    """What a stream and its codec's context say alike, of a picture or of sound."""
+    """What a stream and its codec context have in common, for pictures and sound."""
 
     time_base: Fraction
     rate: Any

@@ -1,4 +1,4 @@
-"""Which encoders there are, what they take, and which containers hold them."""
+"""The encoders, what they accept, and which containers hold them."""
 
 from __future__ import annotations
 
@@ -182,9 +182,9 @@ def choose_encoding(
 
 
 def kept_aspect(info: SourceInfo, width: int, height: int) -> Fraction | None:
-    """Width of a sample by its height with which the source keeps its shape at another size; None: square.
+    """The pixel aspect ratio with which the source keeps its shape at another size; None: square.
 
-    What rounding to whole pixels changes is no other shape.
+    Rounding to whole pixels is not treated as a change of shape.
     """
     if abs(width * info.height - height * info.width) <= 2 * max(info.width, info.height):
         return info.aspect

@@ -47,7 +47,7 @@ LUMA_WEIGHTS = {
 
 @dataclass(frozen=True)
 class Colour:
-    """How code values are meant: the four tags of a video stream, by their numbers in ITU-T H.273."""
+    """How code values are to be read: the four tags of a video stream, by their numbers in ITU-T H.273."""
 
     matrix: int = UNSPECIFIED
     full_range: bool = False

@@ -124,7 +124,8 @@ def damage() -> tuple[type[Exception], ...]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Pillow's image of a file, not loaded yet. Raises `VideoError` for what is known and not read here."""
+    """Pillow's image of a file, not loaded yet. Raises `VideoError` for known formats that are not read
+    here."""
     from PIL import Image
 
     with path.open("rb") as file:
@@ -352,7 +353,7 @@ def write(path: Path, picture: Picture) -> None:
 
 
 def kept_in(profile: dict[str, Any], suffix: str) -> tuple[dict[str, Any], list[str]]:
-    """What a format takes of it, and what of it is lost."""
+    """What a format can keep of a picture, and what is lost."""
     takes = {"icc_profile", "dpi"}
     takes |= {"text"} if suffix == ".png" else set()
     takes |= {"exif"} if suffix in EXIF_SUFFIXES else set()

@@ -126,7 +126,7 @@ class Source(Protocol):
         ...
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """By what to go on after a frame, where that helps."""
+        """Where to continue reading after a frame; None if that saves nothing."""
         ...
 
 
@@ -197,7 +197,7 @@ class VideoSource:
         self.notes.clear()
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """By what to go on after a frame; it is not sought where anything was out of order."""
+        """Where to continue reading after a frame; without a checksum if anything was out of order."""
         assert isinstance(frame.pixels, Decoded)
         checksum = frame.pixels.planes.checksum() if self._in_order() else None
         return Place(frame.index, frame.time, checksum)
@@ -381,7 +381,7 @@ class AnimationSource:
         self.info = SourceInfo(width, height, 8, Fraction(1, 1000), rate, count, has_alpha=has_alpha)
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """None: nothing before it would have to be decoded again, or all of it."""
+        """None: seeking would save nothing."""
         return None
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
@@ -414,7 +414,7 @@ class FolderSource:
         )
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """None: nothing before it would have to be decoded again, or all of it."""
+        """None: seeking would save nothing."""
         return None
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:

@@ -32,7 +32,7 @@ class DoubtError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """A frame of a source by which reading can go on."""
+    """A known frame of a source, from which reading can continue."""
 
     index: int
     time: int

@@ -121,7 +121,7 @@ def set_rising_dts(packet: Packet, last: int | None) -> int:
 
 
 def encoder_delay(packet: Packet) -> Fraction:
-    """Seconds at a packet's begin that are not heard: what an encoder put before the sound."""
+    """Seconds at the beginning of a packet that are not heard: the encoder's delay."""
     context = getattr(packet.stream, "codec_context", None)
     rate = getattr(context, "rate", 0)
     if not rate or not hasattr(packet, "has_sidedata") or not packet.has_sidedata("skip_samples"):

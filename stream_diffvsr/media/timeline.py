@@ -1,9 +1,9 @@
-"""One line of time for all streams of a file whose timestamps start over, jump or wrap on the way.
+"""One timeline for all streams of a file whose timestamps start over, jump or wrap on the way.
 
 Broadcasts, recordings in pieces and files joined byte by byte have such timestamps; formats that may say so
 themselves. As in FFmpeg's command, a break is a step back in decoding order, or one forward by more than ten
-seconds that no other stream shares. What reads the picture and what reads the sound each walk through all
-packets in the order of the file, so that both take off the same.
+seconds that no other stream shares. The readers of picture and sound both walk through all packets in file
+order, so both subtract the same offsets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Timeline:
         self._tracks: dict[int, _Track] = {}
 
     def streams(self, container: Container, *wanted: Any) -> list[Any]:
-        """What is to be demuxed for these streams: sound and picture all tell of breaks."""
+        """The streams to demux for these: all of sound and picture reveal breaks."""
         others = [*container.streams.video, *container.streams.audio] if self.jumps else []
         return sorted({stream.index: stream for stream in [*wanted, *others]}.values(), key=lambda s: s.index)
 
@@ -83,7 +83,8 @@ class Timeline:
 class ShownTimes:
     """Times of frames in the order in which they are shown.
 
-    A frame has its own as long as they rise. Some files have only decoding times, or those in place of the
+    Frames keep their own times as long as these rise. Some files have only decoding times, or those in place
+    of the
     others: there each frame takes the earliest time of a packet that none has taken yet.
     """
 

@@ -84,8 +84,8 @@ def time_code(picture: Stream) -> dict[str, str]:
 def later_time_code(code: str, frames: int, rate: Fraction) -> str:
     """`01:00:00:00` so many frames later. Raises `ValueError` where it is no time code.
 
-    Where a semicolon says so, two frames of every 30 a second have no number at the begin of each minute,
-    but for every tenth.
+    A semicolon means drop-frame: of 30 frames a second, two numbers are skipped at the beginning of each
+    minute, except every tenth.
     """
     hours, minutes, seconds, number = (int(text) for text in re.split("[:;.]", code))
     second, minute = round(rate), 60 * hours + minutes

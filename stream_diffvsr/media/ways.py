@@ -38,7 +38,7 @@ class RefusedError(Exception):
 
 
 class av_refusals:  # noqa: N801
-    """A `with` block in which PyAV's errors become `RefusedError`, but for those of the disk."""
+    """A `with` block in which PyAV's errors become `RefusedError`, except those of the disk."""
 
     def __enter__(self) -> None:
         pass
@@ -62,7 +62,7 @@ class Way(Protocol):
     """How many packets could not be decoded."""
 
     def feed(self, packet: Packet) -> Iterable[Any]:
-        """The packets that one of the source becomes."""
+        """The output packets for one packet of the source."""
         ...
 
     def drain(self) -> Iterable[Any]:
@@ -96,7 +96,7 @@ class Copied:
 
 
 class Translated:
-    """Text subtitles in another container's form; what has no end gets one, as MP4 does not show it else."""
+    """Text subtitles in another container's form; a cue without an end gets one, or MP4 would not show it."""
 
     first, damaged = None, 0
 

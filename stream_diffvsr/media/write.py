@@ -95,7 +95,7 @@ class Sink(Protocol):
         ...
 
     def prepare(self, picture: Picture) -> Any:
-        """What of a picture goes to the writing thread: small, and on its way to the CPU."""
+        """What the writing thread needs of a picture: small, and already on its way to the CPU."""
         ...
 
     def add(self, prepared: Any, index: int, time: int) -> None:

@@ -1,1 +1,1 @@
-"""How near a result is to the truth, picture by picture and over time."""
+"""How close a result is to the ground truth, picture by picture and over time."""

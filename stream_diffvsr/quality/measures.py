@@ -1,7 +1,7 @@
 """Measures of one frame, and of two in a row.
 
-Convention: pictures are (1, 3, H, W) float32 in [0, 1], RGB; flow is backward, (1, 2, H, W) pixels. Where a
-library has a measure it is the library's (piq), with the settings that the field uses.
+Convention: pictures are (1, 3, H, W) float32 in [0, 1], RGB; flow is backward, (1, 2, H, W) pixels. Measures
+that the library piq has are taken from it, with the settings that the field uses.
 """
 
 from __future__ import annotations

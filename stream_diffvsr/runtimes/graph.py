@@ -1,4 +1,4 @@
-"""A network as a graph, exported from PyTorch and run by something else."""
+"""A network as a graph, exported from PyTorch and run by another library."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Runtime(Protocol):
         ...
 
     def open(self, graph: Graph) -> Call:
-        """Ready to run; built first where no file of it is kept."""
+        """A graph ready to run; built first if none is kept."""
         ...
 
 

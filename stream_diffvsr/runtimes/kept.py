@@ -1,4 +1,4 @@
-"""Files that a runtime built, kept for later runs under all that they depend on."""
+"""Files that a runtime built, kept for later runs under a key of all that they depend on."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def built_once(
 ) -> Generator[Path, None, None]:
     """A folder with what `make(folder)` writes, made at most once for a `key` below `root`.
 
-    `key["graph"]` begins its name. What is not whole, or was made under another key, is made again; of two
-    processes at once the second waits. Where `root` cannot be written the folder lasts as long as the block.
+    `key["graph"]` begins its name. Incomplete files, or ones made under another key, are made again; of two
+    processes the second waits. If `root` is read-only, the folder exists only as long as the block.
     """
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
     folder = root / f"{key['graph']}-{name}"

@@ -38,7 +38,7 @@ SECRETS = ("STREAM_DIFFVSR_TOKEN", "AWS_")
 
 
 def environment() -> dict[str, str]:
-    """For the processes that are started here."""
+    """Environment variables for the processes that are started here."""
     return {name: text for name, text in os.environ.items() if not name.startswith(SECRETS)}
 
 
@@ -202,7 +202,7 @@ def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
 def arguments(
     asked: Mapping[str, Any], about: Mapping[str, Any], source: Path, output: Path, device: str, ray: str = ""
 ) -> list[str]:
-    """What stands after `upscale`, for a request that was checked."""
+    """The arguments of `upscale` for a request that was checked."""
     model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
     if model is None:
         raise ProblemError(422, f"The model {asked['model']} is no longer on this machine.")

@@ -1,4 +1,4 @@
-"""What every request passes: who asks, from where, and what browsers may do with the answer."""
+"""Checks on every request: who asks, from where, and what browsers may do with the answer."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class Jobs:
             raise ProblemError(507, f"About {told}.")
 
     async def named(self, kind: str, name: str) -> Task:
-        """A new task for a file of that name, not kept yet; raises `ProblemError` for a wrong name."""
+        """A new task for a file of that name, not saved yet; raises `ProblemError` for a wrong name."""
         suffix = Path(name.replace("\\", "/")).suffix.lower()
         if not SUFFIX.fullmatch(suffix):
             raise ProblemError(
@@ -154,7 +154,7 @@ class Jobs:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def status(self, task: Task) -> Status:
-        """How a task stands, for everyone who asks."""
+        """A task's status, as clients see it."""
         live = self.workers.live.get(task.id)
         numbers = live.numbers if live else {}
         message, preview = task.message, self.store.preview_of(task)
@@ -210,7 +210,7 @@ def plain_id(task_id: str) -> str:
 def allowed(path: str, folders: tuple[Path, ...]) -> Path:
     """The real path of a file below one of the folders, links followed; raises `ProblemError`.
 
-    What is not below them is not told apart from what is not there.
+    A file outside these folders is reported like one that does not exist.
     """
     refused = ProblemError(422, f"source: {path[:200]!r} is not a file in a folder that this server allows.")
     try:

@@ -57,7 +57,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Have everything that goes wrong told as a problem."""
+    """Report every failure as a problem."""
 
     @app.exception_handler(ProblemError)
     def refused(request: Request, error: ProblemError) -> JSONResponse:

@@ -39,6 +39,6 @@ def serve(
 
 
 def media_type(path: Path) -> str:
-    """Of pictures and videos their own, of all else that of plain bytes."""
+    """The type of pictures and videos; for everything else that of plain bytes."""
     guessed = TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
     return guessed if guessed.startswith(SHOWN) and guessed not in NOT_SHOWN else "application/octet-stream"

@@ -116,13 +116,13 @@ class Store:
         return self._select("WHERE state = ?", RUNNING)
 
     def old(self, before: float) -> list[Task]:
-        """Tasks that are over, or never began, since before a time."""
+        """Tasks that ended, or never began, before a given time."""
         return self._select(
             f"WHERE state IN {(*OVER, 'uploaded')} AND MAX(created, queued, ended) < ?", before
         )
 
     def remove(self, task: Task) -> None:
-        """Forget a task; its files go first, so that none is left without one."""
+        """Delete a task; its files are deleted first, so that none is left behind."""
         self.database.execute("DELETE FROM tasks WHERE id = ?", (task.id,))
 
     def remove_files(self, task: Task) -> None:

@@ -1,4 +1,4 @@
-"""Does the jobs: one process of the command for each device, as many times as it takes."""
+"""Runs the jobs: one process of the command per device, restarted as often as needed."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""From good frames to such as a user has: a list of steps, each with a chance and ranges, drawn per sequence.
+"""Turns good frames into ones like a user's: a list of steps, each with a chance and ranges, drawn per
+sequence.
 
     - blur: {chance: 0.5, sigma: [0.3, 1.2]}
     - reduce: {method: [bicubic, area]}
     - video: {chance: 0.9, codec: [h264, hevc, mpeg2], quality: [22, 34]}
 
-A number is that number, two numbers a range, a list of words one of these. Everything is drawn from one
+One number is fixed, two numbers are a range, and one of a list of words is drawn. Everything is drawn from
+one
 generator, so that a seed gives the same frames again. `docs/training.md` has the table of steps.
 """
 
@@ -43,12 +45,13 @@ def reduce(x: Tensor, rng: Rng, *, method: str) -> Tensor:
 
 
 def noise(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
-    """Of a sensor: new in every pixel; `sigma` of 255."""
+    """Sensor noise, independent in every pixel; `sigma` on a scale of 255."""
     return x + torch.from_numpy(rng.normal(0, sigma / 255, x.shape).astype(np.float32))
 
 
 def grain(x: Tensor, rng: Rng, *, sigma: float, size: float) -> Tensor:
-    """Of film: grey clumps `size` pixels wide, strongest in the middle tones; `sigma` of 255."""
+    """Film grain: grey clumps `size` pixels wide, strongest in the middle tones; `sigma` on a scale of
+    255."""
     shape = (len(x), 1, *x.shape[-2:])
     clumps = blur(torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)), rng, sigma=size)
     luma = x.mean(1, keepdim=True).clamp(0, 1)
@@ -56,7 +59,7 @@ def grain(x: Tensor, rng: Rng, *, sigma: float, size: float) -> Tensor:
 
 
 def chroma_bleed(x: Tensor, rng: Rng, *, shift: float, sigma: float) -> Tensor:
-    """Of VHS: colours blurred by `sigma` pixels along the rows, and `shift` pixels late."""
+    """As on VHS: colours blurred by `sigma` pixels along the rows, and `shift` pixels late."""
     luma = (x * x.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
     reach = round(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / max(sigma, 0.01)) ** 2)
@@ -68,7 +71,7 @@ def chroma_bleed(x: Tensor, rng: Rng, *, shift: float, sigma: float) -> Tensor:
 
 
 def interlace(x: Tensor, rng: Rng) -> Tensor:
-    """Remains of fields: every second row is of the next frame."""
+    """Remains of interlacing: every second row comes from the next frame."""
     woven = x.clone()
     woven[:-1, :, 1::2] = x[1:, :, 1::2]
     return woven
@@ -185,7 +188,7 @@ def open_recipe(name: str) -> Recipe:
 
 
 def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
-    """Refuse what no step knows; raises `IncompatibleInputError`."""
+    """Refuse unknown steps and settings; raises `IncompatibleInputError`."""
     for name, given in steps:
         if name not in STEPS or not isinstance(given or {}, dict):
             raise IncompatibleInputError(

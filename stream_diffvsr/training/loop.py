@@ -1,7 +1,7 @@
-"""The loop: sequences through the frame of the engine, with gradients, on the model's own results.
+"""The loop: sequences through the engine's own frame code, with gradients, on the model's own results.
 
-What a step sees depends on seed, step and device alone, so that a run which was killed ends with the same
-weights when it is resumed.
+What a step sees depends only on seed, step and device, so a run that was killed and resumed ends with the
+same weights.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.rand
 
 
 def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
-    """Always the same sequences of the part held out."""
+    """Sequences of the held-out part, always the same."""
     found = []
     for index, scene in enumerate(footage.held[:HELD_SCENES]):
         rng = np.random.default_rng((seed, 1, index))
@@ -94,7 +94,7 @@ def distance(difference: Tensor, kind: str) -> Tensor:
 
 
 class Run:
-    """A fine-tuning on its way: parameters, optimiser, step, and the best step so far."""
+    """A fine-tuning run: parameters, optimiser, step, and the best step so far."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class Run:
         return total
 
     def rate_now(self) -> float:
-        """It rises at first, and falls along a cosine to nothing."""
+        """The learning rate: it rises at first, then falls to 0 along a cosine."""
         fall = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
         return self.options.learning_rate * min(1.0, (self.step + 1) / WARM) * fall
 
@@ -186,7 +186,7 @@ class Run:
     # The whole
 
     def rehearse(self) -> float:
-        """Seconds of a step with its share of measuring, by steps that change nothing."""
+        """Seconds per step, measuring included, from trial steps that change nothing."""
         if self.step == 0 and self.accelerator.is_main_process:
             self._measure_base()
         seconds = 0.0
@@ -263,7 +263,7 @@ class Run:
         save_tensors(self.state_file, plain, {"run": json.dumps(facts)})
 
     def resume(self) -> None:
-        """Go on from what `keep` wrote; raises `IncompatibleInputError` where it was another run."""
+        """Continue from what `keep` wrote; raises `IncompatibleInputError` if that was a different run."""
         tensors, texts = read_tensors(self.state_file)
         facts = json.loads(texts["run"])
         now = json.loads(json.dumps(self.resume_settings()))

@@ -1,4 +1,4 @@
-"""What a run tells: losses and figures as CSV, a chart, and pictures before and after."""
+"""What a run reports: losses and figures as CSV, a chart, and pictures before and after."""
 
 from __future__ import annotations
 

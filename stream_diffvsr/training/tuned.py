@@ -1,4 +1,4 @@
-"""What learns: low-rank changes beside weights that stay, or copies of the weights."""
+"""What is trained: low-rank changes beside fixed weights, or copies of the weights."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class LowRank(nn.Module):
 class Tuned:
     """A base, networks of the same layers that learn, and the parameters that do, by name.
 
-    The base is never changed; what does not learn is shared with it.
+    The base is never changed; what is not trained is shared with it.
     """
 
     def __init__(self, base: StreamDiffVSRPipeline, options: TrainOptions) -> None:
@@ -79,7 +79,7 @@ class Tuned:
         return found
 
     def fill_cache(self) -> None:
-        """Have each changed weight made once: a checkpoint must find the same when it computes again."""
+        """Compute each changed weight once: gradient checkpointing must find the same when it recomputes."""
         for layer in self._layers:
             _ = layer.weight
 

@@ -1,4 +1,4 @@
-"""Released weights, onto this machine: only what is needed, resumed, and whole or not there.
+"""Downloads released weights: only what is needed, resumable, complete or not at all.
 
 huggingface_hub downloads, in a process of its own, which can be ended at once; what it has written
 tells how far it is and where to go on, with every version of the library.
@@ -135,7 +135,7 @@ def fetch(
 
 
 def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
-    """One sentence for those who have to do it themselves."""
+    """One sentence that says how to do it by hand."""
     return ModelNotFoundError(
         f"weights of {release.name}",
         target,
@@ -147,7 +147,7 @@ def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
 def usual_targets(release: Release, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
     """Where a release goes, best first: the folders that somebody named, then the user's own.
 
-    Links are followed: what comes must lie on the same disk.
+    Links are followed, because downloads must land on the same disk.
     """
     return [(root / release.name).resolve() for root in [*registered(extra_folders), user_models()]]
 

@@ -31,7 +31,7 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
 def move_weight(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Move a weight; whole numbers keep their type.
 
-    What is copied anyway comes into the order that convolutions take, channels last.
+    Weights that are copied anyway get the memory layout that convolutions prefer, channels last.
     """
     dtype = dtype if tensor.is_floating_point() else tensor.dtype
     if (tensor.device, tensor.dtype) == (device, dtype):

@@ -108,9 +108,9 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
 def outside_the_networks(
     pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions, message: str
 ) -> VRAMError:
-    """The error of memory that ran out where no plan helps.
+    """The error when memory runs out where no plan helps.
 
-    That is while a frame comes to the device, and while a result is checked and kept for the next one.
+    This concerns moving a frame to the device, and checking and keeping a result for the next one.
     """
     release_caches(pipe.device)
     return _no_memory(

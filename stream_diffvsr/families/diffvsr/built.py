@@ -69,7 +69,8 @@ class BuiltNetworks:
         return [x.new_zeros(shape) for shape in self._zeros[size]]
 
     def form(self, x: Tensor) -> str:
-        """The sizes that share a U-Net: it decides by what remains of a side how its levels are enlarged."""
+        """The sizes that share a built U-Net: how its levels are enlarged depends on the sides'
+        remainders."""
         multiple = self._multiple
         return f"{x.shape[-2] % multiple}x{x.shape[-1] % multiple} over {multiple}"
 

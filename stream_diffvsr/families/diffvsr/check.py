@@ -97,7 +97,7 @@ def check_component(part: Component, needed_shapes: NeededShapes) -> None:
 
 
 def check_text(folder: Path, needed_shapes: NeededShapes) -> None:
-    """The embedding of the empty prompt, or all that makes it."""
+    """The embedding of the empty prompt, or what is needed to compute it."""
     width = read_json(folder / NETWORKS[0] / CONFIG).get("cross_attention_dim")
     prompts = PromptEmbeddings(folder, user_cache())
     if prompts.has(""):
@@ -146,7 +146,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def remembered_shapes(part: Component) -> Shapes:
-    """What the network of a part needs, from a small file once it was worked out.
+    """The shapes that a part's network needs, read from a small file after the first time.
 
     Working it out imports diffusers, which takes seconds: too long each time a list of models is shown.
     """

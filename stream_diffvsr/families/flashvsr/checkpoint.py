@@ -54,7 +54,7 @@ def find(folder: Path, part: str) -> Path | None:
 
 
 def version_of(folder: Path) -> str | None:
-    """What the name of a file says; None where none says anything."""
+    """The version that file names state; None if they state none."""
     return V11 if (folder / RENAMED).is_file() else None
 
 
@@ -95,7 +95,7 @@ def open_flashvsr(
 ) -> FlashVSR:
     """Load a folder, each weight straight to its device and number format.
 
-    `version`: 'v1' or 'v1.1'; the files are alike and do not tell it. Raises `IncompatibleInputError`,
+    `version`: 'v1' or 'v1.1'; the files do not say which. Raises `IncompatibleInputError`,
     `ModelNotFoundError` or `CheckpointError`.
     """
     if version not in VERSIONS:

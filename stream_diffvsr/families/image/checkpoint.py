@@ -56,7 +56,7 @@ def problem(path: Path) -> StreamDiffVSRError | None:
 def open_image_model(
     path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> ImageModel:
-    """Load a model's file; half precision becomes float32, which is logged, where the model does not bear it.
+    """Load a model's file; half precision becomes float32, which is logged, if the model does not work in it.
 
     Raises `ModelNotFoundError`, `CheckpointError` or, for a wrong device or dtype, `IncompatibleInputError`.
     """

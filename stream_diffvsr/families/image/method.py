@@ -115,8 +115,8 @@ class ImageModel:
     ) -> tuple[Upscaled, State]:
         """One frame (1, 3, h, w) and the state before it -> its result and the state after it.
 
-        Nothing that is handed in is changed, whatever happens. Where memory runs out and no `tile_size` is
-        given, the frame is repeated in tiles, and the sequence goes on so; that is logged and recorded.
+        Inputs are never changed, whatever happens. Where memory runs out and no `tile_size` is
+        given, this frame and later ones are computed in tiles; that is logged and recorded.
         Raises `IncompatibleInputError`, `VRAMError` where no tile is small enough, `CheckpointError` where
         the result is not finite.
         """

@@ -1,4 +1,4 @@
-"""A result held to the one before: a recursive mean along the motion, where both frames show the same."""
+"""A result stabilised by the previous one: a recursive mean along the motion where both frames agree."""
 
 from __future__ import annotations
 

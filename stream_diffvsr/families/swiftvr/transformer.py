@@ -62,7 +62,7 @@ class WindowAttention:
         self.attend: Attend = attention("auto")
 
     def corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Of the windows, in the order in which they are written: where they overlap, the last one counts.
+        """Of the windows, in the order in which they are written: where they overlap, the last one wins.
 
         That is the first of all, or the last in shifted layers.
         """

@@ -66,7 +66,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 def attention(name: str) -> Attend:
-    """What computes it, by a name that `check_attention` has let through."""
+    """The implementation for a name that `check_attention` accepted."""
     return partial(_dispatched, name) if name in PACKAGES else F.scaled_dot_product_attention
 
 

@@ -1,4 +1,4 @@
-"""A model that takes frames in chunks, and a sequence on its way through it."""
+"""A model that takes frames in chunks, and the session that feeds it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def result_size(lq: Tensor, options: Any) -> tuple[int, int]:
 
 
 class ChunkUpscaler(ABC):
-    """What the families that take chunks do alike; a family says how a chunk is computed."""
+    """What all chunk families share; a family says how a chunk is computed."""
 
     Options: ClassVar[Any]
     Memory: ClassVar[Any]
@@ -175,7 +175,7 @@ class ChunkUpscaler(ABC):
     ) -> tuple[list[Tensor], Any]:
         """The results of LQ frames, and what is remembered; with less memory where it ends.
 
-        Nothing that is handed in is changed, whatever happens.
+        Inputs are never changed, whatever happens.
         """
         with self._lock:
             if options.memory_plan == "offload":
@@ -203,7 +203,7 @@ class ChunkUpscaler(ABC):
                 )
 
     def weights(self) -> list[Tensor]:
-        """All tensors that it holds whatever it computes."""
+        """All tensors that it holds permanently."""
         held = (chain(network.parameters(), network.buffers()) for network in self.networks.values())
         return [*chain.from_iterable(held), self.prompt]
 

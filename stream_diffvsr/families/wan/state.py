@@ -1,4 +1,4 @@
-"""What a sequence remembers between chunks becomes a State, and comes back."""
+"""Converts what a sequence remembers between chunks to a State and back."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def compile_problem(device: str) -> str | None:
 
 
 def effective_mode(mode: str, device: torch.device) -> str:
-    """The `compile_mode` that can be followed; logs once where it is not the one that was asked for."""
+    """The `compile_mode` that works here; logs once if it is not the requested one."""
     if mode == OFF or compile_problem(device.type) is None:
         return mode
     _say_once(

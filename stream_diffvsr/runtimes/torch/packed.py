@@ -1,4 +1,4 @@
-"""Linear layers whose weights were brought, once, into the order in which oneDNN multiplies them best.
+"""Linear layers with weights reordered once into the layout that oneDNN multiplies fastest.
 
 The numbers are the same but for rounding. It pays where torch's float32 products run at half the processor's
 rate: MKL does not use AVX-512 on AMD's processors, and oneDNN does. (Zen 5: 1.31 times a U-Net step of the

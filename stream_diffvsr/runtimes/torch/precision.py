@@ -1,4 +1,4 @@
-"""Half precision where it holds, and float32 where it does not."""
+"""Half precision where it is accurate enough, and float32 where it is not."""
 
 from __future__ import annotations
 
