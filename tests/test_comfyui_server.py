@@ -446,7 +446,7 @@ def test_an_error_reaches_the_page_with_its_remedy(server: Server) -> None:
 @pytest.mark.parametrize(
     "prompt, said",
     [
-        (file_job(video_path="gone.mp4"), "as video_path, got"),
+        (file_job(video_path="gone.mp4"), "video_path must be a file"),
         (file_job(video_path="video.mp4", output_path="x.gif"), "output_path must end in one of"),
         (pictures("bad", enable_tiling=True, tile_size=256, tile_overlap=256), "below half of tile_size 256"),
         (file_job(video_path="video.mp4", output_path="../x.mp4"), "outputs must be below"),
