@@ -19,6 +19,7 @@ import pytest
 from job_process import messages, start
 
 from stream_diffvsr import StreamDiffVSRState, UpscaleOptions, VideoError
+from stream_diffvsr.jobs.job import Speed
 from stream_diffvsr.jobs.journal import WorkFolder
 from stream_diffvsr.jobs.run import VideoJob, run
 
@@ -51,6 +52,21 @@ def whole(source: Path, guided, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("whole") / "out.mp4"
     assert finish(guided, job(source, output)) == list(range(11))
     return output
+
+
+def test_segments_last_about_a_minute(source, guided, tmp_path: Path, monkeypatch) -> None:
+    """A run that is killed loses no more than that; how many frames it is stays so when the job is resumed."""
+    task = job(source, tmp_path / "out.mp4", segment_frames=None)
+    monkeypatch.setattr(Speed, "fps", 4 / 60)
+    for frames in ((0, 4), (4, 8)):
+        with contextlib.closing(run(guided, task)) as steps:
+            for step in steps:
+                if step.index == 8:
+                    break
+        monkeypatch.setattr(Speed, "fps", 5.0)
+        starts = [each.name for each in (tmp_path / "out.mp4.parts").glob("main-*.mp4")]
+        assert {f"main-{frame:06}.mp4" for frame in frames} <= set(starts)
+    assert finish(guided, task)[-1] == 10
 
 
 @pytest.mark.parametrize("after", [1, 3, 4, 8, 11])
