@@ -55,7 +55,7 @@ def whole(source: Path, guided, tmp_path_factory) -> Path:
 
 
 def test_segments_last_about_a_minute(source, guided, tmp_path: Path, monkeypatch) -> None:
-    """A run that is killed loses no more than that; how many frames it is stays so when the job is resumed."""
+    """A run that is killed loses no more than that; a resumed job keeps the number of frames."""
     task = job(source, tmp_path / "out.mp4", segment_frames=None)
     monkeypatch.setattr(Speed, "fps", 4 / 60)
     for frames in ((0, 4), (4, 8)):
