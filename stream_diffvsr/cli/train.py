@@ -158,7 +158,7 @@ def tell_costs(run: Run) -> None:
         run.steps = max(1, min(options.steps, int(60 * options.minutes / seconds)))
     left, trained, held = run.steps - run.step, run.footage.train, run.footage.held
     print_note(
-        f"{learning:,} numbers learn from {sum(map(len, trained))} frames; "
+        f"{learning:,} parameters are trained on {sum(map(len, trained))} frames; "
         f"{sum(map(len, held))} are held out\n"
         f"{left} steps of {seconds:.2f} s: about {left * seconds / 60:.1f} minutes; "
         f"{memory_used(device) // MEGABYTE} MB of memory, {files // MEGABYTE} MB of disk"

@@ -479,7 +479,7 @@ def test_offloading_changes_nothing_but_memory(upscaler, tmp_path):
     session = upscaler.session(replace(options, memory_plan="offload"))
     results = [result for frame in frames[:25] for result in session.push(frame)]
     state = session.state()
-    assert state.provenance.parts == "what can wait is kept in system memory"
+    assert state.provenance.parts == "blocks that are not running are kept in system memory"
     rest = list(upscaler.stream(frames[21:], options, state))
     assert same(results + rest, whole)
     pairs = sum(value.nbytes for name, value in state.tensors.items() if name[:4] in ("keys", "valu"))

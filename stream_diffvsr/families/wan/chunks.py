@@ -87,7 +87,7 @@ class ChunkUpscaler(ABC):
         self.placement: Placement = FixedPlacement(device)
         self.model, self.number_format = model, str(dtype).removeprefix("torch.")
         self.offloaded = False
-        """Whether memory ran out, so that what can wait is kept in system memory."""
+        """Whether memory ran out, so that blocks that are not running are kept in system memory."""
         self._needs = lru_cache(maxsize=64)(self._count)
         self._lock = Lock()
 
@@ -153,7 +153,7 @@ class ChunkUpscaler(ABC):
         """How frames are made now; no memory plan changes them."""
         settings = asdict(options or self.Options())
         offloads = settings.pop("memory_plan") == "offload" or self.offloaded
-        parts = "what can wait is kept in system memory" if offloads else ""
+        parts = "blocks that are not running are kept in system memory" if offloads else ""
         info = self.info
         return Provenance(info.model, info.number_format, info.runtime, settings, parts=parts)
 
@@ -198,7 +198,7 @@ class ChunkUpscaler(ABC):
                     remedy = f"it ran out ({message}); {self.remedy}"
                     raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
                 log.warning(
-                    "out of memory (%s): moving to system memory whatever can wait there, from now on",
+                    "out of memory (%s): from now on, blocks that are not running are kept in system memory",
                     message,
                 )
 
