@@ -136,7 +136,7 @@ def make_job(
     size: str = "",
     **fidelity: Any,
 ) -> VideoJob:
-    """What to do, without where to."""
+    """The job, still without an output."""
     from ..stream_diffvsr.jobs.run import VideoJob
 
     path, start, end, drawn = source

@@ -54,7 +54,7 @@ def size_fields(size: str, info: Info) -> dict[str, Any]:
 def fitted_job(
     pipe: Upscaler, options: Any, height: int, width: int, size: str = OWN, **fidelity: Any
 ) -> VideoJob:
-    """What becomes of frames of that size, as the options and the finish of a job."""
+    """The options and the final size of a job for frames of that size."""
     from ..stream_diffvsr.jobs.job import VideoJob, settle_job
 
     asked_for = {**size_fields(size, pipe.info), **fidelity} if size else fidelity

@@ -10,7 +10,7 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
 
 
 def start() -> int:
-    """Run `stream-diffvsr`; Ctrl-C is one word even in the seconds that importing takes."""
+    """Run `stream-diffvsr`; Ctrl-C prints one word, even while imports still run."""
     try:
         from .main import main
     except KeyboardInterrupt:

@@ -64,7 +64,7 @@ class Segment:
 
     @property
     def record(self) -> str:
-        """Name of the file that tells of it."""
+        """Name of its record file."""
         return f"segment-{self.start:06}.json"
 
 

@@ -50,7 +50,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A job that was looked at: its paths are good, its source is open."""
+    """A checked job: its paths are good, its source is open."""
 
     job: VideoJob
     source: Source
@@ -104,7 +104,7 @@ class Prepared:
 
 
 def prepare(job: VideoJob) -> Prepared:
-    """Look at a job before its model is opened. Raises `VideoError` for what cannot be read or written."""
+    """Check a job before its model is opened. Raises `VideoError` for what cannot be read or written."""
     check_paths(job)
     return Prepared(job, open_job_source(job), scenes.parse(job.scene_cut))
 
@@ -242,7 +242,7 @@ def size_of(source: Path) -> int:
 
 
 def frame_settings(model: Model, prepared: Prepared) -> dict[str, Any]:
-    """All that changes the frames of the output, as plain JSON."""
+    """Everything that changes the frames of the output, as plain JSON."""
     job, cuts = prepared.job, prepared.cut_rule
     made = model.provenance((model.info.minimum, model.info.minimum), job.options)
     return {

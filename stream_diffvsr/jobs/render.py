@@ -1,4 +1,4 @@
-"""A scene becomes segments: the part of a job that is done by whoever has a model and sees the files."""
+"""Renders a scene into segments: the part of a job that any process with the model and the files can do."""
 
 from __future__ import annotations
 

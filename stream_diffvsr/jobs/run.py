@@ -63,7 +63,7 @@ def run(
 
 
 class Run:
-    """The story of one run of a job, whoever renders its scenes."""
+    """One run of a job, whoever renders its scenes."""
 
     def __init__(self, model: Model, prepared: Prepared, threads: int = 0) -> None:
         self.model, self.prepared, self.job = model, prepared, prepared.job
@@ -93,7 +93,7 @@ class Run:
         """Tell a caller how far a stage is; an exception from it means cancel."""
 
     def frame_settings(self) -> dict[str, Any]:
-        """All that changes the frames of the output."""
+        """Everything that changes the frames of the output."""
         return frame_settings(self.model, self.prepared)
 
     def _begin(self) -> Journal:

@@ -63,8 +63,8 @@ def join(
     metadata: Mapping[str, str],
     window: Window,
 ) -> None:
-    """Write `target` from the segments, with what was made ready of the sound and subtitles of `source`,
-    unless that is None, and with its words, chapters, covers and files; `stream` is its picture's.
+    """Write `target` from the segments, with the prepared sound and subtitles of `source` (unless None) and
+    its metadata, chapters, covers and files; `stream` is its video stream.
 
     `target` is synced to the disk. Raises `RefusedError` where the container does not take it, `OSError`
     where reading or writing fails.

@@ -1,8 +1,8 @@
 """Sound and subtitles of a source, made ready before the first frame is upscaled: each in a file of its own.
 
 A stream is copied where the output's container takes it, else converted, else left out, each of which is
-logged. It is written whole, to the container's trailer, since some containers refuse only there. Putting
-the output together later takes packets that have been through it once already. What is ready is used again
+logged. It is written whole, to the container's trailer, since some containers refuse only there. Joining the
+output later uses packets that have been accepted once already. What is ready is used again
 when the job is continued.
 """
 
@@ -322,7 +322,7 @@ def _feed(original: Container, makings: dict[int, Making], reasons: dict[int, st
 def side_packets(
     out: Output, original: Container, side: Side, window: Window
 ) -> Iterator[tuple[float, Packet]] | None:
-    """A side stream's packets within the window, with the seconds at which they belong.
+    """A side stream's packets within the window, each with its time in seconds.
 
     The stream is added to `out`, with the words that it has in the source; None where the window holds
     nothing of it, which some containers refuse.

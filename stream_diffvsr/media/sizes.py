@@ -14,7 +14,7 @@ from ..tensors import MINIMUM_SIDE, SCALE
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the output's size shall be; at most one of target, short_edge and scale, else the model's own."""
+    """The wanted size of the output: at most one of target, short_edge and scale, else the model's own."""
 
     pre_scale: float = 1.0
     target: tuple[int, int] | None = None
@@ -55,7 +55,7 @@ class Sizes:
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
 
     def model_scale_for(self, height: int, width: int) -> tuple[float, float]:
-        """What a model of any scale from 1 to 4 is asked for: its scale, and how much more of it across.
+        """What to ask of a model with any scale from 1 to 4: the scale, and the extra factor for the width.
 
         Nothing is left to resample where both sides are within its reach.
         """

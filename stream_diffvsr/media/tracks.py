@@ -1,4 +1,4 @@
-"""What lies beside the picture in a source: words, chapters, files, covers; and the window of its time."""
+"""What accompanies the picture in a source: metadata, chapters, files, covers; and the window of time."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Window:
 
 
 def kept_words(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata that still holds in another container."""
+    """Metadata that is still true in another container."""
     return {key: value for key, value in metadata.items() if not CONTAINER_KEYS.fullmatch(key)}
 
 
@@ -129,7 +129,7 @@ def copy_attachments(out: Output, original: Container) -> None:
 
 
 def why_no_cover(stream: Stream, container_format: str) -> str | None:
-    """Why a cover picture does not go along; None: it does."""
+    """Why a cover picture is left out; None: it is kept."""
     if container_format not in ("mp4", "matroska"):
         return f"{container_format} holds no cover picture"
     if not stream.codec_context or stream.codec_context.name not in COVERS:
@@ -142,7 +142,7 @@ def copy_covers(
 ) -> Iterator[tuple[float, Packet]]:
     """Add the cover pictures: a stream of one packet each, with its time; Matroska has them as files.
 
-    `others` are words of the output for which MP4 has no place of their own.
+    `others` names metadata for which MP4 has no field of its own.
     """
     packets = []
     for cover in original.streams.video:

@@ -25,7 +25,7 @@ LOG, MEASURES, CHART = "log.csv", "measures.csv", "chart.png"
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the part held out."""
+    """Means over the held-out part."""
 
     psnr: float
     """Of luminance, dB."""

@@ -1,6 +1,6 @@
 """Whether a checkpoint folder is complete and this model's, told without loading a weight.
 
-Other models' weights in its place are told by their keys and shapes, never by file names.
+Weights of another model in its place are recognised by keys and shapes, never by file names.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ UNET_MULTIPLE = 8
 def noise(seed: int, frame_index: int, channels: int, height: int, width: int) -> Tensor:
     """Initial latents of one frame, (1, C, h, w) float32 on the CPU: the same on every machine.
 
-    Any 64 bits are taken, as ComfyUI draws them; torch's generator uses the lower 32 on a CPU.
+    Accepts any 64-bit seed, as ComfyUI draws them; on a CPU torch's generator uses the lower 32 bits.
     """
     generator = torch.Generator().manual_seed((seed + frame_index) % 2**64)
     return torch.randn((1, channels, height, width), generator=generator)
@@ -83,7 +83,7 @@ def denoise(
 ) -> Tensor:
     """Noise (1, C, h, w) and LQ frame (1, 3, h, w) -> latents (1, C, h, w), all float32.
 
-    `guidance` is what the warped previous frame says; None without one. `prompts` (1, 77, D) is one, or with
+    `guidance` comes from the warped previous frame; None without one. `prompts` (1, 77, D) is one, or with
     guidance two, the negative one first: then the prediction is u + g (c - u) of two separate runs, so that
     it is exactly that of the parts, and needs no more memory than one. Several tiles are blended.
     """

@@ -96,7 +96,7 @@ class TorchNetworks:
     """Whether estimates undo the shift of `warp`; flow that callers hand in is used as it is."""
 
     def prepare(self) -> None:
-        """Bring the networks, in place, into the form in which they run best with the same numbers."""
+        """Convert the networks in place to the form in which they run fastest with the same numbers."""
         # Weights outlive the caller's inference mode.
         with torch.inference_mode(False), torch.no_grad():
             upcast_attention(self.unet, self.controlnet)

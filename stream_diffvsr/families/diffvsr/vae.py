@@ -57,8 +57,8 @@ class TemporalBlock(nn.Module):
     def mix(self, current: Tensor, previous: Tensor) -> Tensor:
         """The TPM on two pooled features of one shape.
 
-        Both are read in raster order as one sequence, current first, so that row ends and the seam
-        between the two leak into each other: so does the reference.
+        Both are read in raster order as one sequence, current first, so that row ends and the seam between
+        the two leak into each other, as in the reference.
         """
         sequence = torch.cat([current.flatten(2), previous.flatten(2)], dim=2)
         mixed, half = self.temporal_processor(sequence), current.shape[-2] * current.shape[-1]

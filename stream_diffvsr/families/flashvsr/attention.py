@@ -143,7 +143,7 @@ def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, s
     order = selected.byte().sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)[None]
 
     def among(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Asked for by single tokens where FlexAttention is not compiled, and so does not skip blocks."""
+        """Asked per token where FlexAttention is not compiled and therefore skips no blocks."""
         return selected[head, query // TOKENS, key // TOKENS]
 
     none = torch.zeros_like(counts)
@@ -169,7 +169,7 @@ def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., 
 
 
 def away(x: Tensor) -> Tensor:
-    """In system memory; on the meta device something that takes none."""
+    """In system memory; on the meta device a stand-in that needs none."""
     return x.new_empty(()).expand(x.shape) if x.is_meta else x.cpu()
 
 

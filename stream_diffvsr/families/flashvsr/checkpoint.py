@@ -179,7 +179,7 @@ _BUILD = {TRANSFORMER: _transformer, PROJECTION: _projection, TINY: _tiny, FULL:
 
 
 def converted(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file holds under published names, under those of the network that takes it."""
+    """A file's weights, renamed from the published names to the network's own."""
     if name == TRANSFORMER:
         from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 

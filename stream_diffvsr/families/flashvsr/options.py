@@ -20,7 +20,7 @@ class FlashVSROptions:
     """Settings of one sequence, checked once; the defaults are the published ones."""
 
     scale: float = option(4.0, "How many times larger each side of the result is.", low=1, high=4, step=0.5)
-    stretch: float = option(1.0, "How much more of it across.", low=0.25, high=4, hidden=True)
+    stretch: float = option(1.0, "Extra factor for the width.", low=0.25, high=4, hidden=True)
     seed: int = option(0, "Noise seed.", low=0, high=2**64 - 1)
     decoder: str = option(
         "tiny",

@@ -21,8 +21,8 @@ CHANNELS = ((3, 3), (1, 1), (4, 3), (4, 4))
 class ImageNetwork(nn.Module):
     """spandrel's descriptor of a model, its network being this module's only part.
 
-    A model of grey pictures gets red, green and blue one after another; one that takes an alpha channel gets
-    an opaque one, and what it makes of it is dropped.
+    A model for grey pictures gets red, green and blue one after another; one with an alpha channel gets an
+    opaque one, and its alpha output is dropped.
     """
 
     def __init__(self, descriptor: ImageModelDescriptor[nn.Module]) -> None:

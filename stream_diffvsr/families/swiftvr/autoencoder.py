@@ -50,7 +50,7 @@ class Decoder(nn.Module):
 
 
 def converted(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder's published weights under the names that it has here.
+    """The decoder's published weights, renamed to the names used here.
 
     Where one picture becomes two, the published network repeats it and convolves in time over the two alone,
     padded by zeros: for each of them that is a 1x1 convolution with the sum of two taps.

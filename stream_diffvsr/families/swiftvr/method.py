@@ -82,7 +82,8 @@ class SwiftVR(ChunkUpscaler):
         return memory.ahead + options.clip_len + extra
 
     def filled(self, frames: list[Tensor], memory: Memory, options: SwiftVROptions) -> list[Tensor]:
-        """The last frame is repeated until their number is a multiple of 4 and one: only such have an end."""
+        """The last frame is repeated until there is one more than a multiple of 4: only such sequences
+        end."""
         new = len(frames) - memory.ahead
         frames = [*frames, *[frames[-1]] * ((1 - new) % GROUP)]
         whole, new = self.whole(memory, options), len(frames) - memory.ahead

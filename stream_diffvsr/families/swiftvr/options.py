@@ -25,7 +25,7 @@ class SwiftVROptions:
     """Settings of one sequence, checked once; the defaults are the published ones."""
 
     scale: float = option(4.0, "How many times larger each side of the result is.", low=1, high=4, step=0.5)
-    stretch: float = option(1.0, "How much more of it across.", low=0.25, high=4, hidden=True)
+    stretch: float = option(1.0, "Extra factor for the width.", low=0.25, high=4, hidden=True)
     protocol: str = option(
         "file",
         "file: reads 4 more frames first and fills up the last clip, as for the published results. "

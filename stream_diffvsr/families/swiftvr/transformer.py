@@ -62,7 +62,8 @@ class WindowAttention:
         self.attend: Attend = attention("auto")
 
     def corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Of the windows, in the order in which they are written: where they overlap, the last one wins.
+        """Corners of the windows, in the order in which they are written: where they overlap, the last one
+        wins.
 
         That is the first of all, or the last in shifted layers.
         """
@@ -104,8 +105,8 @@ def denoise(
 ) -> Tensor:
     """Restored latents, (1, C, f, h, w) float32, of those of low quality; h and w are even.
 
-    They stand at 0 and on in time, whatever their place in the scene: attention knows differences only, and
-    nothing outside the chunk.
+    They are placed at time 0 and on, wherever the chunk lies in the scene: attention depends only on
+    differences within the chunk.
     """
     x = transformer.patch_embedding(latents)
     count, rows, columns = x.shape[-3:]

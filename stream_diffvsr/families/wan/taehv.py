@@ -61,7 +61,7 @@ class Grow(nn.Module):
 
 
 class Squash(nn.Module):
-    """Keep values within 3 of 0, smoothly."""
+    """Keep values between -3 and 3, smoothly."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * torch.tanh(x / 3)
@@ -73,7 +73,7 @@ def conv(channels: int, out: int, bias: bool = False, stride: int = 1) -> nn.Mod
 
 
 def relu() -> nn.Module:
-    """In place: the largest tensors of all are those behind the last convolutions."""
+    """In place, since the outputs of the last convolutions are the largest tensors of all."""
     return nn.ReLU(inplace=True)
 
 
@@ -91,7 +91,7 @@ def enlarging(channels: Sequence[int]) -> list[nn.Module]:
 
 
 def decoded(layers: Sequence[nn.Module], x: Tensor, memory: Memory, start: int = 0) -> Iterator[Tensor]:
-    """The pictures of (1, C, h, w), one finished before the next is begun; `memory` comes up to date."""
+    """The pictures of (1, C, h, w), one finished before the next is begun; `memory` is updated."""
     for index, layer in enumerate(layers[start:], start):
         if isinstance(layer, Grow):
             x = layer(x)

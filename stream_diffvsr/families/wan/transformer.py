@@ -21,7 +21,8 @@ DIFFUSERS = "0.33"
 
 
 def transformer(config: Mapping[str, Any]) -> nn.Module:
-    """A `WanTransformer3DModel` without its positions, which end; what it does not know is left out.
+    """A `WanTransformer3DModel` without its table of positions, which is finite; unknown settings are left
+    out.
 
     Raises `StreamDiffVSRError` where diffusers is too old.
     """
@@ -58,7 +59,8 @@ def run(
 ) -> Tensor:
     """(1, tokens, width) through all blocks -> (tokens, channels of a patch).
 
-    `conditions`: see there; `attention`: what each block's self-attention gets as its rotary embedding.
+    `conditions`: what `conditioning` returned; `attention`: what each block's self-attention gets as its
+    rotary embedding.
     """
     time, modulation, prompt = conditions
     for index, (block, own) in enumerate(zip(transformer.blocks, attention, strict=True), 1):
