@@ -15,6 +15,7 @@ import pytest
 import torch
 from family_cases import CASES
 from job_process import job_of, start
+from test_pictures import save_deep
 
 from stream_diffvsr import load_pipeline
 from stream_diffvsr.cli.main import main
@@ -25,6 +26,8 @@ from stream_diffvsr.families.wan.chunks import result_size
 from stream_diffvsr.jobs.job import settle_job
 from stream_diffvsr.jobs.run import VideoJob, run
 from stream_diffvsr.load import FAMILIES
+from stream_diffvsr.media.pictures import read
+from stream_diffvsr.media.sizes import enlarge
 from stream_diffvsr.options import from_json, to_json
 from stream_diffvsr.tensors import from_pixels, to_pixels
 from stream_diffvsr.upscaler import Info, State, Upscaler
@@ -119,6 +122,21 @@ def test_killed_in_the_middle_and_resumed_equals_one_run(family, subject, tmp_pa
     rest = [step.index for step in run(subject.model, job_of(family, subject.model, subject.source, parts))]
     assert 0 < rest[0] <= at and rest == list(range(rest[0], subject.count))
     same_frames(parts, whole)
+
+
+def test_16_bits_and_alpha_of_a_picture_are_kept(family, subject, tmp_path):
+    """The colours are the model's own, to the last of 16 bits; transparency is enlarged beside them."""
+    source = save_deep(
+        tmp_path / "in.png", np.random.default_rng(0).integers(0, 65536, (16, 16, 4), np.uint16)
+    )
+    task = replace(job(family, subject, tmp_path / "out.png", codec="h264"), source=source)
+    (step,) = run(subject.model, task)
+    before, after = read(source), read(tmp_path / "out.png")
+    assert before.bits == after.bits == 16
+    assert torch.equal((step.hq * 65535).round(), (after.rgb * 65535).round())
+    assert before.alpha is not None and after.alpha is not None
+    wide = enlarge(before.alpha, (step.hq.shape[-2], step.hq.shape[-1]))
+    assert torch.equal((wide * 65535).round(), (after.alpha * 65535).round())
 
 
 @pytest.mark.long
