@@ -45,6 +45,7 @@ def test_the_video_is_shown_after_the_live_picture(server: Server, tmp_path: Pat
     """In a first run and in a second one on the same page."""
     server.free()
     screenshots = Path(os.environ.get("COMFYUI_SCREENSHOTS", tmp_path))
+    screenshots.mkdir(parents=True, exist_ok=True)
     page = ComfyPage(tmp_path / "profile")
     try:
         page.open_page(server.port)

@@ -347,6 +347,37 @@ def test_a_created_video_is_upscaled_with_its_sound(server: Server) -> None:
         assert [stream.type for stream in container.streams] == ["video", "audio"]
 
 
+@pytest.mark.parametrize("held", ["in_file", "in_memory"])
+def test_a_video_that_core_trimmed_is_upscaled_where_it_was_left(server: Server, held: str) -> None:
+    trim = node("Video Slice", video=["3", 0], start_time=0.5, duration=0.5, strict_duration=True)
+    if trim["class_type"] not in server.get("/object_info"):
+        pytest.skip("this ComfyUI trims no videos")
+    make_clip(server.base / "input" / "second.mp4", 12, WIDTH, HEIGHT, crf=1)
+    settings = ours("Settings", codec="ffv1", scene_cut="off")
+    whole = file_job(video_path="second.mp4", start_frame=6, num_inference_steps=1)
+    trimmed = file_job(video=["4", 0], num_inference_steps=1, seed=0 if held == "in_file" else 6)
+    for name, job in (("spanned", whole), (f"trimmed_{held}", trimmed)):
+        job["5"] = settings
+        job["2"]["inputs"].update(settings=["5", 0], output_path=f"{name}.mkv")
+    trimmed["3"] = loaded = node("LoadVideo", file="second.mp4")
+    if held == "in_memory":
+        trimmed["6"], trimmed["7"] = loaded, node("GetVideoComponents", video=["6", 0])
+        trimmed["3"] = node("CreateVideo", images=["7", 0], audio=["7", 1], fps=12.0)
+    trimmed["4"] = trim
+    server.run(whole)
+    server.run(trimmed)
+    spanned, cut = (
+        frames_of(server.base / "output" / f"{name}.mkv").astype(int)
+        for name in ("spanned", f"trimmed_{held}")
+    )
+    assert spanned.shape == cut.shape == (6, 4 * HEIGHT, 4 * WIDTH, 3)
+    if held == "in_file":
+        assert np.array_equal(spanned, cut)
+    else:  # core encodes what lies in memory before it trims it
+        errors = [np.abs(cut - np.roll(spanned, shift, 0)).mean() for shift in range(6)]
+        assert np.argmin(errors) == 0
+
+
 def test_live_goes_on_from_run_to_run(server: Server) -> None:
     """Fifty frames, all queued at once."""
     make_clip(server.base / "input" / "fifty.mp4", 50, 32, 24)
