@@ -10,6 +10,7 @@ tell whether both still compute the same. Both run in this interpreter, with the
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -56,6 +57,7 @@ def child(args: argparse.Namespace) -> None:
     """Answer every line with a frame."""
     import torch
 
+    from stream_diffvsr import UpscaleOptions
     from stream_diffvsr.bench import networks
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -66,6 +68,9 @@ def child(args: argparse.Namespace) -> None:
         from stream_diffvsr.families.diffvsr.fastest import with_runtime
 
         pipe = with_runtime(pipe, args.runtime, "auto", "float32", "none")
+    # Older checkouts do not have it: both do the same work.
+    known = "occlusion" in {field.name for field in dataclasses.fields(UpscaleOptions)}
+    options = UpscaleOptions(**({"occlusion": "off"} if known else {}))
     width, height = map(int, args.size.split("x"))
     generator = torch.Generator().manual_seed(0)
     rough = torch.rand((1, 3, height // 4 + 2, width // 4 + 4), generator=generator) * 2 - 1
@@ -74,7 +79,7 @@ def child(args: argparse.Namespace) -> None:
     for _ in sys.stdin:
         lq = picture[..., index % CYCLE : index % CYCLE + width].clamp(-1, 1).contiguous()
         processor, clock = time.process_time(), time.perf_counter()
-        result = pipe.process_frame(lq, state)
+        result = pipe.process_frame(lq, state, options)
         times = time.process_time() - processor, time.perf_counter() - clock
         state, index = result.state, index + 1
         print(
