@@ -368,8 +368,9 @@ TABLE = {
         ((CLIP, loader("swiftvr")), (to_file(),)),
     ),
     "image_model_steady": Example(
-        "## A single-image model, without flicker\n\nAny model in *models/upscale_models*. "
-        "**steady** blends in the previous result where it still fits; 0 turns that off.\n\n" + OWN_VIDEO,
+        "## A single-image model, without flicker\n\nRealESRGAN_x4plus (67 MB), which the page offers to "
+        "download, or any other model in *models/upscale_models*. **steady** blends in the previous result "
+        "where it still fits; 0 turns that off.\n\n" + OWN_VIDEO,
         (
             (
                 CLIP,

@@ -116,6 +116,14 @@ def drawing_errors(page: ComfyPage) -> list[str]:
     return [error for error in page.errors if any(w in error for w in wrong) and known not in error]
 
 
+def test_the_page_offers_a_model_that_is_missing(page: ComfyPage, screenshots: Path) -> None:
+    text = (ROOT / "example_workflows" / "image_model_steady.json").read_text(encoding="utf-8")
+    page.load(json.loads(text.replace("RealESRGAN_x4plus.safetensors", "gone.safetensors")))
+    offered = "document.querySelector('.p-dialog, [role=alert], [role=status]')?.innerText.includes('gone.')"
+    page.wait_for(f"{offered} || document.body.innerText.includes('gone.safetensors is missing')", 30)
+    page.picture(screenshots / "missing_model.png")
+
+
 def test_a_failed_run_says_its_remedy_on_the_page(server: Server, page: ComfyPage, screenshots: Path) -> None:
     workflow = json.loads((ROOT / "example_workflows" / "single_image.json").read_text(encoding="utf-8"))
     upscale = next(node for node in workflow["nodes"] if node["type"] == "StreamDiffVSR_Upscale")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,11 @@ def test_other_workflows_need_only_core_nodes(name: str) -> None:
     assert any(
         node["type"].startswith("VHS") for node in read(ROOT / "example_workflows" / f"{name}.json")["nodes"]
     )
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_a_note_says_how_big_the_models_are_that_the_page_offers(path: Path) -> None:
+    workflow = read(path)
+    offered = [node for node in workflow["nodes"] if node.get("properties", {}).get("models")]
+    said = " ".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
+    assert len(re.findall(r"\(\d+ MB\), which the page offers to download", said)) == len(offered)
