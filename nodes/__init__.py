@@ -2,10 +2,10 @@
 
 host        the only module that talks to ComfyUI
 sockets     socket types and the widgets that several nodes share
-pipes       what is known of a pipe beside itself
+pipes       what is known about a pipe besides the pipe itself
 layout      IMAGE tensors to model range and back
 sizes       sizes and presets that nodes share
-job         files upscaled to files; temporary writes what lies in memory to a file first
+job         upscales files to files; temporary first writes videos that are in memory to files
 load, lora, runtime, upscale, video, simple, live, state, settings, example        the nodes
 """
 

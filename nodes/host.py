@@ -307,7 +307,7 @@ def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> 
 
 
 def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str]:
-    """The workflow as ComfyUI's own nodes write it into files; nothing where the user forbade that."""
+    """The workflow metadata, as ComfyUI's own nodes save it; empty if the user disabled metadata."""
     arguments = getattr(comfy_module("comfy.cli_args"), "args", None)
     if getattr(arguments, "disable_metadata", False):
         return {}

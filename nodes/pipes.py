@@ -1,4 +1,5 @@
-"""What the nodes know of a pipe beside the pipe itself: how it was opened, and what a wrapper asked for."""
+"""What the nodes know about a pipe besides the pipe itself: how it was opened, and what wrappers asked
+for."""
 
 from __future__ import annotations
 

@@ -226,7 +226,8 @@ def upscale(
 ) -> tuple[Tensor, State]:
     """(N, H, W, C) in [0, 1] -> (N, 4H, 4W, C), or of `size`, and the state after the last frame.
 
-    `fidelity` says how near the result stays to the images; it goes out of the node, never into the state.
+    `fidelity` sets how closely the result follows the images. It changes only what the node returns, never
+    the state.
 
     A model that takes frames in chunks finishes the batch as if the video ended there. Its state is that of
     the last chunk border with the frames since, which the next batch upscales again: all but the end of a

@@ -167,7 +167,8 @@ def load_pipeline(
     the file of a single-image model. `dtype` is the number format of the networks; frames, flow, warp, state
     and scheduler arithmetic are always float32.
 
-    For Stream-DiffVSR only: `flow`, the estimator of motion. `quantize` 'int8' or 'fp8' runs linear layers
+    The following are for Stream-DiffVSR only. `flow` is the motion estimator. `quantize` 'int8' or 'fp8' runs
+    linear layers
     in 8 bits, an approximation (needs torchao; 'fp8' also a GPU that supports it). `runtime` is the library
     that runs the networks: 'torch', 'openvino', 'onnx', or 'auto', the fastest exact one that is installed,
     measured once. `provider` is its device: 'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda'
@@ -261,7 +262,8 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
     """List all checkpoint folders on this machine as (name, path, problem or None), in search order.
 
     The search covers `extra_folders` (in ComfyUI, its model folders), the folders in the environment variable
-    STREAM_DIFFVSR_MODELS, the user's data folder, a ComfyUI around this package, and huggingface_hub's cache.
+    STREAM_DIFFVSR_MODELS, the user's data folder, the models folders of a ComfyUI that this package lies in,
+    and huggingface_hub's cache.
     Each may be a checkpoint or contain checkpoints. A released name such as 'v1' means the first complete
     folder of that name. Nothing is loaded; damaged folders raise no error.
     """
@@ -348,10 +350,10 @@ def download(
 
 
 def download_targets(name: str, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Where a released model goes, best first.
+    """Folders that a released model can be downloaded to, best first.
 
     A folder that lacks only Stream-DiffVSR's text encoder or tokenizer is completed in place, unless it is in
-    the hub's cache, where nobody else may write.
+    the hub's cache, which only huggingface_hub may write to.
     """
     release, folders = RELEASES[name], list(extra_folders)
     cached = hub_snapshots(release.repository)

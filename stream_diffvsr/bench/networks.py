@@ -96,7 +96,7 @@ def open_measured(
 
 
 def open_diffvsr(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
-    """The same where only Stream-DiffVSR will do."""
+    """Like `open_measured`; raises `IncompatibleInputError` for a model that is not Stream-DiffVSR."""
     pipe = open_measured(model, device, dtype, flow)
     if not isinstance(pipe, StreamDiffVSRPipeline):
         raise IncompatibleInputError(f"this needs a Stream-DiffVSR model, not {model}")

@@ -71,7 +71,7 @@ def check(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def capabilities() -> dict[str, Any]:
-    """What there is: models, devices, options, file formats."""
+    """What this machine offers: models, devices, options, file formats."""
     job = [name for name, rule in rules(VideoJob).items() if name not in LOCAL and not _names_file(rule)]
     schema = json_schema(VideoJob, job)
     schema["properties"]["scene_cut"] |= {

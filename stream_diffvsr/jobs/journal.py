@@ -219,7 +219,11 @@ class WorkFolder:
             for name in (OWNER, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
             if left := sorted(file.name for file in self.folder.iterdir()):
-                log.warning("%s stays: it holds %s", self.folder, ", ".join(left[:3]))
+                log.warning(
+                    "%s was not removed, because it contains other files: %s",
+                    self.folder,
+                    ", ".join(left[:3]),
+                )
             else:
                 self.folder.rmdir()
 
@@ -255,7 +259,7 @@ class WorkFolder:
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 
     def save(self, journal: Journal) -> None:
-        """Write the journal, but for its segments, which have records of their own."""
+        """Write the journal without its segments, which are saved as separate records."""
         facts = {key: value for key, value in vars(journal).items() if key != "segments"}
         self._write(self.journal_file.name, {"format": FORMAT, **facts})
 

@@ -33,6 +33,6 @@ def open_runtime(
         return ONNX(provider, device, resolve_dtype(dtype, device))
     if device.type != "cpu":
         raise IncompatibleInputError(
-            f"runtime openvino needs device cpu, not {device}; its provider decides where it computes"
+            f"runtime openvino needs device cpu, not {device}; for an Intel GPU or NPU, set provider instead"
         )
     return OpenVINO(provider, resolve_dtype(dtype, device))

@@ -145,7 +145,7 @@ def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
 
 
 def usual_targets(release: Release, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Where a release goes, best first: the folders that somebody named, then the user's own.
+    """Folders for a download, best first: those that somebody named, then the user's own.
 
     Links are followed, because downloads must land on the same disk.
     """
@@ -241,8 +241,8 @@ def _listed(repository: str, revision: str, tell: OnProgress) -> tuple[str, dict
 
 
 _ANOTHER_ANSWERS = (
-    "{} answered with something other than a list of files: another server answers in its place "
-    "(a login page of the network, or a wrong HF_ENDPOINT)"
+    "{} did not return a list of files; something else is probably answering in its place "
+    "(the network's login page, or a wrong HF_ENDPOINT)"
 )
 
 

@@ -1,4 +1,4 @@
-"""Where checkpoints may lie, in which order, and under which names."""
+"""Where checkpoints are searched for, in which order, and under which names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ControlNet, with the part that depends only on the picture taken out of the loop."""
+"""The ControlNet, with its image embedding moved out of the denoising loop: it is the same in every step."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class Networks(Protocol):
         ...
 
     def features(self, warped: Tensor) -> Any:
-        """Warped frame (1, 3, 4h, 4w) -> what the decoder learns of it."""
+        """Warped frame (1, 3, 4h, 4w) -> its features, for the decoder."""
         ...
 
     def decode(self, latents: Tensor, features: Any, trust: Tensor | None) -> Tensor:

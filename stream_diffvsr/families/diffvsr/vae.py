@@ -156,7 +156,7 @@ class TemporalAutoencoderTiny(nn.Module):
         return self.encoder((image + 1) / 2)
 
     def features(self, warped: Tensor) -> list[Tensor]:
-        """What the decoder's blocks learn of the warped previous frame, coarse to fine.
+        """The decoder blocks' features of the warped previous frame, coarse to fine.
 
         `warped` is (1, 3, 4h, 4w) in model range, and goes in as it is: the reference leaves out the
         mapping to [0, 1] that `encode` makes. Each feature is pooled, (1, C, H/4, W/4), since no more
