@@ -118,9 +118,7 @@ def test_an_error_that_stays(hub: StandInHub, home: Path, code: int, words: str)
 def test_somebody_else_answers(hub: StandInHub, home: Path, answer: bytes):
     """The login page of a hotel's network says 200 to everything."""
     hub.fail("revision/main", lambda handler, content: handler.answer(200, answer, {}))
-    with pytest.raises(
-        ModelNotFoundError, match=r"something other than a list of files.*login page"
-    ) as caught:
+    with pytest.raises(ModelNotFoundError, match=r"did not return a list of files.*login page") as caught:
         download()
     assert_manual(caught.value, home / "v1", hub.url)
 
