@@ -104,7 +104,12 @@ def test_files_put_behind_one_another_are_told(suffix: str, codec: str, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [(("mpeg2video", "mp2"), ("h264", "aac")), (("h264", "aac"), ("mpeg2video", "mp2"))]
+    ("first", "second"),
+    [
+        (("mpeg2video", "mp2"), ("h264", "aac")),
+        (("h264", "aac"), ("mpeg2video", "mp2")),
+        (("mpeg2video", "libmp3lame"), ("h264", "aac")),
+    ],
 )
 def test_another_codec_under_the_same_numbers_is_told(first, second, pipe, tmp_path: Path, caplog) -> None:
     """As where a recording goes over to another channel; FFmpeg keeps the first codec, and shows no error."""

@@ -353,6 +353,27 @@ FAULTS: dict[str, Fault] = {
         times=TENTHS,
         said="out of order",
     ),
+    **{
+        f"track {codec} in ts": Fault(
+            film("a.ts", codec="mpeg2video", sound=encoder), "out.mkv", beside=(codec,), times=TENTHS
+        )
+        for codec, encoder in {
+            "mp2": "mp2",
+            "mp3": "libmp3lame",
+            "aac": "aac",
+            "ac3": "ac3",
+            "eac3": "eac3",
+        }.items()
+    },
+    "count behind a long lead-in": Fault(
+        remuxed(
+            "a.mp4",
+            picture_only("a.mp4", "libx264", count=50, options={"g": "60", "bf": "0"}),
+            lambda p, n: setattr(p, "pts", p.pts - round(4.5 / p.time_base)) or setattr(p, "dts", p.pts),
+            container_options={"avoid_negative_ts": "disabled"},
+        ),
+        times=TENTHS,
+    ),
     "time a month ahead": Fault(
         remuxed(
             "a.mkv",

@@ -36,7 +36,7 @@ from .streams import (
     turned_size,
     upright,
 )
-from .timeline import UNTIMED, ShownTimes, Timeline
+from .timeline import MAY_JUMP, UNTIMED, ShownTimes, Timeline
 
 log = logging.getLogger(__name__)
 
@@ -296,7 +296,8 @@ class VideoSource:
         untimed, counted = bool(container.format.flags & UNTIMED), container.format.name in ("avi", "asf")
         shown = ShownTimes(by_order=counted)
         decode = alpha_decoder(stream) or (lambda packet: packet.decode())
-        shape, idle = None, 0
+        # Only there may another codec follow under the same number; elsewhere much else shows nothing.
+        may_change, shape, idle = bool(container.format.flags & MAY_JUMP), None, 0
         for packet in self._packets(container, stream):
             # AVI and WMV have one time for each packet, in decoding order.
             time = packet.dts if counted or packet.pts is None else packet.pts
@@ -309,8 +310,12 @@ class VideoSource:
                 shown.lose(time)
                 continue
             if frames or not packet.size:
-                self._say_unshown(idle if packet.size else idle - len(frames))
-            idle = 0 if frames or not packet.size else idle + 1
+                lost, idle = idle if packet.size else idle - len(frames), 0
+                if lost > MOST_DELAYED:
+                    self.notes["packets without a picture skipped: the codec may change in the file"] += lost
+            else:
+                # A decoder takes them without a word.
+                idle += may_change and not packet.is_discard
             self.notes["damaged frames used"] += sum(frame.is_corrupt for frame in frames)
             if frames and shape != (now := stream.codec_context.sample_aspect_ratio):
                 if shape is not None and not self._reshaped:
@@ -325,11 +330,6 @@ class VideoSource:
                 frame.pts = None if untimed else shown.show(frame.pts)
                 self._steady &= counted or not shown.by_order
                 yield frame
-
-    def _say_unshown(self, packets: int) -> None:
-        """What a decoder takes without a word: recordings in which another codec follows the first."""
-        if packets > MOST_DELAYED:
-            self.notes["packets without a picture skipped: the codec may change in the file"] += packets
 
 
 def alpha_decoder(stream: Stream) -> Any:

@@ -79,7 +79,7 @@ class Copied:
         self.stream = add_copy(out, stream)
         self.texts = stream.type == "subtitle"
         in_ts = stream.container.format.name == "mpegts"
-        self.start = STARTS.get(stream.codec_context.name) if in_ts else None
+        self.start = STARTS.get(stream.codec_context.codec.canonical_name) if in_ts else None
 
     def feed(self, packet: Packet) -> Iterable[Any]:
         if self.texts and bytes(packet) == NO_TEXT:
