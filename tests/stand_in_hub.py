@@ -91,6 +91,16 @@ def cut_after(count: int) -> Fault:
     return fault
 
 
+def stalled_after(count: int, over: threading.Event) -> Fault:
+    """Send so many bytes, then nothing until the event."""
+
+    def fault(handler: Handler, content: bytes) -> None:
+        cut_after(count)(handler, content)
+        over.wait(60)
+
+    return fault
+
+
 def one_bit(handler: Handler, content: bytes) -> None:
     """Everything, but for one bit in the middle."""
     damaged = bytearray(content)
