@@ -373,7 +373,8 @@ def estimate_memory(
     """Bytes by stage for an LQ frame of `height` x `width`, counted without reading any weights.
 
     Keys: 'weights', 'frames', the activations of 'flow', 'controlnet', 'unet' and 'vae', and 'peak', which is
-    the most that is needed at any moment. With `memory_plan` 'auto', nothing is split.
+    the most that is needed at any moment. In float32 it includes the weights that a CPU keeps in a faster
+    form. With `memory_plan` 'auto', nothing is split.
     `model`: 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
     """
     options = options or UpscaleOptions()
@@ -383,5 +384,7 @@ def estimate_memory(
         configs = {name: open_component(folder, name).config for name in NETWORKS}
         configs["scheduler"], flow = read_json(folder / SCHEDULER_CONFIG), default_flow(folder)
     estimator = open_flow(flow, untrained_flow)
-    needs = Needs(without_weights(configs, estimator, dtype), configs["scheduler"], dtype)
+    needs = Needs(
+        without_weights(configs, estimator, dtype), configs["scheduler"], dtype, torch.device("cpu")
+    )
     return needs((height, width), options, requested_plan(options, estimator.methods))

@@ -117,7 +117,7 @@ def test_packed_layers_are_counted(checkpoint, monkeypatch):
     monkeypatch.setattr(packed, "is_faster_here", lambda: True)
     monkeypatch.setattr(packed, "SMALLEST", 1)
     assert count_operations(pipe, lq, state, options) == plainly
-    assert len(packed._kept)
+    assert any(layer in packed._kept for layer in pipe.stages["unet"].modules())
 
 
 def test_random_networks_have_the_published_sizes():

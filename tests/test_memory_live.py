@@ -65,5 +65,6 @@ def test_a_copy_on_meta_shares_nothing(nano):
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
-def test_counts_of_a_folder_are_those_of_its_pipe(nano):
+def test_counts_of_a_folder_are_those_of_its_pipe():
+    nano = load_pipeline("nano", device="cpu", dtype="float32")
     assert estimate_memory(30, 40, ONE, torch.float32, "nano") == nano.needs((30, 40), ONE, Plan())

@@ -17,15 +17,15 @@ from safetensors.torch import load_file
 from samples import moving, shift_flow
 from torch import nn
 
-from stream_diffvsr import IncompatibleInputError, UpscaleOptions, load_pipeline
+from stream_diffvsr import IncompatibleInputError, StreamDiffVSRError, UpscaleOptions, load_pipeline
 from stream_diffvsr.bench.networks import random_network
 from stream_diffvsr.cli.main import main
 from stream_diffvsr.families.diffvsr.control import Control
 from stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
 from stream_diffvsr.flow import open_flow
 from stream_diffvsr.runtimes.choose import open_runtime
-from stream_diffvsr.runtimes.graph import Graph
-from stream_diffvsr.runtimes.kept import MANIFEST, built_once
+from stream_diffvsr.runtimes.graph import Call, Graph
+from stream_diffvsr.runtimes.kept import MANIFEST, built_once, expected_seconds
 
 CPU = torch.device("cpu")
 
@@ -118,6 +118,79 @@ def test_a_graph_runs_at_every_size_and_is_kept(name, monkeypatch):
         call(x + 1)
         assert torch.equal(first, kept)  # in memory of its own
         monkeypatch.setattr(Graph, "export", lambda graph: pytest.fail("exported again"))
+
+
+class Eager:
+    """A runtime whose graphs are the networks themselves: all but the conversion is as with the others."""
+
+    name, dtype, number_format, details = "eager", torch.float32, "float32", "as it is"
+
+    def __init__(self) -> None:
+        self.opened: list[tuple[str, str]] = []
+
+    def open(self, graph: Graph) -> Call:
+        self.opened.append((graph.name, graph.form))
+
+        def call(*inputs: torch.Tensor) -> list[torch.Tensor]:
+            out = graph.network(*inputs)
+            return [out] if isinstance(out, torch.Tensor) else list(out)
+
+        return call
+
+
+def test_all_graphs_are_ready_before_the_first_frame(tiny):
+    """With progress, once for each kind of size, and none that frames without guidance do not take."""
+    runtime, told, options = Eager(), [], UpscaleOptions(num_inference_steps=1, occlusion="mask")
+    pipe = tiny.on(runtime)
+    session = pipe.session(options, on_step=lambda *step: told.append(step))
+    clip = moving(3, 16, 24)
+    results = [result for lq in clip.split(1) for result in session.push(lq)]
+    names = {name for name, _ in runtime.opened}
+    assert names == {"unet", "control", "embed", "features", "decode", "decode-first"}
+    assert told[:6] == [("build", index, 6) for index in range(1, 7)]
+    assert [step for step in told[6:] if step[0] == "build"] == []
+    expected, _ = tiny(clip, options)
+    for result, hq in zip(results, expected, strict=True):
+        torch.testing.assert_close(result.hq[0], hq, atol=2e-5, rtol=0)
+    pipe.process_frame(moving(1, 16, 28), options=options)
+    assert len(runtime.opened) == 6, "these sizes share their graphs"
+
+
+def test_cancel_while_building_leaves_a_pipe_that_works(tiny):
+    class CancelledError(Exception):
+        pass
+
+    def cancel(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("build", 2):
+            raise CancelledError
+
+    pipe = tiny.on(Eager())
+    with pytest.raises(CancelledError):
+        pipe.process_frame(moving(1), on_step=cancel)
+    assert pipe.process_frame(moving(1), options=UpscaleOptions(num_inference_steps=1)).hq.shape[1] == 3
+
+
+@pytest.mark.parametrize("error", [MemoryError("bad alloc"), RuntimeError("std::bad_alloc")])
+def test_memory_that_ends_while_building(tiny, error):
+    class Full(Eager):
+        def open(self, graph: Graph) -> Call:
+            raise error
+
+    with pytest.raises(StreamDiffVSRError, match="memory ran out while eager was preparing 'unet'"):
+        tiny.on(Full()).process_frame(moving(1))
+
+
+def test_how_long_it_takes_is_said_and_learnt(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    with built_once(tmp_path, KEY, 10**9, write):
+        pass
+    assert "converting g once for" in caplog.text and "(about 38 s)" in caplog.text
+    (manifest,) = tmp_path.glob(f"*/{MANIFEST}")
+    content = json.loads(manifest.read_text())
+    assert content["bytes"] == 10**9 and content["seconds"] < 8
+    manifest.write_text(json.dumps({**content, "seconds": 76.0}))
+    assert expected_seconds(tmp_path, 10**9) == pytest.approx(76)
+    assert expected_seconds(tmp_path, 2 * 10**9) == pytest.approx(2 * 68)
 
 
 OPTIONS = {
@@ -268,7 +341,7 @@ KEY = {"graph": "g", "weights": "w", "openvino": "1"}
 
 def use(root: Path, key=KEY) -> int:
     """How often something was made so far."""
-    with built_once(root, key, write) as folder:
+    with built_once(root, key, 5, write) as folder:
         assert (folder / "model").read_bytes() == b"model"
     return len((root / "made").read_text())
 
@@ -302,7 +375,7 @@ def test_a_process_that_was_killed_leaves_no_trace(tmp_path):
         write(folder)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), built_once(tmp_path, KEY, fail):
+    with pytest.raises(KeyboardInterrupt), built_once(tmp_path, KEY, 5, fail):
         pass
     assert not [path for path in tmp_path.iterdir() if path.is_dir()]
     assert use(tmp_path) == 2
@@ -314,7 +387,7 @@ def test_two_processes_at_once(tmp_path):
         "def make(folder):\n"
         "    (folder / 'model').write_bytes(b'model'); (folder.parent / 'made').open('a').write('x')\n"
         "    time.sleep(3)\n"
-        f"with built_once(Path(sys.argv[1]), {KEY!r}, make) as folder: assert (folder / 'model').is_file()"
+        f"with built_once(Path(sys.argv[1]), {KEY!r}, 5, make) as folder: assert (folder / 'model').is_file()"
     )
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
     assert [process.wait() for process in processes] == [0, 0]
@@ -324,7 +397,7 @@ def test_two_processes_at_once(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, caplog):
     """As a file in its place, which keeps even root from writing there."""
     (tmp_path / "root").write_bytes(b"")
-    with built_once(tmp_path / "root", KEY, lambda folder: (folder / "model").write_bytes(b"m")) as folder:  # type: ignore[arg-type,return-value]
+    with built_once(tmp_path / "root", KEY, 5, lambda folder: (folder / "model").write_bytes(b"m")) as folder:  # type: ignore[arg-type,return-value]
         assert (folder / "model").is_file()
     assert not folder.exists()
     assert "it is built for this run only" in caplog.text

@@ -32,6 +32,11 @@ class Graph:
     form: str = ""
     """Which sizes it is for, where a network decides by size what it does."""
 
+    @property
+    def size(self) -> int:
+        """Bytes of its weights."""
+        return sum(value.nbytes for value in self.network.state_dict().values())
+
     def key(self) -> dict[str, str]:
         """All that an export depends on."""
         versions = {name: version(name) for name in ("torch", "diffusers")}

@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import shutil
+import statistics
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,24 +25,55 @@ MANIFEST = "manifest.json"
 
 @contextmanager
 def built_once(
-    root: Path, key: Mapping[str, str], make: Callable[[Path], None]
+    root: Path, key: Mapping[str, str], size: int, make: Callable[[Path], None]
 ) -> Generator[Path, None, None]:
     """A folder with what `make(folder)` writes, made at most once for a `key` below `root`.
 
-    `key["graph"]` begins its name. Incomplete files, or ones made under another key, are made again; of two
-    processes the second waits. If `root` is read-only, the folder exists only as long as the block.
+    `key["graph"]` begins its name; `size`: bytes of its weights, by which the log says how long it takes.
+    Incomplete files, or ones made under another key, are made again; of two processes the second waits. If
+    `root` is read-only, the folder exists only as long as the block.
     """
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
     folder = root / f"{key['graph']}-{name}"
-    if _is_whole(folder, key) or _make_once(folder, key, make):
+
+    def make_and_tell(to: Path) -> None:
+        log.info(
+            "converting %s once for %s (about %.0f s); the result is stored in %s",
+            key["graph"],
+            root.name,
+            expected_seconds(root, size),
+            root,
+        )
+        make(to)
+
+    if _is_whole(folder, key) or _make_once(folder, key, size, make_and_tell):
         yield folder
         return
     with TemporaryDirectory(ignore_cleanup_errors=True) as temporary:
-        make(Path(temporary))
+        make_and_tell(Path(temporary))
         yield Path(temporary)
 
 
-def _make_once(folder: Path, key: Mapping[str, str], make: Callable[[Path], None]) -> bool:
+def expected_seconds(root: Path, size: int) -> float:
+    """How long `size` bytes of weights will take to convert, judged by what was converted below `root`.
+
+    Where nothing was yet, by two cores of a server of 2024.
+    """
+    ratios = []
+    for path in root.glob(f"*/{MANIFEST}"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            ratios.append(content["seconds"] / _usual_seconds(content["bytes"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return statistics.median(ratios or [1.0]) * _usual_seconds(size)
+
+
+def _usual_seconds(size: int) -> float:
+    return 8 + 30 * size / 1e9
+
+
+def _make_once(folder: Path, key: Mapping[str, str], size: int, make: Callable[[Path], None]) -> bool:
     """Whether the folder is there now; False, after one line of the log, where it cannot be written."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
@@ -50,9 +83,11 @@ def _make_once(folder: Path, key: Mapping[str, str], make: Callable[[Path], None
                 return True
             shutil.rmtree(part, ignore_errors=True)
             part.mkdir()
+            start = time.perf_counter()
             make(part)
+            took = {"bytes": size, "seconds": round(time.perf_counter() - start, 1)}
             files = sorted(part.iterdir())
-            content = {"key": dict(key), "files": _sizes(files), "fingerprint": fingerprint(files)}
+            content = {"key": dict(key), "files": _sizes(files), "fingerprint": fingerprint(files), **took}
             (part / MANIFEST).write_text(json.dumps(content, indent=1), encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)

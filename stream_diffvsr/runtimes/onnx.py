@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from ..errors import IncompatibleInputError
 from ..weights.folders import user_cache
 from .graph import Call, Graph
 from .kept import built_once
-
-log = logging.getLogger(__name__)
 
 PROVIDERS = {
     "cpu": ("CPUExecutionProvider",),
@@ -70,10 +67,9 @@ class ONNX:
         root = user_cache() / "onnx"
 
         def make(folder: Path) -> None:
-            log.info("onnx: converting %s once; the result is stored in %s", graph.name, root)
             _convert(graph, folder / MODEL)
 
-        with built_once(root, {**graph.key(), "onnx": self.version}, make) as folder:
+        with built_once(root, {**graph.key(), "onnx": self.version}, graph.size, make) as folder:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = torch.get_num_threads()

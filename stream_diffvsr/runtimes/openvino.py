@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,6 @@ from ..errors import IncompatibleInputError
 from ..weights.folders import user_cache
 from .graph import Call, Graph
 from .kept import built_once
-
-log = logging.getLogger(__name__)
 
 DEVICES = {"auto": "CPU", "cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 """What we call them, and what OpenVINO does."""
@@ -56,12 +53,11 @@ class OpenVINO:
         def make(folder: Path) -> None:
             import openvino
 
-            log.info("openvino: converting %s once; the result is stored in %s", graph.name, root)
             model = openvino.convert_model(graph.export())
             openvino.save_model(model, folder / "model.xml", compress_to_fp16=False)
 
         root = user_cache() / "openvino"
-        with built_once(root, {**graph.key(), "openvino": self.version}, make) as folder:
+        with built_once(root, {**graph.key(), "openvino": self.version}, graph.size, make) as folder:
             model = self.core.read_model(folder / "model.xml")
             return _Request(self.core.compile_model(model, self.device, self._settings(root)))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...devices import repeatable
 from ...errors import CheckpointError, VRAMError
 from ...memory import free_memory, is_out_of_memory, release_caches
-from ...runtimes.torch import compilation, packed
+from ...runtimes.torch import compilation, folded, packed
 from ...tensors import is_finite
 from .method import Frame, upscale
 from .networks import TorchCalls
@@ -54,13 +54,17 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
             networks = (pipe.built or pipe.torch_networks).calls(
                 plan, pipe.dtype, dtype, pipe.placement, need
             )
-            eager = pipe.stages.values() if mode == compilation.OFF and dtype == pipe.dtype else ()
+            eager = (
+                () if pipe.built or mode != compilation.OFF or dtype != pipe.dtype else pipe.stages.values()
+            )
             with (
                 repeatable(),
                 compilation.compiled(pipe.stages.values(), mode),
                 packed.packed(eager),
+                folded.folded(eager),
                 networks as calls,
             ):
+                calls.get_ready(frame.size, frame.flow is not None or frame.estimates, frame.on_step)
                 here = replace(frame.to(pipe.device), plan=plan)
                 hq = upscale(here, calls, *pipe.prepared(frame.options, dtype))
             calls.stage = "frame"

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ...errors import StreamDiffVSRError
+from ...memory import is_out_of_memory
 from ...runtimes.graph import Call, Graph, Runtime
-from ...tensors import SCALE
-from ...upscaler import Placement
+from ...tensors import SCALE, padded_size
+from ...upscaler import OnStep, Placement
 from .control import Control, Residuals
 from .networks import Guidance, TorchCalls, TorchNetworks
 from .plan import Plan
@@ -54,12 +56,29 @@ class BuiltNetworks:
 
     def run(self, name: str, inputs: Sequence[Tensor], form: str = "") -> list[Tensor]:
         """A graph's outputs in its runtime's number format."""
-        if (name, form) not in self._open:
-            # What a graph is exported from outlives the caller's inference mode.
-            with torch.inference_mode(False), torch.no_grad():
-                self._open[name, form] = self.runtime.open(self._graph(name, form))
+        call = self.opened(name, form)
         floats = (x.to(self.runtime.dtype) if x.is_floating_point() else x for x in inputs)
-        return self._open[name, form](*floats)
+        return call(*floats)
+
+    def is_open(self, name: str, form: str) -> bool:
+        """Whether a graph is ready to run."""
+        return (name, form) in self._open
+
+    def opened(self, name: str, form: str = "") -> Call:
+        """A graph ready to run, converted if no run before did; raises `VRAMError`."""
+        if (name, form) not in self._open:
+            try:
+                # What a graph is exported from outlives the caller's inference mode.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._open[name, form] = self.runtime.open(self._graph(name, form))
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise StreamDiffVSRError(
+                    f"memory ran out while {self.runtime.name} was preparing {name!r} ({error}); close other "
+                    "programs, or choose runtime torch"
+                ) from error
+        return self._open[name, form]
 
     def zeros(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
         """Residuals of a frame without guidance."""
@@ -68,11 +87,11 @@ class BuiltNetworks:
             self._zeros[size] = [tuple(each.shape) for each in self._residuals(x, timestep, prompt)]
         return [x.new_zeros(shape) for shape in self._zeros[size]]
 
-    def form(self, x: Tensor) -> str:
+    def form(self, height: int, width: int) -> str:
         """The sizes that share a built U-Net: how its levels are enlarged depends on the sides'
         remainders."""
         multiple = self._multiple
-        return f"{x.shape[-2] % multiple}x{x.shape[-1] % multiple} over {multiple}"
+        return f"{height % multiple}x{width % multiple} over {multiple}"
 
     @property
     def _multiple(self) -> int:
@@ -126,6 +145,25 @@ class BuiltCalls(TorchCalls):
 
     built: BuiltNetworks = None  # type: ignore[assignment]
 
+    def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
+        """Open what frames of this size take, before the first of them is begun: converting takes minutes.
+
+        The U-Net of tiles is left to the calls; bands are PyTorch's.
+        """
+        wanted = [] if self.plan.tile else [("unet", self.built.form(*padded_size(*size)))]
+        wanted += [("control", "")] if guided else []
+        if self.plan.rows is None:
+            wanted += [("decode-first", "")]
+            wanted += [(name, "") for name in ("embed", "features", "decode") if guided]
+        missing = [each for each in wanted if not self.built.is_open(*each)]
+        for index, (name, form) in enumerate(missing, 1):
+            if name in ("unet", "control", "embed"):
+                self._enter("unet", "controlnet", "unet")
+            else:
+                self._enter("vae")
+            self.built.opened(name, form)
+            on_step("build", index, len(missing))
+
     def embed(self, warped: Tensor) -> Tensor:
         if self.plan.rows is not None:
             return super().embed(warped)
@@ -139,7 +177,7 @@ class BuiltCalls(TorchCalls):
 
     def _unet(self, x: Tensor, timestep: Tensor, prompt: Tensor, residuals: Residuals | None) -> Tensor:
         levels = self.built.zeros(x, timestep, prompt) if residuals is None else [*residuals[0], residuals[1]]
-        return self.built.run("unet", [x, timestep, prompt, *levels], self.built.form(x))[0]
+        return self.built.run("unet", [x, timestep, prompt, *levels], self.built.form(*x.shape[-2:]))[0]
 
     def features(self, warped: Tensor) -> list[Tensor]:
         if self.plan.rows is not None:

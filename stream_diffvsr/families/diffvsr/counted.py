@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...flow.estimators import TILE as FLOW_TILE
 from ...memory import count_bytes, on_meta
-from ...runtimes.torch import packed
+from ...runtimes.torch import folded, packed
 from ...tensors import SCALE, padded_size
 from ...upscaler import FixedPlacement, ignore_progress
 from .denoise import Schedule, denoise, latent_tiles
@@ -38,14 +38,22 @@ ONE_STEP = UpscaleOptions(num_inference_steps=1)
 class Needs:
     """Bytes by stage for the networks of one checkpoint; each count is made once per size."""
 
-    def __init__(self, networks: TorchNetworks, scheduler_config: dict[str, Any], dtype: torch.dtype) -> None:
-        self.networks, self.scheduler_config, self.dtype = networks, scheduler_config, dtype
+    def __init__(
+        self,
+        networks: TorchNetworks,
+        scheduler_config: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`device`: where they are to run; the networks may be on the meta device."""
+        self.networks, self.scheduler_config = networks, scheduler_config
+        self.dtype, self.device = dtype, device
         self._counted: dict[tuple[object, ...], int] = {}
 
     def __call__(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> dict[str, int]:
         """For an LQ size (height, width).
 
-        Keys: 'weights' (those that are packed count twice), 'frames', the activations of 'flow', 'controlnet'
+        Keys: 'weights' (other forms of them included), 'frames', the activations of 'flow', 'controlnet'
         (embedding the warped frame), 'unet' (with the ControlNet beside it) and 'vae', and 'peak': all that
         is held at the worst moment.
         """
@@ -60,13 +68,19 @@ class Needs:
         weights = sum(
             weight.nbytes for network in self.networks.stages().values() for weight in network.parameters()
         )
-        have, to_come = packed.bytes_beside(self.networks.stages().values())
+        have, to_come = self._beside_weights()
         beside, weights = self._beside(height, width), weights + have
         peak = weights + to_come + beside + max(stages.values())
         return {"weights": weights, "frames": beside - LIBRARIES, **stages, "peak": peak}
 
     def _beside(self, height: int, width: int) -> int:
         return LIBRARIES + FRAMES * 3 * torch.float32.itemsize * SCALE**2 * height * width
+
+    def _beside_weights(self) -> tuple[int, int]:
+        """Bytes of weights in other forms: those there are, and those that the next frame will make."""
+        networks = self.networks.stages().values() if self.device.type == "cpu" else ()
+        each = packed.bytes_beside(networks), folded.bytes_beside(networks)
+        return each[0][0] + each[1][0], each[0][1] + each[1][1]
 
     def most(self, size: Sequence[int]) -> int:
         """A bound on what a frame of an LQ size (height, width) needs besides the weights, without counting.
@@ -77,7 +91,7 @@ class Needs:
         height, width = padded_size(*size)
         networks = self.networks.stages().values()
         widest = max((max(x.shape, default=1) for net in networks for x in net.parameters()), default=1)
-        _, to_come = packed.bytes_beside(networks)
+        _, to_come = self._beside_weights()
         work = max(400 * widest * height * width, (height * width) ** 2)
         return self._beside(height, width) + to_come + work
 

@@ -20,7 +20,7 @@ from ...flow.warp import centred
 from ...runtimes.torch.precision import in_float32, upcast_attention
 from ...tensors import SCALE
 from ...tiling import Tile
-from ...upscaler import Placement
+from ...upscaler import OnStep, Placement
 from . import bands
 from .control import Control, Residuals
 from .plan import Plan
@@ -150,6 +150,9 @@ class TorchCalls:
             room = 0 if self.placement.fixed else self.need(stage)
             self._device = [self.placement.acquire(name, room) for name in networks or (stage,)][-1]
         return self._device
+
+    def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
+        """Do what takes long before the first frame of an LQ size; PyTorch needs nothing."""
 
     def flow(self, current: Tensor, previous: Tensor, scale: float) -> Tensor:
         device, estimator = self._enter("flow"), self.networks.flow

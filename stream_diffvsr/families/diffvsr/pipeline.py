@@ -83,7 +83,7 @@ class StreamDiffVSRPipeline:
         self.base: StreamDiffVSRPipeline | None = None
         self.loras: tuple[lora.Lora, ...] = ()
         self.number_format = str(dtype).removeprefix("torch.")
-        self.needs = Needs(self.torch_networks, scheduler_config, dtype)
+        self.needs = Needs(self.torch_networks, scheduler_config, dtype, device)
         self._prepared: dict[object, tuple[Schedule, list[Tensor]]] = {}
         self._lock = threading.Lock()
 
@@ -120,7 +120,7 @@ class StreamDiffVSRPipeline:
         """The same pipeline around other weights of the same layers."""
         other = copy.copy(self)
         other.torch_networks = networks
-        other.needs = Needs(networks, self.scheduler_config, self.dtype)
+        other.needs = Needs(networks, self.scheduler_config, self.dtype, self.device)
         return other
 
     def on(self, runtime: Runtime) -> StreamDiffVSRPipeline:

@@ -50,7 +50,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Planner:
     """Plans for the released networks, which need not be there; `flow` 'auto' is theirs."""
     estimator = open_flow("raft_large" if flow == "auto" else flow, untrained_flow)
-    needs = Needs(without_weights(CONFIGS, estimator, dtype), CONFIGS["scheduler"], dtype)
+    needs = Needs(without_weights(CONFIGS, estimator, dtype), CONFIGS["scheduler"], dtype, device)
     return Planner(needs, needs.most, estimator.methods, device)
 
 

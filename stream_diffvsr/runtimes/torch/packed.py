@@ -12,28 +12,14 @@ from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
-from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
+from .derived import Derived
+
 SMALLEST = 256 * 256
 """Weights of a layer: below, a call costs more than it saves."""
-
-
-class _Packed:
-    """A layer's weights as oneDNN wants them, and which weights they were."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.weight, self.at, self.version = ref(weight), weight.data_ptr(), weight._version
-        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
-
-    def is_of(self, weight: Tensor) -> bool:
-        unchanged = (self.at, self.version) == (weight.data_ptr(), weight._version)
-        return self.weight() is weight and unchanged
-
-
-_kept: WeakKeyDictionary[nn.Module, _Packed] = WeakKeyDictionary()
 
 
 @lru_cache
@@ -62,9 +48,7 @@ def packed(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
 
 def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
     """Bytes of what is packed, and of what the next frame will pack."""
-    layers = [layer for network in networks for layer in _layers(network)]
-    to_come = sum(layer.weight.nbytes for layer in layers if layer not in _kept)
-    return sum(layer.weight.nbytes for layer in layers) - to_come, to_come
+    return _kept.bytes_beside((layer for network in networks for layer in _layers(network)), 1)
 
 
 def _layers(network: nn.Module) -> Iterator[nn.Linear]:
@@ -72,17 +56,22 @@ def _layers(network: nn.Module) -> Iterator[nn.Linear]:
     for name, layer in network.named_modules() if is_faster_here() else ():
         if type(layer) is nn.Linear and ".attentions." in name and "forward" not in vars(layer):
             weight = layer.weight
-            if weight.numel() >= SMALLEST and weight.dtype == torch.float32 and weight.device.type == "cpu":
+            if (
+                weight.numel() >= SMALLEST
+                and weight.dtype == torch.float32
+                and weight.device.type in ("cpu", "meta")
+            ):
                 yield layer
 
 
 def _run(layer: nn.Linear, x: Tensor) -> Tensor:
     if layer.weight.is_inference():  # such weights do not tell when they change
         return nn.Linear.forward(layer, x)
-    kept = _kept.get(layer)
-    if kept is None or not kept.is_of(layer.weight):
-        kept = _kept[layer] = _Packed(layer.weight)
-    return torch.ops.mkldnn._linear_pointwise(x, kept.packed, layer.bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, _kept(layer), layer.bias, "none", [], "")
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight)
 
 
 def _has_avx512() -> bool:
@@ -95,3 +84,6 @@ def _is_amd() -> bool:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "AuthenticAMD" in platform.processor()
+
+
+_kept = Derived(_reordered)

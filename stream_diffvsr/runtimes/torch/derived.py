@@ -1,0 +1,49 @@
+"""Weights in another form, made once and kept beside the stored ones as long as their layer lives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from weakref import WeakKeyDictionary, ref
+
+from torch import Tensor, nn
+
+
+class Derived:
+    """What `make` makes of a layer's weight; made anew when the weight changes."""
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        self.make = make
+        self._kept: WeakKeyDictionary[nn.Module, _Of] = WeakKeyDictionary()
+
+    def __contains__(self, layer: nn.Module) -> bool:
+        return layer in self._kept
+
+    def __call__(self, layer: nn.Linear | nn.Conv2d) -> Tensor:
+        """The derived weight of a layer, whose own must not be an inference tensor: these hide changes."""
+        kept = self._kept.get(layer)
+        if kept is None or not kept.is_of(layer.weight):
+            kept = self._kept[layer] = _Of(layer.weight, self.make(layer.weight))
+        return kept.made
+
+    def bytes_beside(self, layers: Iterable[nn.Linear | nn.Conv2d], share: float) -> tuple[int, int]:
+        """Bytes that are kept for these layers, and that the next frame will add.
+
+        `share`: of a weight's bytes.
+        """
+        have = to_come = 0
+        for layer in layers:
+            size = round(layer.weight.nbytes * share)
+            have, to_come = (have + size, to_come) if layer in self else (have, to_come + size)
+        return have, to_come
+
+
+class _Of:
+    """A derived weight, and which weight it was made of."""
+
+    def __init__(self, weight: Tensor, made: Tensor) -> None:
+        self.weight, self.at, self.version = ref(weight), weight.data_ptr(), weight._version
+        self.made = made
+
+    def is_of(self, weight: Tensor) -> bool:
+        unchanged = (self.at, self.version) == (weight.data_ptr(), weight._version)
+        return self.weight() is weight and unchanged
