@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +19,15 @@ from samples import moving
 
 from stream_diffvsr import StreamDiffVSRPipeline, load_pipeline
 from stream_diffvsr.cli.main import main
-from stream_diffvsr.errors import IncompatibleInputError
+from stream_diffvsr.errors import CheckpointError, IncompatibleInputError
 from stream_diffvsr.files import read_metadata
 from stream_diffvsr.tensors import to_pixels
 from stream_diffvsr.training.clips import Footage, read_clips
 from stream_diffvsr.training.degrade import PRESETS, STEPS, check_steps, degrade, open_recipe
 from stream_diffvsr.training.loop import Run
 from stream_diffvsr.training.options import TrainOptions
+from stream_diffvsr.training.perceptual import Perceptual
+from stream_diffvsr.training.trainer import Trainer, of_state
 
 
 def pictures(folder: Path, count: int = 6, side: int = 64, seed: int = 0) -> Path:
@@ -74,7 +82,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
         if progress.step == at:
             break  # what is on the disk is that of step 0 or 2
     resumed = begin(guided, footage, tmp_path / "stopped", steps=3, every=2)
-    resumed.resume()
+    resumed.resume(resumed.state_file)
     assert (resumed.step, resumed.best_step) == (at // 2 * 2, stopped.best_step)
     assert [progress.loss for progress in resumed] == losses[at // 2 * 2 :]
     for name, weight in whole.tuned.parameters.items():
@@ -83,7 +91,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
         rows = [(tmp_path / each / name).read_text().count("\n") for each in ("whole", "stopped")]
         assert rows[0] == rows[1]
     with pytest.raises(IncompatibleInputError, match="seed 1 instead of 0"):
-        begin(guided, footage, tmp_path / "stopped", steps=3, every=2, seed=1).resume()
+        begin(guided, footage, tmp_path / "stopped", steps=3, every=2, seed=1).resume(resumed.state_file)
 
 
 def test_checkpointing_changes_no_gradient(
@@ -93,6 +101,32 @@ def test_checkpointing_changes_no_gradient(
     assert plain.update() == saving.update()
     for name, weight in plain.tuned.parameters.items():
         torch.testing.assert_close(weight, saving.tuned.parameters[name], atol=1e-6, rtol=0)
+
+
+def test_a_perceptual_loss_on_the_features_of_vgg(
+    guided: StreamDiffVSRPipeline, footage: Footage, tmp_path: Path
+) -> None:
+    """With torchvision's own network: the same features; a loss that is learned from, and 0 for the truth."""
+    from torchvision.models import vgg16
+
+    torch.manual_seed(0)
+    theirs = vgg16(weights=None).features.eval()
+    weights = {f"features.{name}": x for name, x in theirs.state_dict().items()}
+    torch.save({**weights, "classifier.0.bias": torch.zeros(1)}, tmp_path / "vgg.pth")
+    loss, (one, other) = Perceptual(tmp_path / "vgg.pth"), torch.rand(2, 1, 3, 32, 48).mul(2).sub(1).unbind()
+    mean, spread = loss.mean, loss.spread
+    seen = [theirs[:16]((x / 2 + 0.5 - mean) / spread) for x in (one, other)]
+    torch.testing.assert_close(loss(one, other), (seen[0] - seen[1]).abs().mean())
+    assert loss(one, one) == 0
+    given = {"perceptual": str(tmp_path / "vgg.pth"), "perceptual_weight": 1.0, "steps": 1, "frames": 1}
+    plain = begin(guided, footage, tmp_path / "a", steps=1, frames=1)
+    run = begin(guided, footage, tmp_path / "b", **given)
+    assert run.update() > plain.update()
+    differs = [name for name, x in run.parameters.items() if not torch.equal(x, plain.parameters[name])]
+    assert differs
+    torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match="does not hold the weights of VGG-16"):
+        Perceptual(tmp_path / "other.pth")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -166,3 +200,66 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     folder = str(tmp_path / "whole")
     assert main([*command, "-o", folder, "--steps", "1", "--what", "full"]) == 0
     assert load_pipeline(folder, device="cpu").info.model != load_pipeline("nano", device="cpu").info.model
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[object]:
+    """What nano learns from; the recipe stands beside the package, and draws one scene here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(Path(__file__).parents[1])
+        from training.data import Pictures
+
+        yield Pictures(0, 1)
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "temporal", "flow"])
+def test_the_recipe_of_nano_uses_the_same_loop(stage: str, pool: Any, tmp_path: Path) -> None:
+    """Two steps at once, and in two runs: the same weights, and the moving average beside them."""
+    from training import flow, train
+    from training.flow_data import Pool
+
+    def begin() -> Trainer:
+        if stage == "flow":
+            given = {"steps": 2, "rate": 1e-3, "batch": 1, "size": 32, "scenes": 1, "seed": 0, "start": None}
+            return flow.Run(Namespace(**given), Pool(pool))
+        wanted = [stage, "--steps", "2", "--batch", "1", "--frames", "2", "--size", "32", "--scenes", "1"]
+        return train.Stage(train.arguments(wanted), pool)
+
+    train.fit(begin(), tmp_path / "whole.safetensors", tmp_path / "log.csv")
+    stopped = begin()
+    stopped.update()
+    stopped.keep(tmp_path / "parts.safetensors")
+    train.fit(begin(), tmp_path / "parts.safetensors", tmp_path / "log.csv")
+    for kind in ("weights", "average"):
+        whole, parts = (of_state(tmp_path / f"{name}.safetensors", kind) for name in ("whole", "parts"))
+        assert whole.keys() == parts.keys()
+        assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    before = {name: x.detach().clone() for name, x in begin().parameters.items()}
+    changed = [name for name, x in of_state(tmp_path / "whole.safetensors", "weights").items()
+               if not torch.equal(x, before[name])]  # fmt: skip
+    assert changed and "prompt" not in changed
+    assert (tmp_path / "log.csv").read_text().count("\n") == 2
+
+
+@pytest.mark.long
+def test_two_processes_share_a_run(tmp_path: Path) -> None:
+    """As `accelerate launch` starts them on GPUs: one report, one file, and nobody waits at the end."""
+    clips = pictures(tmp_path / "clip")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["-m", "stream_diffvsr.cli.main", "train", str(clips), "--size", "48", "--frames", "2"]
+    command += [
+        "--steps",
+        "40",
+        "--minutes",
+        "0.2",
+        "--every",
+        "1000",
+        "-o",
+        str(tmp_path / "made.safetensors"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "made.safetensors")]
+    assert done.stderr.count("over the base") == 1 and "inf" not in done.stderr
+    assert (tmp_path / "made.safetensors").is_file()

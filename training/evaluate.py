@@ -1,6 +1,6 @@
 """Measures nano on clips that it never saw in training.
 
-python -m training.evaluate CHECKPOINT.pt CLIP... [--frames 12] [--crf 28] [--sheet OUT.png]
+python -m training.evaluate CHECKPOINT.safetensors CLIP... [--frames 12] [--crf 28] [--sheet OUT.png]
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from stream_diffvsr.training.trainer import of_state
 from training.data import to_model
 from training.networks import Nano, scheduler
 from training.rollout import dis_flow, lq_up, true_warp, upscale
@@ -82,7 +83,7 @@ def warping_error(result: Tensor, truth: Tensor) -> float:
 
 def load(path: Path) -> Nano:
     model = Nano()
-    model.load_state_dict(torch.load(path, weights_only=True)["average"])
+    model.load_state_dict(of_state(path, "average"))
     return model.eval().to(memory_format=torch.channels_last)
 
 

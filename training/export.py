@@ -1,6 +1,6 @@
 """Writes a training checkpoint as the folder that the engine opens:
 
-python -m training.export training/runs/temporal.pt
+python -m training.export training/runs/temporal.safetensors
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def export(checkpoint: Path, folder: Path) -> None:
     write_json(folder / "scheduler" / "scheduler_config.json",
                {"_class_name": "DDIMScheduler", **WRITTEN_FOR, **SCHEDULER})  # fmt: skip
     write_json(folder / "model_index.json", INDEX)
-    save_file({prompt_key(""): model.prompt.contiguous()}, folder / "prompt_embeddings.safetensors")
+    save_file({prompt_key(""): model.prompt.detach().contiguous()}, folder / "prompt_embeddings.safetensors")
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Trains nano's own flow network on pairs of frames with known motion:
 
     python -m training.flow --steps 6000
-    python -m training.flow_evaluate training/runs/flow.pt
-    python -m training.flow_export training/runs/flow.pt
+    python -m training.flow_evaluate training/runs/flow.safetensors
+    python -m training.flow_export training/runs/flow.safetensors
 
 One thread, no GPU needed. Started again, it continues where it stopped.
 """
@@ -10,21 +10,21 @@ One thread, no GPU needed. Started again, it continues where it stopped.
 from __future__ import annotations
 
 import argparse
-import copy
-import csv
 import math
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from stream_diffvsr.flow.bundled import FlowNetwork
+from stream_diffvsr.training.trainer import Trainer
 from training.data import Pictures
 from training.flow_data import Pool, pair_batch
+from training.train import fit
 
 RUNS = Path(__file__).parent / "runs"
 LOG = Path(__file__).parent / "flow_log.csv"
@@ -54,78 +54,51 @@ def level_loss(flow: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
     return LEVEL_WEIGHTS[round(math.log2(scale))] * mean
 
 
-def flow_loss(network: FlowNetwork, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, float]:
-    """-> the loss over all levels, and the finest flow's end-point error in LQ pixels."""
+def flow_loss(network: FlowNetwork, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
+    """The loss over all levels."""
     current, previous, truth, seen = batch
     weight = HIDDEN_WEIGHT + (1 - HIDDEN_WEIGHT) * seen
     flows = network.flows(current, previous)
     losses = [level_loss(flow, truth, weight) for flow in flows]
-    error = (flows[-1].detach() - truth).square().sum(1).sqrt().mean()
-    return torch.stack(losses).sum(), float(error)
+    return torch.stack(losses).sum()
 
 
-class Run:
-    """Network, moving average, optimiser and learning rate, kept in a file."""
+class Run(Trainer):
+    """Training of the flow network, with a moving average of its weights."""
 
-    def __init__(self, path: Path, steps: int, rate: float, start: Path | None) -> None:
-        self.path, self.steps, self.rate, self.step = path, steps, rate, 0
-        self.network = FlowNetwork(**CONFIG)
-        if start:
-            self.network.load_state_dict({k: v.float() for k, v in load_file(start).items()})
-        self.average = copy.deepcopy(self.network)
-        self.optimiser = torch.optim.AdamW(self.network.parameters(), lr=rate, weight_decay=1e-4)
-        if path.exists():
-            saved = torch.load(path, weights_only=True)
-            self.network.load_state_dict(saved["network"])
-            self.average.load_state_dict(saved["average"])
-            self.optimiser.load_state_dict(saved["optimiser"])
-            self.step = saved["step"]
+    warm = 100
 
-    def save(self) -> None:
-        partial = self.path.with_suffix(".partial")
-        torch.save({"network": self.network.state_dict(), "average": self.average.state_dict(),
-                    "optimiser": self.optimiser.state_dict(), "step": self.step}, partial)  # fmt: skip
-        partial.replace(self.path)
-
-    def rate_now(self) -> float:
-        warm = min(1.0, (self.step + 1) / 100)
-        return (
-            self.rate * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1, self.step / self.steps))))
+    def __init__(self, args: argparse.Namespace, pool: Pool) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.pool, self.network = args, pool, FlowNetwork(**CONFIG)
+        if args.start:
+            self.network.load_state_dict({k: v.float() for k, v in load_file(args.start).items()})
+        super().__init__(
+            dict(self.network.named_parameters()),
+            steps=args.steps,
+            rate=args.rate,
+            cpu=True,
+            weight_decay=1e-4,
+            average=0.996,
         )
 
-    def update(self, loss: Tensor) -> None:
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate_now()
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        self.optimiser.step()
-        self.step += 1
-        decay = min(0.996, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            for slow, fast in zip(self.average.parameters(), self.network.parameters(), strict=True):
-                slow.lerp_(fast, 1 - decay)
+    def fall(self) -> float:
+        return 0.01 + 0.99 * super().fall()
 
+    def settings(self) -> dict[str, Any]:
+        return {
+            name: getattr(self.args, name) for name in ("steps", "rate", "batch", "size", "scenes", "seed")
+        }
 
-def fit(run: Run, pool: Pool, args: argparse.Namespace) -> None:
-    rng = np.random.default_rng((args.seed, run.step))
-    started, figures = time.time(), []
-    while run.step < run.steps:
+    def gradients(self, step: int) -> float:
+        args, rng = self.args, np.random.default_rng((self.args.seed, step))
+        torch.manual_seed(hash((args.seed, step)))
         short = args.size if rng.random() < LARGE_SHARE else args.size * 3 // 4
         size = (short, short * 4 // 3)
-        batch = pair_batch(pool, rng, args.batch, *(size if rng.random() < 0.7 else size[::-1]))
-        loss, error = flow_loss(run.network, batch)
-        run.update(loss)
-        figures.append((loss.item(), error))
-        if run.step % 50 == 0:
-            means = [f"{value:.4f}" for value in np.mean(figures, 0)]
-            row = [run.path.stem, run.step, *means, f"{run.rate_now():.2e}", f"{time.time() - started:.0f}"]
-            print(*row, flush=True)
-            with LOG.open("a", newline="") as file:
-                csv.writer(file).writerow(row)
-            figures.clear()
-        if run.step % 100 == 0 or run.step == run.steps:
-            run.save()
+        batch = pair_batch(self.pool, rng, args.batch, *(size if rng.random() < 0.7 else size[::-1]))
+        loss = flow_loss(self.network, batch)
+        loss.backward()
+        return float(loss.detach())
 
 
 def main() -> None:
@@ -142,9 +115,8 @@ def main() -> None:
     RUNS.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    torch.manual_seed(args.seed)
     pool = Pool(Pictures(args.seed, args.scenes, RUNS / f"scenes-{args.seed}-{args.scenes}.npy"))
-    fit(Run(RUNS / f"{args.name}.pt", args.steps, args.rate, args.start), pool, args)
+    fit(Run(args, pool), RUNS / f"{args.name}.safetensors", LOG)
 
 
 if __name__ == "__main__":

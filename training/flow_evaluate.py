@@ -1,6 +1,6 @@
 """Compares nano's own flow network with OpenCV's DIS on motion and pictures that it never saw.
 
-python -m training.flow_evaluate [CHECKPOINT.pt] [--clips CLIP.mp4 ...] [--pairs 60]
+python -m training.flow_evaluate [CHECKPOINT.safetensors] [--clips CLIP.mp4 ...] [--pairs 60]
 
 Without a checkpoint it measures the network that ships. Errors are in pixels of the 4x frames.
 """
@@ -20,6 +20,7 @@ from stream_diffvsr import load_pipeline
 from stream_diffvsr.flow import BundledFlow, DisFlow, FlowEstimator
 from stream_diffvsr.flow.bundled import REDUCTION, FlowNetwork
 from stream_diffvsr.flow.open import open_bundled
+from stream_diffvsr.training.trainer import of_state
 from training.data import Pictures, reduce, spoil, to_model
 from training.evaluate import eight_bit, psnr, read, reduced, warping_error
 from training.flow import CONFIG, RUNS
@@ -38,7 +39,7 @@ def load(checkpoint: Path | None) -> FlowNetwork:
     if checkpoint is None:
         return open_bundled()
     network = FlowNetwork(**CONFIG)
-    network.load_state_dict(torch.load(checkpoint, weights_only=True)["average"])
+    network.load_state_dict(of_state(checkpoint, "average"))
     # As it will be kept: in half precision.
     return network.half().float().requires_grad_(False)
 

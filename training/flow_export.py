@@ -1,6 +1,6 @@
 """Writes the flow network as the engine opens it, in half precision:
 
-python -m training.flow_export training/runs/flow.pt
+python -m training.flow_export training/runs/flow.safetensors
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ import argparse
 import json
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from stream_diffvsr.flow.open import BUNDLED
+from stream_diffvsr.training.trainer import of_state
 from training.flow import CONFIG
 
 
 def export(checkpoint: Path, path: Path) -> None:
     """The moving average of the weights, and the configuration beside it."""
-    average = torch.load(checkpoint, weights_only=True)["average"]
+    average = of_state(checkpoint, "average")
     path.parent.mkdir(parents=True, exist_ok=True)
     config = json.dumps(CONFIG, indent=2, sort_keys=True) + "\n"
     path.with_name("config.json").write_text(config, encoding="utf-8")

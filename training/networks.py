@@ -91,7 +91,7 @@ class Nano(nn.Module):
         self.unet = UNet2DConditionModel(**UNET)
         self.controlnet = ControlNetModel(**CONTROLNET)
         self.vae = TemporalAutoencoderTiny(VAE)
-        self.register_buffer("prompt", torch.randn(1, 77, PROMPT_WIDTH))
+        self.prompt = nn.Parameter(torch.randn(1, 77, PROMPT_WIDTH), requires_grad=False)
         start_unet(self.unet)
         start_control(self.controlnet)
         start_vae(self.vae)

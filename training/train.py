@@ -1,30 +1,28 @@
 """Trains nano, one command per stage:
 
     python -m training.train autoencoder --steps 4500
-    python -m training.train temporal --steps 1200 --start training/runs/autoencoder.pt
-    python -m training.export training/runs/temporal.pt
+    python -m training.train temporal --steps 1200 --start training/runs/autoencoder.safetensors
+    python -m training.export training/runs/temporal.safetensors
 
-Each of the `--workers` processes computes with one thread on its share of the batch: on a machine that does
-other work besides, threads that wait for one another at every layer would mostly wait.
+`torchrun --nproc_per_node 2 -m training.train ...` shares each batch among two processes. On a
+machine that does other work, two processes of one thread each are faster than one with two threads, which
+would wait for each other in every layer. A run that is started again continues where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from queue import Queue
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor
 
+from stream_diffvsr.training.trainer import Trainer, of_state
 from training.data import Pictures, still_batch
 from training.export import WEIGHTS
 from training.losses import fidelity
@@ -35,19 +33,7 @@ from training.temporal import control_loss, temporal_loss
 RUNS = Path(__file__).parent / "runs"
 LOG = Path(__file__).parent / "log.csv"
 HASTE = 2.0
-
-
-def ahead(make: Callable[[], Any], depth: int = 3) -> Iterator[Any]:
-    """Batches made by a thread while the networks compute."""
-    queue: Queue[Any] = Queue(depth)
-
-    def work() -> None:
-        while True:
-            queue.put(make())
-
-    Thread(target=work, daemon=True).start()
-    while True:
-        yield queue.get()
+"""Factor on the rate of what brings in the previous frame: it starts late, behind weights that are small."""
 
 
 def plain_latents(lq: Tensor) -> Tensor:
@@ -55,114 +41,97 @@ def plain_latents(lq: Tensor) -> Tensor:
     return torch.cat([lq, torch.zeros_like(lq[:, :1])], 1)
 
 
-def autoencoder_loss(model: Nano, batch: tuple[Tensor, Tensor]) -> Tensor:
-    lq, truth = batch
-    return fidelity(model.vae.decode(plain_latents(lq)), truth)
+def haste(name: str) -> float:
+    late = name.startswith("controlnet.") or "temporal_processor" in name or name.endswith("alpha")
+    return HASTE if late else 1.0
 
 
-def average_into(average: nn.Module, model: nn.Module, decay: float) -> None:
-    with torch.no_grad():
-        for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
-            slow.lerp_(fast, 1 - decay)
+class Stage(Trainer):
+    """One stage of nano's training, with a moving average of the weights."""
 
+    warm, clip = 30, 0.5
 
-def share_gradients(model: nn.Module) -> None:
-    """Average over the workers, in one message."""
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(flat)
-    pieces = (flat / distributed.get_world_size()).split([gradient.numel() for gradient in gradients])
-    for gradient, piece in zip(gradients, pieces, strict=True):
-        gradient.copy_(piece.view_as(gradient))
+    def __init__(self, args: argparse.Namespace, pool: Pictures) -> None:
+        torch.manual_seed(args.seed)
+        self.args, self.pool = args, pool
+        self.model = Nano().to(memory_format=torch.channels_last)
+        if args.start:
+            start_from(self.model, args.start, args.fresh_control)
+        super().__init__(
+            dict(self.model.named_parameters()),
+            steps=args.steps,
+            rate=args.rate,
+            cpu=True,
+            betas=(0.9, 0.98),
+            weight_decay=1e-4,
+            haste=haste,
+            average=0.998,
+        )
 
+    def fall(self) -> float:
+        fade = self.steps if self.args.fade is None else self.args.fade
+        return min(1.0, (self.steps - self.step) / max(fade, 1))
 
-def groups(model: nn.Module) -> list[dict[str, Any]]:
-    """What brings the previous frame in learns faster: it starts late, behind weights that are small."""
-    late, rest = [], []
-    for name, weight in model.named_parameters():
-        hasty = name.startswith("controlnet.") or "temporal_processor" in name or name.endswith("alpha")
-        (late if hasty else rest).append(weight)
-    return [{"params": rest, "haste": 1.0}, {"params": late, "haste": HASTE}]
+    def settings(self) -> dict[str, Any]:
+        shared = ("stage", "steps", "fade", "rate", "batch", "frames", "size", "scenes", "steadiness", "seed")
+        return {name: getattr(self.args, name) for name in shared}
 
-
-class Run:
-    """One stage: optimiser, moving average, learning rate, checkpoints, log."""
-
-    def __init__(self, name: str, model: Nano, steps: int, fade: int, rate: float) -> None:
-        self.name, self.model, self.steps, self.fade, self.rate = name, model, steps, fade, rate
-        self.average = copy.deepcopy(model)
-        self.optimiser = torch.optim.AdamW(groups(model), lr=rate, betas=(0.9, 0.98), weight_decay=1e-4)
-        self.step, self.losses, self.started = 0, [], time.time()
-        self.path = RUNS / f"{name}.pt"
-
-    def resume(self) -> None:
-        if self.path.exists():
-            saved = torch.load(self.path, weights_only=True)
-            self.model.load_state_dict(saved["model"])
-            self.average.load_state_dict(saved["average"])
-            self.optimiser.load_state_dict(saved["optimiser"])
-            self.step = saved["step"]
-
-    def save(self) -> None:
-        state = {"model": self.model.state_dict(), "average": self.average.state_dict(),
-                 "optimiser": self.optimiser.state_dict(), "step": self.step}  # fmt: skip
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.path)
-
-    def rate_now(self) -> float:
-        warm = min(1.0, (self.step + 1) / 30)
-        return self.rate * warm * min(1.0, (self.steps - self.step) / max(self.fade, 1))
-
-    def update(self, loss: Tensor) -> None:
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate_now() * group["haste"]
-        self.optimiser.zero_grad()
+    def gradients(self, step: int) -> float:
+        args, rank = self.args, self.accelerator.process_index
+        torch.manual_seed(hash((args.seed, step, rank)))
+        rng = np.random.default_rng((args.seed, step, rank))
+        count = max(1, args.batch // self.accelerator.num_processes)
+        if args.stage == "autoencoder":
+            lq, truth = still_batch(self.pool, rng, count, args.size)
+            loss = fidelity(self.model.vae.decode(plain_latents(lq)), truth)
+        else:
+            # The same choices in all processes, so that none waits for one that has more to compute.
+            choices = np.random.default_rng((args.seed, step))
+            frames = 2 if args.stage == "control" else args.frames
+            batch = sequence_batch(self.pool, rng, count, frames, args.size)
+            if args.stage == "control":
+                loss = control_loss(self.model, batch, choices)
+            else:
+                loss = temporal_loss(self.model, batch, choices, args.steadiness)
         loss.backward()
-        share_gradients(self.model)
-        nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.grad is not None], 0.5)
-        self.optimiser.step()
-        self.step += 1
-        average_into(self.average, self.model, min(0.998, (1 + self.step) / (10 + self.step)))
-        self.losses.append(loss.item())
-
-    def report(self) -> None:
-        mean = sum(self.losses) / len(self.losses)
-        self.losses.clear()
-        seconds = f"{time.time() - self.started:.0f}"
-        row = [self.name, self.step, f"{mean:.5f}", f"{self.rate_now():.2e}", seconds]
-        print(*row, flush=True)
-        with LOG.open("a", newline="") as file:
-            csv.writer(file).writerow(row)
+        return float(loss.detach())
 
 
-def fit(run: Run, batches: Iterator[Any], loss: Callable[[Nano, Any], Tensor]) -> None:
+def fit(run: Trainer, path: Path, log: Path, every: int = 50) -> None:
+    """Train to the last step; a row of the log, and the state, after every so many."""
+    if path.exists():
+        run.resume(path)
+    losses, started = [], time.time()
     while run.step < run.steps:
-        run.update(loss(run.model, next(batches)))
-        first = distributed.get_rank() == 0
-        if first and run.step % 25 == 0:
-            run.report()
-        if first and (run.step % 50 == 0 or run.step == run.steps):
-            run.save()
+        losses.append(run.update())
+        if run.step % every and run.step != run.steps:
+            continue
+        if run.accelerator.is_main_process:
+            seconds = f"{time.time() - started:.0f}"
+            row = [path.stem, run.step, f"{np.mean(losses):.5f}", f"{run.rate_now():.2e}", seconds]
+            print(*row, flush=True)
+            with log.open("a", newline="") as file:
+                csv.writer(file).writerow(row)
+            run.keep(path)
+        losses.clear()
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("stage", choices=("autoencoder", "control", "temporal"))
     parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--fade", type=int, help="so many steps at the end with falling rate; default: all")
+    parser.add_argument("--fade", type=int, help="steps at the end with a falling rate; default: all")
     parser.add_argument("--fresh-control", action="store_true", help="begin with a new ControlNet")
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--frames", type=int, default=5, help="length of the sequences of the temporal stage")
+    parser.add_argument("--frames", type=int, default=5, help="length of the temporal stage's sequences")
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--scenes", type=int, default=150)
-    parser.add_argument("--name", help="of the run, if not that of the stage")
+    parser.add_argument("--name", help="of the run; default: the stage")
     parser.add_argument("--steadiness", type=float, default=0.6, help="weight of the loss against flicker")
-    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start", type=Path, help="what the stage before saved, or a checkpoint folder")
-    return parser.parse_args()
+    parser.add_argument("--start", type=Path, help="what the stage before kept, or a checkpoint folder")
+    return parser.parse_args(given)
 
 
 def exported(folder: Path) -> dict[str, Tensor]:
@@ -174,11 +143,8 @@ def exported(folder: Path) -> dict[str, Tensor]:
 
 
 def start_from(model: Nano, checkpoint: Path, fresh_control: bool) -> None:
-    """Take over what an earlier run has trained; the autoencoder's stage left the rest as it began."""
-    if checkpoint.is_dir():
-        weights = exported(checkpoint)
-    else:
-        weights = torch.load(checkpoint, weights_only=True)["average"]
+    """Begin with what an earlier run has trained; the autoencoder's stage trains nothing else."""
+    weights = exported(checkpoint) if checkpoint.is_dir() else of_state(checkpoint, "average")
     if checkpoint.stem == "autoencoder":
         weights = {k: v for k, v in weights.items() if k.startswith("vae.")}
     if fresh_control:
@@ -186,47 +152,13 @@ def start_from(model: Nano, checkpoint: Path, fresh_control: bool) -> None:
     model.load_state_dict({**model.state_dict(), **weights})
 
 
-def pictures(args: argparse.Namespace) -> Pictures:
-    return Pictures(args.seed, args.scenes, RUNS / f"scenes-{args.seed}-{args.scenes}.npy")
-
-
-def work(rank: int, args: argparse.Namespace) -> None:
-    """One worker: the same weights everywhere, other data in each."""
-    pool = pictures(args)
-    meeting = f"file://{args.meeting}"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=args.workers)
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(1)
-    torch.set_flush_denormal(True)
-    model = Nano().to(memory_format=torch.channels_last)
-    if args.start:
-        start_from(model, args.start, args.fresh_control)
-    fade = args.steps if args.fade is None else args.fade
-    run = Run(args.name or args.stage, model, args.steps, fade, args.rate)
-    run.resume()
-    torch.manual_seed(args.seed + 1000 * rank + run.step)
-    rng = np.random.default_rng((args.seed, run.step, rank))
-    count = args.batch // args.workers
-    if args.stage == "autoencoder":
-        fit(run, ahead(lambda: still_batch(pool, rng, count, args.size)), autoencoder_loss)
-        return
-    # The same choices in all workers, so that none waits for one that does more steps.
-    choices = np.random.default_rng((args.seed, run.step))
-    frames = 2 if args.stage == "control" else args.frames
-    batches = iter(lambda: sequence_batch(pool, rng, count, frames, args.size), None)
-    if args.stage == "control":
-        fit(run, batches, lambda model, batch: control_loss(model, batch, choices))
-    else:
-        fit(run, batches, lambda model, batch: temporal_loss(model, batch, choices, args.steadiness))
-
-
 def main() -> None:
     args = arguments()
     RUNS.mkdir(exist_ok=True)
-    args.meeting = RUNS / f"{args.name or args.stage}.meeting"
-    args.meeting.unlink(missing_ok=True)
-    pictures(args)  # drawn once, read from the file by the workers
-    multiprocessing.spawn(work, (args,), args.workers)
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    pool = Pictures(args.seed, args.scenes, RUNS / f"scenes-{args.seed}-{args.scenes}.npy")
+    fit(Stage(args, pool), RUNS / f"{args.name or args.stage}.safetensors", LOG)
 
 
 if __name__ == "__main__":

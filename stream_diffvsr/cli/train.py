@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -68,9 +69,15 @@ def run(args: argparse.Namespace) -> int:
     return train(args, options, footage, recipe, output)
 
 
+def is_first() -> bool:
+    """Whether this is the first, or the only one, of the processes that share a run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def print_note(line: str) -> None:
-    """Print for people, apart from what scripts read."""
-    print(line, file=sys.stderr, flush=True)
+    """Print for people, apart from what scripts read; once, however many processes share the run."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
@@ -89,6 +96,8 @@ def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
     own: Path = args.output or args.clips[0].with_name(f"{args.clips[0].stem}_{options.what}")
     named = options.what == "full" or own.suffix == ".safetensors"
     output = own if named else own.with_name(f"{own.name}.safetensors")
+    if not is_first():  # the first process checks, and may have begun already
+        return output
     begun = run_folder(output).exists()
     if begun and not args.resume:
         raise IncompatibleInputError(
@@ -118,12 +127,14 @@ def train(
     run_folder(output).mkdir(parents=True, exist_ok=True)
     run = Run(base, footage, recipe, options, output, run_folder(output), told)
     if args.resume and run.state_file.exists():
-        run.resume()
+        run.resume(run.state_file)
     tell_costs(run)
     for progress in run:
         if progress.figures is not None:
             gain = f"{progress.figures.psnr - run.begun.psnr:+.3f} dB"
             print_note(f"step {progress.step} of {progress.steps}: {progress.figures}, {gain} over the base")
+    if not is_first():
+        return 0
     if options.what == "full":
         run.tuned.save_folder(output, run.best_file, resolve(args.base) or Path(args.base), told)
     print_note(f"the base: {run.begun}")
@@ -146,7 +157,7 @@ def tell_costs(run: Run) -> None:
         remedy = "use a smaller --size, or --checkpointing"
         used = memory_used(device) // MEGABYTE
         raise VRAMError(used, free_memory(device) // MEGABYTE, remedy) from error
-    learning = sum(weight.numel() for weight in run.parameters)
+    learning = sum(weight.numel() for weight in run.parameters.values())
     files = 4 * learning * 5 + (options.steps // options.every + 1) * MEGABYTE
     free = shutil.disk_usage(run.report.folder).free
     if files > free:
@@ -155,7 +166,7 @@ def tell_costs(run: Run) -> None:
             f"{free // MEGABYTE} MB are free"
         )
     if options.minutes is not None and run.step == 0:
-        run.steps = max(1, min(options.steps, int(60 * options.minutes / seconds)))
+        run.agree_on(max(1, min(options.steps, int(60 * options.minutes / seconds))))
     left, trained, held = run.steps - run.step, run.footage.train, run.footage.held
     print_note(
         f"{learning:,} parameters are trained on {sum(map(len, trained))} frames; "

@@ -6,7 +6,6 @@ same weights.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
@@ -19,30 +18,28 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_, parametrize
+from torch.nn.utils import parametrize
 
-from ..errors import IncompatibleInputError
 from ..families.diffvsr.method import Frame, upscale
 from ..families.diffvsr.networks import TorchCalls
 from ..families.diffvsr.options import UpscaleOptions
 from ..families.diffvsr.pipeline import StreamDiffVSRPipeline
 from ..families.diffvsr.plan import Plan
 from ..families.diffvsr.state import StreamDiffVSRState
-from ..files import read_tensors, save_tensors
 from ..tensors import SCALE, from_pixels
 from ..upscaler import FixedPlacement
 from .clips import Footage, Window, crop
 from .degrade import Recipe, degrade
 from .options import TrainOptions
+from .perceptual import Perceptual
 from .report import Figures, Report, measured
+from .trainer import Trainer
 from .tuned import Tuned
 
 log = logging.getLogger(__name__)
 
 MARGIN = 64
 """True pixels around a crop that are degraded with it, so that codecs and filters see more than the crop."""
-WARM = 10
-"""Steps in which the learning rate rises."""
 HELD_SCENES, HELD_FRAMES, HELD_SIDE = 4, 8, 256
 """What is measured of the part held out."""
 SAVED_SECONDS = 60.0
@@ -93,8 +90,8 @@ def distance(difference: Tensor, kind: str) -> Tensor:
     return 10 * difference.square().mean() if kind == "l2" else (difference.square() + 1e-6).sqrt().mean()
 
 
-class Run:
-    """A fine-tuning run: parameters, optimiser, step, and the best step so far."""
+class Run(Trainer):
+    """A fine-tuning run, and the best step so far."""
 
     def __init__(
         self,
@@ -107,16 +104,19 @@ class Run:
         told: Mapping[str, str],
     ) -> None:
         """`output` is the LoRA to be written, `folder` is for the state, the figures and the pictures."""
-        from accelerate import Accelerator
-
-        precision = "bf16" if options.precision == "bfloat16" else "no"
-        self.accelerator = Accelerator(mixed_precision=precision, cpu=base.device.type == "cpu")
         self.base, self.footage, self.recipe = base, footage, recipe
         self.options, self.told = options, dict(told)
         self.tuned = Tuned(base, options)
-        self.parameters = list(self.tuned.parameters.values())
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=options.learning_rate, weight_decay=0.0)
-        self.step, self.steps, self.best_step = 0, options.steps, 0
+        super().__init__(
+            self.tuned.parameters,
+            steps=options.steps,
+            rate=options.learning_rate,
+            cpu=base.device.type == "cpu",
+            precision="bf16" if options.precision == "bfloat16" else "no",
+        )
+        seen = None if options.perceptual is None else Perceptual(Path(options.perceptual))
+        self.perceptual = None if seen is None else seen.to(base.device)
+        self.best_step = 0
         self.begun, self.best = Figures(-math.inf, 0, 0), Figures(-math.inf, 0, 0)
         self.report = Report(folder)
         self.best_file = output if options.what == "lora" else folder / "best.safetensors"
@@ -154,6 +154,8 @@ class Run:
                 with self.accelerator.autocast():
                     hq = upscale(frame, calls, schedule, prompts)
                 loss = distance(hq - truth, self.options.loss)
+                if (compare := self.perceptual) is not None:
+                    loss = loss + self.options.perceptual_weight * compare(hq, truth)
                 if state.previous_hq is not None and self.options.steadiness:
                     change = (hq - state.previous_hq) - (truth - truths[index - 1])
                     loss = loss + self.options.steadiness * distance(change, self.options.loss)
@@ -161,27 +163,6 @@ class Run:
             total += float(loss.detach()) / len(lqs)
             state = StreamDiffVSRState(previous_hq=hq.detach(), previous_lq=lq, frame_index=index + 1)
         return total
-
-    def rate_now(self) -> float:
-        """The learning rate: it rises at first, then falls to 0 along a cosine."""
-        fall = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
-        return self.options.learning_rate * min(1.0, (self.step + 1) / WARM) * fall
-
-    def update(self) -> float:
-        """One step; returns its loss."""
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.rate_now()
-        self.optimiser.zero_grad()
-        loss = self.gradients(self.step)
-        if self.accelerator.num_processes > 1:
-            for weight in self.parameters:
-                if weight.grad is not None:
-                    mean: Any = self.accelerator.reduce(weight.grad, "mean")
-                    weight.grad.copy_(mean)
-        clip_grad_norm_(self.parameters, 1.0)
-        self.optimiser.step()
-        self.step += 1
-        return loss
 
     # The whole
 
@@ -200,7 +181,7 @@ class Run:
     def _measure_base(self) -> None:
         if not math.isfinite(self.begun.psnr):
             self.begun = self._measure(self.base)
-            self.keep()
+            self.keep(self.state_file)
 
     def _measure(self, pipe: StreamDiffVSRPipeline) -> Figures:
         started = time.perf_counter()
@@ -217,14 +198,14 @@ class Run:
             self._measure_base()
         while self.step < self.steps:
             loss, figures = self.update(), None
-            if time.monotonic() - started > end:
-                self.steps = self.step
+            if end < math.inf:
+                self.agree_on(self.step if time.monotonic() - started > end else self.steps)
             due = self.step % self.options.every == 0 or self.step == self.steps
             if main:
                 self.report.log(self.step, loss, self.rate_now())
                 figures = self._judge() if due else None
                 if due or time.monotonic() - kept > SAVED_SECONDS:
-                    self.keep()
+                    self.keep(self.state_file)
                     kept = time.monotonic()
             self.accelerator.wait_for_everyone()
             yield Progress(self.step, self.steps, loss, figures)
@@ -246,46 +227,22 @@ class Run:
     def state_file(self) -> Path:
         return self.report.folder / "state.safetensors"
 
-    def resume_settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """What a run that is resumed must have in common with the one before."""
         own = {name: value for name, value in asdict(self.options).items() if name != "every"}
         return {**own, "base": self.base.model, "clips": self.footage.identity, "recipe": repr(self.recipe)}
 
-    def keep(self) -> None:
-        """Write all that the following steps depend on, whole or not at all."""
-        tensors = {f"weights.{name}": weight for name, weight in self.tuned.parameters.items()}
-        for name, weight in self.tuned.parameters.items():
-            moments = self.optimiser.state.get(weight, {})
-            tensors |= {f"{key}.{name}": value for key, value in moments.items()}
-        facts = {name: getattr(self, name) for name in ("step", "steps", "best_step")}
-        facts |= {"best": asdict(self.best), "begun": asdict(self.begun), "settings": self.resume_settings()}
-        plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        save_tensors(self.state_file, plain, {"run": json.dumps(facts)})
+    def facts(self) -> dict[str, Any]:
+        best = {"best_step": self.best_step, "best": asdict(self.best), "begun": asdict(self.begun)}
+        return {**super().facts(), **best}
 
-    def resume(self) -> None:
-        """Continue from what `keep` wrote; raises `IncompatibleInputError` if that was a different run."""
-        tensors, texts = read_tensors(self.state_file)
-        facts = json.loads(texts["run"])
-        now = json.loads(json.dumps(self.resume_settings()))
-        changed = [
-            f"{name} {now.get(name)!r} instead of {value!r}"
-            for name, value in facts["settings"].items()
-            if now.get(name) != value
-        ]
-        if changed:
-            raise IncompatibleInputError(f"this run began with other settings: {', '.join(changed)}")
-        self.step, self.steps, self.best_step = facts["step"], facts["steps"], facts["best_step"]
+    def resume(self, path: Path) -> dict[str, Any]:
+        """As `Trainer.resume`; files of the run forget what came later."""
+        facts = super().resume(path)
+        self.best_step = facts["best_step"]
         self.best, self.begun = Figures(**facts["best"]), Figures(**facts["begun"])
-        with torch.no_grad():
-            for name, weight in self.tuned.parameters.items():
-                weight.copy_(tensors[f"weights.{name}"])
-                keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in tensors]
-                moments = {key: tensors[f"{key}.{name}"].clone() for key in keys}
-                # torch counts the steps on the CPU, whatever the device.
-                moments = {key: x if key == "step" else x.to(weight.device) for key, x in moments.items()}
-                if moments:
-                    self.optimiser.state[weight] = moments
         self.report.back_to(self.step)
+        return facts
 
 
 def _nothing(stage: str) -> int:

@@ -53,6 +53,16 @@ class TrainOptions:
     steadiness: float = option(
         0.5, "Weight of the loss for changes over time that the original does not have.", low=0.0, high=100.0
     )
+    perceptual: str | None = option(
+        None,
+        "File of VGG-16's weights (torchvision's vgg16-397923af.pth): also compares what that network sees, "
+        "for more texture and less PSNR.",
+        kind=str,
+        unset_help="none",
+    )
+    perceptual_weight: float = option(
+        0.05, "Weight of that comparison, beside 1 for the pixels.", low=0.0, high=100.0
+    )
     every: int = option(100, "Measure on the held-out part and save pictures every N steps.", low=1)
     seed: int = option(0, "Random seed. The same seed gives the same weights.", low=0)
     precision: str = option(

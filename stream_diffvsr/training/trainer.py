@@ -1,0 +1,162 @@
+"""One training loop for everything that is trained here: fine-tuning, nano, and nano's flow network.
+
+What a step learns must depend only on its number, the seed and the process, so that a run that was killed and
+resumed ends with the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+
+from ..errors import IncompatibleInputError
+from ..files import read_tensors, save_tensors
+
+MOMENTS = "step", "exp_avg", "exp_avg_sq"
+"""Tensors that the optimiser keeps for each parameter."""
+
+
+class Trainer(ABC):
+    """Parameters, their optimiser, and the number of steps done; subclasses compute the gradients.
+
+    Under `accelerate launch`, each process computes gradients of its own data, and these are averaged.
+    """
+
+    warm = 10
+    """Steps in which the learning rate rises."""
+    clip = 1.0
+    """Largest norm of a step's gradients."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        steps: int,
+        rate: float,
+        cpu: bool,
+        precision: str = "no",
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        haste: Callable[[str], float] = lambda name: 1.0,
+        average: float | None = None,
+    ) -> None:
+        """`haste`: factor on the rate of a parameter, by name; `average`: decay of a moving average.
+
+        `precision` is accelerate's `mixed_precision`.
+        """
+        from accelerate import Accelerator
+
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=cpu)
+        self.parameters, self.steps, self.rate, self.step = dict(parameters), steps, rate, 0
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, weight in self.parameters.items():
+            groups.setdefault(haste(name), []).append(weight)
+        self.optimiser = torch.optim.AdamW(
+            [{"params": weights, "haste": factor} for factor, weights in groups.items()],
+            lr=rate,
+            betas=betas,
+            weight_decay=weight_decay,
+        )
+        self.decay = average
+        copied = {name: weight.detach().clone() for name, weight in self.parameters.items()}
+        self.average = {} if average is None else copied
+
+    @abstractmethod
+    def gradients(self, step: int) -> float:
+        """Add up the gradients of a step in this process; returns its loss."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run before, as JSON values."""
+
+    def facts(self) -> dict[str, Any]:
+        """What else is kept of a run, as JSON values."""
+        return {"step": self.step, "steps": self.steps}
+
+    def fall(self) -> float:
+        """Factor on the learning rate at this step, from 1 to 0; by default along a cosine."""
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps)))
+
+    def rate_now(self) -> float:
+        """The learning rate at this step."""
+        return self.rate * min(1.0, (self.step + 1) / self.warm) * self.fall()
+
+    def update(self) -> float:
+        """Do one step; returns its loss."""
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate_now() * group["haste"]
+        self.optimiser.zero_grad()
+        loss = self.gradients(self.step)
+        if self.accelerator.num_processes > 1:
+            for weight in self.parameters.values():
+                if weight.grad is not None:
+                    mean: Any = self.accelerator.reduce(weight.grad, "mean")
+                    weight.grad.copy_(mean)
+        clip_grad_norm_([w for w in self.parameters.values() if w.grad is not None], self.clip)
+        self.optimiser.step()
+        self.step += 1
+        if self.decay is not None:
+            share = 1 - min(self.decay, (1 + self.step) / (10 + self.step))
+            with torch.no_grad():
+                for name, weight in self.parameters.items():
+                    self.average[name].lerp_(weight, share)
+        return loss
+
+    def agree_on(self, steps: int) -> None:
+        """Set the number of steps to the first process's, so that no process waits for one that has ended."""
+        from accelerate.utils import broadcast_object_list
+
+        self.steps = broadcast_object_list([steps])[0]
+
+    def keep(self, path: Path) -> None:
+        """Write all that the following steps depend on, whole or not at all."""
+        tensors = {f"weights.{name}": weight for name, weight in self.parameters.items()}
+        tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
+        for name, weight in self.parameters.items():
+            moments = self.optimiser.state.get(weight, {})
+            tensors |= {f"{key}.{name}": value for key, value in moments.items()}
+        plain = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        save_tensors(path, plain, {"run": json.dumps({**self.facts(), "settings": self.settings()})})
+
+    def resume(self, path: Path) -> dict[str, Any]:
+        """Continue from what `keep` wrote, and return its facts.
+
+        Raises `IncompatibleInputError` if that was a different run.
+        """
+        tensors, texts = read_tensors(path)
+        facts: dict[str, Any] = json.loads(texts["run"])
+        now = json.loads(json.dumps(self.settings()))
+        changed = [
+            f"{name} {now.get(name)!r} instead of {value!r}"
+            for name, value in facts["settings"].items()
+            if now.get(name) != value
+        ]
+        if changed:
+            raise IncompatibleInputError(f"this run began with other settings: {', '.join(changed)}")
+        self.step, self.steps = facts["step"], facts["steps"]
+        with torch.no_grad():
+            for name, weight in self.parameters.items():
+                weight.copy_(tensors[f"weights.{name}"])
+                keys = [key for key in MOMENTS if f"{key}.{name}" in tensors]
+                moments = {key: tensors[f"{key}.{name}"].clone() for key in keys}
+                # torch counts the steps on the CPU, whatever the device.
+                moments = {key: x if key == "step" else x.to(weight.device) for key, x in moments.items()}
+                if moments:
+                    self.optimiser.state[weight] = moments
+            for name, weight in self.average.items():
+                weight.copy_(tensors[f"average.{name}"])
+        return facts
+
+
+def of_state(path: Path, kind: str) -> dict[str, Tensor]:
+    """Tensors of one kind ('weights' or 'average') by name, from what `Trainer.keep` wrote."""
+    tensors, _ = read_tensors(path)
+    return {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{kind}.")}
