@@ -1,1 +1,1 @@
-"""Files in and out: knows no model."""
+"""Reading and writing of media files, independent of any model."""

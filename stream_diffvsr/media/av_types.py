@@ -1,7 +1,7 @@
-"""What this package uses of PyAV, as types.
+"""Types for the parts of PyAV that this package uses.
 
-PyAV's own stubs allow None nearly everywhere (`pts`, `time_base`, `rate`): what `timeline.py` and
-`streams.py` have made sure of would have to be asserted again at every use.
+PyAV's own stubs allow None nearly everywhere (`pts`, `time_base`, `rate`), so values that `timeline.py` and
+`streams.py` have already checked would have to be asserted again at every use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Codec(Named, Protocol):
 
 
 class Coded(Named, Protocol):
-    """What a stream and its codec context have in common, for pictures and sound."""
+    """The attributes that a stream and its codec context share, for pictures and sound."""
 
     time_base: Fraction
     rate: Any
@@ -46,7 +46,7 @@ class Coded(Named, Protocol):
 
 
 class Context(Coded, Protocol):
-    """A codec's context, of a decoder or an encoder."""
+    """The context of a decoder or an encoder."""
 
     codec: Codec
     framerate: Fraction
@@ -63,7 +63,7 @@ class Context(Coded, Protocol):
 
 
 class Frame(Protocol):
-    """A frame of a picture or of sound."""
+    """A frame of video or sound."""
 
     pts: int
     dts: int | None
@@ -75,7 +75,7 @@ class Frame(Protocol):
     format: Format
     planes: Sequence[Any]
     side_data: Any
-    # A picture's.
+    # Video only.
     width: int
     height: int
     key_frame: bool
@@ -84,7 +84,7 @@ class Frame(Protocol):
     color_range: int
     color_trc: int
     color_primaries: int
-    # A sound's.
+    # Sound only.
     samples: int
     sample_rate: int
     layout: Any
@@ -94,7 +94,7 @@ class Frame(Protocol):
 
 
 class Stream(Coded, Protocol):
-    """A stream of a file that is read or written."""
+    """A stream of a file that is being read or written."""
 
     type: str
     index: int
@@ -115,10 +115,10 @@ class Stream(Coded, Protocol):
 
 
 class Packet(Protocol):
-    """A piece of a coded stream."""
+    """A packet of a coded stream."""
 
     stream: Stream
-    pts: Any  # an int, or None where `timeline.py` has not been yet
+    pts: Any  # an int, or None if the packet has no timestamp
     dts: Any
     pos: int | None
     duration: int | None
@@ -143,7 +143,7 @@ class Streams(Protocol):
 
 
 class Container(Protocol):
-    """A file; a `with` block closes it."""
+    """A file that is open for reading; a `with` block closes it."""
 
     streams: Streams
     metadata: dict[str, str]
@@ -163,7 +163,7 @@ class Container(Protocol):
 
 
 class Output(Protocol):
-    """A file that is written."""
+    """A file that is open for writing."""
 
     streams: Any
     metadata: Any

@@ -1,4 +1,4 @@
-"""The encoders, what they accept, and which containers hold them."""
+"""The encoders, the settings that they accept, and the containers that support them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Codec:
-    """A kind of encoder."""
+    """An encoder and its settings."""
 
     encoder: str
-    """FFmpeg's name."""
+    """FFmpeg's name for the encoder."""
     formats: tuple[str, ...]
-    """Pixel formats of `LAYOUTS`, the default of each depth first."""
+    """Pixel formats from `LAYOUTS`, with the default of each depth first."""
     crf: int | None = None
-    """Default quality; None: there is no such setting."""
+    """Default quality; None if the encoder has no such setting."""
     crf_names: tuple[str, ...] = ("crf",)
     crf_most: int = 51
     crf_unit: int = 1
-    """What one step of quality is in the encoder's own numbers."""
+    """The size of one quality step in the encoder's own unit."""
     options: Mapping[str, str] = field(default_factory=dict)
     native: Mapping[str, str] = field(default_factory=dict)
-    """Pixel format -> the same values in the order that the encoder takes."""
+    """Pixel format -> the format with the same values in the order that the encoder accepts."""
     narrowest: int = 1
-    """Width of a frame from which on the encoder works."""
+    """The smallest frame width that the encoder can handle."""
     sitings: tuple[str, ...] = ("left",)
-    """Where the chroma samples of 4:2:0 may sit, the first where the source's place is none of them."""
+    """Chroma positions that 4:2:0 can use; the first one replaces any other position of the source."""
 
 
 YUV8 = ("yuv420p", "yuv422p", "yuv444p")
@@ -53,7 +53,7 @@ AMF = {"rc": "cqp"}
 APPLE = {"flags": "+qscale"}
 SHUFFLED = {"yuv420p": "nv12", "yuv420p10le": "p010le"}
 LAMBDA = 118
-"""FFmpeg's unit of quality in `global_quality`."""
+"""The size of one quality step in FFmpeg's `global_quality`."""
 
 CODECS = {
     "h264": Codec("libx264", YUV8 + YUV10, 18, sitings=tuple(SITINGS)),
@@ -62,7 +62,7 @@ CODECS = {
         YUV8 + YUV10 + YUV12,
         18,
         options={"x265-params": "log-level=error"},
-        # At 48 and less it writes beyond its memory, and ends the process sooner or later.
+        # At widths up to 48, it writes out of bounds and sooner or later crashes the process.
         narrowest=64,
         sitings=tuple(SITINGS),
     ),
@@ -100,18 +100,18 @@ CODECS = {
         "hevc_videotoolbox", ("yuv420p", "yuv420p10le"), 65, ("global_quality",), 100, LAMBDA, APPLE, SHUFFLED
     ),
 }
-"""`--codec` -> encoder."""
+"""Value of `--codec` -> encoder."""
 
 INTRA_CODECS = ("prores", "ffv1", "png")
-"""What codes each frame by itself."""
+"""Codecs that code each frame independently."""
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
-"""Suffix of an output -> FFmpeg's format."""
+"""Suffix of an output -> FFmpeg's name for the container."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """Everything that an encoder is opened with."""
+    """All settings that an encoder is opened with."""
 
     codec: str
     pix_fmt: str
@@ -130,12 +130,12 @@ class Encoding:
 
     @property
     def reorder(self) -> int:
-        """More frames than the encoder ever keeps back to reorder them."""
+        """An upper bound on the number of frames that the encoder delays for reordering."""
         return 0 if self.codec in INTRA_CODECS else 16
 
     @property
     def segment_format(self) -> str:
-        """The container of segments: MP4, which keeps exact timestamps, or another for what it lacks."""
+        """The container of segments: MP4, which keeps timestamps exact, unless it lacks the codec."""
         return {"prores": "mov", "ffv1": "nut"}.get(self.codec, "mp4")
 
 
@@ -146,7 +146,7 @@ def choose_encoding(
     info: SourceInfo,
     size: tuple[int, int],
 ) -> Encoding:
-    """How a source is written at `size` (height, width); raises `VideoError` where it cannot be."""
+    """Return how to encode a source at `size` (height, width); raises `VideoError` if that is impossible."""
     if codec not in CODECS:
         raise VideoError(f"there is no codec {codec!r}; known are {', '.join(CODECS)}.")
     spec = CODECS[codec]
@@ -182,7 +182,7 @@ def choose_encoding(
 
 
 def kept_aspect(info: SourceInfo, width: int, height: int) -> Fraction | None:
-    """The pixel aspect ratio with which the source keeps its shape at another size; None: square.
+    """Return the pixel aspect ratio that keeps the source's shape at another size; None means square pixels.
 
     Rounding to whole pixels is not treated as a change of shape.
     """
@@ -193,14 +193,14 @@ def kept_aspect(info: SourceInfo, width: int, height: int) -> Fraction | None:
 
 
 def default_format(spec: Codec, bits: int) -> str:
-    """The first format that holds the source's bits, else the deepest; 4:2:0 where the codec has it."""
+    """Return the shallowest format with enough bits, else the deepest; 4:2:0 if the codec supports it."""
     depths = {LAYOUTS[name].bits for name in spec.formats}
     depth = min((d for d in depths if d >= bits), default=max(depths))
     return next(name for name in spec.formats if LAYOUTS[name].bits == depth)
 
 
 def encoder_options(codec: str, crf: int | None, info: SourceInfo) -> dict[str, str]:
-    """The encoder's private options."""
+    """Return the encoder's private options; raises `VideoError` for a quality that it does not support."""
     spec = CODECS[codec]
     options = dict(spec.options)
     if crf is not None and spec.crf is None:
@@ -220,11 +220,11 @@ HDR_OPTIONS = {
     "h265": ("x265-params", 50_000, 10_000, "master-display", "max-cll"),
     "av1": ("svtav1-params", 1, 1, "mastering-display", "content-light"),
 }
-"""Codec -> option, units of chromaticity and of a candela, and the keys in it."""
+"""Codec -> option name, units per 1.0 of chromaticity, units per candela, and the two keys in the option."""
 
 
 def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
-    """HDR10 data as the encoders take it: they write it into the stream itself."""
+    """Return the source's HDR10 data as an encoder option; the encoder writes it into the stream."""
     if not info.side_data:
         return {}
     if codec not in HDR_OPTIONS:
@@ -245,7 +245,7 @@ def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
 
 
 def mastering_display(data: bytes, chroma: int, light: int) -> str:
-    """FFmpeg's structure, of rationals for R, G, B, white, darkest and brightest, as encoders write it."""
+    """Format FFmpeg's rationals for R, G, B, white, darkest and brightest as the encoders expect them."""
     numbers = struct.unpack_from("=20i", data)
     values = [Fraction(top, bottom or 1) for top, bottom in zip(numbers[::2], numbers[1::2], strict=True)]
     red, green, blue, white = (values[i : i + 2] for i in range(0, 8, 2))
@@ -256,9 +256,9 @@ def mastering_display(data: bytes, chroma: int, light: int) -> str:
 
 
 def output_colour(colour: Colour, spec: Codec, layout: Layout) -> Colour:
-    """The tags of the output: the source's, with a matrix where RGB becomes YUV and none where it stays.
+    """Return the output's colour tags: the source's, but with a matrix that fits the pixel format.
 
-    Chroma sits where the source has it, if the codec can say so.
+    Chroma keeps the source's position if the codec can signal it.
     """
     if layout.rgb:
         return replace(colour, matrix=RGB, full_range=True)
@@ -266,12 +266,12 @@ def output_colour(colour: Colour, spec: Codec, layout: Layout) -> Colour:
     colour = replace(colour, siting=colour.siting if kept else spec.sitings[0])
     if colour.matrix == RGB:
         return replace(colour, matrix=BT709, full_range=False)
-    # ProRes has no way to say full range.
+    # ProRes cannot signal full range.
     return replace(colour, full_range=colour.full_range and spec.encoder != "prores_ks")
 
 
 def check_encoder(encoding: Encoding, container: str) -> None:
-    """Raise `VideoError` where the container does not hold the codec, or the encoder does not open here."""
+    """Raise `VideoError` if the container does not support the codec or the encoder does not open here."""
     import av
 
     check_opens(encoding.codec)
@@ -293,7 +293,7 @@ def check_encoder(encoding: Encoding, container: str) -> None:
 
 
 def check_opens(codec: str) -> None:
-    """Raise `VideoError` where an encoder does not open on this machine."""
+    """Raise `VideoError` if an encoder does not open on this machine."""
     if (reason := open_error(codec)) is not None:
         raise VideoError(
             f"the encoder {codec} does not open on this machine ({reason}); with --codec choose "
@@ -303,7 +303,7 @@ def check_opens(codec: str) -> None:
 
 @functools.cache
 def open_error(codec: str) -> str | None:
-    """Why an encoder does not open here, tried with a small picture; None: it does."""
+    """Return why an encoder does not open here, tested with a small picture, or None if it does."""
     import av
 
     spec = CODECS[codec]
@@ -325,7 +325,7 @@ def open_error(codec: str) -> str | None:
 
 
 def silence_svt() -> None:
-    """SVT-AV1 writes pages to stderr unless told by this variable of its own that errors are enough."""
+    """Make SVT-AV1 log only errors, through its environment variable, instead of flooding stderr."""
     os.environ.setdefault("SVT_LOG", "1")
 
 

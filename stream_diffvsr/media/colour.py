@@ -1,8 +1,8 @@
-"""Code values <-> RGB, with the arithmetic in float32: nothing is cut to 8 bits on the way.
+"""Conversion between code values and RGB in float32 arithmetic, so that nothing is cut to 8 bits.
 
-PyAV hands over planes of integers; the matrix, the range and the chroma positions are applied here, on
-whatever device the tensors are. Chroma is read and written at the position that the stream names; else at
-the left of each luma pair, the default of H.264 and H.265.
+PyAV provides planes of integers; the matrix, the range and the chroma positions are applied here, on the
+device of the tensors. Chroma is read and written at the position that the stream specifies, or by default at
+the left of each luma pair, as in H.264 and H.265.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
 """Matrices and primaries by their numbers in FFmpeg and in ITU-T H.273."""
 FULL_RANGE, LIMITED_RANGE = 2, 1
 HD_WIDTH, SD_LINES = 1280, 576
-"""Untagged video at least so wide, or of more lines, is taken as BT.709, else as BT.601, as players do."""
+"""Untagged video at least this wide or with more lines is read as BT.709, else as BT.601, as in players."""
 SITINGS = {
     "left": (0, 0.5),
     "center": (0.5, 0.5),
@@ -31,7 +31,7 @@ SITINGS = {
     "bottomleft": (0, 1),
     "bottom": (0.5, 1),
 }
-"""FFmpeg's names of where a chroma sample sits among its luma samples: shares of the way across and down."""
+"""FFmpeg's name for a chroma sample's position among its luma samples -> fractions (across, down)."""
 
 LUMA_WEIGHTS = {
     1: (0.2126, 0.0722),
@@ -42,22 +42,22 @@ LUMA_WEIGHTS = {
     9: (0.2627, 0.0593),
     10: (0.2627, 0.0593),
 }
-"""Weight of red and of blue in luma, by matrix."""
+"""Matrix -> weights of red and blue in luma."""
 
 
 @dataclass(frozen=True)
 class Colour:
-    """How code values are to be read: the four tags of a video stream, by their numbers in ITU-T H.273."""
+    """How to interpret code values: the four tags of a video stream, by their numbers in ITU-T H.273."""
 
     matrix: int = UNSPECIFIED
     full_range: bool = False
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
     siting: str = field(default="left", repr=False)
-    """Where chroma samples sit, a name of `SITINGS`."""
+    """Position of the chroma samples: a key of `SITINGS`."""
 
     def resolved(self, width: int, height: int) -> Colour:
-        """With the matrix filled in where nothing was said; raises `VideoError` for one we do not know."""
+        """Return the tags with a missing matrix filled in; raises `VideoError` for an unknown matrix."""
         if self.matrix == UNSPECIFIED:
             guess = BT709 if width >= HD_WIDTH or height > SD_LINES else BT601
             untagged = self.primaries == self.transfer == UNSPECIFIED
@@ -77,7 +77,7 @@ class Colour:
 
 @dataclass(frozen=True)
 class Layout:
-    """A planar pixel format that is written: how many bits, and how much smaller chroma is."""
+    """The bit depth of a pixel format for output, and the factors by which its chroma is smaller."""
 
     bits: int
     chroma_width: int
@@ -106,15 +106,15 @@ LAYOUTS = {
 }
 
 PAIRED = {"nv12": 0, "p010le": 6}
-"""4:2:0 with both chroma samples side by side, as hardware takes it -> bits that the values are shifted."""
+"""4:2:0 with interleaved chroma samples, as hardware requires -> bits by which the values are shifted."""
 
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """A decoded frame's code values, away from its decoder: an eighth of what its RGB in float32 takes."""
+    """A decoded frame's code values, detached from its decoder; an eighth of the size of float32 RGB."""
 
     values: tuple[np.ndarray, ...]
-    """One plane per component, (h, w), uint8 or int32; alpha last."""
+    """One plane (h, w) per component, uint8 or int32; alpha is last."""
     bits: tuple[int, ...]
     is_rgb: bool
     has_alpha: bool
@@ -123,9 +123,9 @@ class Planes:
     colour: Colour
 
     def to_rgb(self, device: torch.device | str = "cpu", step: int = 1) -> tuple[Tensor, Tensor | None]:
-        """RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1], computed on `device`.
+        """Return RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1], computed on `device`.
 
-        With a `step`, of every step-th row and column only, from the first.
+        With a `step`, RGB has only every step-th row and column, starting with the first.
         """
         planes = [
             (torch.from_numpy(values).to(device).float()[None, None], bits)
@@ -141,7 +141,7 @@ class Planes:
         return yuv_to_rgb(planes, self.colour, self.size, step), alpha
 
     def checksum(self) -> int:
-        """Tells frames apart."""
+        """Return a checksum of the values, which distinguishes frames."""
         total = 0
         for values in self.values:
             total = zlib.crc32(values.tobytes(), total)
@@ -149,7 +149,7 @@ class Planes:
 
 
 def planes_of(frame: Frame, colour: Colour) -> Planes:
-    """The code values of a decoded `av.VideoFrame`."""
+    """Return the code values of a decoded `av.VideoFrame`."""
     frame = planar(frame)
     components = frame.format.components
     return Planes(
@@ -163,12 +163,12 @@ def planes_of(frame: Frame, colour: Colour) -> Planes:
 
 
 def frame_to_rgb(frame: Frame, colour: Colour) -> tuple[Tensor, Tensor | None]:
-    """A decoded `av.VideoFrame` -> RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1]."""
+    """Convert an `av.VideoFrame` to RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1]."""
     return planes_of(frame, colour).to_rgb()
 
 
 def planar(frame: Frame) -> Any:
-    """The same values with one plane of little-endian integers for each component."""
+    """Return a frame with the same values in one plane of little-endian integers per component."""
     layout = frame.format
     one_each = {c.plane for c in layout.components} == set(range(len(layout.components)))
     if one_each and not (layout.has_palette or layout.is_big_endian) and layout.components[0].bits <= 16:
@@ -177,7 +177,7 @@ def planar(frame: Frame) -> Any:
 
 
 def planar_name(layout: Any, width: int, height: int) -> str:
-    """The planar format that holds all that a packed one holds."""
+    """Return the planar format that preserves the values of a packed format."""
     components = layout.components
     deep = max(c.bits for c in components) > 8
     alpha = "a" if layout.has_palette or components[-1].is_alpha else ""
@@ -191,7 +191,7 @@ def planar_name(layout: Any, width: int, height: int) -> str:
 
 
 def read_plane(frame: Frame, component: Any) -> np.ndarray:
-    """One component (h, w), in memory of its own: uint8, or int32 where it is deeper."""
+    """Return a copy of one component (h, w): uint8, or int32 if it is deeper than 8 bits."""
     plane = frame.planes[component.plane]
     kind = np.dtype(np.uint8 if component.bits <= 8 else np.uint16)
     rows = np.frombuffer(plane, kind).reshape(-1, plane.line_size // kind.itemsize)
@@ -199,15 +199,15 @@ def read_plane(frame: Frame, component: Any) -> np.ndarray:
 
 
 STRIP = 64
-"""Rows that a CPU converts together, so that what lies between stays in its cache."""
+"""Rows that a CPU converts together, so that intermediate results stay in its cache."""
 
 
 def yuv_to_rgb(
     planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int, int], skip: int = 1
 ) -> Tensor:
-    """Luma and two chroma planes, with their bits -> RGB (1, 3, h, w) in [0, 1]; luma alone is grey.
+    """Convert luma and two chroma planes, with their bits, to RGB (1, 3, h, w) in [0, 1].
 
-    Of every `skip`-th row and column.
+    Luma alone becomes grey. Only every `skip`-th row and column is converted.
     """
     (luma, bits), *chroma = planes
     luma = luma[:, :, ::skip, ::skip]
@@ -234,12 +234,12 @@ def yuv_to_rgb(
 
 
 def upsample_chroma(plane: Tensor, size: tuple[int, int], siting: str = "left") -> Tensor:
-    """(1, 1, h', w') -> (1, 1, *size): linear between where the samples sit."""
+    """Enlarge (1, 1, h', w') to (1, 1, *size), interpolating linearly between the sample positions."""
     return _upsample(plane, *_between(plane, size, siting))
 
 
 def _between(plane: Tensor, size: tuple[int, int], siting: str) -> tuple[Tensor, Tensor]:
-    """For rows and columns of the picture, where they lie between the samples of a plane, edges held."""
+    """Return where the picture's rows and columns are among a plane's samples, clamped to its edges."""
     found = []
     for length, have, place in zip(size, plane.shape[-2:], reversed(SITINGS[siting]), strict=True):
         factor = -(-length // have)
@@ -253,7 +253,7 @@ def _upsample(plane: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _lerp(x: Tensor, positions: Tensor, dim: int) -> Tensor:
-    """Read between the samples of one axis."""
+    """Interpolate linearly between the samples along one axis."""
     low = positions.long()
     high = (low + 1).clamp(max=x.shape[dim] - 1)
     share = (positions - low).reshape([-1 if axis == dim % x.ndim else 1 for axis in range(x.ndim)])
@@ -261,15 +261,15 @@ def _lerp(x: Tensor, positions: Tensor, dim: int) -> Tensor:
 
 
 def rgb_to_planes(rgb: Tensor, name: str, colour: Colour) -> list[np.ndarray]:
-    """RGB (1, 3, H, W) in [0, 1] -> the planes of a format of `LAYOUTS`, rounded half to even.
+    """Convert RGB (1, 3, H, W) in [0, 1] to the planes of a format in `LAYOUTS`, rounded half to even.
 
-    RGB formats give one array (H, W, 3).
+    For an RGB format, return a single array (H, W, 3).
     """
     return [samples(plane, name) for plane in to_planes(rgb, name, colour)]
 
 
 def to_planes(rgb: Tensor, name: str, colour: Colour) -> list[Tensor]:
-    """The same as whole numbers of uint8 or int32, where `rgb` is."""
+    """Convert as `rgb_to_planes` does, but to uint8 or int32 tensors on the device of `rgb`."""
     layout = LAYOUTS[name]
     top = 2**layout.bits - 1
     if layout.rgb:
@@ -287,7 +287,7 @@ def to_planes(rgb: Tensor, name: str, colour: Colour) -> list[Tensor]:
 
 
 def downsample_chroma(plane: Tensor, layout: Layout, siting: str = "left") -> Tensor:
-    """(1, 1, H, W) at full size -> chroma size, each sample taken around where it sits."""
+    """Reduce (1, 1, H, W) from full size to chroma size, averaging around each sample's position."""
     x, y = SITINGS[siting]
     if layout.chroma_width == 2:
         plane = _halve(plane, x)
@@ -297,8 +297,8 @@ def downsample_chroma(plane: Tensor, layout: Layout, siting: str = "left") -> Te
 
 
 def _halve(plane: Tensor, place: float) -> Tensor:
-    """Every second column: the mean of a pair halfway between them, else 1-2-1 around its first or second."""
-    # Slices, not a convolution: that would run in TF32 on some GPUs.
+    """Halve the columns: average pairs for samples midway, else weigh 1-2-1 around the first or second."""
+    # Use slices rather than a convolution, which would run in TF32 on some GPUs.
     first, second = plane[..., ::2], plane[..., 1::2]
     if plane.shape[-1] % 2:
         second = torch.cat([second, plane[..., -1:]], dim=-1)
@@ -312,23 +312,23 @@ def _halve(plane: Tensor, place: float) -> Tensor:
 
 
 def _whole(values: Tensor, bits: int) -> Tensor:
-    """Rounded half to even, and clamped to what the bits hold."""
+    """Round half to even and clamp to the range of the bit depth."""
     return values.round().clamp(0, 2**bits - 1).to(torch.uint8 if bits <= 8 else torch.int32)
 
 
 def samples(plane: Tensor, name: str) -> np.ndarray:
-    """A plane of that format as an array, uint8 or uint16."""
+    """Return a plane of a format in `LAYOUTS` as a uint8 or uint16 array."""
     return plane.cpu().numpy().astype(np.uint8 if LAYOUTS[name].bits <= 8 else np.uint16, copy=False)
 
 
 def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:
-    """An `av.VideoFrame` of a format of `LAYOUTS` or of `PAIRED` that holds these planes."""
+    """Return an `av.VideoFrame` with these planes, in a format of `LAYOUTS` or `PAIRED`."""
     import av
 
     height, width = planes[0].shape[:2]
     frame: Any = av.VideoFrame(width, height, name)
     if name in PAIRED:
-        # FFmpeg's own conversion to these is not exact each time.
+        # FFmpeg's own conversion to these formats is not always exact.
         pairs = np.stack(planes[1:], axis=-1).reshape(planes[1].shape[0], -1)
         planes = [plane << PAIRED[name] for plane in (planes[0], pairs)]
     elif LAYOUTS[name].rgb:
@@ -340,7 +340,7 @@ def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:
 
 
 def _interleave(picture: np.ndarray, name: str) -> list[np.ndarray]:
-    """RGB (H, W, 3) as the planes of a packed format, or as G, B, R."""
+    """Return RGB (H, W, 3) as the plane of a packed format, or as planes G, B and R."""
     if name.startswith("gbr"):
         return [picture[..., channel] for channel in (1, 2, 0)]
     packed = picture.reshape(picture.shape[0], -1)

@@ -1,4 +1,4 @@
-"""Opens media files; a file that cannot be read raises one clear sentence."""
+"""Opening of media files, with one clear sentence as the error for a file that cannot be read."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..errors import VideoError
 from .av_types import Container
 
 PLAYLISTS = {"concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"}
-"""Formats that open other files, or the network: whoever sends such a file would choose what is read."""
+"""Formats that open other files or the network: the sender of such a file could choose what is read."""
 ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-"""What a WMV or WMA file begins with."""
+"""The first bytes of a WMV or WMA file."""
 
 
 def check_readable(path: Path) -> None:
-    """Say plainly why a path cannot be read."""
+    """Raise `VideoError` with a plain reason if a path cannot be read."""
     if not path.exists():
         raise VideoError(f"{path} does not exist: check the path.")
     try:
@@ -35,11 +35,11 @@ def check_readable(path: Path) -> None:
 
 
 def open_container(path: Path, form: str | None = None) -> Container:
-    """An open `av` container for reading, of a format if it is known; raises `VideoError` with the reason."""
+    """Open a file for reading with PyAV, as format `form` if given; raises `VideoError` with the reason."""
     import av
 
     try:
-        # Absolute: what stands before a colon would be taken for a protocol.
+        # Use an absolute path, because FFmpeg would take text before a colon for a protocol.
         formats = {"format_whitelist": ",".join(sorted(av.formats_available - PLAYLISTS))}
         opened: Any = av.open(str(path.absolute()), format=form, options=formats, metadata_errors="ignore")
         return opened
@@ -53,9 +53,9 @@ def open_container(path: Path, form: str | None = None) -> Container:
 
 
 def is_joined(path: Path, form: str) -> bool:
-    """Whether a file is several behind one another, of which FFmpeg reads the first alone: MP4, FLV, WMV.
+    """Whether an MP4, FLV or WMV file is several files in a row, of which FFmpeg reads only the first.
 
-    Goes from box to box, object to object, tag to tag; what they hold is not read.
+    Only the headers of its boxes, tags or objects are read.
     """
     if form not in ("asf", "flv") and "mp4" not in form.split(","):
         return False
@@ -67,13 +67,13 @@ def is_joined(path: Path, form: str) -> bool:
             elif form == "asf":
                 again, step = head[:16] == ASF, int.from_bytes(head[16:], "little")
             else:
-                if head[4:8] == b"moof":  # fragments are read through to the end
+                if head[4:8] == b"moof":  # FFmpeg reads fragments to the end
                     return False
                 again, step = head[4:8] == b"ftyp", int.from_bytes(head[:4], "big")
                 step = int.from_bytes(head[8:16], "big") if step == 1 else step
             if again and start:
                 return True
-            if step < 8:  # damaged, or up to the end
+            if step < 8:  # damaged, or a box without a size, which extends to the end
                 return False
             start += step
     return False
@@ -82,6 +82,6 @@ def is_joined(path: Path, form: str) -> bool:
 def _at(file: BinaryIO, start: int) -> bytes:
     try:
         file.seek(start)
-    except (OSError, OverflowError, ValueError):  # a size beyond what files can have
+    except (OSError, OverflowError, ValueError):  # beyond the largest possible file
         return b""
     return file.read(24)

@@ -1,4 +1,4 @@
-"""Segments become one file: their packets are copied, beside the other streams of the source."""
+"""Joining of segments into one file: their packets are copied, along with the source's other streams."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class SegmentFile:
     """A finished segment."""
 
     name: str
-    """File in the work folder; empty where the frames are pictures in the output folder."""
+    """Name of the file in the work folder; empty if the frames are pictures in the output folder."""
     frames: int
     size: int
     first: int
     """Timestamp of its first frame, in ticks of the source."""
     end: int
-    """When its last frame ends, in the same ticks."""
+    """End of its last frame, in ticks of the source."""
     depth: int = 0
-    """How many frames the encoder keeps back: decoding order against presentation order."""
+    """Number of frames by which decoding order lags behind presentation order."""
     compare: str = ""
-    """File of the split-screen video's segment."""
+    """Name of the file with the split-screen video's segment."""
     compare_depth: int = 0
 
 
@@ -63,11 +63,12 @@ def join(
     metadata: Mapping[str, str],
     window: Window,
 ) -> None:
-    """Write `target` from the segments, with the prepared sound and subtitles of `source` (unless None) and
-    its metadata, chapters, covers and files; `stream` is its video stream.
+    """Write `target` from the segments and the other streams of `source`, if given.
 
-    `target` is synced to the disk. Raises `RefusedError` where the container does not take it, `OSError`
-    where reading or writing fails.
+    `sides` are the prepared sound and subtitles of the source, and `stream` is the index of its video stream.
+    With `words`, its metadata, chapters, covers and attached files are copied too. `target` is synced to the
+    disk. Raises `RefusedError` if the container does not accept a stream, `OSError` if reading or writing
+    fails.
     """
     import av
 
@@ -79,7 +80,7 @@ def join(
         others = sorted(tags.keys() - MP4_WORDS) if container_format in ("mp4", "mov") else []
         options = {}
         if container_format in ("mp4", "mov"):
-            # Both clocks of the file count in the source's ticks, so that a late start is exact too.
+            # Both timescales of the file use the source's ticks, so that a late start is exact too.
             ticks = str(encoding.time_base.denominator)
             options = {"movflags": f"+faststart{'+use_metadata_tags' if others else ''}"}
             options |= {"video_track_timescale": ticks, "movie_timescale": ticks}
@@ -103,7 +104,7 @@ def join(
 
 
 def seconds_before(original: Container | None, stream: int | None, window: Window) -> Fraction:
-    """Seconds of the picture that lie before the window."""
+    """Return how many seconds of the picture are before the window."""
     if original is None or stream is None or not math.isfinite(window.low):
         return Fraction(0)
     video = original.streams[stream]
@@ -111,7 +112,7 @@ def seconds_before(original: Container | None, stream: int | None, window: Windo
 
 
 def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate: Fraction) -> None:
-    """Title, language, time code and flags of a picture that begins `skipped` seconds in."""
+    """Copy title, language, time code and flags to a picture that begins `skipped` seconds in."""
     words = with_later_time_code(time_code(original) | kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
         del words[key]
@@ -120,24 +121,24 @@ def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate
 
 
 def mux(out: Output, streams: Iterable[Iterator[tuple[float, Packet]]]) -> None:
-    """Write packets in the order of their times."""
+    """Write the packets of all streams in the order of their times."""
     for _, packet in heapq.merge(*streams, key=lambda item: item[0]):
         out.mux(packet)
 
 
 def add_video(out: Output, first: Path, encoding: Encoding) -> Any:
-    """The video stream of the output, as the first segment has it."""
+    """Add the video stream of the output, based on that of the first segment."""
     with open_container(first) as container:
         stream = out.add_stream_from_template(container.streams.video[0], opaque=True)
     context, colour = stream.codec_context, encoding.colour
     if context.name == "hevc" and out.format.name in ("mp4", "mov"):
-        # FFmpeg's own choice, hev1, is not played by Apple's players.
+        # Apple's players do not play FFmpeg's default, hev1.
         context.codec_tag = "hvc1"
     context.colorspace, context.color_range = colour.matrix, 2 if colour.full_range else 1
     context.color_primaries, context.color_trc = colour.primaries, colour.transfer
     if encoding.aspect is not None:
         stream.sample_aspect_ratio = encoding.aspect
-    # Players may ask the container for it; older PyAV guards it where a template was copied.
+    # Players may read the rate from the container; older PyAV cannot set it on a copied template.
     with suppress(RuntimeError):
         context.framerate = encoding.rate
     return stream
@@ -146,10 +147,10 @@ def add_video(out: Output, first: Path, encoding: Encoding) -> Any:
 def video_packets(
     files: Sequence[Path], parts: Sequence[SegmentFile], encoding: Encoding, stream: Stream, shift: int
 ) -> Iterator[tuple[float, Packet]]:
-    """The packets of all segments with timestamps of the source, and decoding times that rise throughout.
+    """Yield the packets of all segments with the source's timestamps and rising decoding times.
 
-    Encoders differ in what they give as decoding times, above all at varying frame rates. Here packet i
-    is decoded when frame i - depth is shown: that always rises, and never comes after its own frame.
+    Encoders differ in their decoding times, above all at varying frame rates. Here packet i is decoded when
+    frame i - depth is shown: such times always rise and are never later than the packet's own frame.
     """
     depth = max(part.depth for part in parts)
     step = max(1, round(1 / (encoding.rate * encoding.time_base)))
@@ -169,7 +170,7 @@ def video_packets(
 
 
 def segment_packets(path: Path, part: SegmentFile, encoding: Encoding) -> Iterator[Any]:
-    """The packets of a segment in decoding order, their `pts` in ticks of the source."""
+    """Yield the packets of a segment in decoding order, with `pts` in ticks of the source."""
     with open_container(path) as container:
         stream = container.streams.video[0]
         for packet in container.demux(stream):

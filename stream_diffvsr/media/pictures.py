@@ -1,6 +1,6 @@
-"""Still and animated pictures: read as RGB and alpha, written in the format their name says.
+"""Reading of still and animated pictures as RGB and alpha, and writing in the format of the file's suffix.
 
-Pillow does the work; PyAV where Pillow would cut 16 bits to 8.
+Pillow does the work, except where it would cut 16 bits to 8: there PyAV is used.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".ppm", ".tga"),
     *(".avif", ".jfif", ".heic", ".heif"),
 )
-"""Files that count as pictures in a folder."""
+"""Suffixes of the files in a folder that are read as pictures."""
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".tga")
 ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
-"""Formats that hold alpha, and 16 bits, when we write them."""
+"""Formats that are written with alpha, and formats that are written with 16 bits."""
 EXIF_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROFILE_WORDS = {
     "exif": "its EXIF data, which .jpg, .png and .webp can store",
@@ -49,15 +49,15 @@ PROFILE_WORDS = {
 }
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 VIDEOS = {"MPEG", "FLI"}
-"""Formats of Pillow's that are videos."""
+"""Pillow's formats that are videos."""
 TGA_SUFFIXES = (".tga", ".icb", ".vda", ".vst")
-"""TGA is known by its name alone: its first bytes are also those of some streams of video."""
+"""TGA is recognised only by its suffix, because some video streams begin with the same bytes."""
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
-"""What a HEIC file calls itself in its first bytes."""
+"""Brands that identify a HEIC file in its first bytes."""
 IMAGE_LENGTH = 257
 """TIFF's tag for the number of rows."""
 DEFAULT_MILLISECONDS = 100
-"""What viewers use for an animation's frame without a duration."""
+"""The duration that viewers use for an animation frame without one."""
 SAVE_OPTIONS = {
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},
@@ -69,7 +69,7 @@ SAVE_OPTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture, upright."""
+    """An upright picture."""
 
     rgb: Tensor
     """(1, 3, h, w) float32 in [0, 1]."""
@@ -77,11 +77,11 @@ class Picture:
     """(1, 1, h, w) float32 in [0, 1]."""
     bits: int = 8
     profile: dict[str, Any] = field(default_factory=dict)
-    """What goes along: the ICC profile, the resolution, EXIF's words, the texts of a PNG."""
+    """Metadata to keep: the ICC profile, the resolution, EXIF data and the texts of a PNG."""
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """The pictures of a folder in natural order: frame2 before frame10. Raises `VideoError`."""
+    """Return the pictures of a folder in natural order (frame2 before frame10). Raises `VideoError`."""
     named = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
     files = [f for f in named if not f.is_dir()]
     for file in files:
@@ -93,7 +93,7 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def say_left_out(folder: Path) -> None:
-    """Name the kinds of files in a folder that are not among its pictures."""
+    """Log the suffixes of the files in a folder that are not read as pictures."""
     others = {
         f.suffix.lower() or f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")
     }
@@ -104,19 +104,19 @@ def say_left_out(folder: Path) -> None:
 
 
 def writable_name(name: str) -> str:
-    """The name under which a picture is written: its own, or as PNG where we do not write its format."""
+    """Return the name for writing a picture: its own, or one in .png if its format cannot be written."""
     path = Path(name)
     return name if path.suffix.lower() in WRITABLE else f"{path.stem}.png"
 
 
 def natural_key(name: str) -> list[tuple[int, int, str]]:
-    """Sorts digits by their value and the rest as text."""
+    """Return a sort key that compares numbers by value and everything else as lower-case text."""
     parts = re.split(r"(\d+)", name.lower())
     return [(1, int(part), part) if part.isdecimal() else (0, 0, part) for part in parts if part]
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """What Pillow raises for damaged files, some of which claim to be huge."""
+    """Return the exceptions that Pillow raises for damaged files, some of which claim to be huge."""
     from PIL.Image import DecompressionBombError
 
     known = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, struct.error, zlib.error)
@@ -124,8 +124,10 @@ def damage() -> tuple[type[Exception], ...]:
 
 
 def open_picture(path: Path) -> Image.Image:
-    """Pillow's image of a file, not loaded yet. Raises `VideoError` for known formats that are not read
-    here."""
+    """Open a file as a Pillow image without loading its pixels.
+
+    Raises `VideoError` for a HEIC picture without the package pillow-heif, and for too many pixels.
+    """
     from PIL import Image
 
     with path.open("rb") as file:
@@ -143,7 +145,7 @@ def open_picture(path: Path) -> Image.Image:
     others = VIDEOS if path.suffix.lower() in TGA_SUFFIXES else VIDEOS | {"TGA"}
     try:
         with warnings.catch_warnings():
-            # Up to twice as many pixels as Pillow likes are read here.
+            # Pillow warns above its pixel limit, but raises only above twice that limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(path, formats=sorted(set(Image.ID) - others))
     except Image.DecompressionBombError as error:
@@ -154,7 +156,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a still picture, by its content; of several pages the first is meant."""
+    """Whether a file's content is a still picture; a file with several pages is one too."""
     try:
         with open_picture(path) as image:
             if _animated(image):
@@ -178,7 +180,7 @@ def _animated(image: Image.Image) -> bool:
 
 
 def _is_jpeg_stream(path: Path) -> bool:
-    """Whether another JPEG picture follows the first: then it is a stream of them."""
+    """Whether another JPEG picture follows the first, which makes the file a stream of pictures."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         place = 2
         while data[place : place + 1] == b"\xff" and data[place : place + 2] != b"\xff\xda":
@@ -189,7 +191,7 @@ def _is_jpeg_stream(path: Path) -> bool:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is shown, without reading its pixels. Raises `VideoError`."""
+    """Return the width and height of a picture as shown, without reading its pixels. Raises `VideoError`."""
     try:
         with open_picture(path) as image:
             turned = image.getexif().get(ORIENTATION, 1) >= 5
@@ -201,7 +203,7 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def read(path: Path) -> Picture:
-    """A still picture as RGB and alpha; EXIF rotation is applied. Raises `VideoError`."""
+    """Read a still picture as RGB and alpha, with EXIF rotation applied. Raises `VideoError`."""
     from PIL import ImageOps
 
     try:
@@ -215,7 +217,7 @@ def read(path: Path) -> Picture:
                 )
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
-            # Pillow leaves rows black that no strip of a TIFF has; its `height` is the turned picture's.
+            # Pillow leaves missing rows of a TIFF black. Its `height` is that of the turned picture.
             height = getattr(image, "tag_v2", {}).get(IMAGE_LENGTH, 0)
             if image.tile and (rows := max(tile[1][3] for tile in image.tile)) < height:
                 raise ValueError(f"it has {rows} of {height} rows")
@@ -228,7 +230,7 @@ def read(path: Path) -> Picture:
 
 
 def sample_bits(image: Any, path: Path) -> int:
-    """Bits of a sample in the file, which Pillow's mode does not tell for colour."""
+    """Return the bits per sample in the file, which Pillow's mode does not reveal for colour."""
     if image.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24]
@@ -237,8 +239,8 @@ def sample_bits(image: Any, path: Path) -> int:
 
 
 def _read_deep(path: Path, image: Any) -> Picture:
-    """A 16-bit picture through PyAV, with the colours and alpha that it has."""
-    # By its format: a per cent sign in the name would be taken for a numbered series.
+    """Read a 16-bit picture with PyAV, keeping its colours and alpha."""
+    # Name the format, or FFmpeg would take a per cent sign in the file name for a numbered series.
     with open_container(path, f"{image.format.lower()}_pipe") as container:
         frame = next(container.decode(video=0))
     rgb, alpha = frame_to_rgb(frame, Colour(full_range=True))
@@ -248,13 +250,13 @@ def _read_deep(path: Path, image: Any) -> Picture:
 
 
 ORIENTATION = 0x0112
-"""EXIF's tag for it."""
+"""EXIF's tag for the orientation."""
 EXIF_WORDS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298}
-"""What is shown, camera, software, date, artist, copyright."""
+"""EXIF tags for the description, camera make and model, software, date, artist and copyright."""
 EXIF_FOLDERS = (0x8769, 0x8825)
-"""How and where it was taken."""
+"""EXIF directories with how (Exif) and where (GPS) the picture was taken."""
 EXIF_OF_PIXELS = {0x9101, 0x9102, 0x927C, 0xA001, 0xA002, 0xA003, 0xA005}
-"""Layout, size and colours of the old pixels; and the camera's notes, which hold places in the old file."""
+"""Tags for the old pixels' layout, size and colours, and camera notes with offsets into the old file."""
 EXIF_TURNS = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),
@@ -264,11 +266,11 @@ EXIF_TURNS = {
     7: (0, -1, -1, 0),
     8: (0, -1, 1, 0),
 }
-"""EXIF orientation -> where a pixel goes, as `upright` takes it."""
+"""EXIF orientation -> display matrix for `upright`."""
 
 
 def from_pillow(image: Image.Image) -> Picture:
-    """A Pillow image of any mode -> RGB and alpha; raises `ValueError` for a mode without a known range."""
+    """Convert a Pillow image to RGB and alpha; raises `ValueError` for floating-point samples."""
     profile = _profile(image)
     if image.mode in ("I", "I;16", "I;16L", "I;16B"):
         grey = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)[None, None]
@@ -282,7 +284,7 @@ def from_pillow(image: Image.Image) -> Picture:
 
 
 def _in_rgb(image: Image.Image) -> Any:
-    """The picture as RGB: in sRGB by its own profile where it has one of inks, grey or Lab."""
+    """Convert to RGB: from CMYK, grey or Lab to sRGB through the image's ICC profile, if it has one."""
     icc = image.info.get("icc_profile")
     if not icc or image.mode not in ("CMYK", "L", "LAB"):
         return image.convert("RGB")
@@ -298,17 +300,20 @@ def _in_rgb(image: Image.Image) -> Any:
 
 
 def _profile(image: Image.Image) -> dict[str, Any]:
-    """What goes along. An ICC profile describes the file's own colours: it stays only where they are RGB."""
+    """Return the metadata to keep.
+
+    An ICC profile describes the file's own colours, so it is kept only if these are RGB.
+    """
     kept = ("icc_profile", "dpi") if image.mode in ("RGB", "RGBA", "P", "PA") else ("dpi",)
     found = {key: image.info[key] for key in kept if image.info.get(key)}
     texts = getattr(image, "text", {}) if image.format == "PNG" else {}
-    # Some hold EXIF once more, with the turn that was applied.
+    # Some texts repeat the EXIF data, with the rotation that is already applied.
     texts = {key: text for key, text in texts.items() if not key.startswith(("Raw profile", "XML:com.adobe"))}
     return found | {key: value for key, value in (("exif", _exif(image)), ("text", texts)) if value}
 
 
 def _exif(image: Any) -> bytes:
-    """EXIF's words without what describes the pixels, which are others now; empty where there are none."""
+    """Return the EXIF data without the tags that describe the old pixels; empty if nothing remains."""
     from PIL import Image
 
     try:
@@ -329,9 +334,9 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def write(path: Path, picture: Picture) -> None:
-    """Write a picture in the format of the name; it appears only when it is whole.
+    """Write a picture in the format of its suffix; the file appears only once it is complete.
 
-    16 bits and alpha are kept where the format holds them. Raises `VideoError` for an unknown format.
+    16 bits and alpha are kept if the format supports them. Raises `VideoError` for an unknown format.
     """
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
@@ -353,7 +358,7 @@ def write(path: Path, picture: Picture) -> None:
 
 
 def kept_in(profile: dict[str, Any], suffix: str) -> tuple[dict[str, Any], list[str]]:
-    """What a format can keep of a picture, and what is lost."""
+    """Return the metadata that a format can store, and descriptions of the data that is lost."""
     takes = {"icc_profile", "dpi"}
     takes |= {"text"} if suffix == ".png" else set()
     takes |= {"exif"} if suffix in EXIF_SUFFIXES else set()
@@ -371,7 +376,7 @@ def _save(file: Any, values: np.ndarray, suffix: str, profile: dict[str, Any]) -
 
 
 def _png_texts(profile: dict[str, Any]) -> Any:
-    """Pillow's form of the texts of a PNG."""
+    """Return the texts of a PNG as Pillow's `PngInfo`."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -381,7 +386,7 @@ def _png_texts(profile: dict[str, Any]) -> Any:
 
 
 def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
-    """16-bit RGB or RGBA (H, W, C) as the bytes of a PNG or TIFF file."""
+    """Encode 16-bit RGB or RGBA (H, W, C) as the bytes of a PNG or TIFF file."""
     import av
 
     name = "rgb48" if values.shape[-1] == 3 else "rgba64"
@@ -398,7 +403,7 @@ def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
 
 
 def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
-    """A PNG file with an ICC profile and a resolution, as chunks behind its header."""
+    """Return a PNG file with its texts, EXIF data, ICC profile and resolution in chunks after the header."""
     chunks = [chunk[:2] for chunk in _png_texts(profile).chunks]
     if exif := profile.get("exif"):
         chunks.append((b"eXIf", exif.removeprefix(b"Exif\0\0")))
@@ -410,7 +415,7 @@ def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
         for kind, body in chunks
     )
-    # PyAV writes a pHYs of its own, which is the shape of a sample.
+    # PyAV writes its own pHYs chunk with the pixel aspect ratio.
     rest, own = data[33:], data.find(b"pHYs")
     if profile.get("dpi") and own > 0:
         rest = data[33 : own - 4] + data[own + 17 :]
@@ -418,7 +423,7 @@ def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
 
 
 def _with_tiff_profile(data: bytes, profile: dict[str, Any]) -> bytes:
-    """A little-endian TIFF file with an ICC profile and a resolution: a new directory at its end."""
+    """Return a little-endian TIFF file with an ICC profile and resolution in a new directory at its end."""
     start = struct.unpack_from("<I", data, 4)[0]
     count = struct.unpack_from("<H", data, start)[0]
     entries = {
@@ -439,7 +444,7 @@ def _with_tiff_profile(data: bytes, profile: dict[str, Any]) -> bytes:
 
 
 def describe_animation(path: Path) -> tuple[int, tuple[int, int], int, bool]:
-    """Frames, (width, height), length in milliseconds, and whether there is transparency."""
+    """Return the frame count, (width, height), length in milliseconds and whether anything is transparent."""
     count = length = 0
     size, transparent = (0, 0), False
     for picture, milliseconds in read_animation(path):
@@ -450,14 +455,14 @@ def describe_animation(path: Path) -> tuple[int, tuple[int, int], int, bool]:
 
 
 def read_animation(path: Path) -> Iterator[tuple[Picture, int]]:
-    """Each frame of an animated picture as shown, with its milliseconds. Raises `VideoError`."""
+    """Yield each frame of an animated picture as shown, and its milliseconds. Raises `VideoError`."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             for number in range(image.n_frames):
                 image.seek(number)
-                image.load()  # only then do WebP and AVIF name this frame's duration
+                image.load()  # WebP and AVIF provide the frame's duration only after this
                 duration = round(float(image.info.get("duration", 0))) or DEFAULT_MILLISECONDS
                 yield from_pillow(image), duration
     except damage() as error:

@@ -1,7 +1,7 @@
-"""Where frames come from: video files, animated pictures, folders of pictures; one frame at a time.
+"""Sources of frames: video files, animated pictures and folders of pictures, read one frame at a time.
 
-Each source has `info` and `frames(span)`, which yields every frame of the span with its place in the
-whole source and its timestamp. What was repaired on the way is counted in `notes`.
+Each source has `info` and `frames(span)`, which yields every frame of the span with its index in the
+whole source and its timestamp. Repairs are counted in `notes`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from .timeline import MAY_JUMP, UNTIMED, ShownTimes, Timeline
 log = logging.getLogger(__name__)
 
 MOST_DELAYED = 40
-"""More packets than a decoder keeps back before a frame comes: for reordering 16, and one for each thread."""
+"""More packets than a decoder buffers before it returns a frame: 16 for reordering and one per thread."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class SourceFrame:
     """One upright frame of a source."""
 
     index: int
-    """Place in the whole source, from 0."""
+    """Index in the whole source, from 0."""
     time: int
     """Presentation timestamp, in ticks of the source's time base."""
     duration: int | None
@@ -58,9 +58,9 @@ class SourceFrame:
     """(height, width)"""
     bits: int = 8
     profile: dict[str, Any] = field(default_factory=dict)
-    """What a picture file takes along: its ICC profile, its resolution."""
+    """Metadata of a picture file, such as its ICC profile and resolution."""
     device: torch.device | str = "cpu"
-    """Where `rgb` and `alpha` are made, when they are first asked for, by the thread that asks."""
+    """Where `rgb` and `alpha` are computed, on first access and in the accessing thread."""
 
     @cached_property
     def _shown(self) -> tuple[Tensor, Tensor | None]:
@@ -72,7 +72,7 @@ class SourceFrame:
         return self._shown[0]
 
     def thinned(self, step: int) -> Tensor:
-        """Every step-th row and column of `rgb`, in a fraction of its time."""
+        """Return every step-th row and column of `rgb`, in a fraction of the time."""
         return self.pixels.to_rgb(self.device, step)[0]
 
     @property
@@ -82,14 +82,14 @@ class SourceFrame:
 
 
 class Pixels(Protocol):
-    """What a frame's colours are made of."""
+    """The values from which a frame's RGB and alpha are computed."""
 
     def to_rgb(self, device: torch.device | str, step: int = 1) -> tuple[Tensor, Tensor | None]: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Decoded:
-    """A video frame's code values, and how they are turned."""
+    """A video frame's code values and its display matrix."""
 
     planes: Planes
     matrix: tuple[int, int, int, int] | None
@@ -115,23 +115,23 @@ class Loaded:
 
 
 class Source(Protocol):
-    """What the job reads from."""
+    """A source of frames for a job."""
 
     path: Path
     info: SourceInfo
     notes: Counter[str]
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
-        """The frames of a span, in order; `place` is a frame read before, which makes it faster."""
+        """Yield the frames of a span in order, faster with the `place` of a frame that was read before."""
         ...
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Where to continue reading after a frame; None if that saves nothing."""
+        """Return where to continue reading after a frame, or None if that would save nothing."""
         ...
 
 
 def open_source(path: Path, stream: int | None = None, rate: Fraction | None = None) -> Source:
-    """The source at a path: a folder, an animated picture, or a video. Raises `VideoError`."""
+    """Open the source at a path: a folder, an animated picture or a video. Raises `VideoError`."""
     check_readable(path)
     if path.is_dir():
         return FolderSource(path, rate or DEFAULT_RATE)
@@ -141,7 +141,7 @@ def open_source(path: Path, stream: int | None = None, rate: Fraction | None = N
 
 
 class VideoSource:
-    """A video stream of a file, through PyAV."""
+    """A video stream of a file, read with PyAV."""
 
     def __init__(self, path: Path, stream: int | None = None) -> None:
         self.path = path
@@ -157,7 +157,7 @@ class VideoSource:
                 raise VideoError(f"{path} has a video stream, but none of its frames can be decoded.")
             self.info = describe(chosen, first)
             self._first = first.pts or 0
-            # AVI counts in fields where H.264 may have them: a tick is half a frame then.
+            # AVI may count H.264 in fields: then a tick is half a frame.
             self._has_durations = container.format.name != "avi"
             if is_joined(path, container.format.name):
                 log.warning(
@@ -172,9 +172,9 @@ class VideoSource:
             )
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
-        """The frames of the span; damaged packets are skipped and counted. Raises `VideoError`.
+        """Yield the frames of the span; damaged packets are skipped and counted. Raises `VideoError`.
 
-        With `place`, the last frame of an earlier run, reading starts there instead of at the beginning.
+        With `place`, the last frame of an earlier run, reading starts there if that is safe.
         """
         index = -1
         for index, time, frame in self._numbered(span, place):
@@ -183,11 +183,11 @@ class VideoSource:
                 return
             if not span.before(index, seconds):
                 yield self._convert(frame, index, time)
-        # Damage that the demuxer steps over by itself shows only here.
+        # The demuxer skips some damage silently, which only this difference reveals.
         self.notes["frames fewer than its index names"] += max(0, self._named - index - 1)
 
     def look_at(self, span: Span) -> None:
-        """Take the size from the first frame of the span: some broadcasts change it on the way."""
+        """Set the size to that of the span's first frame, because some broadcasts change size midway."""
         for index, time, frame in self._numbered(span, None):
             if not span.before(index, (time - self._first) * self.info.time_base):
                 size = turned_size(frame)
@@ -197,7 +197,7 @@ class VideoSource:
         self.notes.clear()
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Where to continue reading after a frame; without a checksum if anything was out of order."""
+        """Return where to continue reading after a frame; without a checksum if anything was irregular."""
         assert isinstance(frame.pixels, Decoded)
         checksum = frame.pixels.planes.checksum() if self._in_order() else None
         return Place(frame.index, frame.time, checksum)
@@ -206,7 +206,7 @@ class VideoSource:
         return self._steady and not self.notes.total()
 
     def _numbered(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
-        """Decoded frames with their index and time: from the middle where that is exact."""
+        """Yield the index, time and decoded frame, starting in the middle of the file if that is exact."""
         index, time = (-1, None) if place is None else (place.index, place.time)
         if span.start if place is None else place.digest is not None:
             try:
@@ -227,7 +227,7 @@ class VideoSource:
                     yield index, now, frame
 
     def _from_middle(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
-        """Decoded frames from a place on, which is counted out where none is given. Raises `DoubtError`."""
+        """Yield index, time and frame from `place` on, or from the span's start. Raises `DoubtError`."""
         with open_container(self.path) as container:
             stream = container.streams[self.stream_index]
             times = None
@@ -237,7 +237,8 @@ class VideoSource:
             clock = Clock(self.info, self.notes, place.time - 1)
             for index, frame in enumerate(frames, place.index):
                 if index == place.index:
-                    # What follows a key frame but is shown before it lacks what it refers to.
+                    # Ignore damage in frames that follow a key frame but are shown before it: they lack
+                    # their references.
                     self.notes.clear()
                 time = clock.tick(frame.pts)
                 check_counted(times, index, frame)
@@ -268,7 +269,7 @@ class VideoSource:
         return SourceFrame(index, time, duration, pixels, (height, width), self.info.bits)
 
     def _packets(self, container: Container, stream: Stream) -> Iterator[Any]:
-        """The stream's packets on one line of time, until the file cannot be read on."""
+        """Yield the stream's packets on one timeline, as far as the file can be read."""
         import av
 
         line = Timeline(container)
@@ -285,21 +286,21 @@ class VideoSource:
             self.notes["breaks in its timestamps closed"] += line.straighten(packet)
             if packet.stream.index == stream.index:
                 self.packets += 1
-                # Without timestamps of its own, a frame's is guessed from those before it.
+                # The time of a frame without a timestamp is guessed from the frames before.
                 self._steady &= not packet.size or packet.pts is not None
                 yield packet
 
     def _decode(self, container: Container, stream: Stream) -> Iterator[Any]:
-        """Every frame that can be decoded."""
+        """Yield every frame that can be decoded."""
         import av
 
         untimed, counted = bool(container.format.flags & UNTIMED), container.format.name in ("avi", "asf")
         shown = ShownTimes(by_order=counted)
         decode = alpha_decoder(stream) or (lambda packet: packet.decode())
-        # Only there may another codec follow under the same number; elsewhere much else shows nothing.
+        # Only these formats can change codec within a stream; in others, many packets show no picture.
         may_change, shape, idle = bool(container.format.flags & MAY_JUMP), None, 0
         for packet in self._packets(container, stream):
-            # AVI and WMV have one time for each packet, in decoding order.
+            # AVI and WMV store one time per packet, in decoding order.
             time = packet.dts if counted or packet.pts is None else packet.pts
             if packet.size and not packet.is_discard:
                 shown.read(time)
@@ -314,7 +315,7 @@ class VideoSource:
                 if lost > MOST_DELAYED:
                     self.notes["packets without a picture skipped: the codec may change in the file"] += lost
             else:
-                # A decoder takes them without a word.
+                # A decoder accepts packets of another codec without an error.
                 idle += may_change and not packet.is_discard
             self.notes["damaged frames used"] += sum(frame.is_corrupt for frame in frames)
             if frames and shape != (now := stream.codec_context.sample_aspect_ratio):
@@ -333,7 +334,10 @@ class VideoSource:
 
 
 def alpha_decoder(stream: Stream) -> Any:
-    """Packet -> frames with the alpha of WebM, which FFmpeg's own decoders leave out; None: it has none."""
+    """Return a function that decodes WebM packets with alpha, or None if the stream has no alpha.
+
+    FFmpeg's own decoders leave the alpha out.
+    """
     import av
 
     name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.codec.canonical_name)
@@ -348,18 +352,18 @@ def alpha_decoder(stream: Stream) -> Any:
 
 
 class Clock:
-    """Timestamps that rise with every frame, as encoders need them."""
+    """Makes timestamps that rise with every frame, as encoders require."""
 
     def __init__(self, info: SourceInfo, notes: Counter[str], last: int | None = None) -> None:
         self.step = max(1, round(1 / (info.rate * info.time_base)))
-        # MP4 counts a frame's duration in 31 bits of ticks, of which it has at least 10,000 a second.
+        # MP4 stores a frame's duration in 31 bits of ticks, with at least 10,000 ticks per second.
         self.longest = int((2**31 - 1) / max(1, 20_000 * info.time_base))
         self.notes = notes
         self.last = last
         self.timed = info.timed
 
     def tick(self, pts: int | None) -> int:
-        """The next frame's time: its own where it has one that rises."""
+        """Return the next frame's time: its own if it has one that rises plausibly, else a guess."""
         if self.last is None:
             self.last = pts or 0
             return self.last
@@ -371,7 +375,7 @@ class Clock:
 
 
 class AnimationSource:
-    """An animated GIF, WebP or PNG, through Pillow; times in milliseconds."""
+    """An animated GIF, WebP, PNG or AVIF, read with Pillow; times are in milliseconds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -381,11 +385,11 @@ class AnimationSource:
         self.info = SourceInfo(width, height, 8, Fraction(1, 1000), rate, count, has_alpha=has_alpha)
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """None: seeking would save nothing."""
+        """Return None, because seeking would save nothing."""
         return None
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
-        """The frames of the span."""
+        """Yield the frames of the span."""
         time = 0
         for index, (picture, milliseconds) in enumerate(pictures.read_animation(self.path)):
             seconds = Fraction(time, 1000)
@@ -398,7 +402,7 @@ class AnimationSource:
 
 
 class FolderSource:
-    """A folder of pictures in natural order, as the frames of a video; or one picture."""
+    """A folder of pictures in natural order, or a single picture, read as the frames of a video."""
 
     def __init__(self, path: Path, rate: Fraction) -> None:
         self.path = path
@@ -414,11 +418,11 @@ class FolderSource:
         )
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """None: seeking would save nothing."""
+        """Return None, because seeking would save nothing."""
         return None
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
-        """The frames of the span."""
+        """Yield the frames of the span."""
         for index, file in enumerate(self.files):
             seconds = index * self.info.time_base
             if not span.before(index, seconds) and not span.after(index, seconds):

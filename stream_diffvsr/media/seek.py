@@ -1,8 +1,8 @@
 """Reading from the middle of a file with the same frames, indices and times as from its start.
 
-Seeking is fast and may be wrong: timestamps repeat, indices lie, pictures refer to what was jumped over.
-So it is used only towards a frame that is known, from a key frame before it, and given up (`DoubtError`) as
-soon as anything is not as expected; then the file is read from its start.
+Seeking is fast but can be wrong: timestamps may repeat, file indexes may be false, and pictures may refer to
+skipped ones. It is therefore used only to reach a known frame from a key frame before it, and abandoned
+(`DoubtError`) as soon as anything is not as expected; then the file is read from its start.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .av_types import Container, Frame, Stream
 from .span import Span
 
 ONE_PACKET_ONE_FRAME = {"h264", "hevc", "av1", "vp9", "prores", "ffv1", "mjpeg", "png", "dnxhd"}
-"""Codecs whose packets can be counted instead of their frames; in VP8 and MPEG-4 some show nothing."""
+"""Codecs whose packets can be counted instead of frames; some VP8 and MPEG-4 packets show no frame."""
 INDEXED = ("mp4", "matroska")
-"""Containers that keep packets apart by themselves."""
+"""Containers that store the boundaries of packets."""
 REORDERED = 64
-"""More packets than any codec keeps back."""
+"""More packets than any codec reorders."""
 STEPS_BACK = (0, 1, 4, 16, 64)
-"""Seconds by which the place to seek to lies before the frame, in turn."""
+"""How many seconds before the wanted frame to seek, tried in turn."""
 
 
 class DoubtError(Exception):
-    """What was read after seeking is not as it would be from the start."""
+    """Raised if frames read after seeking may differ from those read from the start."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Place:
     time: int
     """Its presentation timestamp, in ticks."""
     digest: int | None = None
-    """Checksum of its picture, where it was read before from a file in good order."""
+    """Checksum of its picture, if it was read before and the file was regular up to it."""
 
 
 def frames_from(
@@ -48,9 +48,9 @@ def frames_from(
     decode: Callable[[Any, Any], Iterator[Any]],
     looks: Callable[[Any], int],
 ) -> Iterator[Any]:
-    """Decoded frames from a place on, its own frame first; `looks` tells a frame's checksum.
+    """Yield decoded frames from a place on, beginning with its own; `looks` returns a frame's checksum.
 
-    Raises `DoubtError` where that frame is not found, or is another.
+    Raises `DoubtError` if the place's frame is missing or different.
     """
     frames = decode_from(container, stream, place, decode)
     frame = next((frame for frame in frames if frame.pts is None or frame.pts >= place.time), None)
@@ -65,7 +65,7 @@ def frames_from(
 def decode_from(
     container: Container, stream: Stream, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
 ) -> Iterator[Any]:
-    """Frames from the key frame before a place on; what comes before that one may lack its references."""
+    """Yield frames from a key frame before a place on; earlier ones may lack references and are skipped."""
     import av
 
     for seconds in STEPS_BACK:
@@ -85,10 +85,10 @@ def decode_from(
 def count_to(
     container: Container, stream: Stream, span: Span, first: int, interlaced: bool
 ) -> tuple[Place, array[int]]:
-    """The place where a span starts, and the timestamps of all frames up to it and some more.
+    """Return the place where a span starts, and the timestamps of all frames up to it and some beyond.
 
-    Nothing is decoded: packets are counted, and their timestamps put in order. `first` is the timestamp
-    of the first frame. Raises `DoubtError` where packets may be more or fewer than frames.
+    Nothing is decoded: packets are counted and their timestamps sorted. `first` is the timestamp of the
+    first frame. Raises `DoubtError` if the numbers of packets and frames may differ.
     """
     containers = container.format.name.split(",")
     if (
@@ -107,7 +107,7 @@ def count_to(
 
 
 def timestamps(container: Container, stream: Stream, span: Span, first: int) -> array[int]:
-    """Those of the frames up to the start of a span and some more, in order. Raises `DoubtError`."""
+    """Return the sorted timestamps of frames up to a span's start and some beyond. Raises `DoubtError`."""
     times: array[int] = array("q")
     left = REORDERED
     for packet in container.demux(stream):
@@ -119,12 +119,12 @@ def timestamps(container: Container, stream: Stream, span: Span, first: int) -> 
         if not span.before(len(times) - 1, (packet.pts - first) * stream.time_base):
             left -= 1
         if left == 0:
-            # The last ones may still lack some that are shown before them.
+            # Among the last ones, timestamps of packets not read yet may be missing.
             return array("q", sorted(times)[: -(REORDERED // 2)])
     return array("q", sorted(times))
 
 
 def check_counted(times: array[int] | None, index: int, frame: Frame) -> None:
-    """Raise `DoubtError` where a frame is not the one that was counted."""
+    """Raise `DoubtError` if a frame's timestamp is not the one that was counted for its index."""
     if times is not None and index < len(times) and frame.pts != times[index]:
         raise DoubtError("it has different numbers of packets and frames")

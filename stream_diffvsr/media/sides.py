@@ -1,9 +1,9 @@
-"""Sound and subtitles of a source, made ready before the first frame is upscaled: each in a file of its own.
+"""Preparation of a source's sound and subtitles: one file per stream, before the first frame is upscaled.
 
-A stream is copied where the output's container takes it, else converted, else left out, each of which is
-logged. It is written whole, to the container's trailer, since some containers refuse only there. Joining the
-output later uses packets that have been accepted once already. What is ready is used again
-when the job is continued.
+A stream is copied if the output's container accepts it, else converted, else left out; conversions and
+omissions are logged. Each file is written up to the container's trailer, because some containers refuse a
+stream only there; the output is later joined from packets that were accepted once already. Finished files
+are reused when the job is resumed.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ from .ways import NO_TEXT, RefusedError, Way, add_copy, av_refusals, ways_of
 log = logging.getLogger(__name__)
 
 LISTING = "side-list.json"
-"""Names what is whole."""
+"""The file that lists the finished side streams."""
 OWN_NAME = re.compile(r"side-\d+\.\w+")
 REPORT_PACKETS, REPORT_SECONDS = 50, 10.0
-"""How often it is told how far the source is read: to the caller, and in the log."""
+"""Packets between two progress reports to the caller, and seconds between two in the log."""
 OnProgress = Callable[[int, int], None]
-"""Gets what is done and what there is in all."""
+"""A function called with the amount done and the total."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One stream beside the picture, whole, in a file of the output's container."""
+    """A finished sound or subtitle stream, in a file of the output's container."""
 
     path: Path
     index: int
-    """Of the stream in the source."""
+    """Index of the stream in the source."""
     origin: int
-    """Seconds that were taken off its times, so that none is negative."""
+    """Seconds that were subtracted from its times so that no time is negative."""
     first: Fraction
-    """When it is first heard or seen, in seconds of the source."""
+    """When the stream is first heard or seen, in seconds of the source."""
 
     @property
     def size(self) -> int:
-        """Bytes on the disk."""
+        """The size of the file in bytes."""
         return self.path.stat().st_size
 
 
 class Making:
-    """One stream being written in one way."""
+    """A side stream that is being written in one of its possible ways."""
 
     def __init__(self, stream: Stream, way: Any, path: Path, container_format: str) -> None:
         import av
@@ -75,7 +75,7 @@ class Making:
             self.way: Way = way(self.out, stream)
 
     def feed(self, packet: Packet) -> None:
-        """Write what a packet of the source becomes. Raises `RefusedError`."""
+        """Write a packet of the source, converted if necessary. Raises `RefusedError`."""
         packet.pts = packet.dts if packet.pts is None else packet.pts
         packet.dts = packet.pts if packet.dts is None else packet.dts
         if packet.pts is not None:
@@ -95,7 +95,7 @@ class Making:
             self.out.mux(packet)
 
     def finish(self) -> Side | None:
-        """The finished file, None where there was nothing to write. Raises `RefusedError`."""
+        """Finish the file and return it, or None if nothing was written. Raises `RefusedError`."""
         with av_refusals():
             self._write(self.way.drain())
             if self.first is not None:
@@ -106,14 +106,14 @@ class Making:
         return None
 
     def drop(self) -> None:
-        """Leave nothing behind."""
+        """Close and delete the file."""
         with suppress(Exception):
             self.out.close()
         self.path.unlink(missing_ok=True)
 
 
 def set_rising_dts(packet: Packet, last: int | None) -> int:
-    """Set decoding times that rise, as muxers need them; returns the packet's."""
+    """Move a packet's decoding time after `last` if necessary, as muxers require, and return it."""
     if last is not None and packet.dts <= last:
         packet.dts = last + 1
     packet.pts = max(packet.pts, packet.dts)
@@ -121,7 +121,7 @@ def set_rising_dts(packet: Packet, last: int | None) -> int:
 
 
 def encoder_delay(packet: Packet) -> Fraction:
-    """Seconds at the beginning of a packet that are not heard: the encoder's delay."""
+    """Return the encoder's delay: how many seconds at the beginning of a packet are not heard."""
     context = getattr(packet.stream, "codec_context", None)
     rate = getattr(context, "rate", 0)
     if not rate or not hasattr(packet, "has_sidedata") or not packet.has_sidedata("skip_samples"):
@@ -132,11 +132,11 @@ def encoder_delay(packet: Packet) -> Fraction:
 def make_sides(
     source: Path, container_format: str, folder: Path, on_progress: OnProgress | None = None
 ) -> list[Side]:
-    """Files `side-<stream>` in a folder with the sound and the subtitles of a source, for a container.
+    """Write the sound and subtitles of a source to files `side-<stream>` in a folder, for a container.
 
-    Where an earlier run made them there, they are used again. What is converted or left out is logged.
-    `on_progress` gets the bytes read and the bytes of the source; an exception from it stops. Raises
-    `VideoError` for a source that cannot be opened, and `OSError` where the disk fails.
+    Files from an earlier run are reused. Conversions and omissions are logged. `on_progress` is called with
+    the bytes read and the bytes in the source, and may raise an exception to stop. Raises `VideoError` for a
+    source that cannot be opened, and `OSError` if the disk fails.
     """
     listing = folder / LISTING
     sides, said = _listed(listing) or _make(source, container_format, folder, Report(on_progress))
@@ -149,7 +149,7 @@ def make_sides(
 
 
 def _listed(listing: Path) -> tuple[list[Side], list[str]] | None:
-    """What an earlier run made whole, and what it said; None where that is not there."""
+    """Return the side streams of an earlier run and its messages, or None if they are not complete."""
     try:
         found = json.loads(listing.read_text(encoding="utf-8"))
         sides = []
@@ -166,7 +166,7 @@ def _listed(listing: Path) -> tuple[list[Side], list[str]] | None:
 
 
 class Report:
-    """Tells how far a source is read."""
+    """Reports how much of a source has been read."""
 
     def __init__(self, on_progress: OnProgress | None) -> None:
         self.on_progress = on_progress
@@ -174,7 +174,7 @@ class Report:
         self.packets = 0
 
     def read(self, packet: Packet, total: int) -> None:
-        """A packet was read, of a source of `total` bytes."""
+        """Count a packet of a source of `total` bytes, and report the progress from time to time."""
         self.packets += 1
         if self.packets % REPORT_PACKETS or not packet.pos:
             return
@@ -186,7 +186,7 @@ class Report:
 
 
 def _make(source: Path, container_format: str, folder: Path, report: Report) -> tuple[list[Side], list[str]]:
-    """Make them, each in the first way that the container takes; and what is to be said of it."""
+    """Write each side stream in the first way that the container accepts; also return the messages to log."""
     with open_container(source) as original:
         wanted = [s for s in original.streams if s.type in ("audio", "subtitle") and s.codec_context]
         said = what_is_lost(original, container_format)
@@ -228,14 +228,14 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
 
 
 def what_is_lost(original: Container, container_format: str) -> list[str]:
-    """A sentence for each stream that is not copied at all."""
+    """Return a message for each stream that is left out altogether."""
     said = []
     for stream in original.streams:
         why = None
         if stream.type in ("audio", "subtitle") and not stream.codec_context:
             why = "its codec is not known"
         elif stream.type == "data" and ("timecode" not in stream.metadata or stream.frames > 1):
-            # A time code has one packet; Sony's data of each frame has a time code beside.
+            # A time code is a single packet; Sony's per-frame data also has a time code in its metadata.
             why = "its packets cannot be copied"
         elif stream.type == "video" and is_cover(stream):
             why = why_no_cover(stream, container_format)
@@ -249,7 +249,7 @@ def what_is_lost(original: Container, container_format: str) -> list[str]:
 
 
 def keeping_advice(stream: Stream, container_format: str) -> str:
-    """What would keep a stream as it is, or nearly so."""
+    """Return advice on how to keep a stream unchanged or nearly so, or how to leave it out."""
     import av
 
     if container_format != "matroska":
@@ -271,7 +271,7 @@ def _one_reading(
     reasons: dict[int, str],
     report: Report,
 ) -> dict[int, Making]:
-    """Read the source once, and write these streams; those that are refused are not among the results."""
+    """Read the source once and write these streams; refused streams are missing from the result."""
     makings: dict[int, Making] = {}
     with open_container(source) as original:
         for index, way in ways.items():
@@ -290,11 +290,11 @@ def _one_reading(
 
 
 def _feed(original: Container, makings: dict[int, Making], reasons: dict[int, str], report: Report) -> None:
-    """Hand each packet of the source to its making; those that are refused are taken out."""
+    """Write each packet of the source to its stream's file, and remove refused streams from `makings`."""
     import av
 
     line = Timeline(original)
-    # The picture's packets too: where subtitles are rare, an interrupt is heard only between packets.
+    # Read the picture's packets too: an interrupt is noticed only between packets, and subtitles may be rare.
     wanted = [*(original.streams[index] for index in makings), *original.streams.video]
     packets = original.demux(line.streams(original, *wanted))
     while makings:
@@ -322,10 +322,10 @@ def _feed(original: Container, makings: dict[int, Making], reasons: dict[int, st
 def side_packets(
     out: Output, original: Container, side: Side, window: Window
 ) -> Iterator[tuple[float, Packet]] | None:
-    """A side stream's packets within the window, each with its time in seconds.
+    """Add a side stream to `out` and return its packets within the window, each with its time in seconds.
 
-    The stream is added to `out`, with the words that it has in the source; None where the window holds
-    nothing of it, which some containers refuse.
+    The stream keeps its metadata from the source. Return None, without adding it, if no packet is within the
+    window, because some containers refuse empty streams.
     """
     packets = _in_window(side, window)
     if (first := next(packets, None)) is None:
@@ -334,7 +334,7 @@ def side_packets(
         stream = add_copy(out, container.streams[0])
     source = original.streams[side.index]
     stream.metadata.update(kept_words(source.metadata))
-    # Which track is the default, which is forced.
+    # Flags for default and forced tracks.
     stream.disposition = source.disposition.value
 
     def attached() -> Iterator[tuple[float, Packet]]:
@@ -348,7 +348,7 @@ def side_packets(
 
 
 def _in_window(side: Side, window: Window) -> Iterator[Any]:
-    """Packets at their times in the output; a subtitle that shows when the window opens is kept."""
+    """Yield packets with their times in the output; subtitles are cut to the window."""
     with open_container(side.path) as container:
         for packet in container.demux(container.streams[0]):
             if not packet.size or packet.dts is None or bytes(packet) == NO_TEXT:

@@ -1,4 +1,4 @@
-"""From a source's size to the model's and to the output's, and the one resampling step at each end."""
+"""The sizes of the model's input and of the output, and the single resampling step at each end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..tensors import MINIMUM_SIDE, SCALE
 
 @dataclass(frozen=True)
 class Sizes:
-    """The wanted size of the output: at most one of target, short_edge and scale, else the model's own."""
+    """The wanted output size: at most one of target, short_edge and scale, or else the model's own size."""
 
     pre_scale: float = 1.0
     target: tuple[int, int] | None = None
@@ -22,7 +22,7 @@ class Sizes:
     short_edge: int | None = None
     scale: float | None = None
     model_scale: float = SCALE
-    """How many times larger the model makes a frame."""
+    """The factor by which the model enlarges a frame."""
 
     def __post_init__(self) -> None:
         given = [name for name in ("target", "short_edge", "scale") if getattr(self, name) is not None]
@@ -33,7 +33,7 @@ class Sizes:
             raise VideoError("sizes and scales must be positive, and pre-scale at most 1.")
 
     def model(self, height: int, width: int) -> tuple[int, int]:
-        """Size that the model gets; raises `VideoError` where nothing is left."""
+        """Return the size of the model's input; raises `VideoError` if it is too small."""
         height, width = round(height * self.pre_scale), round(width * self.pre_scale)
         if min(height, width) < MINIMUM_SIDE:
             raise VideoError(
@@ -42,7 +42,7 @@ class Sizes:
         return height, width
 
     def output(self, height: int, width: int) -> tuple[int, int]:
-        """Size that is written; sides are even where they follow from a factor."""
+        """Return the size of the output; sides computed from `short_edge` or `scale` are even."""
         if self.target is not None:
             return self.target[1], self.target[0]
         if self.short_edge is not None:
@@ -55,9 +55,9 @@ class Sizes:
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
 
     def model_scale_for(self, height: int, width: int) -> tuple[float, float]:
-        """What to ask of a model with any scale from 1 to 4: the scale, and the extra factor for the width.
+        """Return what to request from a model with any scale from 1 to 4: scale and extra factor for the width.
 
-        Nothing is left to resample where both sides are within its reach.
+        Nothing remains to be resampled if both sides are within the model's range.
         """
         sides = zip(self.output(height, width), self.model(height, width), strict=True)
         down, across = (a / b for a, b in sides)
@@ -66,24 +66,24 @@ class Sizes:
         return min(4.0, max(1.0, down, across)), 1.0
 
     def to_model(self, rgb: Tensor) -> Tensor:
-        """(1, 3, h, w) in [0, 1] -> the frame that the model sees, in [0, 1]."""
+        """Resize (1, 3, h, w) in [0, 1] to the model's input, in [0, 1]."""
         return resize(rgb, self.model(*rgb.shape[-2:]))
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic with antialiasing, clamped to [0, 1]; at the same size the input itself."""
+    """Resize with antialiased bicubic, clamped to [0, 1]; return the input itself if the size is the same."""
     if tuple(x.shape[-2:]) == size:
         return x
     return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
 def enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Plain bicubic, clamped to [0, 1]: for alpha, and to compare with."""
+    """Enlarge with plain bicubic, clamped to [0, 1]; used for alpha and for comparisons."""
     return F.interpolate(x, size=size, mode="bicubic", align_corners=False).clamp(0, 1)
 
 
 def split_screen(lq: Tensor, hq: Tensor) -> Tensor:
-    """Left half bicubic of the source, right half the result; (1, 3, H, W) in [0, 1]."""
+    """Join the left half of the bicubic source to the right half of the result; (1, 3, H, W) in [0, 1]."""
     height, width = hq.shape[-2:]
     half = width // 2
     return torch.cat([enlarge(lq, (height, width))[..., :half], hq[..., half:]], dim=-1)

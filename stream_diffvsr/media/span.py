@@ -1,4 +1,4 @@
-"""Which frames of a source are wanted."""
+"""The range of frames that is wanted from a source."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ..errors import VideoError
 
 @dataclass(frozen=True)
 class Span:
-    """The frames that are wanted: an int is a frame's index, a Fraction seconds since the first frame."""
+    """A range of frames: an int is a frame's index, a Fraction is seconds since the first frame."""
 
     start: int | Fraction = 0
     end: int | Fraction | None = None
-    """The last frame, included; None means to the end."""
+    """The last frame, inclusive; None means the end of the source."""
 
     def before(self, index: int, seconds: Fraction) -> bool:
-        """Whether a frame comes before the span."""
+        """Whether a frame is before the span."""
         return (index if isinstance(self.start, int) else seconds) < self.start
 
     def after(self, index: int, seconds: Fraction) -> bool:
-        """Whether a frame comes after the span."""
+        """Whether a frame is after the span."""
         return self.end is not None and (index if isinstance(self.end, int) else seconds) > self.end
 
     def count(self, frames: int | None, rate: Fraction) -> int | None:
-        """About how many frames it has, given those of the source."""
+        """Return the approximate number of frames in the span, given that of the source; None if unknown."""
         first = self.start if isinstance(self.start, int) else round(self.start * rate)
         if self.end is None:
             return None if frames is None else max(0, frames - first)
@@ -35,7 +35,7 @@ class Span:
 
 
 def parse_position(text: str) -> int | Fraction:
-    """`120` is a frame, `12.5s` and `hh:mm:ss.fff` are times in seconds; raises `VideoError`."""
+    """Parse `120` as a frame, and `12.5s` or `hh:mm:ss.fff` as seconds; raises `VideoError`."""
     if text.isdecimal():
         return int(text)
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)s", text):

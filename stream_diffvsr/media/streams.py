@@ -1,4 +1,4 @@
-"""What a video stream says about itself: size, rate, depth, colour, rotation, HDR data."""
+"""The properties of a video stream: size, rate, depth, colour, rotation and HDR data."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .timeline import MAY_JUMP, UNTIMED
 log = logging.getLogger(__name__)
 
 DEFAULT_RATE = Fraction(25)
-"""Frames per second where nothing says otherwise: folders of pictures."""
+"""Frames per second for sources without a rate, such as folders of pictures."""
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What is known before the first frame is upscaled; sizes are those of the upright picture."""
+    """The properties of a source, known before upscaling begins; sizes are those of the upright picture."""
 
     width: int
     height: int
@@ -37,28 +37,28 @@ class SourceInfo:
     rate: Fraction
     """Nominal frames per second."""
     frames: int | None
-    """Number of frames, as far as the file says."""
+    """Number of frames, possibly estimated from the duration; None if unknown."""
     colour: Colour = Colour(RGB, True, BT709, BT709)
     aspect: Fraction | None = None
     """Width of a pixel divided by its height; None for square pixels."""
     has_alpha: bool = False
     interlaced: bool = False
     side_data: dict[str, bytes] = field(default_factory=dict)
-    """HDR10 data of the first frame, by name, as FFmpeg lays it out."""
+    """HDR10 data of the first frame, by name, in FFmpeg's memory layout."""
     timed: bool = True
-    """Whether frames have timestamps; else they follow each other at the rate."""
+    """Whether frames have timestamps; if not, they follow each other at `rate`."""
     free_start: bool = False
-    """Whether its times begin anywhere, as in broadcasts, so that the output begins at 0."""
+    """Whether timestamps can start at any value, as in broadcasts, so that the output starts at 0 instead."""
 
 
 def choose_stream(container: Container, path: Path, wanted: int | None) -> Stream:
-    """The video stream to upscale: the one asked for by its index in the file, else the best."""
+    """Return the video stream to upscale: the one with the index `wanted` in the file, else the best."""
     videos = [s for s in container.streams.video if getattr(s, "codec_context", None) and not is_cover(s)]
     if not videos:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise VideoError(f"{path} has no video stream that can be decoded, only {kinds}.")
     if wanted is None:
-        # Some cameras put a still before the film, as a stream of one frame.
+        # Some cameras store a still picture before the film, as a stream with one frame.
         best = max(videos, key=lambda s: (s.frames != 1, s.width * s.height, s.frames, -s.index))
         if others := [str(s.index) for s in videos if s is not best]:
             log.warning(
@@ -84,7 +84,7 @@ def is_cover(stream: Stream) -> bool:
 
 
 def describe(stream: Stream, frame: Frame) -> SourceInfo:
-    """What a stream and its first frame say about themselves."""
+    """Return the properties of a source from its stream and its first frame."""
     context = stream.codec_context
     width, height = turned_size(frame)
     turned = (width, height) != (frame.width, frame.height)
@@ -92,7 +92,7 @@ def describe(stream: Stream, frame: Frame) -> SourceInfo:
     untimed = bool(flags & UNTIMED)
     rates = [stream.average_rate, stream.guessed_rate]
     if untimed or stream.container.format.name in ("avi", "dv"):
-        # The demuxer's own default, a count of empty packets too, or the ticks of a clock.
+        # Here the average is the demuxer's default, includes empty packets, or is the tick rate of a clock.
         rates.reverse()
     rate = next(filter(None, rates), DEFAULT_RATE)
     length = stream.duration * stream.time_base if stream.duration else None
@@ -117,16 +117,16 @@ def describe(stream: Stream, frame: Frame) -> SourceInfo:
 
 
 def turned_size(frame: Frame) -> tuple[int, int]:
-    """Width and height of a frame as it is shown."""
+    """Return the width and height of a frame as shown."""
     matrix = display_matrix(frame)
     turned = matrix is not None and matrix[0] == 0
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
 
 
 def side_data(frame: Frame) -> dict[str, bytes]:
-    """A frame's side data by FFmpeg's names.
+    """Return a frame's side data by FFmpeg's names.
 
-    PyAV 18 gives none where one is of a kind that it has no name for: EXIF, in the Motion JPEG of cameras.
+    PyAV 18 provides none at all if it has no name for one kind, such as EXIF in the Motion JPEG of cameras.
     """
     found = {}
     with suppress(ValueError):
@@ -137,17 +137,17 @@ def side_data(frame: Frame) -> dict[str, bytes]:
 
 
 def named_frames(stream: Stream) -> int:
-    """How many frames a stream's index names, 0 where that is not known."""
-    # Older PyAV shows no index; AVI has entries for nothing at all, MP4 some that are not shown.
+    """Return the number of frames in a stream's index, or 0 if it is unknown."""
+    # Older PyAV exposes no index. AVI indexes also have empty entries, MP4 ones frames that are not shown.
     if (entries := getattr(stream, "index_entries", None)) is None or not stream.frames:
         return stream.frames
     return min(stream.frames, sum(1 for e in entries if e.size and not getattr(e, "is_discard", False)))
 
 
 def siting_of(frame: Frame) -> str:
-    """Where a frame says that its chroma samples sit, left where it does not.
+    """Return the position of a frame's chroma samples, or "left" if the frame does not specify it.
 
-    PyAV has no name for it: FFmpeg's filter `showinfo` tells it, in the log.
+    PyAV does not expose it, so it is read from the log of FFmpeg's filter `showinfo`.
     """
     import av.filter
     import av.logging
@@ -168,11 +168,11 @@ def siting_of(frame: Frame) -> str:
 
 
 def colour_of(frame: Frame, context: Any) -> Colour:
-    """The colour tags of a stream, with what is missing filled in."""
+    """Return the colour tags of a stream, with missing ones filled in."""
     if frame.format.is_rgb or frame.format.has_palette:
         return Colour(RGB, True, BT709, BT709)
     said = int(frame.color_range)
-    # Grey without a word about its range is full range in FFmpeg, which wrote most of it.
+    # FFmpeg, which writes most grey video, treats grey without a range tag as full range.
     grey = len(frame.format.components) < 3 and said != LIMITED_RANGE
     full = said == FULL_RANGE or grey or frame.format.name.startswith("yuvj")
     tags = [int(value) or UNSPECIFIED for value in (context.color_primaries, context.color_trc)]
@@ -189,22 +189,22 @@ LOST_DATA = {
     "SPHERICAL": "360 degree projection",
     "STEREO3D": "3D arrangement",
 }
-"""What changes with the scene, or no encoder here takes, and what it is called."""
+"""Side data that changes with the scene or that no encoder here accepts -> its name in the log."""
 
 
 STEREO_WORD = "stereo_mode"
-"""In which Matroska says how two views lie in one picture; it goes along with the other words."""
+"""Matroska's key for the arrangement of two views in one picture; it is copied with the other metadata."""
 
 
 def hdr_data(frame: Frame, words: Mapping[str, str]) -> dict[str, bytes]:
-    """HDR10 side data of a frame, where it is complete; what cannot be kept is logged."""
+    """Return a frame's HDR10 side data if it is complete, and log any data that cannot be kept."""
     found = side_data(frame)
     if STEREO_WORD in words:
         found.pop("STEREO3D", None)
     if lost := [called for name, called in LOST_DATA.items() if name in found]:
         log.warning("the source's %s cannot be kept and is left out", " and ".join(lost))
     display = found.get(HDR_DATA[0])
-    # Its last two numbers say whether the chromaticities and the luminances are known.
+    # The last two numbers are flags for whether the chromaticities and the luminances are known.
     if display is not None and 0 in struct.unpack_from("=2i", display, 80):
         log.warning("the source's mastering display data is incomplete and is left out")
         del found[HDR_DATA[0]]
@@ -215,14 +215,14 @@ QUARTERS = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
 
 
 def display_matrix(frame: Frame) -> tuple[int, int, int, int] | None:
-    """The signs (a, b, c, d) of the frame's display matrix, None where it is upright.
+    """Return the signs (a, b, c, d) of the frame's display matrix, or None if it is upright.
 
-    A pixel (x, y) is shown at (a x + c y, b x + d y); only quarter turns and mirrors count.
+    A pixel (x, y) is shown at (a x + c y, b x + d y). Only quarter turns and mirrors are recognised.
     """
     import numpy as np
 
     if (data := side_data(frame).get("DISPLAYMATRIX")) is None:
-        # Where side data cannot be had, the angle can: degrees against the clock, mirrors unseen.
+        # Without side data, the angle is still available: counterclockwise in degrees, without mirrors.
         return QUARTERS.get(frame.rotation % 360)
     values = np.frombuffer(data, np.int32)
     a, b, c, d = (int(np.sign(values[i]) if abs(values[i]) > 1 << 15 else 0) for i in (0, 1, 3, 4))
@@ -231,7 +231,7 @@ def display_matrix(frame: Frame) -> tuple[int, int, int, int] | None:
 
 
 def upright(x: Tensor, matrix: tuple[int, int, int, int] | None) -> Tensor:
-    """Turn and mirror (1, C, h, w) as a display matrix says."""
+    """Turn and mirror (1, C, h, w) according to a display matrix."""
     if matrix is None:
         return x
     a, b, c, d = matrix

@@ -1,7 +1,7 @@
-"""Text subtitles from one codec's form to another's.
+"""Translation of text subtitles from one codec's format to another's.
 
-SubRip and WebVTT write styles as tags, ASS in braces; MP4's timed text is plain, with styles beside it.
-Bold, italic and underlined text is kept between those that have tags; all other markup is taken off.
+SubRip and WebVTT write styles as tags, ASS in braces; MP4's timed text is plain, with its styles separate.
+Bold, italic and underlined text is kept if the new format has tags for it; all other markup is removed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import html
 import re
 
 KNOWN = ("mov_text", "subrip", "srt", "webvtt", "text", "ass", "ssa")
-"""FFmpeg's names of the text subtitles that are translated."""
+"""FFmpeg's names of the text subtitle codecs that can be translated."""
 TAG = re.compile(r"</?(?:[ibuscv]|ruby|rt|lang|font|\d+:\d+)(?:[ .:][^<>\n]*)?>", re.IGNORECASE)
 STYLE = re.compile(r"</?[ibu]>", re.IGNORECASE)
 OPEN, CLOSE = "\1", "\2"
-"""Stand for the brackets of tags that stay, while those that are text are escaped."""
+"""Placeholders for the brackets of kept tags while other brackets are escaped."""
 STAYING = re.compile(f"{OPEN}/?[ibu]{CLOSE}")
 BRACES = re.compile(r"\{[^{}]*\\[^{}]*\}")
 DRAWING = re.compile(r"\{[^{}]*\\p[1-9][^{}]*\}.*?(?:\{[^{}]*\\p0[^{}]*\}|$)", re.DOTALL)
@@ -22,7 +22,7 @@ ASS_STYLE = re.compile(r"\\([ibu])([01])(?!\d)")
 
 
 def translate(data: bytes, before: str, after: str) -> bytes:
-    """A subtitle packet's content in the form of another codec; empty where it shows nothing."""
+    """Convert a subtitle packet's content to another codec's format; return b"" if it shows no text."""
     if before == "mov_text":
         data = data[2 : 2 + int.from_bytes(data[:2], "big")]
     text = data.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").strip("\n\0")
@@ -47,7 +47,7 @@ def _staying(tag: re.Match[str]) -> str:
 
 
 def _from_ass(text: str) -> str:
-    """The text of an event as Matroska stores it: eight fields, then the text."""
+    """Return the text of an ASS event, which Matroska stores as eight fields followed by the text."""
 
     def styles(braces: re.Match[str]) -> str:
         found = ASS_STYLE.findall(braces[0])

@@ -1,9 +1,9 @@
-"""One timeline for all streams of a file whose timestamps start over, jump or wrap on the way.
+"""One timeline for all streams of a file whose timestamps restart, jump or wrap midway.
 
-Broadcasts, recordings in pieces and files joined byte by byte have such timestamps; formats that may say so
-themselves. As in FFmpeg's command, a break is a step back in decoding order, or one forward by more than ten
-seconds that no other stream shares. The readers of picture and sound both walk through all packets in file
-order, so both subtract the same offsets.
+Broadcasts, recordings in pieces and files joined byte by byte have such timestamps; FFmpeg flags the formats
+that allow them. As in FFmpeg's command-line tool, a break is a step back in decoding order, or a step forward
+by more than ten seconds that no other stream shares. The readers of picture and sound both go through all
+packets in file order, so both subtract the same offsets.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from .av_types import Container, Packet
 
 MAY_JUMP, UNTIMED = 0x0200, 0x0080
-"""FFmpeg's AVFMT_TS_DISCONT and AVFMT_NOTIMESTAMPS."""
+"""FFmpeg's format flags AVFMT_TS_DISCONT and AVFMT_NOTIMESTAMPS."""
 BACK, FORWARD = 0.02, 10.0
-"""Seconds that are no break yet."""
+"""The largest steps back and forward, in seconds, that are not breaks."""
 
 
 @dataclass
@@ -31,23 +31,23 @@ class _Track:
 
 
 class Timeline:
-    """Takes breaks out of the timestamps of one reading of a file."""
+    """Removes breaks from the timestamps while a file is read once."""
 
     def __init__(self, container: Container) -> None:
         self.jumps = bool(container.format.flags & MAY_JUMP)
-        """Whether this format may have breaks; else nothing is changed."""
+        """Whether this format may have breaks; if not, nothing is changed."""
         self._offset, self._now = Fraction(0), float("-inf")
         self._tracks: dict[int, _Track] = {}
 
     def streams(self, container: Container, *wanted: Any) -> list[Any]:
-        """The streams to demux for these: all of sound and picture reveal breaks."""
+        """Return the streams to demux: those wanted and, because they reveal breaks, all sound and video."""
         others = [*container.streams.video, *container.streams.audio] if self.jumps else []
         return sorted({stream.index: stream for stream in [*wanted, *others]}.values(), key=lambda s: s.index)
 
     def straighten(self, packet: Packet) -> bool:
-        """Set the packet's timestamps to the continuous line; packets come in the order of the file.
+        """Move the packet's timestamps to the continuous timeline; packets must be passed in file order.
 
-        Returns whether a break was found here.
+        Return whether a break was found here.
         """
         found = False
         moment = packet.dts if packet.dts is not None else packet.pts
@@ -76,37 +76,36 @@ class Timeline:
         now = float(time)
         if track.last is not None:
             return now < track.last - BACK or now > self._now + FORWARD
-        # The first packet of a stream, measured by the others.
+        # Compare the first packet of a stream with the other streams.
         return math.isfinite(self._now) and abs(now - self._now) > FORWARD
 
 
 class ShownTimes:
-    """Times of frames in the order in which they are shown.
+    """Assigns times to frames in the order in which they are shown.
 
-    Frames keep their own times as long as these rise. Some files have only decoding times, or those in place
-    of the
-    others: there each frame takes the earliest time of a packet that none has taken yet.
+    Frames keep their own times as long as these rise. Some files store only decoding times, or store them as
+    presentation times: there, each frame gets the earliest packet time that is still unused.
     """
 
     def __init__(self, by_order: bool) -> None:
         self.by_order = by_order
-        """Whether frames take the times of packets; it becomes so with the first time that does not rise."""
+        """Whether frames get the times of packets; set as soon as a frame's own time does not rise."""
         self._waiting: list[int] = []
         self._last: int | None = None
 
     def read(self, time: int | None) -> None:
-        """A packet with this time goes to the decoder."""
+        """Record the time of a packet that is sent to the decoder."""
         if time is not None:
             heapq.heappush(self._waiting, time)
 
     def lose(self, time: int | None) -> None:
-        """It could not be decoded."""
+        """Remove the time of a packet that could not be decoded."""
         if time in self._waiting:
             self._waiting.remove(time)
             heapq.heapify(self._waiting)
 
     def show(self, time: int | None) -> int | None:
-        """The time of the next frame, whose own is given; None where it cannot be told."""
+        """Return the time of the next frame, given its own; None if it cannot be determined."""
         rises = time is not None and (self._last is None or time > self._last)
         if not self.by_order and (time is None or rises):
             self._last = self._last if time is None else time

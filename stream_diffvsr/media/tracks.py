@@ -1,4 +1,4 @@
-"""What accompanies the picture in a source: metadata, chapters, files, covers; and the window of time."""
+"""Metadata, chapters, attached files and covers of a source, and the time window of the output."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ log = logging.getLogger(__name__)
 
 CONTAINER_KEYS = re.compile(
     r"major_brand|minor_version|compatible_brands|encoder|creation_time|duration"
-    r"|(_statistics_.*|bps|number_of_(frames|bytes)|source_id)(-\w+)?"  # of mkvmerge
+    r"|(_statistics_.*|bps|number_of_(frames|bytes)|source_id)(-\w+)?"  # from mkvmerge
     r"|(generation_|product_)?uid|\w+_(ul|umid)|(company|product)_name|(product|toolkit)_version(_num)?"
-    r"|application_platform|modification_date",  # of MXF
+    r"|application_platform|modification_date",  # from MXF
     re.IGNORECASE,
 )
-"""Metadata that belongs to the file it stood in."""
+"""Metadata keys that describe only the file that contains them."""
 
 
 COVERS = {"mjpeg": (".jpg", "image/jpeg"), "png": (".png", "image/png"), "bmp": (".bmp", "image/bmp")}
-"""Codecs of cover pictures that containers hold, with their suffix and media type."""
+"""Codecs of cover pictures that containers support -> suffix and media type."""
 
 
 MP4_WORDS = {
@@ -36,12 +36,12 @@ MP4_WORDS = {
     *("episode_sort", "season_number", "media_type", "hd_video", "gapless_playback", "compilation", "track"),
     *("disc", "tmpo", "sort_name", "sort_artist", "sort_album", "sort_album_artist", "sort_composer"),
 }
-"""Words that MP4 has places for; beside any other it holds no cover."""
+"""Metadata keys that MP4 has fields for; with any other key, it cannot store a cover."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """The time of the source that goes into the output, in seconds, and what is taken off it."""
+    """The part of the source that goes into the output, and the shift subtracted from its times, in seconds."""
 
     low: float = float("-inf")
     high: float = float("inf")
@@ -51,17 +51,17 @@ class Window:
         return self.low <= seconds < self.high
 
     def ticks(self, time_base: Fraction) -> int:
-        """The shift in ticks."""
+        """Return the shift in ticks."""
         return round(self.shift / time_base)
 
 
 def kept_words(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata that is still true in another container."""
+    """Return the metadata that remains true in another container."""
     return {key: value for key, value in metadata.items() if not CONTAINER_KEYS.fullmatch(key)}
 
 
 def with_later_time_code(words: dict[str, str], skipped: Fraction, rate: Fraction) -> dict[str, str]:
-    """Words whose time code is that of a frame so many seconds later; one that cannot be read is left out."""
+    """Return metadata with its time code moved `skipped` seconds later, or left out if it is unreadable."""
     moved = dict(words)
     for key in [key for key in words if key.lower() == "timecode" and skipped]:
         try:
@@ -75,16 +75,16 @@ TIME_CODE = re.compile(r"\d\d:\d\d:\d\d[:;.]\d\d?")
 
 
 def time_code(picture: Stream) -> dict[str, str]:
-    """The time code that a camera keeps in a stream beside the picture."""
+    """Return the time code that a camera stores in a stream beside the picture, as metadata."""
     codes = [s.metadata.get("timecode", "") for s in picture.container.streams if s.type == "data"]
     known = [code for code in codes if TIME_CODE.fullmatch(code)]
     return {"timecode": known[0]} if known else {}
 
 
 def later_time_code(code: str, frames: int, rate: Fraction) -> str:
-    """`01:00:00:00` so many frames later. Raises `ValueError` where it is no time code.
+    """Return a time code such as `01:00:00:00`, moved `frames` later. Raises `ValueError` for other text.
 
-    A semicolon means drop-frame: of 30 frames a second, two numbers are skipped at the beginning of each
+    A semicolon means drop-frame: at 30 frames per second, two numbers are skipped at the beginning of each
     minute, except every tenth.
     """
     hours, minutes, seconds, number = (int(text) for text in re.split("[:;.]", code))
@@ -99,7 +99,7 @@ def later_time_code(code: str, frames: int, rate: Fraction) -> str:
 
 
 def copy_chapters(out: Output, original: Container, window: Window) -> None:
-    """The chapters, cut to the window; older PyAV cannot, which is logged."""
+    """Copy the chapters, cut to the window, or log that the PyAV is too old for this."""
     if not hasattr(original, "chapters") or not hasattr(out, "set_chapters"):
         log.info("chapters are not copied, if there are any: this PyAV cannot; update the package av")
         return
@@ -108,7 +108,7 @@ def copy_chapters(out: Output, original: Container, window: Window) -> None:
 
 
 def cut_chapters(chapters: Sequence[Mapping[str, Any]], window: Window) -> list[dict[str, Any]]:
-    """Chapters that overlap the window, shifted as it is."""
+    """Return the chapters that overlap the window, cut and shifted to match it."""
     kept = []
     for chapter in chapters:
         base = chapter["time_base"]
@@ -121,7 +121,7 @@ def cut_chapters(chapters: Sequence[Mapping[str, Any]], window: Window) -> list[
 
 
 def copy_attachments(out: Output, original: Container) -> None:
-    """Fonts and the like, which Matroska holds."""
+    """Copy attached files such as fonts, which only Matroska supports."""
     if out.format.name == "matroska" and hasattr(out, "add_attachment"):
         for stream in original.streams:
             if stream.type == "attachment":
@@ -129,7 +129,7 @@ def copy_attachments(out: Output, original: Container) -> None:
 
 
 def why_no_cover(stream: Stream, container_format: str) -> str | None:
-    """Why a cover picture is left out; None: it is kept."""
+    """Return why a cover picture is left out, or None if it is kept."""
     if container_format not in ("mp4", "matroska"):
         return f"{container_format} holds no cover picture"
     if not stream.codec_context or stream.codec_context.name not in COVERS:
@@ -140,9 +140,9 @@ def why_no_cover(stream: Stream, container_format: str) -> str | None:
 def copy_covers(
     out: Output, original: Container, source: Path, others: Sequence[str]
 ) -> Iterator[tuple[float, Packet]]:
-    """Add the cover pictures: a stream of one packet each, with its time; Matroska has them as files.
+    """Add the cover pictures, each as a stream of one packet or, in Matroska, as an attached file.
 
-    `others` names metadata for which MP4 has no field of its own.
+    Return the packets with their times. `others` lists the metadata keys that MP4 has no fields for.
     """
     packets = []
     for cover in original.streams.video:

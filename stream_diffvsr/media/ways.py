@@ -1,4 +1,4 @@
-"""How a stream of sound or subtitles is written: copied, its text translated, or its sound encoded anew."""
+"""The ways to write a sound or subtitle stream: copy it, translate its text or re-encode its sound."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .texts import KNOWN, translate
 
 SOUND_CODECS = {"mp4": "aac", "mov": "aac", "matroska": "flac", "webm": "libopus"}
 TEXT_CODECS = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm": "webvtt"}
-"""What sound and text are converted to, by container."""
+"""Container -> the codec that sound and the codec that text are converted to."""
 NO_TEXT = b"\0\0"
-"""A gap between subtitles in MP4, which the muxer fills by itself."""
+"""The packet for a gap between subtitles in MP4; the muxer writes these packets by itself."""
 EMPTY_SRT = b"1\n00:00:00,000 --> 00:00:01,000\n \n"
 UNENDED = 5
-"""Seconds for which a text without an end is shown, unless another comes before."""
+"""Seconds for which a text without an end is shown, unless another text starts earlier."""
 STARTS = {
     "aac": (0xFFF6, 0xFFF0),
     "mp2": (0xFFE6, 0xFFE4),
@@ -26,19 +26,19 @@ STARTS = {
     "ac3": (0xFFFF, 0x0B77),
     "eac3": (0xFFFF, 0x0B77),
 }
-"""Bits of the first two bytes of each packet in a transport stream, and what they are."""
+"""Codec -> mask for the first two bytes of each packet in a transport stream, and their masked value."""
 LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
-"""FFmpeg's default channel layout, by the number of channels less one."""
+"""FFmpeg's default channel layouts for 1 to 8 channels."""
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
-"""Errors that have nothing to do with what is written."""
+"""Disk errors, which do not depend on the data being written."""
 
 
 class RefusedError(Exception):
-    """A container or codec does not take a stream."""
+    """Raised if a container or codec does not accept a stream."""
 
 
 class av_refusals:  # noqa: N801
-    """A `with` block in which PyAV's errors become `RefusedError`, except those of the disk."""
+    """A context manager that turns PyAV's errors, except disk errors, into `RefusedError`."""
 
     def __enter__(self) -> None:
         pass
@@ -53,25 +53,25 @@ class av_refusals:  # noqa: N801
 
 
 class Way(Protocol):
-    """How the packets of a stream are written."""
+    """A way to write the packets of a stream."""
 
     name: str
     first: Fraction | None
-    """When the first of it is heard, where only this way of writing knows."""
+    """When the stream is first heard, in seconds, if the output packets do not show it; else None."""
     damaged: int
-    """How many packets could not be decoded."""
+    """Number of packets that could not be decoded."""
 
     def feed(self, packet: Packet) -> Iterable[Any]:
-        """The output packets for one packet of the source."""
+        """Return the output packets for one packet of the source."""
         ...
 
     def drain(self) -> Iterable[Any]:
-        """What is left at the end."""
+        """Return the remaining output packets at the end of the source."""
         ...
 
 
 class Copied:
-    """Packets as they are."""
+    """Copies packets unchanged."""
 
     name, first, damaged = "", None, 0
 
@@ -85,7 +85,7 @@ class Copied:
         if self.texts and bytes(packet) == NO_TEXT:
             return ()
         if self.start and int.from_bytes(bytes(packet)[:2], "big") & self.start[0] != self.start[1]:
-            # Another codec under the same number: players would try to play it.
+            # The packet has another codec under the same stream number, and players would try to play it.
             self.damaged += 1
             return ()
         packet.stream = self.stream
@@ -96,7 +96,10 @@ class Copied:
 
 
 class Translated:
-    """Text subtitles in another container's form; a cue without an end gets one, or MP4 would not show it."""
+    """Translates text subtitles for another container.
+
+    A cue without an end gets one, because MP4 would not show it otherwise.
+    """
 
     first, damaged = None, 0
 
@@ -111,7 +114,7 @@ class Translated:
             self.stream = out.add_mux_stream(self.name, time_base=stream.time_base)
             return
         if self.name != "subrip":
-            # Older PyAV opens an encoder for every new stream, which subtitles do not have there.
+            # Older PyAV opens an encoder for every new stream, but has no encoders for subtitles.
             raise RefusedError("this PyAV cannot translate it: update the package av")
         with av.open(io.BytesIO(EMPTY_SRT), format="srt") as text:
             self.stream = out.add_stream_from_template(text.streams[0], opaque=True)
@@ -135,7 +138,7 @@ class Translated:
         return self._end(None)
 
     def _end(self, time: int | None) -> Iterator[Any]:
-        """The text without an end, which ends where the next begins; None: there is none."""
+        """Yield the pending text without an end, if any, ended where the next begins (None: no next)."""
         if (text := self.unended) is not None:
             self.unended = None
             text.duration = round(UNENDED / text.time_base)
@@ -145,7 +148,7 @@ class Translated:
 
 
 class Encoded:
-    """Sound in another codec. The encoder opens with the first frame, which knows its rate and layout."""
+    """Re-encodes sound. The encoder opens with the first frame, which provides the rate and layout."""
 
     def __init__(self, out: Output, stream: Stream, layout: str | None = None) -> None:
         self.out, self.layout, self.stream = out, layout, None
@@ -164,7 +167,7 @@ class Encoded:
         context.rate, context.layout, context.time_base = rate, self.layout or layout, Fraction(1, rate)
         formats = [f.name for f in context.codec.audio_formats or []]
         context.format = frame.format.name if frame.format.name in formats else (formats or ["s16"])[0]
-        # 24 bits and more stay so where the codec has them.
+        # Keep 24 bits or more if the codec supports them.
         if "s32" in formats and frame.format.name.startswith(("s32", "flt", "dbl")):
             context.format = "s32"
 
@@ -177,7 +180,7 @@ class Encoded:
             self.damaged += 1
             return
         for frame in frames:
-            # Only the first of several in a packet has a time.
+            # Only the first of several frames in a packet has a time.
             begin = self.due if frame.pts is None else frame.pts * frame.time_base
             frame.pts = round(begin / frame.time_base)
             self.due = begin + Fraction(frame.samples, frame.sample_rate or 48000)
@@ -209,13 +212,13 @@ class Encoded:
 
 
 def named_layout(layout: Any) -> str:
-    """A layout's name; the default for the count of channels where the file does not say."""
+    """Return a layout's name, or the default for its number of channels if the file specifies none."""
     count = getattr(layout, "nb_channels", 0) or len(layout.channels)
     return LAYOUTS[count - 1] if layout.name == f"{count} channels" and count <= len(LAYOUTS) else layout.name
 
 
 def with_layout(frame: Frame, layout: str) -> Any:
-    """The same samples under another layout."""
+    """Return a frame with the same samples, labelled with another layout."""
     import av
 
     named = av.AudioFrame(frame.format.name, layout, frame.samples)
@@ -226,7 +229,7 @@ def with_layout(frame: Frame, layout: str) -> Any:
 
 
 def add_copy(out: Output, stream: Stream) -> Any:
-    """A stream of the output for another's packets; sound gets the layout that its file left out."""
+    """Add an output stream for copies of another's packets, with a default layout if sound has none."""
     copy = out.add_stream_from_template(stream, opaque=True)
     if stream.type == "audio" and (layout := named_layout(stream.layout)) != stream.layout.name:
         copy.codec_context.layout = layout
@@ -234,7 +237,7 @@ def add_copy(out: Output, stream: Stream) -> Any:
 
 
 def ways_of(stream: Stream) -> list[Any]:
-    """The ways to write a stream, the best first."""
+    """Return the ways to write a stream, with the best first."""
     if stream.type == "subtitle":
         return [Copied, Translated]
     return [Copied, Encoded, lambda out, stream: Encoded(out, stream, "stereo")]

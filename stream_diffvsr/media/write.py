@@ -1,4 +1,4 @@
-"""Where frames go: closed segments of a video file, or pictures; a segment is whole or not there."""
+"""Writing of frames as segments of a video file or as pictures; a segment exists only once it is complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .pictures import Picture
 
 
 class SegmentWriter:
-    """One segment of a video file, encoded by an encoder of its own, so that it depends on nothing else."""
+    """Writes one segment of a video file with a separate encoder, so that it depends on no other segment."""
 
     def __init__(self, path: Path, encoding: Encoding) -> None:
         import av
@@ -36,7 +36,7 @@ class SegmentWriter:
         self._stream = open_encoder(self._container, encoding)
 
     def add(self, planes: list[np.ndarray], time: int) -> None:
-        """Encode a frame, given as planes of the encoding's pixel format, at a tick of the source."""
+        """Encode a frame from planes in the encoding's pixel format; `time` is in ticks of the source."""
         frame = planes_to_frame(planes, self.encoding.native_format)
         self.times.append(time)
         frame.pts, frame.time_base = time - self.times[0], self.encoding.time_base
@@ -51,15 +51,15 @@ class SegmentWriter:
             self._container.mux(packet)
 
     def _decoding_time(self, number: int) -> int:
-        """When packet `number` is decoded: as many frames before its turn as any encoder keeps back.
+        """Return the decoding time of packet `number`, earlier by as many frames as any encoder delays.
 
-        Not the encoder's own word: x265 gives random numbers for segments of one or two frames.
+        The encoder's own times are not used: x265 returns random ones for segments of one or two frames.
         """
         shown = number - self.encoding.reorder
         return self.times[shown] - self.times[0] if shown >= 0 else shown * self._step
 
     def finish(self) -> int:
-        """Finish the file, bring it to the disk and give it its name; returns its size."""
+        """Finish the file, sync it to the disk, rename it to its final name and return its size."""
         self._mux(self._stream.encode(None))
         self._container.close()
         if len(self.order) != len(self.times):
@@ -73,8 +73,8 @@ class SegmentWriter:
         return size
 
     def abort(self) -> None:
-        """Leave nothing behind."""
-        # It is thrown away: that it could not be finished either does not matter.
+        """Close and delete the unfinished file."""
+        # Errors while closing do not matter, because the file is discarded.
         with contextlib.suppress(Exception):
             self._container.close()
         self._file.close()
@@ -82,37 +82,37 @@ class SegmentWriter:
 
     @property
     def depth(self) -> int:
-        """How many frames decoding order lags behind presentation order."""
+        """The number of frames by which decoding order lags behind presentation order."""
         place = {pts: number for number, pts in enumerate(sorted(self.order))}
         return max((number - place[pts] for number, pts in enumerate(self.order)), default=0)
 
 
 class Sink(Protocol):
-    """Takes upscaled frames, segment by segment."""
+    """Receives upscaled frames, segment by segment."""
 
     def begin(self, number: int) -> None:
         """Start a segment."""
         ...
 
     def prepare(self, picture: Picture) -> Any:
-        """What the writing thread needs of a picture: small, and already on its way to the CPU."""
+        """Convert a picture to a small form on the CPU for the writing thread."""
         ...
 
     def add(self, prepared: Any, index: int, time: int) -> None:
-        """Write a frame, by its index and its tick in the source."""
+        """Write a frame with the given index and tick in the source."""
         ...
 
     def finish(self) -> tuple[str, int, int]:
-        """Finish the segment: its file's name in the work folder, size, and reordering depth."""
+        """Finish the segment and return its file name in the work folder, its size and reordering depth."""
         ...
 
     def abort(self) -> None:
-        """Drop an unfinished segment."""
+        """Discard an unfinished segment."""
         ...
 
 
 class VideoSink:
-    """Segments in the work folder, to be joined."""
+    """Writes segments to the work folder, to be joined later."""
 
     def __init__(self, folder: Path, name: str, encoding: Encoding) -> None:
         self.folder = folder
@@ -126,7 +126,7 @@ class VideoSink:
         )
 
     def prepare(self, picture: Picture) -> list[Tensor]:
-        """Planes; what is transparent becomes black."""
+        """Return the planes of a picture, with transparent areas in black."""
         rgb = picture.rgb if picture.alpha is None else picture.rgb * picture.alpha
         return [plane.cpu() for plane in to_planes(rgb, self.encoding.pix_fmt, self.encoding.colour)]
 
@@ -147,7 +147,7 @@ class VideoSink:
 
 
 class PictureSink:
-    """Pictures straight under their final names, each written whole."""
+    """Writes pictures directly under their final names; each appears only once it is complete."""
 
     def __init__(self, names: dict[int, Path], numbered: Path | None = None) -> None:
         self.names = names
@@ -176,7 +176,7 @@ class PictureSink:
 
 
 def check_folder(path: Path) -> None:
-    """Raise `VideoError` where a file of this name cannot be written."""
+    """Raise `VideoError` if the folder of an output is missing or read-only."""
     folder = path.absolute().parent
     if not folder.is_dir():
         raise VideoError(f"the output folder {folder} does not exist: create it, or choose another.")
@@ -185,5 +185,5 @@ def check_folder(path: Path) -> None:
 
 
 def container_of(output: Path) -> str | None:
-    """FFmpeg's container format for an output, None where it is no video file."""
+    """Return FFmpeg's container format for an output, or None if it is not a video file."""
     return CONTAINERS.get(output.suffix.lower())
