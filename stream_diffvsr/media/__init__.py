@@ -1,1 +1,1 @@
-"""Reading and writing of media files, independent of any model."""
+"""Read and write media files, independently of any model."""

@@ -1,4 +1,4 @@
-"""Conversion between code values and RGB in float32 arithmetic, so that nothing is cut to 8 bits.
+"""Convert between code values and RGB, using float32 arithmetic so that nothing is cut to 8 bits.
 
 PyAV provides planes of integers; the matrix, the range and the chroma positions are applied here, on the
 device of the tensors. Chroma is read and written at the position that the stream specifies, or by default at
@@ -22,7 +22,7 @@ RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
 """Matrices and primaries by their numbers in FFmpeg and in ITU-T H.273."""
 FULL_RANGE, LIMITED_RANGE = 2, 1
 HD_WIDTH, SD_LINES = 1280, 576
-"""Untagged video at least this wide or with more lines is read as BT.709, else as BT.601, as in players."""
+"""Untagged video at least this wide or with more lines is read as BT.709, else as BT.601, as players do."""
 SITINGS = {
     "left": (0, 0.5),
     "center": (0.5, 0.5),
@@ -77,7 +77,7 @@ class Colour:
 
 @dataclass(frozen=True)
 class Layout:
-    """The bit depth of a pixel format for output, and the factors by which its chroma is smaller."""
+    """The bit depth of an output pixel format, and the factors by which its chroma is reduced."""
 
     bits: int
     chroma_width: int
@@ -106,7 +106,7 @@ LAYOUTS = {
 }
 
 PAIRED = {"nv12": 0, "p010le": 6}
-"""4:2:0 with interleaved chroma samples, as hardware requires -> bits by which the values are shifted."""
+"""4:2:0 formats with interleaved chroma, as hardware requires -> bits by which the values are shifted."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ class Planes:
         return yuv_to_rgb(planes, self.colour, self.size, step), alpha
 
     def checksum(self) -> int:
-        """Return a checksum of the values, which distinguishes frames."""
+        """Return a checksum of the values, to distinguish frames."""
         total = 0
         for values in self.values:
             total = zlib.crc32(values.tobytes(), total)

@@ -1,4 +1,4 @@
-"""Opening of media files, with one clear sentence as the error for a file that cannot be read."""
+"""Open media files, or explain in one clear sentence why a file cannot be read."""
 
 from __future__ import annotations
 

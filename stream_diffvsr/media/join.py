@@ -1,4 +1,4 @@
-"""Joining of segments into one file: their packets are copied, along with the source's other streams."""
+"""Join segments into one file by copying their packets, along with the other streams of the source."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def seconds_before(original: Container | None, stream: int | None, window: Windo
 
 
 def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate: Fraction) -> None:
-    """Copy title, language, time code and flags to a picture that begins `skipped` seconds in."""
+    """Copy title, language, time code and flags to an output video that begins `skipped` seconds in."""
     words = with_later_time_code(time_code(original) | kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
         del words[key]
@@ -132,7 +132,7 @@ def add_video(out: Output, first: Path, encoding: Encoding) -> Any:
         stream = out.add_stream_from_template(container.streams.video[0], opaque=True)
     context, colour = stream.codec_context, encoding.colour
     if context.name == "hevc" and out.format.name in ("mp4", "mov"):
-        # Apple's players do not play FFmpeg's default, hev1.
+        # Apple's players do not play FFmpeg's default tag, hev1.
         context.codec_tag = "hvc1"
     context.colorspace, context.color_range = colour.matrix, 2 if colour.full_range else 1
     context.color_primaries, context.color_trc = colour.primaries, colour.transfer

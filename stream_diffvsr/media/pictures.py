@@ -1,6 +1,6 @@
-"""Reading of still and animated pictures as RGB and alpha, and writing in the format of the file's suffix.
+"""Read still and animated pictures as RGB and alpha, and write them in the format of the file's suffix.
 
-Pillow does the work, except where it would cut 16 bits to 8: there PyAV is used.
+Pillow does the work, except that PyAV is used where Pillow would cut 16 bits to 8.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SUFFIXES = (
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".tga")
 ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
-"""Formats that are written with alpha, and formats that are written with 16 bits."""
+"""Formats that can be written with alpha, and those that can be written with 16 bits."""
 EXIF_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROFILE_WORDS = {
     "exif": "its EXIF data, which .jpg, .png and .webp can store",
@@ -156,7 +156,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file's content is a still picture; a file with several pages is one too."""
+    """Whether a file is a still picture, judged by its content; multi-page files are included."""
     try:
         with open_picture(path) as image:
             if _animated(image):
@@ -217,7 +217,8 @@ def read(path: Path) -> Picture:
                 )
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
-            # Pillow leaves missing rows of a TIFF black. Its `height` is that of the turned picture.
+            # Pillow leaves missing rows of a TIFF black. Its `height` is that of the turned picture, so the
+            # tag is read instead.
             height = getattr(image, "tag_v2", {}).get(IMAGE_LENGTH, 0)
             if image.tile and (rows := max(tile[1][3] for tile in image.tile)) < height:
                 raise ValueError(f"it has {rows} of {height} rows")
@@ -254,7 +255,7 @@ ORIENTATION = 0x0112
 EXIF_WORDS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298}
 """EXIF tags for the description, camera make and model, software, date, artist and copyright."""
 EXIF_FOLDERS = (0x8769, 0x8825)
-"""EXIF directories with how (Exif) and where (GPS) the picture was taken."""
+"""EXIF directories that describe how (Exif) and where (GPS) the picture was taken."""
 EXIF_OF_PIXELS = {0x9101, 0x9102, 0x927C, 0xA001, 0xA002, 0xA003, 0xA005}
 """Tags for the old pixels' layout, size and colours, and camera notes with offsets into the old file."""
 EXIF_TURNS = {
@@ -307,7 +308,7 @@ def _profile(image: Image.Image) -> dict[str, Any]:
     kept = ("icc_profile", "dpi") if image.mode in ("RGB", "RGBA", "P", "PA") else ("dpi",)
     found = {key: image.info[key] for key in kept if image.info.get(key)}
     texts = getattr(image, "text", {}) if image.format == "PNG" else {}
-    # Some texts repeat the EXIF data, with the rotation that is already applied.
+    # Some texts repeat the EXIF data, including the rotation that has already been applied.
     texts = {key: text for key, text in texts.items() if not key.startswith(("Raw profile", "XML:com.adobe"))}
     return found | {key: value for key, value in (("exif", _exif(image)), ("text", texts)) if value}
 
@@ -455,14 +456,14 @@ def describe_animation(path: Path) -> tuple[int, tuple[int, int], int, bool]:
 
 
 def read_animation(path: Path) -> Iterator[tuple[Picture, int]]:
-    """Yield each frame of an animated picture as shown, and its milliseconds. Raises `VideoError`."""
+    """Yield each frame of an animated picture and its duration in milliseconds. Raises `VideoError`."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
             for number in range(image.n_frames):
                 image.seek(number)
-                image.load()  # WebP and AVIF provide the frame's duration only after this
+                image.load()  # WebP and AVIF set the frame's duration only on loading
                 duration = round(float(image.info.get("duration", 0))) or DEFAULT_MILLISECONDS
                 yield from_pillow(image), duration
     except damage() as error:

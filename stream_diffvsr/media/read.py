@@ -122,7 +122,7 @@ class Source(Protocol):
     notes: Counter[str]
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
-        """Yield the frames of a span in order, faster with the `place` of a frame that was read before."""
+        """Yield the frames of a span in order; a `place` from a frame read earlier makes this faster."""
         ...
 
     def place(self, frame: SourceFrame) -> Place | None:
@@ -174,7 +174,7 @@ class VideoSource:
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
         """Yield the frames of the span; damaged packets are skipped and counted. Raises `VideoError`.
 
-        With `place`, the last frame of an earlier run, reading starts there if that is safe.
+        With `place`, the last frame of an earlier run, reading starts there if possible, else at the start.
         """
         index = -1
         for index, time, frame in self._numbered(span, place):
@@ -183,7 +183,7 @@ class VideoSource:
                 return
             if not span.before(index, seconds):
                 yield self._convert(frame, index, time)
-        # The demuxer skips some damage silently, which only this difference reveals.
+        # Only this difference reveals damage that the demuxer skips silently.
         self.notes["frames fewer than its index names"] += max(0, self._named - index - 1)
 
     def look_at(self, span: Span) -> None:
@@ -197,7 +197,7 @@ class VideoSource:
         self.notes.clear()
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Return where to continue reading after a frame; without a checksum if anything was irregular."""
+        """Return where to continue reading after a frame; no checksum if data or timestamps were faulty."""
         assert isinstance(frame.pixels, Decoded)
         checksum = frame.pixels.planes.checksum() if self._in_order() else None
         return Place(frame.index, frame.time, checksum)
@@ -206,7 +206,7 @@ class VideoSource:
         return self._steady and not self.notes.total()
 
     def _numbered(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
-        """Yield the index, time and decoded frame, starting in the middle of the file if that is exact."""
+        """Yield each decoded frame with its index and time, from the middle of the file if that is exact."""
         index, time = (-1, None) if place is None else (place.index, place.time)
         if span.start if place is None else place.digest is not None:
             try:
@@ -227,7 +227,7 @@ class VideoSource:
                     yield index, now, frame
 
     def _from_middle(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
-        """Yield index, time and frame from `place` on, or from the span's start. Raises `DoubtError`."""
+        """Yield index, time and frame, starting at `place` or else the span's start. Raises `DoubtError`."""
         with open_container(self.path) as container:
             stream = container.streams[self.stream_index]
             times = None
@@ -286,7 +286,7 @@ class VideoSource:
             self.notes["breaks in its timestamps closed"] += line.straighten(packet)
             if packet.stream.index == stream.index:
                 self.packets += 1
-                # The time of a frame without a timestamp is guessed from the frames before.
+                # The time of a frame without a timestamp is guessed from the frames before it.
                 self._steady &= not packet.size or packet.pts is not None
                 yield packet
 
@@ -297,7 +297,7 @@ class VideoSource:
         untimed, counted = bool(container.format.flags & UNTIMED), container.format.name in ("avi", "asf")
         shown = ShownTimes(by_order=counted)
         decode = alpha_decoder(stream) or (lambda packet: packet.decode())
-        # Only these formats can change codec within a stream; in others, many packets show no picture.
+        # Only `MAY_JUMP` formats can change codec within a stream; in others, many packets show no picture.
         may_change, shape, idle = bool(container.format.flags & MAY_JUMP), None, 0
         for packet in self._packets(container, stream):
             # AVI and WMV store one time per packet, in decoding order.
@@ -334,9 +334,9 @@ class VideoSource:
 
 
 def alpha_decoder(stream: Stream) -> Any:
-    """Return a function that decodes WebM packets with alpha, or None if the stream has no alpha.
+    """Return a function that decodes packets with WebM's alpha, or None if that is absent or unsupported.
 
-    FFmpeg's own decoders leave the alpha out.
+    FFmpeg's own decoders ignore alpha.
     """
     import av
 
@@ -363,7 +363,7 @@ class Clock:
         self.timed = info.timed
 
     def tick(self, pts: int | None) -> int:
-        """Return the next frame's time: its own if it has one that rises plausibly, else a guess."""
+        """Return the next frame's time: its own timestamp if that rises plausibly, else an estimate."""
         if self.last is None:
             self.last = pts or 0
             return self.last

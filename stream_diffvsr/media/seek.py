@@ -1,4 +1,4 @@
-"""Reading from the middle of a file with the same frames, indices and times as from its start.
+"""Read from the middle of a file, with the same frames, indices and times as from its start.
 
 Seeking is fast but can be wrong: timestamps may repeat, file indexes may be false, and pictures may refer to
 skipped ones. It is therefore used only to reach a known frame from a key frame before it, and abandoned
@@ -38,7 +38,7 @@ class Place:
     time: int
     """Its presentation timestamp, in ticks."""
     digest: int | None = None
-    """Checksum of its picture, if it was read before and the file was regular up to it."""
+    """Checksum of its picture; None if it was not read before, or data or timestamps were faulty."""
 
 
 def frames_from(

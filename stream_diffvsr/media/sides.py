@@ -1,4 +1,4 @@
-"""Preparation of a source's sound and subtitles: one file per stream, before the first frame is upscaled.
+"""Prepare the sound and subtitles of a source, one file per stream, before the first frame is upscaled.
 
 A stream is copied if the output's container accepts it, else converted, else left out; conversions and
 omissions are logged. Each file is written up to the container's trailer, because some containers refuse a
@@ -60,7 +60,7 @@ class Side:
 
 
 class Making:
-    """A side stream that is being written in one of its possible ways."""
+    """Writes one side stream in one of its possible ways."""
 
     def __init__(self, stream: Stream, way: Any, path: Path, container_format: str) -> None:
         import av
@@ -113,7 +113,7 @@ class Making:
 
 
 def set_rising_dts(packet: Packet, last: int | None) -> int:
-    """Move a packet's decoding time after `last` if necessary, as muxers require, and return it."""
+    """Make a packet's decoding time later than `last`, as muxers require, and return it."""
     if last is not None and packet.dts <= last:
         packet.dts = last + 1
     packet.pts = max(packet.pts, packet.dts)
@@ -174,7 +174,7 @@ class Report:
         self.packets = 0
 
     def read(self, packet: Packet, total: int) -> None:
-        """Count a packet of a source of `total` bytes, and report the progress from time to time."""
+        """Count a packet of a source of `total` bytes, and report progress from time to time."""
         self.packets += 1
         if self.packets % REPORT_PACKETS or not packet.pos:
             return
@@ -348,7 +348,7 @@ def side_packets(
 
 
 def _in_window(side: Side, window: Window) -> Iterator[Any]:
-    """Yield packets with their times in the output; subtitles are cut to the window."""
+    """Yield packets with their times in the output; subtitles that overlap the window are cut to it."""
     with open_container(side.path) as container:
         for packet in container.demux(container.streams[0]):
             if not packet.size or packet.dts is None or bytes(packet) == NO_TEXT:

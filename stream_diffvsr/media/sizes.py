@@ -55,7 +55,7 @@ class Sizes:
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
 
     def model_scale_for(self, height: int, width: int) -> tuple[float, float]:
-        """Return what to request from a model with any scale from 1 to 4: scale and extra factor for the width.
+        """Return the scale to request from a model that allows 1 to 4, and the extra factor for the width.
 
         Nothing remains to be resampled if both sides are within the model's range.
         """

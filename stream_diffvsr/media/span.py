@@ -26,7 +26,7 @@ class Span:
         return self.end is not None and (index if isinstance(self.end, int) else seconds) > self.end
 
     def count(self, frames: int | None, rate: Fraction) -> int | None:
-        """Return the approximate number of frames in the span, given that of the source; None if unknown."""
+        """Estimate the number of frames in the span from the source's; None if that is needed but unknown."""
         first = self.start if isinstance(self.start, int) else round(self.start * rate)
         if self.end is None:
             return None if frames is None else max(0, frames - first)

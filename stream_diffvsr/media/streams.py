@@ -138,7 +138,7 @@ def side_data(frame: Frame) -> dict[str, bytes]:
 
 def named_frames(stream: Stream) -> int:
     """Return the number of frames in a stream's index, or 0 if it is unknown."""
-    # Older PyAV exposes no index. AVI indexes also have empty entries, MP4 ones frames that are not shown.
+    # Older PyAV exposes no index. AVI's index also lists empty packets, MP4's also frames that are not shown.
     if (entries := getattr(stream, "index_entries", None)) is None or not stream.frames:
         return stream.frames
     return min(stream.frames, sum(1 for e in entries if e.size and not getattr(e, "is_discard", False)))

@@ -1,4 +1,4 @@
-"""Translation of text subtitles from one codec's format to another's.
+"""Translate text subtitles from one codec's format to another's.
 
 SubRip and WebVTT write styles as tags, ASS in braces; MP4's timed text is plain, with its styles separate.
 Bold, italic and underlined text is kept if the new format has tags for it; all other markup is removed.

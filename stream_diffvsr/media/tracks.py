@@ -41,7 +41,7 @@ MP4_WORDS = {
 
 @dataclass(frozen=True)
 class Window:
-    """The part of the source that goes into the output, and the shift subtracted from its times, in seconds."""
+    """The part of the source to output, and the shift to subtract from its times, both in seconds."""
 
     low: float = float("-inf")
     high: float = float("inf")
@@ -99,7 +99,7 @@ def later_time_code(code: str, frames: int, rate: Fraction) -> str:
 
 
 def copy_chapters(out: Output, original: Container, window: Window) -> None:
-    """Copy the chapters, cut to the window, or log that the PyAV is too old for this."""
+    """Copy the chapters, cut to the window; if PyAV is too old for this, log that instead."""
     if not hasattr(original, "chapters") or not hasattr(out, "set_chapters"):
         log.info("chapters are not copied, if there are any: this PyAV cannot; update the package av")
         return

@@ -1,4 +1,4 @@
-"""The ways to write a sound or subtitle stream: copy it, translate its text or re-encode its sound."""
+"""Write a sound or subtitle stream by copying it, translating its text or re-encoding its sound."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .texts import KNOWN, translate
 
 SOUND_CODECS = {"mp4": "aac", "mov": "aac", "matroska": "flac", "webm": "libopus"}
 TEXT_CODECS = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm": "webvtt"}
-"""Container -> the codec that sound and the codec that text are converted to."""
+"""The codecs that sound and text are converted to, by container."""
 NO_TEXT = b"\0\0"
-"""The packet for a gap between subtitles in MP4; the muxer writes these packets by itself."""
+"""The packet for a gap between subtitles in MP4; the muxer adds such packets itself."""
 EMPTY_SRT = b"1\n00:00:00,000 --> 00:00:01,000\n \n"
 UNENDED = 5
 """Seconds for which a text without an end is shown, unless another text starts earlier."""
@@ -138,7 +138,7 @@ class Translated:
         return self._end(None)
 
     def _end(self, time: int | None) -> Iterator[Any]:
-        """Yield the pending text without an end, if any, ended where the next begins (None: no next)."""
+        """Yield the pending text, if any, ending where the next one begins (`time`; None: no next one)."""
         if (text := self.unended) is not None:
             self.unended = None
             text.duration = round(UNENDED / text.time_base)

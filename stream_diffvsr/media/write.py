@@ -1,4 +1,4 @@
-"""Writing of frames as segments of a video file or as pictures; a segment exists only once it is complete."""
+"""Write frames as segments of a video file or as pictures; a segment exists only once it is complete."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class SegmentWriter:
             self._container.mux(packet)
 
     def _decoding_time(self, number: int) -> int:
-        """Return the decoding time of packet `number`, earlier by as many frames as any encoder delays.
+        """Return the decoding time of packet `number`: when the frame `encoding.reorder` before it is shown.
 
         The encoder's own times are not used: x265 returns random ones for segments of one or two frames.
         """
@@ -176,7 +176,7 @@ class PictureSink:
 
 
 def check_folder(path: Path) -> None:
-    """Raise `VideoError` if the folder of an output is missing or read-only."""
+    """Raise `VideoError` if the folder of the output `path` is missing or read-only."""
     folder = path.absolute().parent
     if not folder.is_dir():
         raise VideoError(f"the output folder {folder} does not exist: create it, or choose another.")
