@@ -48,6 +48,18 @@ def test_a_perfect_result(truth):
         assert math.isnan(each.tof) if index == 0 else each.tof == 0
 
 
+def test_sharpness_and_tint_where_the_answer_is_known(truth):
+    half = 0.5 + (truth - 0.5) / 2
+    assert next(measure(pairs(half, truth))).sharpness == pytest.approx(0.5, abs=1e-4)
+    tinted = truth * 0.8 + 0.1
+    shifted = tinted + torch.tensor([0.0, 0.0, 0.01])[:, None, None]  # blue: luminance 0.00114 higher
+    each = next(measure(pairs(shifted, tinted)))
+    cb, cr = (0.01 - 0.00114) / 1.772, -0.00114 / 1.402
+    assert each.colour_error == pytest.approx(255 * math.sqrt((cb**2 + cr**2) / 2), rel=1e-3)
+    grain = 0.5 + 0.1 * torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    assert next(measure(pairs(grain, grain * 0 + 0.5))).colour_error < 1.5, "only what is left of a blur"
+
+
 def test_known_noise_gives_known_psnr(truth):
     grey = torch.full_like(truth, 0.5)
     each = next(measure(pairs(grey + 0.1, grey)))

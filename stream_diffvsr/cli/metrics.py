@@ -1,4 +1,4 @@
-"""Compare a result with the original: PSNR, SSIM, GMSD, VIF, warping error, tOF."""
+"""Compare a result with the original: PSNR, SSIM, GMSD, VIF, sharpness, colour, warping error, tOF."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from ..quality.measures import measure
+    from ..quality.measures import measure, protocol
     from ..quality.report import summary, write_csv, write_plot
 
     pairs = measure(islice(matched(args.result, args.truth), args.frames), args.border)
@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     if not measured:
         raise VideoError(f"{args.result} and {args.truth} have no frame in common.")
     print(summary(measured))
+    print(protocol(args.border), file=sys.stderr)
     if args.csv:
         write_csv(args.csv, measured)
     if args.plot:
