@@ -1,4 +1,4 @@
-"""What the C library does with memory that tensors give back."""
+"""How the C library treats memory that tensors have freed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import sys
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
-"""glibc's numbers for these settings of `mallopt`."""
+"""glibc's numbers for these parameters of `mallopt`."""
 
 
 def keep_freed_memory() -> None:
-    """Have this process keep freed memory for the next tensor; on Linux with glibc, else nothing happens.
+    """Make this process keep freed memory for the next tensor; this only has an effect on Linux with glibc.
 
-    Otherwise every large tensor comes from the system and goes back to it, page by page, which took an
-    eighth of the CPU's time per frame. For a process of its own, not for a host such as ComfyUI.
+    Otherwise, every large tensor is allocated from the system and returned to it, page by page, which took an
+    eighth of the CPU time per frame. Call this only in a dedicated process, not in a host such as ComfyUI.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from ..bench.measure import Result
 
 LARGEST = "denoise", "transformer"
-"""The stage that has most of the work, by family."""
+"""Possible names of the stage that does most of the work; which one exists depends on the family."""
 
 SIZE = "160x90"
 SIZES = ("320x180", "480x270", "640x360", "960x540")
-"""LQ sizes of 720p, 1080p, 1440p and 2160p."""
+"""LQ sizes whose results are 720p, 1080p, 1440p and 2160p."""
 
 TOLD = ("model", "preset", "compile_mode", "device", "dtype", "runtime", "threads", "torch")
-"""The settings that the line above the table names."""
+"""The settings shown in the line above the table."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,13 +97,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 Measure = Callable[[int, int], "Result"]
-"""At an LQ height and width."""
+"""Measures the model at an LQ height and width."""
 
 
 def _of_diffvsr(
     pipe: StreamDiffVSRPipeline, args: argparse.Namespace
 ) -> tuple[StreamDiffVSRPipeline, dict[str, Any], Measure]:
-    """The pipeline by its runtime, the settings to tell, and what measures it."""
+    """Return the pipeline with its runtime, the settings to report, and the function that measures it."""
     from ..bench.measure import measure
     from ..bench.networks import reference_way
     from ..families.diffvsr.fastest import with_runtime
@@ -123,7 +123,7 @@ def _of_diffvsr(
 
 
 def _of_any_family(model: Upscaler, args: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
-    """The same of a model that has one runtime."""
+    """Return the settings to report and the measuring function for a model that has only one runtime."""
     from ..bench.measure import measure_sequence
 
     family = FAMILIES[model.info.family]
@@ -152,7 +152,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def environment(model: Upscaler) -> dict[str, str | int]:
-    """What the figures depend on."""
+    """Return the facts that the figures depend on."""
     cuda = model.device.type == "cuda"
     details = getattr(model, "runtime_details", "")
     return {
@@ -166,7 +166,7 @@ def environment(model: Upscaler) -> dict[str, str | int]:
 
 
 def _processor() -> str:
-    """Its name, where the system tells it, and the instructions that torch uses."""
+    """Return the processor's name, if the system reports it, and the instruction set that torch uses."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -175,7 +175,7 @@ def _processor() -> str:
 
 
 def table(report: dict[str, Any]) -> str:
-    """Rows of milliseconds per frame, as Markdown."""
+    """Return a Markdown table of milliseconds per frame."""
     stages = list(report["results"][0]["stages"])
     head = ["LQ size", "ms per frame", "fps", "first result", *stages, "peak MB", "largest network", "frame"]
     rows = [_row(result, stages, report["limits"]) for result in report["results"]]

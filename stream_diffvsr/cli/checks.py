@@ -1,10 +1,10 @@
-"""What the service asks before it takes a job: lines of JSON in, lines of JSON out.
+"""Answers the service's questions before it accepts a job: lines of JSON in, lines of JSON out.
 
     {"about": true}                     -> {"families": ..., "models": ..., "devices": ..., ...}
     {"upscale": ["in.mp4", "-o", ...]}  -> {"code": 0, "facts": {...}}, or {"code": 2, "message": "..."}
 
-It runs as a process of its own (`python -m stream_diffvsr.cli.checks`), since a hostile file may take the
-process that opens it down, and since torch takes hundreds of megabytes.
+It runs as a separate process (`python -m stream_diffvsr.cli.checks`), because a hostile file may crash the
+process that opens it, and because torch needs hundreds of megabytes.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from .main import parse
 OF_THE_LOADER = ("dtype", "quantize", "runtime", "provider", "attention", "flow", "threads")
 """Options of a job that choose how the model is opened."""
 NUMBER = {"type": ["integer", "null"], "minimum": 1}
-"""The schema of those that are not one of several names."""
+"""JSON schema of those options that are numbers, not one of several names."""
 LOCAL = ("overwrite", "restart", "read_ahead", "compare")
-"""Options that are the service's own business."""
+"""Options that the service does not offer to its clients."""
 SCENE_CUT = r"^(auto|off|\d{1,3}(\.\d{1,6})?)$"
-"""Without the file that it may also name."""
+"""Values of this option that clients may give; the command also accepts a CSV file."""
 
 
 def main() -> None:
-    """Answer until the standard input ends."""
-    # What libraries print must not come between the answers.
+    """Answer questions until the standard input ends."""
+    # Output that libraries print must not mix with the answers.
     answers = sys.stdout
     sys.stdout = sys.stderr
     for line in sys.stdin:
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def check(arguments: Sequence[str]) -> dict[str, Any]:
-    """What the command `upscale` says of its arguments before it opens a model."""
+    """Return how the command `upscale` judges its arguments before it opens a model."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -66,12 +66,12 @@ def check(arguments: Sequence[str]) -> dict[str, Any]:
         return {"code": 2, "message": message}
     except StreamDiffVSRError as error:
         return {"code": 2, "message": str(error)}
-    except Exception as error:  # of a file that somebody made for it
+    except Exception as error:  # caused by a crafted file
         return {"code": 2, "message": f"the file cannot be read ({type(error).__name__}: {error})"}
 
 
 def capabilities() -> dict[str, Any]:
-    """What this machine offers: models, devices, options, file formats."""
+    """Return what this machine offers: models, devices, options, file formats."""
     job = [name for name, rule in rules(VideoJob).items() if name not in LOCAL and not _names_file(rule)]
     schema = json_schema(VideoJob, job)
     schema["properties"]["scene_cut"] |= {
@@ -103,12 +103,12 @@ def _family(name: str) -> dict[str, Any]:
 
 
 def _names_file(rule: Rule) -> bool:
-    """Whether an option's value is a path, which nobody outside may give."""
+    """Whether an option's value is a path, which clients must not set."""
     return "FILE" in (rule.metavar or "") or "FOLDER" in (rule.metavar or "")
 
 
 def _option_described(cls: type, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """How each option is shown and handed to the command."""
+    """Describe how each option is shown and passed to the command."""
     table, default = rules(cls), defaults(cls)
     return {
         name: {
@@ -123,7 +123,7 @@ def _option_described(cls: type, names: Sequence[str]) -> dict[str, dict[str, An
 
 
 def _loader() -> dict[str, Any]:
-    """The options that choose how the model is opened, as the command has them."""
+    """Describe the command's options that choose how the model is opened."""
     parser = argparse.ArgumentParser()
     upscale.add_arguments(parser)
     made = {each.dest: each for each in parser._actions if each.dest in OF_THE_LOADER}
@@ -143,7 +143,7 @@ def _loader() -> dict[str, Any]:
 
 
 def models() -> list[dict[str, Any]]:
-    """Every model that can be named: the bundled one, the released ones, and what lies in models folders."""
+    """Describe every selectable model: the bundled one, the released ones, and those in models folders."""
     found = {"nano": _model("nano", "diffvsr", here=True)}
     for name, release in RELEASES.items():
         here = resolve(name) is not None
@@ -164,7 +164,7 @@ def _model(name: str, family: str, *, here: bool) -> dict[str, Any]:
 
 
 def device(name: str) -> dict[str, Any]:
-    """A device with its memory in bytes."""
+    """Describe a device, with its memory in bytes."""
     kind = torch.device(name)
     if kind.type == "cuda":
         free, total = torch.cuda.mem_get_info(kind)

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def write_clip(path: Path) -> None:
-    """The generated clip as an all but lossless QuickTime file."""
+    """Write the generated clip as a nearly lossless QuickTime file."""
     info = SourceInfo(
         WIDTH, HEIGHT, 8, Fraction(1, RATE), Fraction(RATE), FRAMES, Colour(BT709, False, BT709, BT709)
     )
@@ -78,7 +78,7 @@ def write_clip(path: Path) -> None:
 
 
 def draw(phase: float) -> Tensor:
-    """One frame of the clip at 4x size: texture, shapes and text, each with its own motion."""
+    """Draw one frame of the clip at 4x size: texture, shapes and text, each with its own motion."""
     from PIL import Image, ImageDraw, ImageFont
 
     width, height = SCALE * WIDTH, SCALE * HEIGHT
@@ -101,13 +101,13 @@ def draw(phase: float) -> Tensor:
 def spoke_ends(
     centre: tuple[float, float], angle: float, near: float, far: float
 ) -> list[tuple[float, float]]:
-    """Both ends of a line that points away from a centre."""
+    """Return both ends of a line that points away from a centre."""
     x, y = math.cos(angle), math.sin(angle)
     return [(centre[0] + x * near, centre[1] + y * near), (centre[0] + x * far, centre[1] + y * far)]
 
 
 def texture(phase: float) -> np.ndarray:
-    """A drifting background of waves and smoothed noise, (H, W, 3) in [0, 1]."""
+    """Return a drifting background of waves and smoothed noise, (H, W, 3) in [0, 1]."""
     width, height = SCALE * WIDTH, SCALE * HEIGHT
     noise = torch.rand((1, 1, height // 2, width), generator=torch.Generator().manual_seed(7))
     noise = F.interpolate(noise, size=(height, 2 * width), mode="bicubic", align_corners=False)

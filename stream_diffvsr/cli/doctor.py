@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def packages() -> Iterator[str]:
-    """Each package with its version."""
+    """Yield each package with its version."""
     for name in PACKAGES:
         try:
             yield f"{name} {version(name)}"
@@ -63,7 +63,7 @@ def packages() -> Iterator[str]:
 
 
 def devices() -> Iterator[str]:
-    """Each device, and the number format that 'auto' means on it; the first is 'auto'."""
+    """Yield each device with the number format that 'auto' selects on it; mark the device of 'auto'."""
     chosen = resolve_device("auto")
     for name in available():
         device = resolve_device(name)
@@ -72,7 +72,7 @@ def devices() -> Iterator[str]:
 
 
 def weights(folders: list[Path]) -> Iterator[str]:
-    """Every checkpoint that was found, and what its name then means."""
+    """Yield every checkpoint found and whether it will be used, then the missing released weights."""
     damage = reason_ignored(BUNDLED_MODEL)
     yield f"nano: {NANO}, {f'ignored: {damage}' if damage else 'bundled'}"
     used = {"nano"}
@@ -83,7 +83,7 @@ def weights(folders: list[Path]) -> Iterator[str]:
 
 
 def verdict(found: Found, used: set[str]) -> str:
-    """How a folder will be used, given the names that earlier ones already have."""
+    """Return whether a checkpoint will be used, given the names that earlier ones already use."""
     if found.problem:
         return f"ignored: {found.problem}"
     return (
@@ -94,7 +94,7 @@ def verdict(found: Found, used: set[str]) -> str:
 
 
 def missing(name: str, folders: list[Path]) -> str:
-    """What will happen when released weights are asked for."""
+    """Return what will happen if missing released weights are requested."""
     target, release = download_targets(name, folders)[0], RELEASES[name]
     there = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = f"{release.gigabytes} GB needed, {shutil.disk_usage(there).free / 1e9:.1f} GB free"
@@ -103,7 +103,7 @@ def missing(name: str, folders: list[Path]) -> str:
 
 
 def flow(folders: list[Path]) -> Iterator[str]:
-    """Where each flow estimator's weights are."""
+    """Yield where each flow estimator's weights are."""
     for name in RAFT:
         yield f"{name}: {raft(name, models_folders(folders))}"
     try:
@@ -120,7 +120,7 @@ def flow(folders: list[Path]) -> Iterator[str]:
 
 
 def raft(name: str, folders: list[Path]) -> str:
-    """Where the weights of a RAFT network are, or how they would be obtained."""
+    """Return where the weights of a RAFT network are, or how they would be obtained."""
     path = find_raft(name, folders)
     if path is None:
         return f"not here; would be downloaded to {hub_file(name)}"
@@ -132,14 +132,14 @@ def raft(name: str, folders: list[Path]) -> str:
 
 
 def searched(folders: list[Path]) -> Iterator[str]:
-    """The folders that were searched, in order, and where small files are kept."""
+    """Yield the folders that were searched, in order, and the folder where small files are kept."""
     for folder in models_folders(folders):
         yield f"searched {folder}{'' if folder.is_dir() else ' (not there)'}"
     yield f"cache {user_cache()}"
 
 
 def unfinished(folders: list[Path]) -> Iterator[str]:
-    """The work folders of jobs that did not end, how large they are, and what may be done with them."""
+    """Yield the work folders of unfinished jobs with their size and what can be done with them."""
     found = sorted({path.resolve() for folder in folders for path in folder.glob("*.parts")})
     for path in filter(Path.is_dir, found):
         if (state := work_state(path)) is not None:

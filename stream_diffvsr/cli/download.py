@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         path = there or download_with_bar(args.model, folders, args.revision)
         print(f"{args.model}: {path}")
         if RELEASES[args.model].family == "diffvsr":
-            # RAFT's weights too, so that the model runs without a connection from now on.
+            # Also get RAFT's weights, so that the model runs without a connection from now on.
             print(f"raft_large: {bring_raft([path, path.parent, *models_folders(folders)])}")
     except ModelNotFoundError as error:
         return fail(args, str(error), 1)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def already_whole(name: str, folder: Path | None) -> Path | None:
-    """Released weights that are already complete; if a folder is named, only those in it."""
+    """Return the folder of complete released weights, or None; if `folder` is given, look only there."""
     path = resolve(name, [folder] if folder else [])
     inside = path and (folder is None or folder.resolve() in [path.resolve(), *path.resolve().parents])
     return path if inside else None
@@ -58,7 +58,7 @@ def download_with_bar(name: str, folders: list[Path], revision: str | None) -> P
 
 
 def bring_raft(folders: list[Path]) -> Path:
-    """The file of RAFT's weights, found or downloaded, and checked."""
+    """Find or download RAFT's weights, check them, and return their file."""
     path = find_raft("raft_large", folders) or download_raft("raft_large")
     load_raft("raft_large", path)
     return path

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         raise IncompatibleInputError(f"export needs --runtime openvino or onnx, not {args.runtime}")
     for width, height in sizes:
         print(f"building for {width}x{height} ...", file=sys.stderr)
-        # The first frame and a guided one use all graphs there are.
+        # The first frame and a guided one together use all graphs.
         pipe(torch.zeros(2, 3, height, width), UpscaleOptions(num_inference_steps=1))
     print(user_cache() / args.runtime)
     return 0

@@ -1,6 +1,6 @@
-"""Entry point: picks the subcommand, and turns errors into one sentence and an exit code.
+"""The entry point, which runs the subcommand, and turns errors into one sentence and an exit code.
 
-0 done, 1 failed while running, 2 bad input or usage, 130 interrupted.
+Exit codes: 0 success, 1 failed while running, 2 bad input or usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong without pages of usage before it."""
+    """A parser that reports errors without printing pages of usage first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")

@@ -1,4 +1,4 @@
-"""Many inputs in one run, and workers on several devices or machines."""
+"""Runs with many inputs, or with workers on several devices or machines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--devices, --ray, --split-scenes, --warm-up."""
+    """Add --devices, --ray, --split-scenes and --warm-up."""
     group = parser.add_argument_group("several devices or machines")
     group.add_argument(
         "--devices",
@@ -57,14 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """A flag's value: a whole number of at least 1."""
+    """Parse a flag's value, a whole number of at least 1."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"needs a whole number of at least 1, got {text}")
     return int(text)
 
 
 def workers_from_flags(args: argparse.Namespace) -> Devices | None:
-    """The workers that the flags ask for; None where this process does the work."""
+    """Return the workers that the flags request; None if this process does the work."""
     if args.devices is None and args.ray is None:
         if args.split_scenes:
             raise IncompatibleInputError("--split-scenes needs --devices or --ray")
@@ -81,7 +81,7 @@ def workers_from_flags(args: argparse.Namespace) -> Devices | None:
 
 
 def sources(inputs: Sequence[Path]) -> list[Path]:
-    """The inputs, with each folder of videos as the videos in it."""
+    """Return the inputs, with each folder of videos replaced by the videos in it."""
     found = []
     for path in inputs:
         inside = sorted(path.iterdir()) if path.is_dir() else []
@@ -96,7 +96,10 @@ def is_video(path: Path) -> bool:
 
 
 def outputs(found: Sequence[Path], args: argparse.Namespace, named: Callable[[Path], Path]) -> list[Path]:
-    """Where each of several inputs goes: into the folder of -o, or beside itself. Raises `VideoError`."""
+    """Return the output of each of several inputs: in the folder of -o, or beside the input.
+
+    Raises `VideoError` if two outputs would be the same, or if -o is a file.
+    """
     folder = args.output
     if args.plan or args.preview or args.state_in:
         raise IncompatibleInputError(
@@ -114,13 +117,13 @@ def outputs(found: Sequence[Path], args: argparse.Namespace, named: Callable[[Pa
 
 
 class Results:
-    """How the jobs of a run ended: told at once, and by the exit code."""
+    """Reports how each job of a run ended: at once, and in the exit code."""
 
     def __init__(self, args: argparse.Namespace, single: bool) -> None:
         self.args, self.single, self.failed = args, single, 0
 
     def attempt(self, output: Path, make: Callable[[], VideoJob]) -> VideoJob | None:
-        """A job; None where it is done already, or cannot be."""
+        """Make a job; return None if it is already done or cannot be done."""
         try:
             job = make()
             if not self.single and not job.overwrite and job.output.exists() and not begun(job):
@@ -151,7 +154,7 @@ def begun(job: VideoJob) -> bool:
 
 
 def one_after_another(pipe: Upscaler, jobs: Sequence[VideoJob], results: Results) -> None:
-    """In this process."""
+    """Run the jobs in this process."""
     for job in jobs:
         try:
             with contextlib.closing(run_job(pipe, prepare(job))) as steps:
@@ -164,9 +167,9 @@ def one_after_another(pipe: Upscaler, jobs: Sequence[VideoJob], results: Results
 def by_workers(
     args: argparse.Namespace, devices: Devices, jobs: Sequence[VideoJob], results: Results
 ) -> None:
-    """By several workers, started here or found in a cluster."""
+    """Run the jobs on several workers, started here or in a cluster."""
     for job in jobs if results.single else ():
-        prepare(job)  # before workers start, which takes a minute
+        prepare(job)  # check before starting workers, which takes a minute
     names = ("dtype", "flow", "quantize", "runtime", "provider", "attention")
     source = Path(args.model).absolute() if Path(args.model).exists() else args.model
     loras = [(str(Path(path).absolute()), strength) for path, strength in args.loras]
@@ -183,7 +186,7 @@ def by_workers(
 
 
 def with_progress(steps: Iterator[SpreadProgress], progress: str, count: int) -> Iterator[SpreadProgress]:
-    """One bar for all workers, or lines of JSON."""
+    """Yield the steps while showing one bar for all workers, or lines of JSON."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 

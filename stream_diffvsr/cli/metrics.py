@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def matched(result: Path, truth: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Frames that both have, (1, 3, H, W) in [0, 1]; says which of the two is longer."""
+    """Yield pairs of frames, (1, 3, H, W) in [0, 1], until one video ends; report the longer one."""
     from ..media.read import Span, open_source
 
     sources = [open_source(path).frames(Span()) for path in (result, truth)]

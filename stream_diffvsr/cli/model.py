@@ -16,7 +16,7 @@ from .output import PROGRESS, download_bar
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model, --lora, --device, and all else that says how a model is opened and runs."""
+    """Add --model, --lora, --device, and the other options that set how a model is opened and runs."""
     parser.add_argument(
         "--model",
         default="nano",
@@ -86,7 +86,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def lora_argument(text: str) -> tuple[str, float]:
-    """A path, and the strength behind its last colon, where that is a number."""
+    """Split text into a path and the strength after its last colon; without a number there, it is 1."""
     path, colon, strength = text.rpartition(":")
     try:
         return (path, float(strength)) if colon else (text, 1.0)
@@ -95,7 +95,7 @@ def lora_argument(text: str) -> tuple[str, float]:
 
 
 def open_model(args: argparse.Namespace) -> Upscaler:
-    """The model that these options name."""
+    """Open the model that these options select."""
     with download_bar(args.progress) as on_progress:
         return load_pipeline(
             args.model,

@@ -1,4 +1,4 @@
-"""What the commands show: errors, progress, and pictures to compare."""
+"""Output of the commands: errors, progress, and pictures to compare."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROGRESS = ("bar", "json", "none")
 
 
 def fail(args: argparse.Namespace, message: str, code: int) -> int:
-    """Say what went wrong in one line; with --debug, where. Returns the exit code."""
+    """Print an error in one line, with --debug also its traceback; return the exit code."""
     if args.debug:
         logging.exception(message)
     print(f"stream-diffvsr: {' '.join(message.split())}", file=sys.stderr)
@@ -36,11 +36,11 @@ def fail(args: argparse.Namespace, message: str, code: int) -> int:
 def run_to_end(
     steps: Iterable[JobProgress], progress: str = "bar", preview: Path | None = None, every: int = 0
 ) -> JobProgress | None:
-    """Run a job to its end; returns the last report, None where everything had been done before.
+    """Run a job to its end; return the last report, or None if everything was already done.
 
     `progress` is one of PROGRESS: a bar on standard error, a line of JSON per frame on standard output, or
-    nothing. With `preview`, that picture (bicubic beside the result) is rewritten every so many frames, at
-    most once a second.
+    nothing. If `preview` is given, that picture (bicubic beside the result) is rewritten after every `every`
+    frames, at most once a second.
     """
     step, shown_at = None, -math.inf
     shown = {"bar": _bar, "json": _json_lines, "none": iter}[progress]
@@ -66,7 +66,7 @@ def _bar(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
 
 
 def _json_lines(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
-    """The numbers of each frame, for a program that runs the command."""
+    """Print the numbers of each frame as JSON, for a program that runs the command."""
     for step in steps:
         left = step.seconds_left
         numbers = {
@@ -82,7 +82,7 @@ def _json_lines(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
 
 @contextmanager
 def download_bar(progress: str = "bar") -> Generator[OnProgress, None, None]:
-    """Shows a download in bytes; it begins with the first byte, where an earlier download ended."""
+    """Show a download in bytes; the bar appears once the size is known, and includes earlier bytes."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -107,7 +107,7 @@ def download_bar(progress: str = "bar") -> Generator[OnProgress, None, None]:
 
 
 def side_by_side(*shown: Tensor, gap: int = 0) -> Tensor:
-    """Pictures (1, 3, H, W) in [0, 1] beside each other, with white gaps of so many pixels."""
+    """Return pictures (1, 3, H, W) in [0, 1] side by side, with white gaps of `gap` pixels."""
     white = shown[0].new_ones(1, 3, shown[0].shape[-2], gap)
     pieces = [piece for picture in shown for piece in (white, picture)]
     return torch.cat(pieces[1:], dim=-1)

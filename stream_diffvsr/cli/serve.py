@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
             f"the packages {', '.join(missing)} are missing: run pip install 'stream-diffvsr[service]'"
         )
     settings = Settings(**{**from_environment(os.environ), **given_options(args, Settings)})
-    # A program of its own, which does not hold this one's hundreds of megabytes of torch.
+    # Run it as a separate program, without the hundreds of megabytes that torch needs in this one.
     command = [sys.executable, "-m", "stream_diffvsr.service"]
     environment = {**os.environ, **to_environment(settings)}
     if sys.platform != "win32":

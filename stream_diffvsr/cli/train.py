@@ -75,13 +75,16 @@ def is_first() -> bool:
 
 
 def print_note(line: str) -> None:
-    """Print for people, apart from what scripts read; once, however many processes share the run."""
+    """Print a line for people to standard error, apart from the output that scripts read.
+
+    However many processes share the run, it is printed once.
+    """
     if is_first():
         print(line, file=sys.stderr, flush=True)
 
 
 def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
-    """Four sequences: the true frame, and beside it what the model gets, its pixels enlarged."""
+    """Write a picture of four sequences: the true frame, and beside it the model's input, enlarged."""
     rows = []
     for index in range(4):
         lqs, truths = window(footage, recipe, options, np.random.default_rng((options.seed, 2, index)))
@@ -92,7 +95,7 @@ def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: Trai
 
 
 def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
-    """Where the result goes; raises `IncompatibleInputError` where something is there already."""
+    """Return the path of the result. Raises `IncompatibleInputError` if it is taken or cannot be resumed."""
     own: Path = args.output or args.clips[0].with_name(f"{args.clips[0].stem}_{options.what}")
     named = options.what == "full" or own.suffix == ".safetensors"
     output = own if named else own.with_name(f"{own.name}.safetensors")
@@ -113,7 +116,7 @@ def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
 
 
 def run_folder(output: Path) -> Path:
-    """Beside the result: the state of the run, its figures and pictures."""
+    """Return the folder beside the result for the run's state, figures and pictures."""
     return output.with_name(f"{output.stem}.run")
 
 
@@ -146,8 +149,10 @@ def train(
 
 
 def tell_costs(run: Run) -> None:
-    """Memory, disk and time, measured by a step that changes nothing; with --minutes also how many steps that
-    makes."""
+    """Print the memory, disk space and time, measured in a step that changes nothing.
+
+    With --minutes, also set the number of steps.
+    """
     options, device = run.options, run.base.device
     try:
         seconds = run.rehearse()
@@ -177,7 +182,7 @@ def tell_costs(run: Run) -> None:
 
 
 def memory_used(device: torch.device) -> int:
-    """The most bytes that were held on a GPU so far; on others what this process holds."""
+    """Return the peak bytes allocated on a GPU so far; on other devices, the memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

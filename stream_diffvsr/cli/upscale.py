@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     attempts = [results.attempt(to, partial(make_job, args, source, to)) for source, to in pairs]
     jobs = [job for job in attempts if job is not None]
     if jobs and jobs[0].codec:
-        # Before the model is opened, which may take minutes.
+        # Check this before opening the model, which may take minutes.
         check_opens(jobs[0].codec)
     if devices is not None and len(devices.names) == 1 and args.ray is None:
         args.device, devices = devices.names[0], None
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
-    """One input in this process; `prepared` was looked at before the model is opened."""
+    """Upscale one input in this process, or print its plan; the job was checked without opening a model."""
     if args.plan:
         for line in plan_lines(args, prepared):
             print(line, flush=True)
@@ -122,9 +122,9 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """What is known about a job with one input before its model is opened; raises as `run` does.
+    """Return the facts about a job with one input that are known without its model; raise as `run` does.
 
-    Sizes are (width, height) in pixels, `seconds` and `frames` None where the file does not tell.
+    Sizes are (width, height) in pixels; `seconds` and `frames` are None if the file does not state them.
     """
     (source,) = args.input
     check_readable(source)
@@ -154,9 +154,9 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
-    """What the job would need, line by line; a few frames are upscaled to estimate the time.
+    """Yield lines about what the job would need; a few frames are upscaled to estimate the time.
 
-    Released weights are not downloaded for this; without them no time is given.
+    Released weights are not downloaded for this; without them, the time is not estimated.
     """
     job, frames, size = prepared.job, prepared.total, prepared.size
     first = next(prepared.source.frames(job.span), None)
@@ -181,7 +181,7 @@ def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
 def plan_without_weights(
     args: argparse.Namespace, job: VideoJob, size: tuple[int, int], frames: int | None
 ) -> Iterator[str]:
-    """The same for released networks that are not on this machine, as far as their configurations tell."""
+    """Yield the same lines for released networks not on this machine, based on their configurations."""
     if family_named(args.model) != "diffvsr":
         raise IncompatibleInputError(
             f"--plan needs the weights of {args.model}: run 'stream-diffvsr download {args.model}' first"
@@ -200,7 +200,7 @@ def plan_without_weights(
 
 
 def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
-    """The job that the options describe."""
+    """Return the job that the options describe."""
     name = family_named(args.model)
     family, asked = FAMILIES[name], given_options(args, VideoJob)
     table = {key: rule for each in FAMILIES.values() for key, rule in rules(each.options).items()}
@@ -215,7 +215,7 @@ def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
 
 
 def default_output(args: argparse.Namespace, source: Path) -> Path:
-    """`<stem>_4x`, or the size asked for, beside the input, in a format that can be written."""
+    """Return `<stem>_4x`, or the requested size instead of 4x, beside the input, in a writable format."""
     asked, source = given_options(args, VideoJob), source.absolute()
     if asked.get("target"):
         size = "{}x{}".format(*asked["target"])

@@ -1,1 +1,1 @@
-"""Jobs: one file or many, from source to result."""
+"""Jobs, which upscale one file or many from source to result."""

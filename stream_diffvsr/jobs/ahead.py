@@ -1,4 +1,4 @@
-"""The scenes of a job by reading its frames once, without rendering any."""
+"""Finding the scenes of a job by reading its frames once, without rendering any."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NO_CUTS = SceneCut(threshold=None)
 
 @dataclass(frozen=True)
 class Split:
-    """How long scenes are split for several workers; 0 frames: they are not."""
+    """How long scenes are split for several workers; with 0 frames, they are not split."""
 
     frames: int = 0
     warm_up: int = 8
@@ -35,10 +35,10 @@ class Split:
 def find_scenes(
     prepared: Prepared, split: Split | None = None, state: str = "", told: bool = False
 ) -> Iterator[Scene]:
-    """Each scene as soon as its end is known; a run in one process finds the same ones.
+    """Yield each scene as soon as its end is known; a run in one process finds the same scenes.
 
-    `state` names the file of a state that the first one continues. With `told`, a job that looks for no cuts
-    gets its one scene without reading; its end may be unknown.
+    `state` names the file with the state that the first scene continues. If `told`, a job without cut
+    detection yields its single scene without reading frames; the end of that scene may be None.
     """
     job, source, split = prepared.job, prepared.source, split or Split()
     if told and not split.frames and _is_one_scene(prepared) and isinstance(job.start, int):
@@ -71,11 +71,11 @@ def find_scenes(
 
 
 Seen = tuple[tuple[int, ...], Tensor | None]
-"""Of a frame: its (height, width) as the model sees it, and what of it is compared."""
+"""A frame's (height, width) as the model's input, and its `SceneCut.summary`."""
 
 
 def _seen(prepared: Prepared, frame: SourceFrame) -> Seen:
-    """What a run compares of this frame, bit for bit, without converting all of its pixels."""
+    """Return bit for bit what a run compares of this frame, without converting all of its pixels."""
     rule, sizes = prepared.cut_rule, prepared.job.sizes
     size = sizes.model(*frame.size)
     if not rule.compares:
@@ -92,14 +92,14 @@ def _cut(prepared: Prepared, index: int, before: Seen, now: Seen) -> bool:
 
 
 def _is_one_scene(prepared: Prepared) -> bool:
-    """Whether that is known without reading; pictures of another size begin a scene of their own."""
+    """Whether a job is known to have one scene without reading it; in a folder, a new size begins a scene."""
     return prepared.cut_rule == NO_CUTS and not isinstance(prepared.source, FolderSource)
 
 
 def _split_scene(scene: Scene, split: Split, places: Mapping[int, Place | None]) -> Iterator[Scene]:
-    """A scene whose end is known, or the parts into which it is cut up.
+    """Yield a scene whose end is known, or the parts into which it is split.
 
-    `places` has where reading begins, by the index of the first frame read.
+    `places` maps the index of the first frame to read to the place from which to read.
     """
     end = scene.end or scene.first
     for first in range(scene.first, end, split.frames or end - scene.first):

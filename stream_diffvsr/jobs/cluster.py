@@ -1,7 +1,7 @@
-"""Workers through Ray: on several devices of this machine, or on a cluster. Ray is imported here alone.
+"""Workers run by Ray, on several devices of this machine or on a cluster. Only this module imports Ray.
 
-Ray starts the processes, restarts one that died and gives it its scene again. This module adds what Ray
-lacks: it waits forever for a node that is gone, so the scenes of such a worker go to the others.
+Ray starts the worker processes, restarts any that die, and repeats their calls. However, it waits forever for
+a lost node, so this module detects lost nodes and frees their scenes for other workers.
 """
 
 from __future__ import annotations
@@ -28,36 +28,36 @@ log = logging.getLogger(__name__)
 
 INSTALL = "pip install 'stream-diffvsr[ray]'"
 START = float(os.environ.get("STREAM_DIFFVSR_WORKER_START", "600"))
-"""Seconds for workers to start and open their model; a busy machine takes minutes."""
+"""Seconds that workers may take to start and open their model; a busy machine needs minutes."""
 ANSWER = 300.0
-"""Seconds for a worker to answer a question."""
+"""Seconds that a worker may take to answer a question."""
 RESTARTS = 3
 LOOK = 2.0
-"""Seconds between two looks at which nodes are there."""
+"""Seconds between two checks for lost nodes."""
 PACKAGE = Path(__file__).resolve().parents[2]
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_worker_niceness": "0",  # Ray's 15 starves workers on a machine that does other work
+    "RAY_worker_niceness": "0",  # Ray's default of 15 starves workers on a busy machine
     "RAY_raylet_start_wait_time_s": "300",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Else Ray packs up the current folder of a driver that 'uv run' started, and each worker installs it.
+    # Otherwise, under 'uv run', Ray packs up the driver's current folder, and each worker installs it.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
 
 @dataclass(frozen=True)
 class Devices:
-    """The workers that were asked for."""
+    """The requested workers."""
 
     names: tuple[str, ...]
-    """A device each, such as 'cuda:1' or 'cpu'; empty: all that the cluster has."""
+    """One device per worker, such as 'cuda:1' or 'cpu'; empty for all devices of the cluster."""
     kind: str
     """'cuda' or 'cpu'."""
 
 
 def parse_devices(text: str) -> Devices:
-    """`all`, `cuda:0,cuda:1`, `0,1`, or `cpu:2` for two workers. Raises `IncompatibleInputError`."""
+    """Parse `all`, `cuda:0,cuda:1`, `0,1`, or `cpu:2` for two workers. Raises `IncompatibleInputError`."""
     if text == "all":
         found = [name for name in available() if name.startswith("cuda")]
         return Devices(tuple(found), "cuda") if found else Devices(("cpu",), "cpu")
@@ -75,8 +75,8 @@ def parse_devices(text: str) -> Devices:
 
 
 def import_ray() -> Any:
-    """Ray, or a sentence about what to install."""
-    # Before it is imported, when it reads them.
+    """Import and return Ray. Raises `IncompatibleInputError` with the command to install it."""
+    # Ray reads these variables when it is imported.
     os.environ.update({key: value for key, value in ENVIRONMENT.items() if key not in os.environ})
     try:
         import ray
@@ -88,7 +88,7 @@ def import_ray() -> Any:
 
 
 class FarModel:
-    """What a job asks of a model, answered by a worker that holds it."""
+    """Stand-in for a model that workers have opened; implements `prepare.Model` by asking a worker."""
 
     def __init__(self, facts: Mapping[str, Any], ask: Any) -> None:
         told = dict(facts["info"])
@@ -99,13 +99,13 @@ class FarModel:
         self._ask = ask
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Of an LQ size (height, width)."""
+        """Return how frames of an LQ size (height, width) are made."""
         found = self._ask("provenance", size, None if options is None else asdict(options))
         return Provenance.from_texts(_checked(found)["made"])
 
 
 class RayPool:
-    """Workers that are Ray's actors."""
+    """A `spread.Pool` whose workers are Ray actors."""
 
     def __init__(
         self, ray: Any, actors: Mapping[str, Any], threads: int, on_wait: Callable[[], object]
@@ -113,7 +113,7 @@ class RayPool:
         self.ray, self.threads, self.on_wait = ray, threads, on_wait
         self.actors = dict(actors)
         self.flying: dict[Any, tuple[str, str]] = {}
-        """What each result that is awaited belongs to: scene and worker."""
+        """The (scene, worker) that each pending result belongs to."""
         self.asked: dict[str, Any] = {}
         self.frames: dict[str, int] = {}
         self.looked = 0.0
@@ -130,14 +130,14 @@ class RayPool:
         return list(self.actors)
 
     def _ask(self, question: str, *values: Any) -> Any:
-        """The answer of the first worker that gives one."""
+        """Ask one worker after another; return the first answer."""
         for worker in self.workers:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 return self.ray.get(self.actors[worker].call.remote(question, *values), timeout=ANSWER)
         raise OSError("no worker answers; run the same command again to resume")
 
     def _all(self, question: str, seconds: float, *values: Any) -> dict[str, Any]:
-        """The answers of all workers; raises `VideoError` where one gives none in time."""
+        """Return the answers of all workers. Raises `VideoError` if one fails or does not answer in time."""
         asked = {self.actors[worker].call.remote(question, *values): worker for worker in self.workers}
         there, missing, end = [], list(asked), time.monotonic() + seconds
         while missing and (left := end - time.monotonic()) > 0:
@@ -177,7 +177,7 @@ class RayPool:
         return [*found, *self._of_lost_nodes()]
 
     def _of_lost_nodes(self) -> Iterator[tuple[str, None]]:
-        """Scenes whose node is gone."""
+        """Yield the scenes of workers whose node has gone."""
         if time.monotonic() - self.looked < LOOK:
             return
         self.looked = time.monotonic()
@@ -188,7 +188,7 @@ class RayPool:
                 yield self.flying.pop(ref)[0], None
 
     def _lose(self, worker: str, why: str) -> None:
-        """Give a worker up; what it was at goes to another one."""
+        """Drop a lost worker; another one will redo its scene."""
         actor = self.actors.pop(worker, None)
         if actor is not None:
             log.warning("%s is lost (%s); %d left", worker, why, len(self.actors))
@@ -196,7 +196,7 @@ class RayPool:
             self.ray.kill(actor, no_restart=True)
 
     def progress(self) -> Mapping[str, int]:
-        """As of the last answers; what workers logged is passed on, each line once."""
+        """Return the frames done per scene, as last reported; also log new lines from the workers."""
         for worker, asked in list(self.asked.items()):
             if self.ray.wait([asked], timeout=0)[0]:
                 del self.asked[worker]
@@ -219,7 +219,7 @@ class RayPool:
 
 
 def check_same(facts: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise `VideoError` if workers differ in anything that changes pixels, or if one cannot work at all."""
+    """Raise `VideoError` if a worker cannot start, or if workers differ in anything that changes pixels."""
     for each in facts.values():
         if "error" in each:
             raise VideoError(f"{each['machine']}: {each['error']}")
@@ -262,11 +262,11 @@ def workers(
     threads: int = 0,
     on_wait: Callable[[], object] = lambda: None,
 ) -> Generator[RayPool]:
-    """A pool of workers with `model`, the arguments of `load_pipeline`; they end with the block.
+    """Yield a pool of workers, which end with the block; `model` has the arguments of `load_pipeline`.
 
     `address` is that of a cluster; None starts workers on this machine. `on_wait` is called every half second
-    while all are waited for, as at their start, and may raise to cancel. Raises `VideoError` where there is
-    no cluster, or its nodes do not fit together, and `IncompatibleInputError` without the package ray.
+    while waiting for all workers, for example at their start, and may raise to cancel. Raises `VideoError` if
+    no cluster answers or its workers differ, and `IncompatibleInputError` if the package ray is missing.
     """
     ray = import_ray()
     names = devices.names
@@ -313,9 +313,9 @@ def _start_here(ray: Any, devices: Devices) -> None:
                 object_store_memory=100 << 20,
             )
             return
-        except Exception as error:  # Ray raises bare ones here
+        except Exception as error:  # Ray raises bare exceptions here
             ray.shutdown()
-            # It waits half a minute for its own processes, which is too little on a busy machine.
+            # Ray waits half a minute for its own processes, which is too short on a busy machine.
             if last or "timed out" not in str(error):
                 raise VideoError(
                     f"Ray does not start on this machine: {_first_line(error).rstrip('.')}. "
@@ -324,7 +324,7 @@ def _start_here(ray: Any, devices: Devices) -> None:
 
 
 def cards(names: Sequence[str], visible: str | None) -> str:
-    """What CUDA calls these devices, where it shows this process only the `visible` ones."""
+    """Return the value of CUDA_VISIBLE_DEVICES that selects these devices, given its current value."""
     numbers = [int(name.partition(":")[2]) for name in names]
     shown = visible.split(",") if visible else []
     return ",".join(shown[number] if shown else str(number) for number in numbers)
@@ -342,20 +342,20 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` where nobody listens: Ray itself would end this process."""
+    """Raise `OSError` if nothing listens at the address: Ray itself would end this process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _fewest_cpus(ray: Any) -> int:
-    """Threads that every machine of a cluster has for one worker."""
+    """Return the CPUs of the smallest machine in the cluster, used as the threads per worker."""
     counts = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return int(min((count for count in counts if count >= 1), default=1))
 
 
 def _all_of(ray: Any, kind: str, threads: int) -> tuple[str, ...]:
-    """A worker for each GPU of a cluster, or for each share of so many cores."""
+    """Return one device per worker: each GPU of the cluster, or 'cpu' for every `threads` cores."""
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = int(sum(each.get("GPU", 0) for each in alive))
     if kind == "cuda":
@@ -366,10 +366,10 @@ def _all_of(ray: Any, kind: str, threads: int) -> tuple[str, ...]:
 
 
 def _actor(ray: Any, model: Mapping[str, Any], kind: str, threads: int, cluster: bool) -> Any:
-    """One worker; Ray restarts its process when that dies, and asks it again what it was asked."""
+    """Start one worker. If its process dies, Ray restarts it and repeats its pending calls."""
 
     class Actor:
-        """Sent to workers by value; its code is imported there under the package's own name."""
+        """Wrapper of a `Worker`. Ray sends this class by value; only its instances import the package."""
 
         def __init__(self, model: Any, threads: int) -> None:
             from importlib import import_module
@@ -395,7 +395,7 @@ def _actor(ray: Any, model: Mapping[str, Any], kind: str, threads: int, cluster:
         "num_gpus": int(kind == "cuda"),
         "max_restarts": RESTARTS,
         "max_task_retries": RESTARTS,
-        "max_concurrency": 4,  # questions are answered beside a scene
+        "max_concurrency": 4,  # so that a worker can answer questions while it renders
         "scheduling_strategy": "SPREAD",
         "runtime_env": {"env_vars": variables},
     }

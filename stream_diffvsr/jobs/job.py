@@ -1,4 +1,4 @@
-"""What a job has to do, and what it reports."""
+"""The settings of a job, and the progress that it reports."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..tensors import SCALE, to_pixels
 from ..upscaler import Info, Provenance, State
 
 SIZE = "size of the output"
-"""Title of the flags that set it."""
+"""Title of the group of flags that set the output's size."""
 SLOWEST, FASTEST = Fraction(1, 1000), 1000
-"""Frames per second of a folder of pictures."""
+"""Limits of the frame rate of a folder of pictures, in frames per second."""
 MOST = 65535
-"""Pixels of a side, which is what picture formats can say."""
+"""Most pixels per side that picture formats can store."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`1920x1080` -> width and height."""
+    """Parse `1920x1080` into width and height."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and max(int(width), int(height)) <= MOST):
         raise VideoError(f"{text!r} is not a size such as 1920x1080, with sides of at most {MOST}.")
@@ -38,8 +38,8 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def parse_rate(text: str) -> Fraction:
-    """`25`, `29.97` or `30000/1001` frames per second; raises `ValueError` or `ArithmeticError`."""
-    # Through a float where there is an exponent: a large one would be written out as a whole number.
+    """Parse `25`, `29.97` or `30000/1001` frames per second; raises `ValueError` or `ArithmeticError`."""
+    # Parse exponents as floats: a Fraction would expand a large one into a huge whole number.
     rate = Fraction(float(text) if "e" in text.lower() else text).limit_denominator(100_000)
     if not SLOWEST <= rate <= FASTEST:
         raise ValueError(f"the rate must be from {SLOWEST} to {FASTEST}, not {text}")
@@ -53,13 +53,13 @@ class VideoJob:
     source: Path
     """A video, an animated GIF, WebP or PNG, a picture, or a folder of pictures."""
     output: Path
-    """A file (.mp4 .mov .mkv .webm, or a picture's suffix for one picture), else a folder of pictures."""
+    """A file (.mp4 .mov .mkv .webm, or a picture's suffix for one picture), or a folder of pictures."""
     options: Any = None
-    """The family's options; None: its defaults."""
+    """Options of the model's family; None for its defaults."""
     model_scale: float = SCALE
-    """How many times larger the model makes a frame; `settle_job` sets it."""
+    """Factor by which the model enlarges a frame; set by `settle_job`."""
     state: State | None = None
-    """State to continue from; None starts a new sequence, at the source's own frame index."""
+    """State to continue from; None starts a new sequence at the source's frame index."""
     state_out: Path | None = option(
         None, "Save the state after the last frame to this file.", parse=Path, metavar="FILE"
     )
@@ -70,7 +70,7 @@ class VideoJob:
         group="input",
         metavar="POSITION",
     )
-    """An index, or seconds as a Fraction; text is read as on the command line."""
+    """A frame index, or seconds as a Fraction; text is parsed as on the command line."""
     end: int | Fraction | str | None = option(
         None,
         "Last frame to upscale, inclusive.",
@@ -220,9 +220,9 @@ class VideoJob:
         return Sizes(self.pre_scale, self.target, self.short_edge, self.scale, self.model_scale)
 
     def finished(self, hq: Tensor, lq: Tensor, source: tuple[int, int]) -> Tensor:
-        """Colours, strength, size: the model's result -> (1, 3, H, W) in [0, 1].
+        """Apply colours, strength and size to the model's result; return (1, 3, H, W) in [0, 1].
 
-        `lq`, (1, 3, h, w) in [0, 1], is what the model saw; `source` the height and width it was made from.
+        `lq`, (1, 3, h, w) in [0, 1], is the model's input; `source` is the (height, width) before resizing.
         """
         hq = to_pixels(hq)
         if self.colour_fix not in ("model", "none") or self.strength != 1:
@@ -237,7 +237,7 @@ class VideoJob:
 
 
 def settle_job(job: VideoJob, info: Info, options: type, height: int, width: int) -> VideoJob:
-    """The job, completed with what depends on the model and on the source's `height` x `width`.
+    """Return the job completed with values that depend on the model and the source's `height` x `width`.
 
     A family that supports any scale produces the requested size itself, so nothing is resampled afterwards.
     """
@@ -253,12 +253,12 @@ def settle_job(job: VideoJob, info: Info, options: type, height: int, width: int
 
 @dataclass(frozen=True, eq=False)
 class JobProgress:
-    """Reported after every frame."""
+    """Progress of a job, reported after every frame."""
 
     done: int
     """Frames done, including those of earlier runs."""
     total: int | None
-    """Number of frames of the job, if the file says."""
+    """Number of frames of the job; None if unknown."""
     fps: float
     """Frames per second, over the last few frames of this run."""
     segment: int
@@ -266,17 +266,17 @@ class JobProgress:
     index: int
     """The frame's index in the source."""
     lq: Tensor
-    """(1, 3, h, w) in [0, 1]: what the model saw."""
+    """The model's input, (1, 3, h, w) in [0, 1]."""
     hq: Tensor
-    """(1, 3, H, W) in [0, 1]: the result, at its final size."""
+    """The result at its final size, (1, 3, H, W) in [0, 1]."""
     cut: bool
-    """Whether a new scene begins here."""
+    """Whether the frame begins a new scene."""
     how: Provenance | None = None
-    """How the frame was made; None where the model tells only at its borders."""
+    """How the frame was made; None between borders if the model only reports it there."""
 
     @property
     def seconds_left(self) -> float | None:
-        """At the current speed; None if the length or the speed is not known."""
+        """Time left at the current speed; None if the length or the speed is unknown."""
         if self.total is None or self.fps <= 0:
             return None
         return max(0, self.total - self.done) / self.fps
@@ -289,12 +289,12 @@ class Speed:
         self.times = deque([time.monotonic()], maxlen=20)
 
     def tick(self) -> None:
-        """A frame is done."""
+        """Record that a frame is done."""
         self.times.append(time.monotonic())
 
     @property
     def count(self) -> int:
-        """Over how many frames the speed is measured."""
+        """Number of frames over which the speed is measured."""
         return len(self.times) - 1
 
     @property
@@ -304,7 +304,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class FrameTime:
-    """What is kept about a frame until its segment is finished; times are in ticks of the source."""
+    """Index and times of a frame, kept until its segment is finished; times are in ticks of the source."""
 
     index: int
     start: int

@@ -1,8 +1,8 @@
 """The work folder of an unfinished job: `<output>.parts/` with a lock, a journal, segments and a state.
 
-Everything in it appears by fsync and rename. The journal holds the job's settings; each finished segment has
-a record beside it, which is written last: what it names is whole. Records may come in any order, and from
-several processes.
+Files are written under temporary names, synced and renamed. The journal holds the job's settings. Each
+finished segment has a record, which is written last, so the files it names are complete. Several processes
+may add records, in any order.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FORMAT = 2
 LOCK, OWNER = "lock", "owner"
 RECORDS = "segment-*.json"
 OWN_FILES = re.compile(r"journal\.json|(main|compare|joined|state|segment|side)-[-\w]+\.\w+|\..*\.part")
-"""Names of the files that are written here, and may be deleted."""
+"""Matches the names of files that jobs write into a work folder, and may therefore delete."""
 PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A finished run of frames of one scene: whole on the disk, and never written again."""
+    """A finished run of frames of one scene, complete on disk and never rewritten."""
 
     start: int
     """Index of its first frame in the source."""
@@ -47,64 +47,64 @@ class Segment:
     """Index of the first frame of its scene."""
     part: SegmentFile
     closed: bool
-    """Whether its scene ends with it, so that the next frame needs nothing of this one."""
+    """Whether it ends its scene, so that the next frame does not depend on it."""
     digests: Mapping[str, str]
-    """Of its files, by their names."""
+    """Digests of its files, by file name."""
     state: str = ""
-    """File of the state after it; empty where there is none: then its scene is done again from its start."""
+    """File with the state after it; an unfinished scene whose last segment has none ('') starts over."""
     place: Place | None = None
-    """The source's last frame that is in it, by which reading goes on; None: read from the start."""
+    """Place of its last frame, from which reading continues; None to read the source from its start."""
     changed: str = ""
-    """How the frames of its scene were made otherwise than the job settled, as after memory ran out."""
+    """How its frames were made differently from the job's provenance, for example after memory ran out."""
 
     @property
     def end(self) -> int:
-        """Index of the frame that follows it."""
+        """Index of the frame after its last one."""
         return self.start + self.part.frames
 
     @property
     def record(self) -> str:
-        """Name of its record file."""
+        """File name of its record."""
         return f"segment-{self.start:06}.json"
 
 
 @dataclass(frozen=True)
 class Journal:
-    """What is done, and under which settings."""
+    """The finished segments of a job, and the settings they were made with."""
 
     source: Mapping[str, Any]
     """Identity of the source."""
     settings: Mapping[str, Any]
-    """All that changes what comes out."""
+    """All settings that change the output."""
     versions: Mapping[str, str]
     provenance: Mapping[str, str] = field(default_factory=dict)
     """How the frames of all scenes are made, memory plan included."""
     first: int = -1
-    """The source's index of the first frame of the job; -1: not known yet."""
+    """Index in the source of the job's first frame; -1 if not known yet."""
     segment_frames: int = 0
-    """Frames of a segment where the job does not say; 0: not known yet."""
+    """Frames per segment if the job does not set it; 0 if not known yet."""
     scenes: Sequence[Mapping[str, Any]] = ()
-    """All scenes of the job, where they were found before they were rendered; see `scenes.Scene`."""
+    """All scenes of the job, if they were found before rendering; see `scenes.Scene.to_json`."""
     partial: int = -1
-    """Size of an output file that holds a part of the frames, left by an interrupted run; -1: none."""
+    """Size in bytes of the partial output file that an interrupted run left; -1 if there is none."""
     finished: int = -1
-    """Size of the finished output, set before it gets its name; -1: not finished."""
+    """Size in bytes of the finished output, set before it is renamed into place; -1 if not finished."""
     segments: tuple[Segment, ...] = ()
-    """A set: they were finished in any order. Here by their frames."""
+    """Sorted by their first frames; there may be gaps, because segments are finished in any order."""
 
     @property
     def frames(self) -> int:
-        """Frames done."""
+        """Number of frames done."""
         return sum(segment.part.frames for segment in self.segments)
 
     @property
     def segment_files(self) -> tuple[SegmentFile, ...]:
-        """The segments' files and times, in the order of their frames."""
+        """Files and times of the segments, in frame order."""
         return tuple(segment.part for segment in self.segments)
 
     @property
     def first_index(self) -> int:
-        """The source's index of the first frame of the job, 0 while it is not known."""
+        """Index in the source of the job's first frame; 0 if not known yet."""
         return max(0, self.first)
 
     @property
@@ -115,19 +115,19 @@ class Journal:
         return sorted({segment.scene for segment in self.segments} - {self.first})
 
     def with_segment(self, segment: Segment) -> Journal:
-        """The journal with one more segment, which replaces one of the same frames."""
+        """Return the journal with one more segment, which replaces any with the same first frame."""
         others = [each for each in self.segments if each.start != segment.start]
         return replace(self, segments=tuple(sorted([*others, segment], key=lambda each: each.start)))
 
     def gaps(self) -> list[tuple[Segment | None, Segment | None]]:
-        """Neighbours between which frames are missing; None where the job begins or ends."""
+        """Return pairs of segments with missing frames between them; None marks the job's start or end."""
         pairs = itertools.pairwise([None, *self.segments, None])
         ends = [(self.first if a is None else a.end, a, b) for a, b in pairs]
         return [(a, b) for end, a, b in ends if b is None or end != b.start]
 
 
 def read_segment(content: Mapping[str, Any]) -> Segment:
-    """The segment that a record tells of; raises `ValueError`, `TypeError` or `KeyError` for none."""
+    """Return the segment that a record describes; an invalid one raises ValueError, TypeError or KeyError."""
     place, part = content["place"], SegmentFile(**content["part"])
     values: dict[str, Any] = {**content, "part": part, "place": None if place is None else Place(**place)}
     segment = Segment(**values)
@@ -140,9 +140,9 @@ def read_segment(content: Mapping[str, Any]) -> Segment:
 
 
 def resumable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
-    """The segments from which work can resume, by their frames.
+    """Return the segments that a resumed job can keep, sorted by their frames.
 
-    Of each scene, those from its first frame on without a gap, up to its end or the last one with a state.
+    For each scene, these run without a gap from its first frame up to its end or the last saved state.
     """
     kept: list[Segment] = []
     for segment in sorted(segments, key=lambda each: each.start):
@@ -159,7 +159,7 @@ def resumable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
 
 
 def digest(path: Path) -> str:
-    """Of a file's bytes."""
+    """Return a digest of a file's bytes."""
     total = hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         while piece := file.read(PIECE):
@@ -170,7 +170,7 @@ def digest(path: Path) -> str:
 class WorkFolder:
     """The work folder of one output, locked against a second run.
 
-    Nothing in it is deleted or replaced while it is open: some systems refuse that.
+    Its files are never deleted or replaced while they are open: some systems refuse that.
     """
 
     def __init__(self, output: Path) -> None:
@@ -182,9 +182,9 @@ class WorkFolder:
 
     @contextmanager
     def locked(self) -> Generator[WorkFolder, None, None]:
-        """Hold the lock, which ends with the process. Raises `VideoError`.
+        """Hold the lock during the block, or until the process dies. Raises `VideoError`.
 
-        Afterwards the folder is removed where nothing is left in it.
+        Afterwards, the folder is removed if nothing is left in it.
         """
         try:
             self.folder.mkdir(exist_ok=True)
@@ -204,7 +204,7 @@ class WorkFolder:
             owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
             yield self
         finally:
-            # While it is still ours: what another run writes after it must stay.
+            # Clear the folder before the lock is released: files that another run writes later must stay.
             if not self.journal_file.is_file():
                 with contextlib.suppress(OSError):
                     self.clear()
@@ -214,7 +214,7 @@ class WorkFolder:
     def _remove_if_done(self) -> None:
         if self.journal_file.is_file():
             return
-        # A run that began in this moment holds the lock anew, and keeps the folder.
+        # A run that has just begun may already hold the lock again; it keeps the folder.
         with contextlib.suppress(OSError):
             for name in (OWNER, LOCK):
                 (self.folder / name).unlink(missing_ok=True)
@@ -228,9 +228,9 @@ class WorkFolder:
                 self.folder.rmdir()
 
     def load(self, first: int = 0, end: int | None = None) -> Journal | None:
-        """The journal of an earlier run, with its segments from frame `first` up to `end`, which is excluded.
+        """Return the journal of an earlier run, with its segments from frame `first` up to `end`, exclusive.
 
-        Raises `VideoError` where it cannot be read.
+        Return None if there is no journal. Raises `VideoError` if it cannot be read.
         """
         file = self.journal_file
         if not file.is_file():
@@ -249,12 +249,12 @@ class WorkFolder:
             raise VideoError(f"{file} cannot be read ({error}): start over with --restart.") from error
 
     def _there(self, segment: Segment) -> Segment:
-        """A segment as it is now: the state of one that was followed by another is gone."""
+        """Return the segment, without its state if that file was deleted after the next segment was done."""
         there = segment.state and (self.folder / segment.state).is_file()
         return segment if there else replace(segment, state="")
 
     def token(self) -> str:
-        """Identifies the lock's holder, so another machine recognises the folder; '' if nobody holds it."""
+        """Return the lock holder's process ID, by which other machines recognise the folder; '' if none."""
         owner = self.folder / OWNER
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 
@@ -264,7 +264,7 @@ class WorkFolder:
         self._write(self.journal_file.name, {"format": FORMAT, **facts})
 
     def add(self, segment: Segment) -> None:
-        """Write a segment's record; from then on it is treated as done."""
+        """Write a segment's record, which marks the segment as done."""
         self._write(segment.record, asdict(segment))
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
@@ -273,16 +273,16 @@ class WorkFolder:
         sync_folder(self.folder)
 
     def _files(self) -> list[Path]:
-        """What is ours in the folder, without the lock."""
+        """Return the files that jobs wrote into the folder, without the lock."""
         return [file for file in self.folder.iterdir() if OWN_FILES.fullmatch(file.name)]
 
     def clear(self) -> None:
-        """Forget an earlier run."""
+        """Delete all files of an earlier run, except the lock."""
         for file in self._files():
             file.unlink()
 
     def remove_leftovers(self, journal: Journal) -> None:
-        """Delete what a killed run left half done."""
+        """Delete the unfinished files of a killed run."""
         known = {self.journal_file.name}
         for segment in journal.segments:
             known |= {segment.record, segment.state, *segment.digests}
@@ -293,7 +293,7 @@ class WorkFolder:
                 file.unlink()
 
     def check(self, segments: Iterable[Segment]) -> None:
-        """Raise `VideoError` where a file of a finished segment is not as it was written."""
+        """Raise `VideoError` if a file of a finished segment is missing or has changed."""
         for segment in segments:
             for name, wanted in segment.digests.items():
                 file = self.folder / name
@@ -302,7 +302,7 @@ class WorkFolder:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """Return the JSON object in a file."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError("it holds no object")
@@ -310,7 +310,7 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def work_state(folder: Path) -> str | None:
-    """Describes a leftover work folder; None for any other folder."""
+    """Describe a leftover work folder; return None for any other folder."""
     work = WorkFolder(folder.with_suffix(""))
     if not work.journal_file.is_file() and not (folder / LOCK).is_file():
         return None
@@ -331,7 +331,7 @@ def work_state(folder: Path) -> str | None:
 
 
 def changed_settings(before: Journal, now: Journal) -> list[str]:
-    """What prevents continuing, such as 'seed was 0, is 1'."""
+    """Return the changes that prevent continuing, such as 'seed was 0, is 1'."""
     pairs = {
         "source": (before.source, now.source),
         "": (before.settings, now.settings),
@@ -345,7 +345,7 @@ def changed_settings(before: Journal, now: Journal) -> list[str]:
 
 
 def continue_from(before: Journal, now: Journal, folder: Path) -> Journal:
-    """The journal to continue from; raises `VideoError` where source or settings are not the same."""
+    """Return the journal to continue from. Raises `VideoError` if source or settings have changed."""
     now = replace(
         now, settings=json.loads(json.dumps(now.settings)), source=json.loads(json.dumps(now.source))
     )

@@ -1,4 +1,4 @@
-"""The output of a job: its join rehearsed before the first frame, then put together and named."""
+"""The output files of a job: joining is rehearsed before the first frame; complete files are renamed."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ from .prepare import Prepared, check_space
 log = logging.getLogger(__name__)
 
 REHEARSAL = -1
-"""Number of the segment that is made to try, and thrown away."""
+"""Number of the trial segment, which is thrown away."""
 
 
 class Output:
-    """The video files that a job writes; none where it writes pictures."""
+    """The video files that a job writes; none if it writes pictures."""
 
     def __init__(self, prepared: Prepared, folder: Path) -> None:
         self.prepared, self.folder = prepared, folder
         self.sides: list[Side] = []
         self.words = True
-        """Whether chapters, words, covers and attached files go along: until they are refused."""
+        """Whether to copy chapters, metadata, covers and attached files; False once they are refused."""
 
     @property
     def videos(self) -> Mapping[str, Path]:
         return {name: path for name, (path, _) in self.prepared.videos.items()}
 
     def joined(self, name: str) -> Path:
-        """Where a file lies until it is complete."""
+        """Return the temporary path of an output file, used until it is complete."""
         return self.folder / f"joined-{name}{self.videos[name].suffix.lower()}"
 
     def rehearse(self, sinks: Mapping[str, Sink], on_progress: OnProgress | None = None) -> None:
-        """Put a black frame together with all that goes beside the picture, as the output will be.
+        """Join a black frame with all side streams and metadata, as the output will be.
 
-        What a container refuses shows here and not after hours of work. `on_progress` is told how much of the
-        source has been read for its sound and subtitles. Raises `VideoError` where the picture itself is
-        refused.
+        This shows what the container refuses now, instead of after hours of work. `on_progress` reports how
+        much of the source has been read for its sound and subtitles. Raises `VideoError` if the picture
+        itself is refused.
         """
         job = self.prepared.job
         if "main" in self.videos and job.audio and isinstance(self.prepared.source, VideoSource):
@@ -74,9 +74,9 @@ class Output:
             self.joined(name).unlink()
 
     def _check_shape(self, name: str) -> None:
-        """Say where the joined file does not tell the shape of its pixels.
+        """Warn if the joined file does not store the shape of its pixels.
 
-        PyAV has no way to tell it to Matroska, so it must be in the encoder's own stream.
+        PyAV cannot write the shape into Matroska, so the encoder's own stream must contain it.
         """
         encoding = self.prepared.videos[name][1]
         width, height = encoding.width, encoding.height
@@ -92,7 +92,7 @@ class Output:
             )
 
     def _check_views(self) -> None:
-        """Say where the output does not tell how the two views of a source lie in its picture."""
+        """Warn if the output does not store how a 3D source arranges its two views in the picture."""
         job, source = self.prepared.job, self.prepared.source
         if not isinstance(source, VideoSource):
             return
@@ -104,14 +104,14 @@ class Output:
                 )
 
     def join(self, parts: Sequence[SegmentFile], finished: bool) -> int:
-        """Put segments together; returns the size of the file, 0 of pictures."""
+        """Join segments; return the size of the main file in bytes, or 0 for pictures."""
         check_space(self.folder, sum(part.size for part in parts) + self.prepared.side_bytes)
         for name in self.videos:
             self._join(name, parts, self._window(parts, finished))
         return self.joined("main").stat().st_size if "main" in self.videos else 0
 
     def _join(self, name: str, parts: Sequence[SegmentFile], window: Window) -> None:
-        """Write one joined file; what the container does not take of the other streams is left out."""
+        """Write one joined file; omit chapters, metadata, covers and attached files if they are refused."""
         job, source = self.prepared.job, self.prepared.source
         path, encoding = self.prepared.videos[name]
         main = name == "main"
@@ -142,9 +142,10 @@ class Output:
                 log.warning("chapters, metadata, cover pictures and attached files are left out: %s", refused)
 
     def _window(self, parts: Sequence[SegmentFile], finished: bool) -> Window:
-        """The time of the source that the parts cover; a job that starts later has its start at 0.
+        """Return the time of the source that the parts cover, and the shift to subtract from it.
 
-        So has a source whose times begin anywhere, or before 0, where players would hide it.
+        The output starts at 0 if the job starts later than the source, if the source's times may begin
+        anywhere, or if they begin before 0, where players would hide the frames.
         """
         job, base = self.prepared.job, self.prepared.source.info.time_base
         low, high = parts[0].first * base, float(parts[-1].end * base)
@@ -159,7 +160,7 @@ class Output:
         return earliest if self.prepared.source.info.free_start else min(earliest, Fraction(0))
 
     def give_names(self) -> None:
-        """The joined files become the outputs."""
+        """Rename the joined files to the outputs."""
         for name, path in self.videos.items():
             if self.joined(name).is_file():
                 self.joined(name).replace(path)

@@ -1,4 +1,4 @@
-"""Decoding ahead and encoding behind, in threads, with bounded queues between."""
+"""Decoding ahead and encoding behind, in threads with bounded queues."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ DONE = object()
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """The same items, made in a thread that runs at most `depth` ahead.
+    """Yield the items, which a thread produces at most `depth` ahead.
 
-    Errors of the thread are raised here; closing the generator ends the thread before it returns.
+    Errors in the thread are raised here; closing the generator ends the thread and waits for it.
     """
     results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(max(1, depth))
     stop = threading.Event()
@@ -38,7 +38,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
 
 
 def _produce(items: Iterable[Any], results: queue.Queue[Any], stop: threading.Event) -> None:
-    """Fill the queue until the items end or the consumer stops; the last entry says how it ended."""
+    """Fill the queue until the items end or the consumer stops; the last entry is DONE, with any error."""
     iterator = iter(items)
     try:
         for item in iterator:
@@ -48,13 +48,13 @@ def _produce(items: Iterable[Any], results: queue.Queue[Any], stop: threading.Ev
     except BaseException as error:
         _offer(results, (DONE, error), stop)
     finally:
-        # Ends the decoder in the thread that runs it.
+        # Close the decoder in the thread that runs it.
         if isinstance(iterator, Generator):
             iterator.close()
 
 
 def _offer(results: queue.Queue[Any], entry: Any, stop: threading.Event) -> bool:
-    """Wait for room in the queue; False when nobody wants it any more."""
+    """Put an entry into the queue, waiting for space; return False if the consumer has stopped."""
     while not stop.is_set():
         try:
             results.put(entry, timeout=0.1)
@@ -65,9 +65,9 @@ def _offer(results: queue.Queue[Any], entry: Any, stop: threading.Event) -> bool
 
 
 class Background:
-    """Runs calls one after another in a thread; while `depth` calls are waiting, the caller waits too.
+    """Runs calls one after another in a thread; while `depth` calls are queued, the caller has to wait.
 
-    An error of a call is raised by the next `add` or by `wait`.
+    An error in a call is raised by the next `add` or `wait`.
     """
 
     def __init__(self, depth: int) -> None:
@@ -90,12 +90,12 @@ class Background:
         self._pending.append(self._pool.submit(call, *args))
 
     def wait(self) -> None:
-        """Return when everything queued is done."""
+        """Wait until all queued calls are done."""
         while self._pending:
             self._pending.popleft().result()
 
     def drop(self) -> None:
-        """Give up what is queued; returns when nothing runs any more. Errors are forgotten."""
+        """Cancel the queued calls and wait for the one that is running. Errors are ignored."""
         for future in self._pending:
             future.cancel()
         for future in self._pending:

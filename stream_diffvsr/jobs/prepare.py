@@ -1,4 +1,4 @@
-"""A job made ready: checked paths, its open source, encoders, writers, and what identifies it later."""
+"""Preparing a job: paths, source, encoders, writers, and the facts by which a later run recognises it."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from .job import VideoJob, settle_job
 from .journal import WorkFolder
 
 MEDIA_FORMATS = ("avi", "asf", "flv", "gif", "mp4", "mov", "mpeg", "mpegts", "ogg", "webm", "matroska", "3gp")
-"""FFmpeg's names of containers whose suffixes no folder of pictures has by chance."""
+"""FFmpeg's names of containers with suffixes that a folder of pictures is unlikely to have."""
 SPARE_BYTES = 32 << 20
-"""Room that is left on a disk."""
+"""Bytes to leave free on a disk."""
 
 
 class Model(Protocol):
-    """What a job asks of a model before a frame is made; it may be in another process."""
+    """What a job needs to know about a model before the first frame; it may be in another process."""
 
     Options: type
 
@@ -50,7 +50,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A checked job: its paths are good, its source is open."""
+    """A job with checked paths and an open source."""
 
     job: VideoJob
     source: Source
@@ -63,23 +63,23 @@ class Prepared:
 
     @property
     def total(self) -> int | None:
-        """Frames of the job, as far as the file says."""
+        """Number of frames of the job, estimated from the file; None if unknown."""
         return self.job.span.count(self.source.info.frames, self.source.info.rate)
 
     @property
     def step(self) -> int:
-        """Ticks from one frame to the next, where frames do not say."""
+        """Ticks from one frame to the next, for frames without a duration."""
         return max(1, round(1 / (self.source.info.rate * self.source.info.time_base)))
 
     def fitted(self, model: Model) -> Prepared:
-        """With what the model settles."""
+        """Return the job completed with values that depend on the model."""
         return Prepared(
             settle_job(self.job, model.info, model.Options, *self.size), self.source, self.cut_rule
         )
 
     @cached_property
     def videos(self) -> dict[str, tuple[Path, Encoding]]:
-        """The video files it writes and how, by their part in it; raises `VideoError`."""
+        """The video files to write and their encodings, by 'main' or 'compare'. Raises `VideoError`."""
         return video_outputs(self.job, self.source.info)
 
     @property
@@ -90,27 +90,26 @@ class Prepared:
 
     @property
     def side_bytes(self) -> int:
-        """The most that the source's other streams can take."""
+        """Upper limit of the bytes that the source's other streams need."""
         return self.job.source.stat().st_size if self.job.audio and self.job.source.is_file() else 0
 
     def between(self, first: int, end: int | None) -> Span:
-        """The frames from `first` up to `end`, which is excluded; None: to the end of the job."""
+        """Return the span from `first` up to `end`, exclusive; None extends it to the end of the job."""
         return Span(first, self.job.span.end if end is None else end - 1)
 
     def offset(self, first: int) -> int:
-        """How far a state's frame numbers are ahead of the source's, whose frame `first` is the job's
-        first."""
+        """Return how far a state's frame numbers are ahead of the source's; the job begins at `first`."""
         return 0 if self.job.state is None else self.job.state.index - first
 
 
 def prepare(job: VideoJob) -> Prepared:
-    """Check a job before its model is opened. Raises `VideoError` for what cannot be read or written."""
+    """Check a job before its model is opened. Raises `VideoError` if files cannot be read or written."""
     check_paths(job)
     return Prepared(job, open_job_source(job), scenes.parse(job.scene_cut))
 
 
 def check_paths(job: VideoJob) -> None:
-    """Raise `VideoError` for a source that cannot be read, or an output that cannot be written."""
+    """Raise `VideoError` if the source cannot be read or an output cannot be written."""
     check_readable(job.source)
     paths = [path for path in (job.output, job.compare, job.state_out, job.cuts_out) if path is not None]
     begun = WorkFolder(job.output).journal_file.is_file()
@@ -128,7 +127,7 @@ def check_paths(job: VideoJob) -> None:
         raise VideoError(
             f"{job.compare.name} is not a video file: a comparison must be {', '.join(CONTAINERS)}."
         )
-    # A folder may have a dot in its name, but not look like a file that is not written here.
+    # A folder's name may contain a dot, but must not look like a file in an unsupported format.
     folder = job.output.is_dir() or (job.source.is_dir() and not known_suffix(job.output.suffix))
     if job.output.suffix and container_of(job.output) is None and not folder:
         single = one_picture(job.source)
@@ -141,12 +140,12 @@ def check_paths(job: VideoJob) -> None:
 
 
 def one_picture(source: Path) -> bool:
-    """Whether a source is a file with a picture."""
+    """Whether a source is a single picture file."""
     return source.is_file() and pictures.is_picture(source)
 
 
 def known_suffix(suffix: str) -> bool:
-    """Whether a suffix is one of a picture or of a video."""
+    """Whether a suffix belongs to a picture or a video."""
     import av
 
     lower = suffix.lower().removeprefix(".")
@@ -156,7 +155,7 @@ def known_suffix(suffix: str) -> bool:
 
 
 def open_job_source(job: VideoJob) -> Source:
-    """The source of a job; a single picture is a folder of one."""
+    """Open the source of a job; a single picture is treated as a folder of one."""
     if one_picture(job.source):
         return FolderSource(job.source, job.rate or Fraction(1))
     source = open_source(job.source, job.stream, job.rate)
@@ -166,7 +165,10 @@ def open_job_source(job: VideoJob) -> Source:
 
 
 def video_outputs(job: VideoJob, info: SourceInfo) -> dict[str, tuple[Path, Encoding]]:
-    """The video files that a job writes and how, by their part in it; raises `VideoError`."""
+    """Return the video files that a job writes and their encodings, by 'main' or 'compare'.
+
+    Raises `VideoError` if an encoding is not possible.
+    """
     paths = {"main": job.output, "compare": job.compare}
     return {
         name: (path, encoding_of(job, path, info))
@@ -176,7 +178,7 @@ def video_outputs(job: VideoJob, info: SourceInfo) -> dict[str, tuple[Path, Enco
 
 
 def encoding_of(job: VideoJob, path: Path, info: SourceInfo) -> Encoding:
-    """How one video file is encoded."""
+    """Choose and check the encoding of one video file."""
     container = container_of(path) or ""
     codec = job.codec or ("av1" if container == "webm" else "h264")
     size = job.sizes.output(info.height, info.width)
@@ -186,7 +188,7 @@ def encoding_of(job: VideoJob, path: Path, info: SourceInfo) -> Encoding:
 
 
 def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
-    """The writers of a job, by their part in it; the output itself comes first."""
+    """Open the writers of a job, by 'main' or 'compare'; 'main', the output itself, is first."""
     job, source, videos = prepared.job, prepared.source, prepared.videos
     sinks: dict[str, Sink] = {}
     if videos and isinstance(source, FolderSource):
@@ -200,7 +202,7 @@ def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
 
 
 def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
-    """Where each picture goes: one picture to the output itself, more to files of the same names in it."""
+    """Return each picture's output path by index: `output` itself for one picture, else a file inside it."""
     if job.source.is_file():
         return {0: job.output}
     names = [pictures.writable_name(file.name) for file in source.files]
@@ -215,7 +217,7 @@ def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
 
 
 def check_sizes(job: VideoJob, source: FolderSource) -> None:
-    """Raise `VideoError` where the pictures of a video are of several sizes and none was asked for."""
+    """Raise `VideoError` if the pictures of a video differ in size and no target size was requested."""
     first = (source.info.width, source.info.height)
     for file in source.files if job.target is None else ():
         if (size := pictures.size_of(file)) != first:
@@ -226,23 +228,23 @@ def check_sizes(job: VideoJob, source: FolderSource) -> None:
 
 
 def source_fingerprint(source: Path) -> dict[str, Any]:
-    """What identifies a source wherever it lies: its size and a fingerprint of its bytes."""
+    """Return what identifies a source in any location: file count, size and a fingerprint of its bytes."""
     files = source_files(source)
     return {"files": len(files), "size": size_of(source), "content": fingerprint(files)}
 
 
 def source_files(source: Path) -> list[Path]:
-    """The pictures of a folder, or the file itself."""
+    """Return the pictures of a folder, or the file itself."""
     return pictures.list_folder(source) if source.is_dir() else [source]
 
 
 def size_of(source: Path) -> int:
-    """Bytes of a source."""
+    """Return the size of a source in bytes."""
     return sum(file.stat().st_size for file in source_files(source))
 
 
 def frame_settings(model: Model, prepared: Prepared) -> dict[str, Any]:
-    """Everything that changes the frames of the output, as plain JSON."""
+    """Return all settings that change the frames of the output, as JSON values."""
     job, cuts = prepared.job, prepared.cut_rule
     made = model.provenance((model.info.minimum, model.info.minimum), job.options)
     return {
@@ -263,7 +265,7 @@ def frame_settings(model: Model, prepared: Prepared) -> dict[str, Any]:
 
 
 def state_key(state: State) -> str:
-    """Tells states apart."""
+    """Return a short digest that identifies a state."""
     digest = hashlib.sha256(str(state.index).encode())
     for _, tensor in sorted(state.tensors.items()):
         digest.update(tensor.cpu().numpy().tobytes())
@@ -271,13 +273,13 @@ def state_key(state: State) -> str:
 
 
 def versions(device: torch.device, threads: int) -> dict[str, str]:
-    """What computed and encoded the frames; on a CPU, sums depend on the number of threads."""
+    """Return the versions of the libraries used; on a CPU, also the number of threads, which affects sums."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "av")}
     return {**found, "threads": str(threads)} if device.type == "cpu" else found
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise `OSError` while there is still room to stop cleanly."""
+    """Raise `OSError` if the disk lacks space for `needed` bytes and a reserve to stop cleanly."""
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         raise OSError(

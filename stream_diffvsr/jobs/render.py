@@ -1,4 +1,4 @@
-"""Renders a scene into segments: the part of a job that any process with the model and the files can do."""
+"""Rendering a scene into segments, which any process that has the model and the files can do."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .prepare import Prepared, check_space, open_sinks
 log = logging.getLogger(__name__)
 
 LAST = "last_lq"
-"""In a work folder's state where the model's own keeps no frame: the last one that was done, (1, 3, h, w)."""
+"""Name under which the last frame, (1, 3, h, w), is added to a saved state that does not contain it."""
 
 LONGEST, SEGMENT_SECONDS, MEASURED = 120, 60.0, 3
-"""Most frames of a segment, the work that it is to hold, and the frames whose time tells how many that is."""
+"""Most frames of a segment, the seconds that one should take, and the frames to time to choose its length."""
 
 LARGE_STATE = 1 << 30
-"""Bytes of a state that is not kept: its scene is what is resumed."""
+"""Bytes above which a state is not kept, so that its scene starts over when the job is resumed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +41,19 @@ class Made:
     index: int
     """Its index in the source."""
     lq: Tensor
-    """(1, 3, h, w) in [0, 1]: what the model saw."""
+    """The model's input, (1, 3, h, w) in [0, 1]."""
     hq: Tensor
-    """(1, 3, H, W) in [0, 1]: the result, at its final size."""
+    """The result at its final size, (1, 3, H, W) in [0, 1]."""
     cut: bool
     """Whether it begins a scene."""
     how: Provenance | None
-    """How it was made; None where the model tells only at its borders."""
+    """How it was made; None between borders if the model only reports it there."""
 
 
 class Renderer:
     """Renders scenes of one job into its work folder.
 
-    What it makes of a scene depends on model, job and journal alone, and on the state that it continues.
+    The result depends only on the model, the job, the journal, and the state from which a scene continues.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Renderer:
         on_step: OnStep | None = None,
         alone: bool = True,
     ) -> None:
-        """With others at work on the job (`alone` is False), its journal is written by the command only."""
+        """If other processes also render the job (`alone` is False), only the driver writes its journal."""
         self.pipe, self.prepared, self.work, self.writer = pipe, prepared, work, writer
         self.alone = alone
         self.on_step = on_step or ignore_progress
@@ -81,23 +81,23 @@ class Renderer:
         self.scene, self.state_bytes = 0, self._guessed_state()
 
     def _guessed_state(self) -> int:
-        """Bytes of a state of Stream-DiffVSR, before another family's first one tells its own."""
+        """Return the bytes of a Stream-DiffVSR state, as an estimate until the first state is saved."""
         if not self.pipe.info.frame_by_frame:
             return 0
         height, width = self.prepared.job.sizes.model(*self.prepared.size)
         return 4 * 3 * height * width * (SCALE**2 + 1)
 
     def lq(self, frame: SourceFrame) -> Tensor:
-        """What the model sees of a frame, (1, 3, h, w) in [0, 1]."""
+        """Return the model's input for a frame, (1, 3, h, w) in [0, 1]."""
         return self.prepared.job.sizes.to_model(frame.rgb)
 
     def render(
         self, frames: Iterator[tuple[SourceFrame, Tensor]], state: State | None, scene: int | None, cut: bool
     ) -> Iterator[Made]:
-        """Make the frames of a scene, or of the rest of it, in a session of its own.
+        """Render a scene, or its remaining frames, in a new session.
 
-        `state` is None at its beginning, `scene`, its first frame, then too. Segments end where the model's
-        state allows it. Frames before `scene` warm the model up and are thrown away.
+        `scene` is the index of its first frame; `scene` and `state` may be None at its beginning. Segments
+        end only at borders. Frames before `scene` warm up the model and are discarded.
         """
         first = next(frames, None)
         if first is None:
@@ -126,9 +126,9 @@ class Renderer:
         self._finish(end, None, closed=True)
 
     def _length(self) -> int:
-        """Frames of a segment: as asked for, else about a minute's work, told by the first frames' speed.
+        """Return the frames per segment: as requested, else a minute's work at the first frames' speed.
 
-        Fixed once for a job, and recorded.
+        The number is estimated once per job, and recorded in the journal.
         """
         if not self.journal.segment_frames and self.clock.count >= MEASURED:
             frames = max(1, min(LONGEST, round(SEGMENT_SECONDS * self.clock.fps)))
@@ -148,7 +148,7 @@ class Renderer:
         return Made(frame.index, lq, hq, cut, how)
 
     def _begin(self, frame: SourceFrame) -> None:
-        """Start the files of a segment while there is room for it, for its state and for the joined file."""
+        """Begin a segment's files; raise `OSError` if they, the state and the joined file would not fit."""
         done = [part.size for part in self.journal.segment_files]
         needed = 2 * self.state_bytes + sum(done) + 2 * max(done, default=0) + self.prepared.side_bytes
         check_space(self.work.folder, needed)
@@ -168,7 +168,7 @@ class Renderer:
             self.writer.add(sink.add, prepared[name], frame.index, frame.time)
 
     def close(self) -> SegmentFile | None:
-        """Finish the files of the open segment, once; None where none is open."""
+        """Finish and return the files of the open segment, once; return None if no segment is open."""
         if not self.open or self.closed is not None:
             return self.closed
         self.writer.wait()
@@ -180,9 +180,9 @@ class Renderer:
         return self.closed
 
     def _finish(self, state: State, lq: Tensor | None, closed: bool) -> None:
-        """Close the segment and save the state; only then a record says that both are there.
+        """Close the segment and save the state; only then write the record, which marks both as complete.
 
-        `lq` is the last frame; None at a scene's end, where the state is kept only if it was asked for.
+        `lq` is the last frame; None at a scene's end, where the state is kept only if it was requested.
         """
         before = [segment for segment in self.journal.segments if segment.scene == self.scene]
         states = {old.state for old in before}
@@ -199,7 +199,7 @@ class Renderer:
                 place=self.prepared.source.place(self.last),
                 changed=self.made.differences(state.provenance) if state.provenance.model else "",
             )
-        else:  # the scene ended where its last segment did
+        else:  # the scene ended together with its last segment
             segment = before.pop()
             segment = replace(segment, closed=True, state=segment.state if keeps else "")
         if self.alone and self.journal != self.saved:
@@ -212,7 +212,7 @@ class Renderer:
         self.open, self.closed = [], None
 
     def _save_state(self, state: State, lq: Tensor | None, start: int) -> str:
-        """Write a state beside its segment; returns its name, '' of one that is too large to be kept."""
+        """Write a state beside its segment; return its file name, or '' if it is too large to keep."""
         tensors = dict(state.tensors)
         if lq is not None and "previous_lq" not in tensors:
             tensors[LAST] = from_pixels(lq)
@@ -227,7 +227,7 @@ class Renderer:
         return name
 
     def abort(self) -> None:
-        """Leave nothing half written behind."""
+        """Drop queued writes, and discard unfinished files."""
         self.writer.drop()
         for sink in self.sinks.values():
             sink.abort()
@@ -236,14 +236,14 @@ class Renderer:
 def _seen(
     scene: Iterator[tuple[SourceFrame, Tensor]], waiting: deque[tuple[SourceFrame, Tensor]]
 ) -> Iterator[Tensor]:
-    """What the model sees of a scene; its frames wait until their results come."""
+    """Yield the model's input for each frame of a scene; keep the frame in `waiting` for its result."""
     for frame, lq in scene:
         waiting.append((frame, lq))
         yield from_pixels(lq)
 
 
 def load_state(path: Path) -> tuple[State, Tensor | None]:
-    """A state of a work folder, and the frame before it, (1, 3, h, w) in model range, where it is known."""
+    """Load a state from a work folder, and the last frame before it, (1, 3, h, w) in model range, or None."""
     state = State.load(path)
     tensors = dict(state.tensors)
     last = tensors.pop(LAST, None)

@@ -1,4 +1,4 @@
-"""What a run will need, told before it begins."""
+"""Estimates of what a run will need, made before it begins."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .job import VideoJob
 GIGABYTE = 2**30
 
 BYTES_PER_PIXEL = {"h264": 0.15, "h265": 0.1, "av1": 0.1, "prores": 0.7, "ffv1": 1.5, "png": 2.0}
-"""What output pixels commonly take in a file; noise takes more, flat pictures less."""
+"""Typical bytes per output pixel in a file, by codec; noise needs more, flat pictures less."""
 
 
 def cost_lines(
@@ -31,10 +31,10 @@ def cost_lines(
     needs: Mapping[str, int],
     device: torch.device,
 ) -> Iterator[str]:
-    """Lines about plan, memory and disk space.
+    """Yield lines about plan, memory and disk space.
 
-    `size` is the source's (height, width), `frames` their number if it is known, `needs` bytes by stage, of
-    which 'peak' is what they take together.
+    `size` is the source's (height, width), `frames` the number of frames if known, and `needs` the bytes by
+    stage, with the overall maximum as 'peak'.
     """
     (height, width), (out_height, out_width) = job.sizes.model(*size), job.sizes.output(*size)
     count = f"{frames} frames" if frames else "unknown number of frames"
@@ -51,18 +51,18 @@ def cost_lines(
 
 
 def output_bytes(codec: str, width: int, height: int) -> float:
-    """Bytes that a frame commonly takes in a file."""
+    """Return the bytes that a frame typically needs in a file."""
     return width * height * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
 
 
 def report_time(pipe: Upscaler, lq: Tensor, options: Any, state: State, frames: int | None) -> str:
-    """The line about time, after a few frames made for it; `lq` is a frame of the video."""
+    """Return the line about time, measured on a few frames; `lq` is a frame of the video."""
     seconds = seconds_per_frame(pipe, lq, options, state)
     return f"time: {seconds:.2f} s per frame" + (f", {_duration(seconds * frames)} in all" if frames else "")
 
 
 def seconds_per_frame(pipe: Upscaler, lq: Tensor, options: Any, state: State | None = None) -> float:
-    """Seconds per frame in the middle of a sequence; the first results only warm up."""
+    """Measure the seconds per frame in the middle of a sequence, after a warm-up."""
     session = pipe.session(options, state)
     for _ in range(pipe.info.first):
         session.push(lq)
@@ -79,7 +79,7 @@ def _gigabytes(count: float) -> str:
 
 
 def _disk_free(folder: Path) -> int:
-    """Of the disk on which a folder is, or will be."""
+    """Return the free bytes on the disk where a folder is, or will be."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,10 +1,10 @@
-"""A whole job: file in, file out, in segments that survive a crash. Used by the command line and the nodes.
+"""Running a whole job, file to file, in segments that survive a crash; for the command line and the nodes.
 
     with contextlib.closing(run(pipe, VideoJob(source="in.mp4", output="out.mp4"))) as progress:
         for step in progress:
             show(step.done, step.total, step.fps)
 
-Frames are decoded ahead and encoded behind in threads; the loop between them is `upscaler.stream`.
+Threads decode frames ahead and encode results behind; the loop between them is `upscaler.stream`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = ["JobProgress", "VideoJob", "prepare", "run"]
 log = logging.getLogger(__name__)
 
 WRITE_DEPTH = 4
-"""Frames that may wait for the encoder."""
+"""Most frames that may wait for the encoder."""
 
 
 def run(
@@ -55,15 +55,15 @@ def run(
     """Run a job, yielding after each frame; the output exists when the generator ends.
 
     Closing the generator, or an exception from `on_step`, cancels the job: a playable file with the finished
-    part remains, and running the same job again resumes it. Raises `VideoError` for what cannot be read or
-    written as requested, and `OSError` if reading or writing fails on the way (finished segments are kept).
+    part remains, and running the same job again resumes it. Raises `VideoError` if files cannot be read or
+    written as requested, and `OSError` if reading or writing fails midway (finished segments are kept).
     """
     prepared = prepare(job) if isinstance(job, VideoJob) else job
     yield from _OneProcess(pipe, prepared.fitted(pipe), on_step).steps()
 
 
 class Run:
-    """One run of a job, whoever renders its scenes."""
+    """One run of a job; subclasses implement how its scenes are rendered."""
 
     def __init__(self, model: Model, prepared: Prepared, threads: int = 0) -> None:
         self.model, self.prepared, self.job = model, prepared, prepared.job
@@ -73,31 +73,31 @@ class Run:
         self.sinks = open_sinks(prepared, self.work.folder)
 
     def steps(self) -> Generator[Any, None, None]:
-        """Upscale what is not yet done, then put the output together."""
+        """Upscale the frames not yet done, then join the segments into the output."""
         with self.work.locked():
             self.journal = self._begin()
             if not self._finished():
                 self.output.rehearse(self.sinks, functools.partial(self._guarded, "sound and subtitles"))
                 if self.output.sides:
-                    # So that they are found again, whatever happens before the first segment is done.
+                    # So that a later run finds the side streams, even if this one finishes no segment.
                     self.work.save(self.journal)
                 yield from self._upscale()
                 self._join()
             self._complete()
 
     def _upscale(self) -> Iterator[JobProgress]:
-        """Upscale the frames that are left; afterwards `journal` has all segments."""
+        """Upscale the remaining frames; afterwards, `journal` has all segments."""
         raise NotImplementedError
 
     def _guarded(self, stage: str, index: int, total: int) -> None:
-        """Tell a caller how far a stage is; an exception from it means cancel."""
+        """Report a stage's progress to the caller, who may raise an exception to cancel."""
 
     def frame_settings(self) -> dict[str, Any]:
-        """Everything that changes the frames of the output."""
+        """Return all settings that change the frames of the output."""
         return frame_settings(self.model, self.prepared)
 
     def _begin(self) -> Journal:
-        """The journal to go on with, or a new one. Raises `VideoError` where that is refused."""
+        """Return the journal to continue, or a new one. Raises `VideoError` if the run must not start."""
         if self.job.restart:
             self.work.clear()
         before = self.work.load()
@@ -106,7 +106,7 @@ class Run:
             self.job.output.mkdir(exist_ok=True)
         made_with = versions(self.model.device, self.threads)
         now = Journal(source_fingerprint(self.job.source), self.frame_settings(), made_with)
-        # What was never begun binds nobody; a file that can be played is a beginning.
+        # Settings may still change if the earlier run left neither a segment nor a partial output.
         if before is None or (not before.segments and before.partial < 0):
             if before is None or before.source != now.source:
                 self.work.clear()
@@ -122,7 +122,7 @@ class Run:
         return journal
 
     def _check_free(self, before: Journal | None) -> None:
-        """Refuse to replace what an earlier run of this job has not written; raises `VideoError`."""
+        """Raise `VideoError` rather than overwrite an output that no earlier run of this job wrote."""
         output = self.job.output
         taken = any(output.iterdir()) if output.is_dir() else output.exists()
         if taken and before is not None:
@@ -132,23 +132,23 @@ class Run:
             raise VideoError(f"{output} exists: choose another with -o, or give --overwrite.")
 
     def _finished(self) -> bool:
-        """Whether an earlier run did everything but the naming and cleaning up."""
+        """Whether an earlier run did everything except naming the outputs and cleaning up."""
         places = [(path, self.output.joined(name)) for name, path in self.output.videos.items()]
         return self.journal.finished >= 0 and all(a.is_file() or b.is_file() for a, b in places)
 
     def _note(self, **facts: Any) -> None:
-        """Write what became known of the job into the journal."""
+        """Record new facts about the job in the journal."""
         self.journal = replace(self.journal, **facts)
         self.work.save(self.journal)
 
     def _join(self) -> None:
-        """Put the segments together and note how large the output is."""
+        """Join the segments and record the size of the output."""
         if not self.journal.segments:
             raise VideoError(f"{self.job.source} has no frame in the requested span.")
         self._note(finished=self.output.join(self.journal.segment_files, finished=True))
 
     def _complete(self) -> None:
-        """Everything is done: give the output its name and the side files their content, then clean up."""
+        """Write the requested state and list of scenes, give the outputs their names, and clean up."""
         last = self.journal.segments[-1]
         if self.job.state_out is not None:
             self._save_state(last)
@@ -158,13 +158,13 @@ class Run:
         self._clean_up()
 
     def _save_state(self, last: Segment) -> None:
-        """The state after the last frame, as the model made it."""
+        """Save the model's state after the last frame, if requested."""
         path = self.job.state_out
         if path is None:
             return
         if last.state:
             state, _ = load_state(self.work.folder / last.state)
-        else:  # of more bytes than a job keeps
+        else:  # the state was too large to keep
             state = State(index=last.end + self.prepared.offset(self.journal.first))
         if not (state.has_previous or self.model.info.frame_by_frame):
             log.warning(
@@ -179,7 +179,7 @@ class Run:
         self.output.give_names()
 
     def _clean_up(self) -> None:
-        """Remove the work folder, and say what was repaired on the way."""
+        """Clear the work folder, and log what was repaired while reading the source."""
         self.work.clear()
         for what, count in self.prepared.source.notes.items():
             if count:
@@ -194,7 +194,7 @@ class Run:
 
 
 class _OneProcess(Run):
-    """In this process, by one model: scenes are found while reading straight on, so that nothing waits."""
+    """A run in this process, by one model. Scenes are found as frames are read, so no frame has to wait."""
 
     def __init__(self, pipe: Upscaler, prepared: Prepared, on_step: OnStep | None) -> None:
         super().__init__(pipe, prepared)
@@ -202,7 +202,7 @@ class _OneProcess(Run):
         self.cancelled = False
 
     def _upscale(self) -> Iterator[JobProgress]:
-        """Fill the gaps between the segments that are there; a new job is one gap."""
+        """Fill the gaps between the finished segments; a new job is one gap."""
         count = itertools.count(self.journal.frames + 1)
         with Background(WRITE_DEPTH) as writer:
             renderer = Renderer(self.pipe, self.prepared, self.work, self.journal, writer, self._guarded)
@@ -248,15 +248,16 @@ class _OneProcess(Run):
         now: tuple[SourceFrame, Tensor] | None,
         following: tuple[SourceFrame, Tensor],
     ) -> bool:
-        """Whether a scene begins with the frame that follows `now`.
+        """Whether a scene begins with the frame `following`, read after `now`.
 
-        Where nothing was read before it, `first` says so, or it follows the frame `previous`.
+        If no frame was read before it (`now` is None), a scene begins if `first` is set, or if it differs
+        enough from `previous`.
         """
         if now is not None:
             first, previous = False, from_pixels(now[1])
         frame, lq = following[0], from_pixels(following[1])
         if previous is not None and previous.shape != lq.shape:
-            # Pictures of a folder may change their size; a frame of another size is the model's to refuse.
+            # Pictures in a folder may differ in size; in a video, the model refuses such a frame.
             cut = isinstance(self.prepared.source, FolderSource)
         else:
             rule = self.prepared.cut_rule
@@ -280,7 +281,7 @@ class _OneProcess(Run):
         )
 
     def _guarded(self, stage: str, index: int, total: int) -> None:
-        """The caller's `on_step`; an exception from it means cancel."""
+        """Call the caller's `on_step`; an exception from it cancels the job."""
         if self.on_step is None:
             return
         try:
@@ -290,11 +291,11 @@ class _OneProcess(Run):
             raise
 
     def _leave_playable(self, renderer: Renderer) -> None:
-        """After a cancel: a file of what is done so far; the open segment is done again next time."""
+        """After a cancel, write a file of the frames done so far; the next run redoes the open segment."""
         parts, open_part = renderer.journal.segment_files, None
         try:
             open_part = renderer.close()
-        except Exception as error:  # the cancel came while the encoder was being closed
+        except Exception as error:  # cancelled while the encoder was being closed
             log.info("the last frames could not be added to the file: %r", error)
         if open_part is not None and open_part not in parts:
             parts = (*parts, open_part)

@@ -1,9 +1,9 @@
 """Scene cuts: where the previous frame must not guide the next one.
 
 The measure is the one PySceneDetect documents for its content detector: the mean difference of hue,
-saturation and value between two frames, in 8-bit units. It looks at two LQ frames and nothing else, so
-splitting and resuming a video change no decision. Of large frames it looks at every n-th row and column, as
-the detector does, so that finding scenes takes little more than decoding.
+saturation and value between two frames, in 8-bit units. It depends only on the two LQ frames, so splitting or
+resuming a video changes no decision. In large frames, only every n-th row and column is compared, as in the
+detector, so that finding scenes takes little longer than decoding.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from ..tensors import to_pixels
 T = TypeVar("T")
 
 THRESHOLD = 27.0
-"""PySceneDetect's default, of 255."""
+"""PySceneDetect's default, on a scale from 0 to 255."""
 LOOKED_AT = 256
-"""Pixels of the longer side that are compared, at least, where a frame has them."""
+"""Minimum number of pixels to compare along the longer side, if the frame has that many."""
 
 
 def thinning(height: int, width: int) -> int:
-    """Of such frames, every how many-th row and column is compared."""
+    """Return n such that every n-th row and column is compared in frames of this size."""
     return max(1, max(height, width) // LOOKED_AT)
 
 
@@ -42,10 +42,10 @@ class SceneCut:
 
     threshold: float | None = THRESHOLD
     listed: frozenset[int] | None = None
-    """Indices of the frames that begin a scene; then the threshold does not count."""
+    """Indices of the frames that begin a scene; if given, the threshold is ignored."""
 
     def summary(self, lq: Tensor) -> Tensor | None:
-        """What is compared of a frame (1, 3, h, w) in model range; None where nothing is."""
+        """Return what to compare of a frame (1, 3, h, w) in model range; None if frames are not compared."""
         if not self.compares:
             return None
         step = thinning(*lq.shape[2:])
@@ -57,7 +57,7 @@ class SceneCut:
         return self.threshold is not None and self.listed is None
 
     def between(self, index: int, before: Tensor | None, now: Tensor | None) -> bool:
-        """Whether frame `index` begins a new scene, by what `summary` gave for both frames."""
+        """Whether frame `index` begins a new scene, given its `summary` and that of the previous frame."""
         if self.listed is not None:
             return index in self.listed
         if self.threshold is None or before is None or now is None:
@@ -67,28 +67,28 @@ class SceneCut:
 
 @dataclass(frozen=True)
 class Scene:
-    """A run of frames that one worker renders, told without the frames."""
+    """Description of a run of frames that one worker renders, without the frames themselves."""
 
     first: int
     """Index of its first frame in the source."""
     end: int | None = None
-    """Index of the frame after its last; None: the job's end."""
+    """Index of the frame after its last one; None if it lasts to the job's end."""
     place: Place | None = None
-    """The source's frame before those it reads, by which they are found; None: they are counted out."""
+    """Place of the frame before the first one to read; None to count frames from the source's start."""
     warm_up: int = 0
-    """Frames before `first` that are read too and thrown away; above 0 it is a part of a longer scene."""
+    """Frames before `first` to render and discard; above 0 only for parts of a longer scene."""
     offset: int = 0
-    """What a state counts more than the source."""
+    """How far a state's frame numbers are ahead of the source's."""
     state: str = ""
-    """File in the work folder of the state that it continues."""
+    """File in the work folder with the state to continue from; '' if there is none."""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Return the scene as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Scene:
-        """What `to_json` wrote."""
+        """Return the scene that `to_json` converted."""
         place = content["place"]
         values: dict[str, Any] = {**content, "place": None if place is None else Place(**place)}
         return cls(**values)
@@ -97,10 +97,10 @@ class Scene:
 def in_scenes(
     frames: Iterator[T], cut_before: Callable[[T | None, T], bool]
 ) -> Iterator[tuple[bool, Iterator[T]]]:
-    """Group frames into scenes while reading straight on: (whether a cut begins it, its frames).
+    """Group frames into scenes in a single pass; yield (whether a cut begins the scene, its frames).
 
-    `cut_before` is asked once about each frame, with the one before it (None at the start). A scene has to be
-    read to its end before the next one is asked for; no frame is read before the last one was used.
+    `cut_before` is called once for each frame, with the previous one (None at the start) and the frame. Read
+    a scene to its end before requesting the next one; a frame is read only after the previous one was used.
     """
     following = next(frames, None)
     cut = following is not None and cut_before(None, following)
@@ -120,7 +120,7 @@ def in_scenes(
 
 
 def parse(text: str) -> SceneCut:
-    """`auto`, `off`, a threshold from 0 to 255, or a CSV file. Raises `VideoError`."""
+    """Parse `auto`, `off`, a threshold from 0 to 255, or the path of a CSV file. Raises `VideoError`."""
     if text == "auto":
         return SceneCut()
     if text == "off":
@@ -135,20 +135,20 @@ def parse(text: str) -> SceneCut:
 
 
 STRIP = 64
-"""Rows that are looked at together: their intermediate values stay in a processor's cache."""
+"""Rows to process together: few enough that intermediate values stay in a processor's cache."""
 
 
 def difference(before: Tensor, now: Tensor) -> float:
-    """Mean difference of two frames' hue (0 to 179), saturation and value (0 to 255), as `hsv` gives them.
+    """Return the mean difference of the hue (0 to 179), saturation and value (0 to 255) of two `hsv` frames.
 
-    Whole numbers are added exactly, so that it is the same with any number of threads.
+    Sums of integers are exact, so the result is the same with any number of threads.
     """
     strips = zip(before.split(STRIP, 2), now.split(STRIP, 2), strict=True)
     return sum(int((a.short() - b.short()).abs().sum()) for a, b in strips) / now.numel()
 
 
 def hsv(lq: Tensor) -> Tensor:
-    """A frame in model range -> hue / 2 in degrees, saturation and value of 255, (1, 3, h, w) uint8."""
+    """Convert a frame in model range to hue (degrees / 2), saturation and value: (1, 3, h, w) uint8."""
     return torch.cat([_hsv(to_pixels(strip)) for strip in lq.split(STRIP, 2)], dim=2)
 
 
@@ -165,7 +165,7 @@ def _hsv(rgb: Tensor) -> Tensor:
 
 
 def read_list(path: Path) -> frozenset[int]:
-    """Indices of first frames from a CSV file: PySceneDetect's scene list, or one index a line.
+    """Read first frames' indices from a CSV file: PySceneDetect's scene list, or one index per line.
 
     PySceneDetect counts frames from 1 in its column "Start Frame"; plain indices count from 0.
     """
@@ -187,7 +187,7 @@ def read_list(path: Path) -> frozenset[int]:
 
 
 def write_list(path: Path, first: int, last: int, cuts: Sequence[int]) -> None:
-    """Write the scenes as PySceneDetect does: frames counted from 1, `last` included."""
+    """Write the scenes in PySceneDetect's format: frames are counted from 1, and `last` is included."""
     starts = sorted({first, *cuts})
     ends = [*(start - 1 for start in starts[1:]), last]
     table = io.StringIO(newline="")

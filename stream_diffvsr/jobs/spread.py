@@ -1,7 +1,7 @@
-"""Jobs by several workers: scenes are found by a pass that reads ahead, and handed out, the longest first.
+"""Jobs run by several workers: a pass that reads ahead finds the scenes, and the longest are rendered first.
 
-The driver never sees a picture of the result: workers write segments into the job's folder, and the records
-that come back are checked against the files before they are accepted. A `Pool` knows the workers.
+The driver never handles pictures of the result: workers write segments into the job's folder, and the driver
+checks the records they return against the files before accepting them. A `Pool` manages the workers.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from .worker import to_json
 log = logging.getLogger(__name__)
 
 POLL = 0.5
-"""Seconds between two looks at the workers."""
+"""Seconds between two polls of the workers."""
 LOSSES = 3
-"""Workers that one scene may cost before its job is given up."""
+"""Workers lost on one scene after which its job is given up."""
 OPEN = 4
-"""Jobs beyond the number of workers that are open at a time, so that short files keep all busy."""
+"""Jobs kept open beyond the number of workers, so that short files keep all workers busy."""
 PATIENCE = 10.0
-"""Seconds that workers have for stopping."""
+"""Seconds that workers may take to stop."""
 
 
 class Pool(Protocol):
-    """Workers, each of which renders one scene at a time; see `worker.Worker` for what they answer."""
+    """Workers that each render one scene at a time; see `worker.Worker` for their answers."""
 
     threads: int
 
@@ -47,43 +47,42 @@ class Pool(Protocol):
 
     @property
     def workers(self) -> Sequence[str]:
-        """Names of those that are there; a lost one is not."""
+        """Names of the workers that are not lost."""
         ...
 
     def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
-        """Sentences about paths that some worker cannot see."""
+        """Return messages about paths that some worker cannot access."""
         ...
 
     def give(self, worker: str, name: str, job: Mapping[str, Any], scene: Mapping[str, Any]) -> None:
-        """Have a worker render a scene; `name` tells it apart."""
+        """Have a worker render a scene, identified by `name`."""
         ...
 
     def answers(self, seconds: float) -> list[tuple[str, Mapping[str, Any] | None]]:
-        """Wait at most so long; return the names of scenes with their answers, None if the worker was
-        lost."""
+        """Wait up to `seconds` for answers; return them with their scenes' names, None for a lost worker."""
         ...
 
     def progress(self) -> Mapping[str, int]:
-        """Frames done of each scene being rendered, by its name."""
+        """Return how many frames are done of each scene that is being rendered, by name."""
         ...
 
     def stop(self, name: str) -> None:
-        """Cancel a scene; its answer still comes."""
+        """Cancel a scene; `answers` still returns its answer."""
         ...
 
 
 @dataclass(frozen=True)
 class SpreadProgress:
-    """Told every half second."""
+    """Progress of all jobs, reported every half second."""
 
     done: int
     total: int | None
-    """Frames of all jobs; None until all are open and say how many they have."""
+    """Frames of all jobs; None until all are open, or if the length of one is unknown."""
     fps: float
     files: int
-    """Jobs that are over."""
+    """Number of jobs that have ended."""
     scenes: Mapping[str, str]
-    """What each worker is at."""
+    """Scene that each worker is rendering."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -93,7 +92,7 @@ class SpreadProgress:
 
 
 class SpreadRun(Run):
-    """One job, whose scenes the driver hands out."""
+    """A run whose scenes the driver hands out to workers."""
 
     def __init__(self, prepared: Prepared, pool: Pool, split: Split) -> None:
         super().__init__(pool.model, prepared, pool.threads)
@@ -131,7 +130,7 @@ class SpreadRun(Run):
                 self.ended = True
 
     def _find(self) -> None:
-        """In a thread: the pass that runs ahead, where an earlier run has not finished it."""
+        """Find the scenes, in a thread, unless an earlier run has recorded them all."""
         state = ""
         if self.job.state is not None:
             state = "state-given.safetensors"
@@ -143,7 +142,7 @@ class SpreadRun(Run):
             self.found.append(scene)
 
     def _take_found(self, finding: Future[None]) -> None:
-        """What the pass found since the last look; when it has found all, they are recorded."""
+        """Take the scenes found since the last call; record them once all are found."""
         over, count = finding.done(), len(self.found)
         for scene in self.found[self.taken : count]:
             if self.journal.first < 0:
@@ -157,12 +156,12 @@ class SpreadRun(Run):
             self._note(scenes=tuple(scene.to_json() for scene in self.found))
 
     def _is_done(self, scene: Scene) -> bool:
-        """Whether finished segments hold it to its end."""
+        """Whether finished segments cover the scene to its end."""
         within = [s for s in self.journal.segments if s.scene == scene.first]
         return bool(within) and (within[-1].closed or within[-1].end == scene.end)
 
     def take(self, name: str, answer: Mapping[str, Any] | None) -> None:
-        """Take a scene's answer; segments that are not as they were written are not accepted."""
+        """Process a scene's answer; the job fails if files of its segments are missing or changed."""
         scene = self.busy.pop(name)
         if answer is None:
             self.losses[scene.first] = self.losses.get(scene.first, 0) + 1
@@ -191,14 +190,14 @@ class SpreadRun(Run):
         self.prepared.source.notes.update(answer["notes"])
 
     def fail(self, error: Exception) -> None:
-        """Give the job up; it ends when its workers have stopped."""
+        """Give up the job, which ends when its workers have stopped."""
         self.error = self.error or error
         self.ready.clear()
         for name in self.busy:
             self.pool.stop(name)
 
     def _leave_playable(self) -> None:
-        """A file of the segments that are whole, those of unfinished scenes too."""
+        """Write a file of all complete segments, including those of unfinished scenes."""
         found = self.work.load()
         for segment in () if found is None else found.segments:
             with contextlib.suppress(VideoError):
@@ -217,11 +216,11 @@ class Outcome:
 
     job: VideoJob
     error: Exception | None = None
-    """What it failed with; None: its output is there."""
+    """The error it failed with; None if its output is complete."""
 
 
 class Spread:
-    """Many jobs over one pool: `steps` does them, `outcomes` tells how each ended."""
+    """Many jobs on one pool: `steps` runs them, and `outcomes` lists how each ended."""
 
     def __init__(self, jobs: Sequence[VideoJob], pool: Pool, split: Split | None = None) -> None:
         self.waiting, self.pool, self.split = deque(jobs), pool, split or Split()
@@ -233,9 +232,9 @@ class Spread:
         self.times = deque([(time.monotonic(), 0)], maxlen=40)
 
     def steps(self) -> Generator[SpreadProgress, None, None]:
-        """Do all jobs; one that fails does not stop the others. Closing it stops all workers.
+        """Run all jobs; one that fails does not stop the others. Closing the generator stops all workers.
 
-        Raises `OSError` when no worker is left; what is done is kept.
+        Raises `OSError` when no worker is left; finished segments are kept.
         """
         try:
             while self.waiting or self.runs:
@@ -252,7 +251,7 @@ class Spread:
             self._stop()
 
     def _open(self) -> None:
-        """Look at the next jobs while there is too little to hand out."""
+        """Open the next jobs until enough are open to keep all workers busy."""
         while self.waiting and len(self.runs) < len(self.pool.workers) + OPEN:
             job = self.waiting.popleft()
             try:
@@ -266,7 +265,7 @@ class Spread:
             self.total += run.prepared.total or 0
 
     def _advance(self) -> None:
-        """Let each job go on: take what was found, and put together what is whole."""
+        """Advance each job: take newly found scenes, and join the output if all are rendered."""
         for run in list(self.runs):
             try:
                 next(run.story)
@@ -279,7 +278,7 @@ class Spread:
             self.runs.remove(run)
 
     def _hand_out(self) -> None:
-        """One scene to each idle worker, the longest first."""
+        """Give one scene to each idle worker, the longest first."""
         busy = {worker for _, worker in self.names.values()}
         for worker in self.pool.workers:
             ready = [(run, scene) for run in self.runs for scene in run.ready]
@@ -307,7 +306,7 @@ class Spread:
         )
 
     def _stop(self) -> None:
-        """End everywhere: workers stop between two parts of a frame, and what is done stays."""
+        """Stop all workers between two steps of a frame, and end all jobs; finished segments are kept."""
         for name in self.names:
             self.pool.stop(name)
         end = time.monotonic() + PATIENCE
@@ -320,5 +319,5 @@ class Spread:
 
 
 def _length(run: SpreadRun, scene: Scene) -> float:
-    """Frames of a scene; one that goes on to the end of its job may be long."""
+    """Return a scene's number of frames; infinity if its end is unknown, because it may be long."""
     return math.inf if scene.end is None else scene.end - scene.first

@@ -1,6 +1,7 @@
-"""What a worker on another device or machine does: it holds a model, and renders scenes into a job's folder.
+"""A worker on another device or machine: it keeps a model open, and renders scenes into a job's folder.
 
-Nothing here knows Ray. What comes in and goes out is JSON: paths, frame ranges, settings, sentences.
+This module does not depend on Ray. Arguments and results are JSON values: paths, frame ranges, settings and
+messages.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class StoppedError(Exception):
 
 
 def to_json(job: VideoJob) -> dict[str, Any]:
-    """A job as JSON values; a state that it continues stays with the driver."""
+    """Return a job as JSON values, without the state it continues from, which stays with the driver."""
     found: dict[str, Any] = {}
     for field in fields(job):
         value = getattr(job, field.name)
@@ -56,7 +57,7 @@ def to_json(job: VideoJob) -> dict[str, Any]:
 
 
 def from_json(content: Mapping[str, Any], options: type) -> VideoJob:
-    """What `to_json` wrote, with a family's options."""
+    """Return the job that `to_json` converted; `options` is the class of its family's options."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         fraction = isinstance(value, list) and value[:1] == ["/"]
@@ -67,12 +68,12 @@ def from_json(content: Mapping[str, Any], options: type) -> VideoJob:
 
 
 def place_of_work() -> str:
-    """This machine, in words."""
+    """Return this machine's name for messages."""
     return platform.node() or "a machine without a name"
 
 
 class Lines(logging.Handler):
-    """Keeps what is logged until the driver asks for it."""
+    """Keeps log messages until the driver asks for them."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
@@ -89,7 +90,7 @@ class Lines(logging.Handler):
 
 
 class Worker:
-    """A model on one device; `render` is called by one thread, the rest by another at any time."""
+    """A model on one device. One thread calls `render`; another may call other methods at any time."""
 
     def __init__(self, model: Mapping[str, Any], threads: int = 0) -> None:
         if threads:
@@ -101,14 +102,14 @@ class Worker:
         self.prepared: tuple[Any, Prepared] | None = None
 
     def keep_lines(self) -> None:
-        """Keep what is logged for the driver, instead of writing it where nobody looks."""
+        """Keep log messages for the driver, instead of writing them where nobody reads them."""
         logger = logging.getLogger("stream_diffvsr")
         logger.setLevel(logging.INFO)
         logger.addHandler(self.lines)
         logger.propagate = False
 
     def describe(self) -> dict[str, Any]:
-        """Open the model; tell what it is, and where."""
+        """Open the model; return facts about it, its machine and its process, or an error."""
         facts = {
             "version": __version__,
             "torch": torch.__version__,
@@ -127,7 +128,7 @@ class Worker:
         return self.pipe
 
     def provenance(self, size: tuple[int, int], options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """How frames of an LQ size (height, width) are made."""
+        """Return how frames of an LQ size (height, width) are made."""
 
         def made() -> dict[str, Any]:
             pipe = self._open()
@@ -137,7 +138,7 @@ class Worker:
         return _call_result(made)
 
     def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> dict[str, Any]:
-        """Whether it sees what the driver sees: the same source, and the driver's own work folder."""
+        """Check that this machine sees the driver's source and work folder; return an error if not."""
 
         def seen() -> dict[str, Any]:
             path, work = Path(job["source"]), WorkFolder(Path(job["output"]))
@@ -162,9 +163,9 @@ class Worker:
         return _call_result(seen)
 
     def render(self, name: str, job: Mapping[str, Any], scene: Mapping[str, Any]) -> dict[str, Any]:
-        """Render a scene, or what is left of it; tells its segments' records, or what went wrong.
+        """Render a scene, or its remaining frames; return the records of its segments, or an error.
 
-        A worker that takes over goes on where segments have a state.
+        A worker that takes over a scene continues from the last segment with a saved state.
         """
         self.done, self.scene = 0, name
 
@@ -196,14 +197,14 @@ class Worker:
         return {"segments": segments, "segment_frames": renderer.journal.segment_frames, "notes": notes}
 
     def _prepare(self, job: Mapping[str, Any], pipe: Upscaler) -> Prepared:
-        """The job, opened once for all its scenes."""
+        """Return the prepared job, which is opened once for all its scenes."""
         if self.prepared is None or self.prepared[0] != job:
             options = FAMILIES[pipe.info.family].options
             self.prepared = job, prepare(from_json(job, options)).fitted(pipe)
         return self.prepared[1]
 
     def _go_on(self, renderer: Renderer, scene: Scene) -> None:
-        """Render the frames of a scene that no segment has yet."""
+        """Render the frames of a scene that are not in a segment yet."""
         done = renderer.journal.segments
         if done and (done[-1].closed or done[-1].end == scene.end):
             return
@@ -230,16 +231,16 @@ class Worker:
             raise StoppedError("stopped")
 
     def stop(self, name: str) -> None:
-        """Give up a scene before its next step."""
+        """Stop rendering a scene before its next step."""
         self.stopped = name
 
     def progress(self) -> tuple[str, int, list[tuple[int, str]]]:
-        """The scene at work, its frames that are done, and what was logged since the last call."""
+        """Return the current scene, its number of frames done, and the messages since the last call."""
         return self.scene, self.done, self.lines.take()
 
 
 def _call_result(call: Any) -> dict[str, Any]:
-    """What a call returns, or its error in words: exceptions of this package need not travel."""
+    """Return a call's result, or its error as text, so that exceptions need not be sent to the driver."""
     try:
         found = call()
     except StoppedError:

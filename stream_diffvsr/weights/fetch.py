@@ -1,7 +1,7 @@
-"""Downloads released weights: only what is needed, resumable, complete or not at all.
+"""Downloading released weights: only the files that are needed, resumably, and all of them or none.
 
-huggingface_hub downloads, in a process of its own, which can be ended at once; what it has written
-tells how far it is and where to go on, with every version of the library.
+huggingface_hub runs in a separate process, which can be ended at once. With every version of the library, the
+bytes it has written show the progress and where to resume.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .released import REVISION_VARIABLE, Release
 log = logging.getLogger(__name__)
 
 OnProgress = Callable[[int, int], None]
-"""(done_bytes, total_bytes); (0, 1) while the total is not known yet.
+"""Called with (done_bytes, total_bytes), or with (0, 1) while the total is unknown.
 
-An exception from it ends the download, which resumes from there next time.
+An exception from it ends the download; the next one resumes from there.
 """
 
 Needed = Callable[[Collection[str], Path], Collection[str]]
-"""Of all published names those that a folder needs to be whole."""
+"""Selects, from all published names, those that a folder needs to be complete."""
 
 COMMIT = ".commit"
-"""In the folder that a download grows in: the revision that its files are of."""
+"""Name of the file in a partial download's folder that contains the revision of its files."""
 
 SPARE = 1 << 26
 """Bytes to leave free on the disk."""
@@ -47,7 +47,7 @@ import json, os, sys, threading
 sys.path = [path for path in sys.path if path]
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(3)), daemon=True).start()
 """
-"""Ends a child with its parent, however that ends."""
+"""Ends a child process when its parent ends for any reason."""
 
 LIST = """
 from huggingface_hub import HfApi
@@ -56,7 +56,7 @@ json.dump([info.sha, {file.rfilename: file.size for file in info.siblings}], sys
 """
 
 CHUNK = 1 << 16
-"""Bytes between two writes; the library's own 10 MB, which a cancel loses, are minutes on a slow line."""
+"""Bytes per write. A cancel loses up to one write, and the library's 10 MB take minutes on a slow line."""
 
 BRING = f"""
 from pathlib import Path
@@ -80,22 +80,22 @@ for name in json.loads(names):
             http_get(known.location, file, resume_size=file.tell(), headers=headers, expected_size=known.size)
     part.replace(target)
 """
-"""File after file, since `snapshot_download` of later versions begins each file anew."""
+"""Downloads one file after another, because newer versions of `snapshot_download` restart each file."""
 
 
 class FetchError(StreamDiffVSRError):
-    """The hub said no, or could not be reached."""
+    """The hub refused a request, or could not be reached."""
 
 
 def offline() -> bool:
-    """Whether the user forbids traffic, by HF_HUB_OFFLINE."""
+    """Whether the user forbids network traffic with HF_HUB_OFFLINE."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
 
 
 def endpoint() -> str:
-    """The hub's address, as HF_ENDPOINT says."""
+    """Return the hub's address, which HF_ENDPOINT may set."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT
@@ -110,10 +110,10 @@ def fetch(
     revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Bring a release to the first of `targets` that can be written; return that folder.
+    """Download a release to the first of `targets` that is writable; return that folder.
 
-    Files that are there in the published size are kept. Raises `ModelNotFoundError` with what to do by
-    hand; what has come so far stays beside the folder, where the next call continues.
+    Existing files of the published size are kept. Raises `ModelNotFoundError` with instructions for copying
+    the files manually; bytes downloaded so far stay beside the folder, and the next call resumes from there.
     """
     target = next((target for target in targets if _can_bring_to(target)), None)
     if target is None:
@@ -135,7 +135,7 @@ def fetch(
 
 
 def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
-    """One sentence that says how to do it by hand."""
+    """Return an error that explains how to copy the files manually."""
     return ModelNotFoundError(
         f"weights of {release.name}",
         target,
@@ -145,9 +145,9 @@ def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
 
 
 def usual_targets(release: Release, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Folders for a download, best first: those that somebody named, then the user's own.
+    """Return folders for a download, best first: those that were registered, then the user's own.
 
-    Links are followed, because downloads must land on the same disk.
+    Links are resolved, because the partial download must be on the same disk.
     """
     return [(root / release.name).resolve() for root in [*registered(extra_folders), user_models()]]
 
@@ -157,7 +157,7 @@ def _can_bring_to(target: Path) -> bool:
 
 
 def _can_write(folder: Path) -> bool:
-    """Tried, not asked: what the system says about permissions is not the whole truth on shared disks."""
+    """Whether a file can be created in a folder; on shared disks, the reported permissions may be wrong."""
     probe = folder / f".{os.getpid()}.probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -170,7 +170,7 @@ def _can_write(folder: Path) -> bool:
 
 @contextmanager
 def _exclusive(target: Path, tell: OnProgress) -> Generator[None, None, None]:
-    """Only one process downloads to a folder; others wait, and may be cancelled while they do."""
+    """Let only one process download to a folder; others wait, and `tell` may raise to cancel the wait."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(target.parent / f".{target.name}.lock")
@@ -188,7 +188,7 @@ def _exclusive(target: Path, tell: OnProgress) -> Generator[None, None, None]:
 def _download_missing(
     release: Release, target: Path, needed: Needed, revision: str, tell: OnProgress
 ) -> None:
-    """Fetch what the folder lacks beside it, and put it there when all of it has its size."""
+    """Download missing files beside the folder, and move them into it when all have the right size."""
     if offline():
         raise FetchError("HF_HUB_OFFLINE is set")
     commit, sizes = _listed(release.repository, revision, tell)
@@ -197,7 +197,7 @@ def _download_missing(
     work = target.with_name(target.name + PARTIAL)
     mark = work / COMMIT
     if work.exists() and not (mark.is_file() and mark.read_text() == commit):
-        shutil.rmtree(work)  # of another revision: its bytes would be mixed with those of this one
+        shutil.rmtree(work)  # from another revision, whose bytes must not be mixed with this one's
     work.mkdir(exist_ok=True)
     mark.write_text(commit)
     _check_space(work, sum(sizes[name] for name in missing))
@@ -229,7 +229,7 @@ def _download_missing(
 
 
 def _listed(repository: str, revision: str, tell: OnProgress) -> tuple[str, dict[str, int]]:
-    """A revision's commit, and the size of each of its files by name; 0 where a mirror does not tell."""
+    """Return a revision's commit, and its files' sizes by name; 0 if a mirror does not report a size."""
     try:
         answer = json.loads(_child(LIST, [repository, revision], lambda: tell(0, 1)))
     except FetchError as error:
@@ -247,7 +247,7 @@ _ANOTHER_ANSWERS = (
 
 
 def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
-    """What a short program prints; `look` is called while it runs, and an exception from it ends it."""
+    """Run a short program and return its output; `look` is called meanwhile, and may raise to end it."""
     settings = {
         "HF_ENDPOINT": endpoint(),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -276,7 +276,7 @@ def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
 
 
 def _reason(trace: str) -> str:
-    """What a child's last error says, for the person who waits for it."""
+    """Describe a child's last error for the user."""
     lines = [line.strip() for line in trace.splitlines() if line.strip()] or ["it ended without a message"]
     last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
     kinds = {
@@ -292,15 +292,15 @@ def _reason(trace: str) -> str:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file; -1 where there is none."""
+    """Return the size of a file in bytes; -1 if it does not exist."""
     try:
         return path.stat().st_size if path.is_file() else -1
-    except OSError:  # just renamed
+    except OSError:  # renamed in the meantime
         return -1
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes that have come so far."""
+    """Return the number of bytes downloaded so far."""
     return sum(max(0, _size(path)) for path in folder.rglob("*"))
 
 

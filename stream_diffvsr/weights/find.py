@@ -11,17 +11,17 @@ from .folders import user_models
 from .released import RELEASED, RELEASES, release_named
 
 VARIABLE = "STREAM_DIFFVSR_MODELS"
-"""Environment variable that names models folders, separated as in PATH."""
+"""Environment variable that lists models folders, separated as in PATH."""
 
 PARTIAL = ".partial"
-"""Ending of the folder that a download grows in."""
+"""Suffix of a folder with a partial download."""
 
 Recognise = Callable[[Path], "str | None"]
-"""The family that a folder's files are meant for; None where it looks like no checkpoint."""
+"""Returns the family of a folder's files; None if the folder does not look like a checkpoint."""
 
 
 class Candidate(NamedTuple):
-    """A folder that is meant to be a checkpoint, whole or not."""
+    """A folder that looks like a checkpoint, complete or not."""
 
     name: str
     path: Path
@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(extra_folders: Iterable[str | Path], recognise: Recognise) -> list[Candidate]:
-    """Folders that look like checkpoints, each once, in the order of search."""
+    """Return folders that look like checkpoints, each once, in search order."""
     found = [each for folder in models_folders(extra_folders) for each in _inside(folder, recognise)]
     for release in RELEASES.values():
         found += [Candidate(release.name, path, release.family) for path in hub_snapshots(release.repository)]
@@ -40,14 +40,14 @@ def candidates(extra_folders: Iterable[str | Path], recognise: Recognise) -> lis
 
 
 def inside(folder: Path, recognise: Recognise) -> list[Path]:
-    """The checkpoints in a folder that is none itself."""
+    """Return the checkpoints inside a folder; none if the folder itself is a checkpoint."""
     if recognise(folder):
         return []
     return [each.path for each in _inside(folder, recognise)]
 
 
 def _inside(folder: Path, recognise: Recognise) -> Iterator[Candidate]:
-    """The folder itself if it looks like a checkpoint, then those in it that do, by name."""
+    """Yield the folder if it looks like a checkpoint, then its subfolders that do, by name."""
     if family := recognise(folder):
         release, usual = release_named(folder.name), RELEASED if family == "diffvsr" else folder.name
         yield Candidate(release.name if release and release.family == family else usual, folder, family)
@@ -62,20 +62,20 @@ def _inside(folder: Path, recognise: Recognise) -> Iterator[Candidate]:
 
 
 def models_folders(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Folders that may be checkpoints, or hold checkpoints and flow weights."""
+    """Return folders that may be checkpoints, or may contain checkpoints and flow weights."""
     folders = [*registered(extra_folders), user_models(), *_around(Path(__file__))]
     return list(dict.fromkeys(folders))
 
 
 def registered(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """The folders that somebody named: the given ones, then the environment variable's."""
+    """Return the registered folders: the given ones, then those in the environment variable."""
     named = [text for text in os.environ.get(VARIABLE, "").split(os.pathsep) if text]
-    # Of os.path, which leaves the ~ of a user that does not exist as it is: no such folder, and no error.
+    # os.path leaves the ~ of an unknown user unchanged: such a folder does not exist, but raises no error.
     return [Path(os.path.expanduser(folder)) for folder in [*extra_folders, *named]]  # noqa: PTH111
 
 
 def _around(start: Path) -> Iterator[Path]:
-    """Models folders of a ComfyUI that `start` lies in, as custom_nodes/<pack> does."""
+    """Yield models folders of the ComfyUI that contains `start`, for example in custom_nodes/<pack>."""
     for parent in start.parents:
         if (parent / "models").is_dir() and (parent / "custom_nodes").is_dir():
             yield from (path for path in subfolders(parent / "models") if release_named(path.name))
@@ -83,7 +83,7 @@ def _around(start: Path) -> Iterator[Path]:
 
 
 def hub_snapshots(repository: str) -> list[Path]:
-    """A repository in huggingface_hub's cache: what 'main' is there, then the newest first."""
+    """Return a repository's snapshots in huggingface_hub's cache: 'main', then the others, newest first."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
@@ -96,7 +96,7 @@ def hub_snapshots(repository: str) -> list[Path]:
 
 
 def subfolders(parent: Path) -> list[Path]:
-    """Folders in a folder, by name; none where it cannot be read."""
+    """Return a folder's subfolders, sorted by name; none if it cannot be read."""
     try:
         return sorted(path for path in parent.iterdir() if path.is_dir())
     except OSError:

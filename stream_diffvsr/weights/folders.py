@@ -1,4 +1,4 @@
-"""The user's own folders, as each system wants them."""
+"""The user's own folders, following the conventions of each operating system."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ NANO = Path(__file__).parent.parent / "nano"
 
 
 def user_models() -> Path:
-    """Where weights are downloaded to when no other folder is registered."""
+    """Return the folder to which weights are downloaded if no other folder is registered."""
     return _folder("XDG_DATA_HOME", "Library/Application Support", ".local/share") / NAME / "models"
 
 
 def user_cache() -> Path:
-    """Where small derived files go when a checkpoint's own folder is read-only."""
+    """Return the folder for small derived files, used if a checkpoint's own folder is read-only."""
     cache = _folder("XDG_CACHE_HOME", "Library/Caches", ".cache") / NAME
     return cache / "cache" if sys.platform == "win32" else cache
 
@@ -29,6 +29,6 @@ def _folder(variable: str, mac: str, other: str) -> Path:
         return Path(local) if local else Path.home() / "AppData" / "Local"
     if sys.platform == "darwin":
         return Path.home() / mac
-    # The specification says to ignore a relative path.
+    # The XDG specification requires ignoring relative paths.
     given = Path(os.environ.get(variable, ""))
     return given if given.is_absolute() else Path.home() / other

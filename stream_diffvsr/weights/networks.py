@@ -1,4 +1,4 @@
-"""Networks built without initial weights, and their weights checked before they are filled in."""
+"""Building networks without initial weights, and checking weights before they are loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def empty(construct: Callable[[], Network]) -> Network:
-    """The network with all weights on the meta device: nothing is computed that would be overwritten."""
+    """Build a network with all weights on the meta device, so that no initial weights are computed."""
     from accelerate import init_empty_weights
 
     with torch.inference_mode(False), init_empty_weights(include_buffers=False):
@@ -24,14 +24,14 @@ def empty(construct: Callable[[], Network]) -> Network:
 
 
 def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What a network needs."""
+    """Return the shapes of the weights that a network needs, by name."""
     return {key: tuple(value.shape) for key, value in network.state_dict().items()}
 
 
 def move_weight(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move a weight; whole numbers keep their type.
+    """Move a weight to a device and number format; integers keep their format.
 
-    Weights that are copied anyway get the memory layout that convolutions prefer, channels last.
+    Weights that have to be copied also get the memory layout that convolutions prefer, channels last.
     """
     dtype = dtype if tensor.is_floating_point() else tensor.dtype
     if (tensor.device, tensor.dtype) == (device, dtype):
@@ -41,7 +41,7 @@ def move_weight(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Ten
 
 
 def check_keys(path: Path, got: Shapes, needed: Shapes) -> None:
-    """Compare names and shapes; the error names the first that differs."""
+    """Compare the weights' names and shapes; raise `CheckpointError` with the first difference."""
     problems = [f"lacks {key!r}" for key in needed if key not in got]
     problems += [f"has {key!r}, which this network does not have" for key in got if key not in needed]
     problems += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 RELEASED = "v1"
-"""The released Stream-DiffVSR."""
+"""Name of the released Stream-DiffVSR model."""
 
 REVISION_VARIABLE = "STREAM_DIFFVSR_REVISION"
 """Environment variable that names a branch, tag or commit to download instead of main."""
@@ -13,17 +13,17 @@ REVISION_VARIABLE = "STREAM_DIFFVSR_REVISION"
 
 @dataclass(frozen=True)
 class Release:
-    """One published model; its name is also that of the folder it is downloaded to."""
+    """One published model, which is downloaded to a folder of the same name."""
 
     name: str
     family: str
     repository: str
     gigabytes: float
-    """What a download takes, about."""
+    """Approximate size of the download."""
     folders: tuple[str, ...] = ()
-    """Further names of folders that are taken for it; small letters, without - _ and dots."""
+    """Further folder names that identify it, in lower case without hyphens, underscores and dots."""
     version: str | None = None
-    """Where the files of several versions are alike."""
+    """The model's version, if the files alone do not reveal it."""
 
 
 RELEASES = {
@@ -37,17 +37,17 @@ RELEASES = {
             4,
             ("streamdiffvsrmix", "streamdiffvsrmixdegradation"),
         ),
-        # Without the prompt, which is published with the code.
+        # The prompt is not included; it is published with the code.
         Release("flashvsr-v1", "flashvsr", "JunhaoZhuang/FlashVSR", 7, ("flashvsr",), "v1"),
         Release("flashvsr-v1.1", "flashvsr", "JunhaoZhuang/FlashVSR-v1.1", 7, version="v1.1"),
         Release("swiftvr", "swiftvr", "H-oliday/SwiftVR", 20),
     )
 }
-"""By name, as `load_pipeline` takes it."""
+"""All releases, by the name that `load_pipeline` accepts."""
 
 
 def release_named(folder: str) -> Release | None:
-    """The release that a folder's name says it holds."""
+    """Return the release that a folder's name identifies, or None."""
     plain = _plain(folder)
     return next((each for each in RELEASES.values() if plain in (_plain(each.name), *each.folders)), None)
 
