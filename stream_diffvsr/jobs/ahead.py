@@ -92,7 +92,7 @@ def _cut(prepared: Prepared, index: int, before: Seen, now: Seen) -> bool:
 
 
 def _is_one_scene(prepared: Prepared) -> bool:
-    """Whether a job is known to have one scene without reading it; in a folder, a new size begins a scene."""
+    """Whether the job must be one scene, known without reading; in a folder, a new size begins a scene."""
     return prepared.cut_rule == NO_CUTS and not isinstance(prepared.source, FolderSource)
 
 

@@ -369,7 +369,7 @@ def _actor(ray: Any, model: Mapping[str, Any], kind: str, threads: int, cluster:
     """Start one worker. If its process dies, Ray restarts it and repeats its pending calls."""
 
     class Actor:
-        """Wrapper of a `Worker`. Ray sends this class by value; only its instances import the package."""
+        """Wrapper for a `Worker`. Ray sends this class by value; its instances import the package by name."""
 
         def __init__(self, model: Any, threads: int) -> None:
             from importlib import import_module

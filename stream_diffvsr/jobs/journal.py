@@ -55,7 +55,7 @@ class Segment:
     place: Place | None = None
     """Place of its last frame, from which reading continues; None to read the source from its start."""
     changed: str = ""
-    """How its frames were made differently from the job's provenance, for example after memory ran out."""
+    """How its scene's frames deviate from the job's provenance, for example after memory ran out."""
 
     @property
     def end(self) -> int:
