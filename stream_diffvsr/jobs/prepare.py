@@ -202,7 +202,7 @@ def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
 
 
 def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
-    """Return each picture's output path by index: `output` itself for one picture, else a file inside it."""
+    """Return each picture's path by index: the output itself for one, else a file of the same name in it."""
     if job.source.is_file():
         return {0: job.output}
     names = [pictures.writable_name(file.name) for file in source.files]
