@@ -1,7 +1,7 @@
-"""Self-attention among windows of tokens, only where they matter to each other, with a memory of keys.
+"""Block-sparse self-attention between windows of tokens, with a memory of earlier keys and values.
 
-A window is 2 latents x 8 rows x 8 columns = 128 tokens. Tokens lie in the order of their windows while they
-are in the transformer, so that a window is a slice. A pair is all windows of two consecutive latents.
+A window is 2 latents x 8 rows x 8 columns = 128 tokens. Inside the transformer, tokens are ordered by window,
+so each window is a contiguous slice. A pair consists of all windows of two consecutive latents.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ log = logging.getLogger(__name__)
 
 LATENTS, SIDE = 2, 8
 TOKENS = LATENTS * SIDE * SIDE
-"""Of a window."""
+"""Tokens per window."""
 
 Pair = tuple[Tensor, Tensor]
-"""Keys, already rotated, and values of a pair: (heads, windows, 128, head size) each."""
+"""Rotated keys and values of a pair, each (heads, windows, 128, head size)."""
 
 TRAINED_AREA = (768, 1280)
-"""`sparse_ratio` counts in windows of a picture of this size."""
+"""Height and width of the picture whose number of windows is the unit of `sparse_ratio`."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which windows may attend to which, for one size of picture."""
+    """Which windows may attend to each other, for one size of picture."""
 
     near: Tensor
     """(n, n) bool: key windows within reach of each query window."""
     count: int
-    """The windows of a pair and their keys form a map; about so many of its entries are selected."""
+    """Roughly how many entries to select from the map of a pair's query windows and their key windows."""
 
     @classmethod
     def of(cls, height: int, width: int, sparse_ratio: float, local_range: int) -> Selection:
-        """For a picture whose sides are multiples of 128."""
+        """Return the selection for a picture whose sides are multiples of 128."""
         rows, columns = height // 128, width // 128
         windows = rows * columns
         ratio = sparse_ratio * TRAINED_AREA[0] * TRAINED_AREA[1] / (height * width)
@@ -52,32 +52,32 @@ class Selection:
 
 @dataclass(frozen=True)
 class Reach:
-    """What one block's self-attention sees beside its tokens; takes the place of the rotary embedding."""
+    """Additional inputs of one block's self-attention, passed in place of the rotary embedding."""
 
     cos: Tensor
     sin: Tensor
-    """(tokens, 1, half of the head size), float32."""
+    """`cos` and `sin` are (tokens, 1, half of the head size), float32."""
     selection: Selection
     past: tuple[Pair, ...]
     offload: bool = False
-    """Whether pairs wait in system memory."""
+    """Whether pairs are kept in system memory between uses."""
     own: list[Pair] = field(default_factory=list)
-    """Filled with the pairs of these tokens."""
+    """Filled by the block with the pairs of its current tokens."""
 
 
 def to_windows(x: Tensor) -> Tensor:
-    """(latents, rows, columns, ...) -> (tokens, ...) in the order of windows, each 2 x 8 x 8."""
+    """Reorder (latents, rows, columns, ...) to (tokens, ...), window by window, each 2 x 8 x 8."""
     return rearrange(x, "(p t) (r a) (c b) ... -> (p r c t a b) ...", t=LATENTS, a=SIDE, b=SIDE)
 
 
 def from_windows(x: Tensor, rows: int, columns: int) -> Tensor:
-    """The way back, for `rows` x `columns` tokens."""
+    """Undo `to_windows` for latents of `rows` x `columns` tokens."""
     sizes = {"r": rows // SIDE, "c": columns // SIDE, "t": LATENTS, "a": SIDE, "b": SIDE}
     return rearrange(x, "(p r c t a b) ... -> (p t) (r a) (c b) ...", **sizes)
 
 
 def neighbours(rows: int, columns: int, local_range: int) -> Tensor:
-    """(n, n) bool: whether a key window (second) lies within `local_range` of a query window (first)."""
+    """Return (n, n) bool: whether key window (axis 1) is within `local_range` of query window (axis 0)."""
     row = torch.arange(rows * columns) // columns
     column = torch.arange(rows * columns) % columns
     low = -(local_range // 2)
@@ -86,10 +86,10 @@ def neighbours(rows: int, columns: int, local_range: int) -> Tensor:
 
 
 def select(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
-    """(heads, query windows, key windows) bool: the largest attention between windows' means.
+    """Select the key windows whose means get the most attention: (heads, query windows, key windows) bool.
 
-    `q`, `k`: (heads, windows, 128, head size). For each head and each pair of queries, the threshold is one
-    value over its whole map, so that a query window may get many key windows, or none.
+    `q`, `k`: (heads, windows, 128, head size). For each head and each pair of queries, a single threshold
+    applies to the whole map, so a query window may get many key windows, or none.
     """
     n = len(selection.near)
     means = q.mean(2, dtype=torch.float32), k.mean(2, dtype=torch.float32)
@@ -103,9 +103,9 @@ def select(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
-    """Exact attention of each window's queries to the tokens of its selected windows; 0 where there are none.
+    """Compute exact attention of each window's queries to its selected windows; 0 if it has none.
 
-    All are (heads, windows, 128, head size); `selected` is `select`'s.
+    `q`, `k` and `v`: (heads, windows, 128, head size); `selected`: the result of `select`.
     """
     flex = _flex(q.device, q.dtype, q.shape[-1]) if q.is_cuda else None
     if flex is not None:
@@ -114,8 +114,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
 
 
 def gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
-    """One query window after another, its keys copied together."""
-    if q.is_meta:  # where nothing is known of the selection, it is everything: an upper bound of memory
+    """Compute `attend` one query window at a time, gathering copies of its keys and values."""
+    if q.is_meta:  # the selection is unknown, so assume everything: an upper bound on memory
         copies = k.clone(), v.clone()
         return torch.empty_like(q) if copies else q
     counts = selected.sum(-1)
@@ -136,14 +136,14 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
 
 
 def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
-    """The same through FlexAttention, whose blocks are the windows."""
+    """Compute `attend` with FlexAttention, whose blocks are the windows."""
     from torch.nn.attention.flex_attention import BlockMask
 
     counts = selected.sum(-1, dtype=torch.int32)[None]
     order = selected.byte().sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)[None]
 
     def among(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Asked per token where FlexAttention is not compiled and therefore skips no blocks."""
+        """Decide per token; needed where FlexAttention is not compiled and therefore skips no blocks."""
         return selected[head, query // TOKENS, key // TOKENS]
 
     none = torch.zeros_like(counts)
@@ -154,14 +154,14 @@ def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, s
 
 @cache
 def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., Any] | None:
-    """FlexAttention compiled for a device, tried once; None where it does not compile or is not there."""
+    """Return FlexAttention compiled for a device, tried once; None if it is missing or fails to compile."""
     try:
         from torch.nn.attention.flex_attention import flex_attention
 
         compiled = torch.compile(flex_attention, dynamic=False)
         x = torch.zeros(1, 2, TOKENS, head, device=device, dtype=dtype)
         _by_blocks(compiled, x, x, x, torch.ones(1, 2, 2, dtype=torch.bool, device=device))
-    except Exception as error:  # whatever a compiler fails with
+    except Exception as error:  # compilers fail with all kinds of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning("FlexAttention does not compile here (%s): the same windows are gathered instead", reason)
         return None
@@ -169,17 +169,17 @@ def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., 
 
 
 def away(x: Tensor) -> Tensor:
-    """In system memory; on the meta device a stand-in that needs none."""
+    """Move `x` to system memory; on the meta device, return a stand-in that needs no memory."""
     return x.new_empty(()).expand(x.shape) if x.is_meta else x.cpu()
 
 
 def back(x: Tensor, device: torch.device) -> Tensor:
-    """What `away` gave, on the device again."""
+    """Return to the device a tensor that `away` moved."""
     return x.contiguous() if x.is_meta else x.to(device)
 
 
 class SparseAttention:
-    """Takes the place of a Wan block's self-attention; it holds nothing but how to compute it."""
+    """Replacement for a Wan block's self-attention; stores only the function that computes it."""
 
     def __init__(self) -> None:
         self.attend = attend
@@ -197,7 +197,7 @@ class SparseAttention:
         q, k, v = queries_keys_values(attn, x, reach.cos, reach.sin)
         q, k, v = (rearrange(each, "(w t) h d -> h w t d", t=TOKENS).contiguous() for each in (q, k, v))
         n = len(reach.selection.near)
-        # Pairs have memory of their own, so that one can be dropped.
+        # Copy each pair, so that its memory can be freed separately.
         own = ((a.contiguous(), b.contiguous()) for a, b in zip(k.split(n, 1), v.split(n, 1), strict=True))
         reach.own.extend((away(a), away(b)) if reach.offload else (a, b) for a, b in own)
         if reach.past:

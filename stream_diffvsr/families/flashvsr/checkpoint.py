@@ -1,4 +1,4 @@
-"""FlashVSR's files: which they are, what they hold, and the networks filled from them."""
+"""FlashVSR's files: their names, their contents, and the networks loaded from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .transformer import prepare
 TRANSFORMER, PROJECTION, TINY, FULL, PROMPT = "transformer", "projection", "tiny", "full", "prompt"
 
 RENAMED = "FlashVSR1_1.safetensors"
-"""A copy's name for the transformer of v1.1: the only one that tells the version."""
+"""The name that copies use for the transformer of v1.1: the only file name that reveals the version."""
 
 FILES = {
     TRANSFORMER: (
@@ -39,32 +39,32 @@ FILES = {
     FULL: ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"),
     PROMPT: ("posi_prompt.pth", "posi_prompt.safetensors", "Prompt.safetensors"),
 }
-"""By network: the published name first, then those of copies."""
+"""File names by part: the published name first, then the names of copies."""
 
 HEAD = 128
-"""Channels of a head, where the folder's config.json does not say otherwise."""
+"""Channels per head, unless the folder's config.json specifies the number of heads."""
 
 MERGED = "LQ_proj_in."
-"""What the projection's names begin with where a copy keeps them in the transformer's file."""
+"""Prefix of the projection's weights in copies that store them in the transformer's file."""
 
 
 def find(folder: Path, part: str) -> Path | None:
-    """The file of a part; None where there is none."""
+    """Return the file of a part, or None if it is missing."""
     return next((path for name in FILES[part] if (path := folder / name).is_file()), None)
 
 
 def version_of(folder: Path) -> str | None:
-    """The version that file names state; None if they state none."""
+    """Return the version that the file names reveal, or None."""
     return V11 if (folder / RENAMED).is_file() else None
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder is meant to hold FlashVSR: its transformer or its projection is there by name."""
+    """Whether a folder appears to hold FlashVSR: it has a file named like its transformer or projection."""
     return find(folder, TRANSFORMER) is not None or find(folder, PROJECTION) is not None
 
 
 def problem(folder: Path) -> StreamDiffVSRError | None:
-    """Why a folder cannot be opened; None where all that its files say is right."""
+    """Return the error that prevents a folder from being opened, or None if its files are valid."""
     try:
         _read(folder, VERSIONS[0])
     except StreamDiffVSRError as error:
@@ -73,14 +73,14 @@ def problem(folder: Path) -> StreamDiffVSRError | None:
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Of all published names those that run the model; the prompt is published elsewhere."""
+    """Return the published files needed to run the model; the prompt is published elsewhere."""
     chosen = [next((name for name in FILES[part] if name in names), None) for part in FILES]
     return [name for name in chosen if name]
 
 
 @dataclass(frozen=True)
 class _Part:
-    """One network, empty, with the file it is filled from and the names in it."""
+    """A network without weights, the file to load them from, and a function that renames them."""
 
     network: nn.Module
     path: Path
@@ -93,9 +93,9 @@ def open_flashvsr(
     device: torch.device,
     dtype: torch.dtype,
 ) -> FlashVSR:
-    """Load a folder, each weight straight to its device and number format.
+    """Load a folder, moving each weight directly to its device and number format.
 
-    `version`: 'v1' or 'v1.1'; the files do not say which. Raises `IncompatibleInputError`,
+    `version`: 'v1' or 'v1.1', which the published files do not reveal. Raises `IncompatibleInputError`,
     `ModelNotFoundError` or `CheckpointError`.
     """
     if version not in VERSIONS:
@@ -119,7 +119,7 @@ def open_flashvsr(
 
 
 def read_prompt(folder: Path) -> Tensor:
-    """The prompt's embedding, (1, tokens, width); raises `CheckpointError` where it is damaged."""
+    """Return the prompt's embedding, (1, tokens, width); raise `CheckpointError` if it is damaged."""
     path = _required(folder, PROMPT)
     tensors = list(read_weights(path).values())
     if len(tensors) != 1 or tensors[0].ndim not in (2, 3):
@@ -133,9 +133,9 @@ def read_prompt(folder: Path) -> Tensor:
 
 
 def build(shapes: Mapping[str, Shapes], version: str, head: int = HEAD) -> dict[str, nn.Module]:
-    """The networks that the published names and shapes describe, without weights, on the meta device.
+    """Build the networks that the published names and shapes describe, on the meta device.
 
-    Raises `KeyError`, `IndexError` or `ValueError` where they make no sense.
+    Raises `KeyError`, `IndexError` or `ValueError` if these do not describe a network.
     """
     from accelerate import init_empty_weights
 
@@ -179,7 +179,7 @@ _BUILD = {TRANSFORMER: _transformer, PROJECTION: _projection, TINY: _tiny, FULL:
 
 
 def converted(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's weights, renamed from the published names to the network's own."""
+    """Rename a file's weights from the published names to those that the network uses."""
     if name == TRANSFORMER:
         from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
 
@@ -192,7 +192,7 @@ def converted(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(folder: Path, version: str) -> dict[str, _Part]:
-    """All networks of a folder, empty, their names and shapes compared with the files."""
+    """Build all networks of a folder without weights, and check their names and shapes against the files."""
     paths = {name: _required(folder, name) for name in (TRANSFORMER, PROMPT)}
     merged = any(name.startswith(MERGED) for name in read_shapes(paths[TRANSFORMER]))
     paths[PROJECTION] = paths[TRANSFORMER] if merged else _required(folder, PROJECTION)
@@ -216,7 +216,7 @@ def _read(folder: Path, version: str) -> dict[str, _Part]:
 
 
 def _own(name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Those of a file's entries that are a network's; a copy keeps two networks in one file."""
+    """Return a filter for the entries of one network, since copies may store two networks in one file."""
 
     def own(values: Mapping[str, Any]) -> dict[str, Any]:
         if name == TRANSFORMER:
@@ -228,7 +228,7 @@ def _own(name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 
 def _compare(path: Path, name: str, shapes: Shapes, network: nn.Module) -> None:
-    """Names and shapes, strictly; the error names the first that differs."""
+    """Check that all names and shapes match; the error names the first that differs."""
     got = {
         key: tuple(value.shape)
         for key, value in converted(
@@ -241,7 +241,7 @@ def _compare(path: Path, name: str, shapes: Shapes, network: nn.Module) -> None:
 def _fill(part: _Part, device: torch.device, dtype: torch.dtype) -> nn.Module:
     values = part.rename(read_weights(part.path))
     part.network.load_state_dict({key: value.to(device, dtype) for key, value in values.items()}, assign=True)
-    if hasattr(part.network, "encoder"):  # Wan's autoencoder only decodes here
+    if hasattr(part.network, "encoder"):  # only the decoder of Wan's autoencoder is used
         part.network.encoder = part.network.quant_conv = nn.Identity()
     return part.network.to(device).eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""From latents to pictures, one latent after another and, within it, one picture after another."""
+"""Decoders from latents to pictures, which decode one latent at a time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from ..wan.taehv import Memory, Squash, conv, decoded, enlarging, relu
 
 CONDITION = 8
-"""The condition's frames are unshuffled by this factor."""
+"""Factor by which the LQ frames that condition the decoder are pixel-unshuffled."""
 
 
 class TinyDecoder(nn.Module):
-    """FlashVSR's small decoder, which sees the LQ frames, too; parameters as in the published file."""
+    """FlashVSR's small decoder, which also sees the LQ frames; parameters are named as published."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -27,9 +27,9 @@ class TinyDecoder(nn.Module):
         self.decoder = nn.ModuleList(layers)
 
     def forward(self, latent: Tensor, frames: Tensor, memory: Memory) -> Iterator[Tensor]:
-        """The 4 pictures (1, 3, H, W) of a latent (1, 16, 1, H/8, W/8) in model range, not clamped.
+        """Yield the 4 pictures (1, 3, H, W) of a latent (1, 16, 1, H/8, W/8), in model range, not clamped.
 
-        `frames`: (4, 3, H, W), the low-quality ones of these pictures. `memory` is brought up to date.
+        `frames`: (4, 3, H, W), the LQ frames of these pictures. `memory` is updated in place.
         """
         n, c, h, w = frames.shape
         condition = F.pixel_unshuffle(frames.transpose(0, 1).reshape(1, c * n, h, w), CONDITION)
@@ -38,9 +38,9 @@ class TinyDecoder(nn.Module):
 
 
 def decode_full(vae: Any, latent: Tensor, memory: Memory) -> Iterator[Tensor]:
-    """The pictures (1, 3, H, W), clamped, of a latent (1, 16, 1, h, w) by Wan's own decoder.
+    """Yield the clamped pictures (1, 3, H, W) that Wan's own decoder makes of a latent (1, 16, 1, h, w).
 
-    The first latent of a sequence, with an empty `memory`, gives 1, each later one 4.
+    The first latent of a sequence, for which `memory` is empty, yields 1 picture; each later one yields 4.
     """
     mean, std = (
         torch.tensor(values, device=latent.device).view(1, -1, 1, 1, 1)

@@ -1,11 +1,12 @@
-"""FlashVSR: a chunk of frames becomes a few latents of noise, which one step of a transformer makes clean.
+"""FlashVSR: upscales frames in chunks, denoising each chunk's latents in a single transformer step.
 
     lq frames -> scaled, padded -> projection ---- tokens ----+
     noise, by latent ----------------------------> transformer (windows; keys of earlier chunks) -> latents
     latents, lq frames -> decoder, picture by picture -> colour of the lq frames -> hq
 
-A scene's first chunk takes 25 frames and gives 21 (6 latents, which see each other); every later one takes 8
-more and gives 8 (2 latents, which see the 6 before). The projection looks 4 frames ahead of the decoder.
+A scene's first chunk reads 25 frames and returns 21 (6 latents, which attend to each other); every later
+chunk reads and returns 8 more (2 latents, which also attend to the previous 6). The projection is 4 frames
+ahead of the decoder.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ from .state import AHEAD, CHUNK, FAMILY, FIRST, LATENTS, Memory
 from .transformer import denoise
 
 MULTIPLE = 128
-"""Sides that the networks see: 8 tokens of 2 latent pixels of 8 pixels."""
+"""Sides are padded to multiples of this: 8 tokens of 2 latent pixels of 8 pixels each."""
 
 
 class FlashVSR(ChunkUpscaler):
-    """A loaded FlashVSR."""
+    """A loaded FlashVSR model."""
 
     Options = FlashVSROptions
 
@@ -55,7 +56,10 @@ class FlashVSR(ChunkUpscaler):
         dtype: torch.dtype,
         model: str,
     ) -> None:
-        """`networks`: transformer, projection, and tiny, full or both; `prompt`: (1, tokens, width)."""
+        """Wrap loaded networks.
+
+        `networks`: transformer, projection, and tiny, full or both; `prompt`: (1, tokens, width).
+        """
         super().__init__(networks=networks, prompt=prompt, device=device, dtype=dtype, model=model)
         transformer: Any = networks["transformer"]
         self.channels: int = transformer.config.in_channels
@@ -66,7 +70,7 @@ class FlashVSR(ChunkUpscaler):
             scales=None,
             first=FIRST,
             chunk=CHUNK,
-            look_ahead=FIRST - 1,  # a scene's first 6 latents see each other
+            look_ahead=FIRST - 1,  # a scene's first 6 latents attend to each other
         )
 
     def attend_by(self, name: str) -> Any:
@@ -83,8 +87,8 @@ class FlashVSR(ChunkUpscaler):
     ) -> ChunkSession:
         """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`.
 
-        The first 21 results come with frame 25 of a scene, then 8 with each 8 frames. `noise`: (1, 16,
-        latents, H/8, W/8) for the scene's latents instead of the seeded one, H and W being those of the
+        The first 21 results are returned at frame 25 of a scene, then 8 for every 8 frames. `noise`: (1, 16,
+        latents, H/8, W/8), used for the scene's latents instead of seeded noise; H and W are the sides of the
         result, padded to multiples of 128.
         """
         options = options or FlashVSROptions()
@@ -136,12 +140,12 @@ class FlashVSR(ChunkUpscaler):
     def _project(
         self, frames: Sequence[Tensor], memory: Memory, options: FlashVSROptions, on_step: OnStep
     ) -> tuple[Tensor, Past]:
-        """Tokens (latents, H/16, W/16, width) of the frames not yet seen."""
+        """Compute the tokens (latents, H/16, W/16, width) of frames that the projection has not yet seen."""
         network, past, tokens = self._acquire("projection", frames[0], options), memory.projection, []
         if memory.latents:
             pushes = groups(frames[AHEAD:])
         else:
-            _, past = network(self._four(frames[:1], options), past)  # fills the memory only
+            _, past = network(self._four(frames[:1], options), past)  # only fills its memory
             pushes = groups(frames[1:])
         for index, push in enumerate(pushes):
             latent, past = network(self._four(push, options), past)
@@ -152,7 +156,7 @@ class FlashVSR(ChunkUpscaler):
     def _noise(
         self, given: Tensor | None, memory: Memory, count: int, size: tuple[int, int], seed: int
     ) -> Tensor:
-        """(1, 16, count, H/8, W/8) float32: that of a latent is drawn by the frame that it begins with."""
+        """Return noise (1, 16, count, H/8, W/8) float32; each latent's is seeded by its first frame."""
         height, width = size[0] // 8, size[1] // 8
         end = memory.latents + count
         if given is not None:
@@ -175,14 +179,14 @@ class FlashVSR(ChunkUpscaler):
         options: FlashVSROptions,
         on_step: OnStep,
     ) -> tuple[list[Tensor], DecoderMemory]:
-        """The pictures of the latents, cut and coloured, and the decoder's memory after them."""
+        """Decode the latents to cropped, colour-fixed pictures; also return the decoder's new memory."""
         network: Any = self._acquire(options.decoder, frames[0], options)
         decoder, hq = dict(memory.decoder), []
         shown = groups(frames[:CHUNK]) if memory.latents else [frames[:1], *groups(frames[1:-AHEAD])]
         total = sum(map(len, shown))
         for latent, group in zip(latents.to(self.dtype).split(1, 2), shown, strict=True):
             if options.decoder == "tiny":
-                # A scene's first latent is one frame, and this decoder makes four of it.
+                # A scene's first latent stands for one frame, but this decoder returns four pictures.
                 pictures = islice(
                     network(latent, self._four(group, options), decoder), FRAMES - len(group), None
                 )
@@ -194,7 +198,7 @@ class FlashVSR(ChunkUpscaler):
         return hq, decoder
 
     def _finished(self, picture: Tensor, lq: Tensor, options: FlashVSROptions) -> Tensor:
-        """A picture without its padding, in the colours of its LQ frame, float32 on the upscaler's device."""
+        """Crop a picture and match its colours to its LQ frame; float32, on the upscaler's device."""
         height, width = result_size(lq, options)
         hq = picture[..., :height, :width].to(self.device, torch.float32)
         if options.colour_fix == "adain":
@@ -202,7 +206,7 @@ class FlashVSR(ChunkUpscaler):
         return self._checked(hq)
 
     def _four(self, frames: Sequence[Tensor], options: FlashVSROptions) -> Tensor:
-        """A push as the networks see it, (4, 3, H, W); a single frame stands for four."""
+        """Enlarge, pad and stack the frames of a push to (4, 3, H, W), repeating a single frame four times."""
         size = result_size(frames[0], options)
         padded = padded_size(*size, MULTIPLE)
         large = [pad_to(enlarge(lq, size), *padded).to(self.dtype) for lq in frames]

@@ -1,4 +1,4 @@
-"""What a user can set for FlashVSR."""
+"""FlashVSR's options."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from ...options import check_options, option
 DECODERS = ("tiny", "full")
 
 PRESETS: dict[str, dict[str, float]] = {"exact": {}, "balanced": {}, "fast": {"sparse_ratio": 1.5}}
-"""exact and balanced: as published. fast: the published faster setting."""
+"""exact and balanced use the published settings, fast the faster one that was published with them."""
 
 OWN = "FlashVSR"
-"""Title of the flags that no other family has."""
+"""Title of the group of flags that only this family has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlashVSROptions:
-    """Settings of one sequence, checked once; the defaults are the published ones."""
+    """Settings of one sequence, checked on creation; the defaults are as published."""
 
     scale: float = option(4.0, "How many times larger each side of the result is.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "Extra factor for the width.", low=0.25, high=4, hidden=True)

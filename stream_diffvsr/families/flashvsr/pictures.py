@@ -1,4 +1,4 @@
-"""Frames on their way in and out: their size and their groups."""
+"""Helpers that group and enlarge frames."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .projection import FRAMES
 
 
 def groups(frames: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """Four by four."""
+    """Split frames into groups of four."""
     return [frames[at : at + FRAMES] for at in range(0, len(frames), FRAMES)]
 
 
 def enlarge(lq: Tensor, size: tuple[int, int]) -> Tensor:
-    """A frame at the size of its result: bicubic (a = -0.5), without overshoot; unchanged where it fits."""
+    """Enlarge a frame to the size of its result: bicubic (a = -0.5), clamped; a no-op if the size matches."""
     if size == (lq.shape[-2], lq.shape[-1]):
         return lq
     return F.interpolate(lq, size=size, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)

@@ -1,4 +1,4 @@
-"""From low-quality frames to what is added to the transformer's tokens."""
+"""Projection of low-quality frames to the values that are added to the transformer's tokens."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch.nn import functional as F
 UNSHUFFLE = 16
 KERNEL = (4, 3, 3)
 FRAMES = 4
-"""Of a push, which gives one latent its tokens."""
+"""Frames per push; each push yields the tokens of one latent."""
 
 V1, V11 = "v1", "v1.1"
 VERSIONS = (V1, V11)
 
 Past = tuple[Tensor, ...]
-"""The last two time steps of each convolution's input; empty at the start, and always for v1."""
+"""The last two time steps of each convolution's input; empty at the start, and always empty for v1."""
 
 
 class ChannelNorm(nn.Module):
-    """Root mean square norm over channels, with a gain."""
+    """Root mean square normalisation over channels, with a learned gain."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -30,10 +30,10 @@ class ChannelNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """Two convolutions in time and space, and a linear layer; parameters as in the published file.
+    """Two convolutions over time and space and a linear layer; parameters are named as published.
 
-    Each convolution sees two time steps before its input. In v1 these are the last two of the same push, so
-    that nothing is carried over; in v1.1 the last two of the push before.
+    Each convolution also sees two time steps before its input. In v1 these are the last two of the same push,
+    so nothing is carried over; in v1.1 they are the last two of the previous push.
     """
 
     def __init__(self, first: int, second: int, width: int, version: str) -> None:
@@ -46,7 +46,10 @@ class Projection(nn.Module):
         self.version = version
 
     def forward(self, frames: Tensor, past: Past) -> tuple[Tensor, Past]:
-        """(4, 3, H, W) of one push -> (H/16, W/16, width) for one latent, and what the next push needs."""
+        """Project a push (4, 3, H, W) to the tokens (H/16, W/16, width) of one latent.
+
+        Also return the `past` of the next push.
+        """
         x = F.pixel_unshuffle(frames, UNSHUFFLE).transpose(0, 1)[None]
         kept = []
         for index, (conv, norm) in enumerate(((self.conv1, self.norm1), (self.conv2, self.norm2))):

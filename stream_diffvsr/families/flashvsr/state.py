@@ -1,4 +1,4 @@
-"""What a sequence remembers between chunks, and how it becomes a State and comes back."""
+"""The memory of a sequence between chunks, and its conversion to and from a `State`."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from .transformer import Pairs
 FAMILY = "flashvsr"
 
 FIRST, CHUNK, AHEAD = 25, 8, 4
-"""Frames that a scene's first chunk takes, what each later one adds, and what is seen but not yet decoded."""
+"""Frames read by a scene's first chunk, frames read by each later one, and frames read but not yet decoded."""
 
 LATENTS = 6
-"""Of the first chunk; later ones have 2."""
+"""Latents of the first chunk; later chunks have 2."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """After whole chunks; never changed, so that a chunk that fails leaves it as it was."""
+    """The memory after whole chunks; immutable, so a chunk that fails does not affect it."""
 
     start: int = 0
-    """First frame of the scene, counted in the video."""
+    """Index in the video of the scene's first frame."""
     latents: int = 0
-    """Done so far in the scene."""
+    """Number of the scene's latents done so far."""
     projection: Past = ()
     pairs: Pairs = ()
     decoder: DecoderMemory = field(default_factory=dict)
 
     @property
     def index(self) -> int:
-        """Frames done so far, counted in the video."""
+        """The number of frames of the video done so far."""
         return self.start + frames_before(self.latents)
 
     @property
     def ahead(self) -> int:
-        """Frames from `index` on that the projection has seen."""
+        """The number of frames, from `index` on, that the projection has already seen."""
         return AHEAD if self.latents else 0
 
     @property
     def frames(self) -> int:
-        """How many frames from `index` on the next chunk takes."""
+        """The number of frames, from `index` on, that the next chunk needs."""
         return AHEAD + CHUNK if self.latents else FIRST
 
     def to_state(self, size: tuple[int, int], provenance: Provenance) -> State:
-        """A state after frame `index` - 1; the next frame to push is `index`."""
+        """Return the state after frame `index` - 1; the next frame to push is `index`."""
         tensors: dict[str, Tensor] = {}
         for block, pairs in enumerate(self.pairs):
             for age, (keys, values) in enumerate(pairs):
@@ -61,7 +61,10 @@ class Memory:
 
     @classmethod
     def of(cls, state: State | None, device: torch.device, dtype: torch.dtype) -> Memory:
-        """From what `to_state` gave, or an empty state of any family; raises `IncompatibleInputError`."""
+        """Restore the memory from a state of this family, or from an empty state of any family.
+
+        Raises `IncompatibleInputError` if the state belongs to another family.
+        """
         state = state or State()
         if not state.has_previous:
             return cls(start=state.index)

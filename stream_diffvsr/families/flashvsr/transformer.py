@@ -1,4 +1,4 @@
-"""The transformer's part in one chunk: from noise to clean latents in one step."""
+"""Denoising of one chunk by the transformer, in one step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..wan.transformer import THETA, TIMESTEP, conditioning, cos_sin, rotation_a
 from .attention import Pair, Reach, Selection, SparseAttention, from_windows, to_windows
 
 Pairs = tuple[tuple[Pair, ...], ...]
-"""By block, oldest first."""
+"""Pairs by block, the oldest first."""
 
 
 def prepare(transformer: Any) -> Any:
-    """Give a `WanTransformer3DModel` the self-attention of this family."""
+    """Replace the self-attention of a `WanTransformer3DModel` by that of this family."""
     for block in transformer.blocks:
         block.attn1.set_processor(SparseAttention())
     return transformer
@@ -36,11 +36,12 @@ def denoise(
     offload: bool,
     on_block: Callable[[int, int], None],
 ) -> tuple[Tensor, Pairs]:
-    """Clean latents of a chunk, and the pairs that the next one attends to.
+    """Return the clean latents of a chunk, and the pairs that the next chunk attends to.
 
-    `noise`: (1, 16, f, h, w) float32, f even; `tokens`: (f, h/2, w/2, width) of the low-quality frames;
-    `prompt`: (1, tokens, text width); `position`: of the first latent in the scene; `past`: empty at its
-    start; `kept`: pairs that may stay; `offload`: whether they wait in system memory.
+    `noise`: (1, 16, f, h, w) float32, f even; `tokens`: (f, h/2, w/2, width), from the low-quality frames;
+    `prompt`: (1, tokens, text width); `position`: index in the scene of the first latent; `past`: pairs of
+    earlier chunks, empty at the scene's start; `kept`: number of pairs above which the oldest is dropped;
+    `offload`: whether pairs are kept in system memory between uses.
     """
     x = transformer.patch_embedding(noise.to(tokens.dtype))
     rows, columns = x.shape[-2:]
@@ -59,6 +60,6 @@ def denoise(
 
 def _conditions(transformer: Any, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     half = transformer.config.freq_dim // 2
-    # In float64: in float32 the angles of 1000 are off by more than anything else here.
+    # In float64, because the error of the angles of 1000 in float32 would exceed all other errors here.
     angle = TIMESTEP * THETA ** (-torch.arange(half, dtype=torch.float64) / half)
     return conditioning(transformer, prompt, torch.cat([angle.cos(), angle.sin()])[None])

@@ -1,4 +1,4 @@
-"""SwiftVR's autoencoder: four frames are one latent, a sixteenth as high and wide."""
+"""SwiftVR's autoencoder: four frames become one latent with a sixteenth of their height and width."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PIXELS = 3 * UNSHUFFLE**2
 
 
 class Encoder(nn.Module):
-    """Parameters as in the published file."""
+    """The encoder; parameters are named as published."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Encoder(nn.Module):
         self.encoder = nn.ModuleList([*layers, conv(width, channels, True)])
 
     def forward(self, frames: Tensor, memory: Memory) -> Tensor:
-        """(4, 3, H, W) in [0, 1] -> (1, C, H/16, W/16); `memory` is brought up to date."""
+        """Encode frames (4, 3, H, W) in [0, 1] to (1, C, H/16, W/16); `memory` is updated in place."""
         x = F.pixel_unshuffle(frames, UNSHUFFLE)
         for index, layer in enumerate(self.encoder):
             x = layer.remembering(x, memory, index) if isinstance(layer, MemoryBlock) else layer(x)
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Parameters as in the published file, but for `converted`'s."""
+    """The decoder; parameters are named as published, except those that `converted` changes."""
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__()
@@ -41,19 +41,19 @@ class Decoder(nn.Module):
         self.decoder = nn.ModuleList([*layers, conv(widths[-1], PIXELS, True)])
 
     def forward(self, latent: Tensor, memory: Memory) -> Iterator[Tensor]:
-        """The 4 pictures (1, 3, H, W) of (1, C, H/16, W/16), nominal [0, 1], not clamped.
+        """Yield the 4 pictures (1, 3, H, W) of a latent (1, C, H/16, W/16), nominally in [0, 1], not clamped.
 
-        Those of latent n are frames 4n - 3 to 4n; `memory` is brought up to date.
+        Latent n decodes to frames 4n - 3 to 4n; `memory` is updated in place.
         """
         for picture in decoded(list(self.decoder), latent, memory):
             yield F.pixel_shuffle(picture, UNSHUFFLE)
 
 
 def converted(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder's published weights, renamed to the names used here.
+    """Convert the decoder's published weights to the names and layers used here.
 
-    Where one picture becomes two, the published network repeats it and convolves in time over the two alone,
-    padded by zeros: for each of them that is a 1x1 convolution with the sum of two taps.
+    Where one picture becomes two, the published network repeats it and convolves over time across just these
+    two, padded with zeros. For each of the two, this equals a 1x1 convolution with the sum of two taps.
     """
     kept = {}
     for name, value in values.items():

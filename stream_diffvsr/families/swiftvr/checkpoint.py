@@ -1,4 +1,4 @@
-"""SwiftVR's files: which they are, what they hold, and the networks filled from them."""
+"""SwiftVR's files: their names, their contents, and the networks loaded from them."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ FILES = {
     PROMPT: ("prompt_embedding.safetensors",),
     CONFIG: ("transformer/config.json",),
 }
-"""By part: the published name first; the second is diffusers' own for pickled weights."""
+"""File names by part: the published name first, then the name that diffusers uses for pickled weights."""
 
 PROMPT_KEY = "prompt_emb"
 WINDOW_KEY = "self_attn_window_hw"
 
 
 def find(folder: Path, part: str) -> Path | None:
-    """The file of a part; None where there is none."""
+    """Return the file of a part, or None if it is missing."""
     return next((path for name in FILES[part] if (path := folder / name).is_file()), None)
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder is meant to hold SwiftVR: its autoencoder or its prompt is there by name."""
+    """Whether a folder appears to hold SwiftVR: it has a file named like its autoencoder or its prompt."""
     return find(folder, AUTOENCODER) is not None or find(folder, PROMPT) is not None
 
 
 def problem(folder: Path) -> StreamDiffVSRError | None:
-    """Why a folder cannot be opened; None where all that its files say is right."""
+    """Return the error that prevents a folder from being opened, or None if its files are valid."""
     try:
         _read(folder)
     except StreamDiffVSRError as error:
@@ -54,13 +54,13 @@ def problem(folder: Path) -> StreamDiffVSRError | None:
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Of all published names those that run the model."""
+    """Return the published files needed to run the model."""
     chosen = [next((name for name in FILES[part] if name in names), None) for part in FILES]
     return [name for name in chosen if name]
 
 
 def open_swiftvr(folder: str | Path, device: torch.device, dtype: torch.dtype) -> SwiftVR:
-    """Load a folder, each weight straight to its device and number format.
+    """Load a folder, moving each weight directly to its device and number format.
 
     Raises `ModelNotFoundError` or `CheckpointError`.
     """
@@ -84,9 +84,9 @@ def open_swiftvr(folder: str | Path, device: torch.device, dtype: torch.dtype) -
 
 
 def build(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, nn.Module]:
-    """The networks of an autoencoder's published shapes and a transformer's configuration, without weights.
+    """Build the networks without weights, from the autoencoder's shapes and the transformer's configuration.
 
-    Raises `KeyError`, `IndexError`, `TypeError` or `ValueError` where they make no sense.
+    Raises `KeyError`, `IndexError`, `TypeError` or `ValueError` if these do not describe a network.
     """
     height, width = config.get(WINDOW_KEY) or WINDOW
     encoder = shapes["encoder.0.weight"][0], shapes["encoder.17.weight"][0]
@@ -100,7 +100,10 @@ def build(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def read_prompt(folder: Path) -> Tensor:
-    """The prompt's embedding, (1, tokens, width), rows of zeros included; raises `CheckpointError`."""
+    """Return the prompt's embedding, (1, tokens, width), including rows of zeros.
+
+    Raises `CheckpointError` if it is missing from the file or damaged.
+    """
     path = _required(folder, PROMPT)
     prompt = read_weights(path).get(PROMPT_KEY)
     if prompt is None or prompt.ndim < 2 or not prompt.numel():
@@ -112,7 +115,7 @@ def read_prompt(folder: Path) -> Tensor:
 
 
 def _read(folder: Path) -> tuple[dict[str, nn.Module], Tensor]:
-    """All networks of a folder, empty, their names and shapes compared with the files, and the prompt."""
+    """Return a folder's prompt and its networks, checked against the files but without weights."""
     paths = {part: _required(folder, part) for part in FILES}
     prompt, config, shapes = read_prompt(folder), read_json(paths[CONFIG]), read_shapes(paths[AUTOENCODER])
     try:

@@ -1,12 +1,13 @@
-"""SwiftVR: one step of a transformer restores the latents of a clip of frames.
+"""SwiftVR: restores the latents of a clip of frames in a single transformer step.
 
     lq frames -> bilinear, padded -> encoder, 4 frames at a time -> latents z
-    z, and a few of the clip before -> transformer (windows, a fixed prompt) -> velocity v
+    z, and a few of the previous clip -> transformer (windows, a fixed prompt) -> velocity v
     z - v -> decoder, picture by picture -> hq
 
-Nothing is drawn. The decoder is 3 frames behind: latents 0 to n give frames 0 to 4n. Protocol file: a scene's
-first clip is 28 frames, then 24 each, and the last is filled up to 7 latents in front with latents of the
-clip before, or zeros. Protocol session: 24 frames each, less at the end.
+No noise is used. The decoder lags 3 frames behind: latents 0 to n decode to frames 0 to 4n. With protocol
+"file", a scene's first clip has 28 frames and later ones have 24; the last is padded at its front to 7
+latents, with latents of the previous clip or zeros. With protocol "session", every clip has 24 frames, except
+for a shorter one at the end.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ from .state import AHEAD, FAMILY, Memory
 from .transformer import denoise
 
 MULTIPLE = 32
-"""Sides that the networks see: tokens of 2 latent pixels of 16 pixels."""
+"""Sides are padded to multiples of this: tokens of 2 latent pixels of 16 pixels each."""
 
 
 class SwiftVR(ChunkUpscaler):
-    """A loaded SwiftVR."""
+    """A loaded SwiftVR model."""
 
     Options = SwiftVROptions
     Memory = Memory
@@ -49,9 +50,9 @@ class SwiftVR(ChunkUpscaler):
         dtype: torch.dtype,
         model: str,
     ) -> None:
-        """`networks`: encoder, transformer, decoder; `prompt`: (1, tokens, width)."""
+        """Wrap loaded `networks` (encoder, transformer, decoder) and a `prompt`, (1, tokens, width)."""
         super().__init__(networks=networks, prompt=prompt, device=device, dtype=dtype, model=model)
-        # What `clip_len` is at most: smaller ones take and look ahead at less.
+        # For the largest `clip_len`; smaller clips read fewer frames and look less far ahead.
         self.info = Info(
             family=FAMILY,
             model=model,
@@ -59,7 +60,7 @@ class SwiftVR(ChunkUpscaler):
             scales=None,
             first=CLIP + GROUP,
             chunk=CLIP,
-            look_ahead=CLIP + GROUP - 1,  # a clip's frames see each other
+            look_ahead=CLIP + GROUP - 1,  # a clip's frames attend to each other
         )
 
     def session(
@@ -71,7 +72,8 @@ class SwiftVR(ChunkUpscaler):
     ) -> ChunkSession:
         """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`.
 
-        The first 25 results come with frame 28 of a scene, then 24 with each 24 frames. There is no noise.
+        By default, the first 25 results are returned at frame 28 of a scene, then 24 for every 24 frames.
+        `noise` must be None.
         """
         if noise is not None:
             raise IncompatibleInputError("SwiftVR draws no noise, so none can be given")
@@ -82,8 +84,10 @@ class SwiftVR(ChunkUpscaler):
         return memory.ahead + options.clip_len + extra
 
     def filled(self, frames: list[Tensor], memory: Memory, options: SwiftVROptions) -> list[Tensor]:
-        """The last frame is repeated until there is one more than a multiple of 4: only such sequences
-        end."""
+        """Repeat the last frame until the number of new frames is one more than a multiple of 4.
+
+        Only with such a number can a sequence end.
+        """
         new = len(frames) - memory.ahead
         frames = [*frames, *[frames[-1]] * ((1 - new) % GROUP)]
         whole, new = self.whole(memory, options), len(frames) - memory.ahead
@@ -101,7 +105,7 @@ class SwiftVR(ChunkUpscaler):
         on_step: OnStep,
         noise: Tensor | None,
     ) -> tuple[list[Tensor], Memory]:
-        """One frame more than a multiple of 4 is the last of the scene, and stands for 4."""
+        """Compute a chunk; a frame in excess of a multiple of 4 is the scene's last and is repeated to make 4."""
         new = list(frames[memory.ahead :])
         last = len(new) % GROUP == 1
         z, encoder = self._encode(new + new[-1:] * (-len(new) % GROUP), memory, options, on_step)
@@ -120,7 +124,7 @@ class SwiftVR(ChunkUpscaler):
     def _encode(
         self, frames: Sequence[Tensor], memory: Memory, options: SwiftVROptions, on_step: OnStep
     ) -> tuple[Tensor, Past]:
-        """(1, C, n, H/16, W/16) of 4n frames, and the encoder's memory after them."""
+        """Encode 4n frames to (1, C, n, H/16, W/16); also return the encoder's new memory."""
         network, past, latents = self._acquire("encoder", frames[0], options), dict(memory.encoder), []
         size = result_size(frames[0], options)
         for at in range(0, len(frames), GROUP):
@@ -132,12 +136,12 @@ class SwiftVR(ChunkUpscaler):
     def _decode(
         self, latents: Tensor, lq: Tensor, memory: Memory, options: SwiftVROptions, on_step: OnStep
     ) -> tuple[list[Tensor], Past]:
-        """The pictures of the latents, cut, and the decoder's memory after them."""
+        """Decode the latents to cropped pictures; also return the decoder's new memory."""
         network, past, hq = self._acquire("decoder", lq, options), dict(memory.decoder), []
         height, width = result_size(lq, options)
         total = GROUP * latents.shape[2] - AHEAD * (not memory.latents)
         for latent in latents.unbind(2):
-            # Of a scene's first latent, 3 pictures would lie before its first frame.
+            # The first 3 pictures of a scene's first latent would precede the scene, so they are skipped.
             for picture in islice(network(latent, past), 0 if past else AHEAD, None):
                 picture = picture[..., :height, :width].to(self.device, torch.float32)
                 hq.append(self._checked(from_pixels(picture)))
@@ -146,7 +150,7 @@ class SwiftVR(ChunkUpscaler):
 
 
 def prepared(lq: Tensor, size: tuple[int, int]) -> Tensor:
-    """A frame as the encoder sees it: as large as its result, in [0, 1], black up to multiples of 32."""
+    """Resize a frame to the size of its result, convert it to [0, 1] and pad it with black for the encoder."""
     if size != (lq.shape[-2], lq.shape[-1]):
         lq = F.interpolate(lq, size=size, mode="bilinear", align_corners=False)
     height, width = padded_size(*size, MULTIPLE)
@@ -154,7 +158,7 @@ def prepared(lq: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _before(z: Tensor, past: Tensor | None, options: SwiftVROptions, last: bool) -> Tensor:
-    """(1, C, n, h, w): what the transformer sees in front of a chunk's latents."""
+    """Return the latents, (1, C, n, h, w), that precede a chunk's own latents in the transformer."""
     fills = last and options.protocol == "file"
     count = options.clip_len // GROUP + 1 - z.shape[2] if fills else options.context
     past = z[:, :, :0] if past is None else past

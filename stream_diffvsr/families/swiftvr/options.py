@@ -1,4 +1,4 @@
-"""What a user can set for SwiftVR."""
+"""SwiftVR's options."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from ...errors import IncompatibleInputError
 from ...options import check_options, option
 
 GROUP = 4
-"""Frames that become one latent."""
+"""Frames per latent."""
 
 CLIP = 24
-"""Frames of a chunk, as published; the most there may be, since it decides how far is looked ahead."""
+"""Frames per chunk, as published; also the maximum, since it determines the look-ahead."""
 
 PRESETS: dict[str, dict[str, int]] = {"exact": {}, "balanced": {}, "fast": {}}
-"""All as published: there is no setting that makes it faster."""
+"""All presets use the published settings, since none would be faster."""
 
 OWN = "SwiftVR"
-"""Title of the flags that no other family has."""
+"""Title of the group of flags that only this family has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwiftVROptions:
-    """Settings of one sequence, checked once; the defaults are the published ones."""
+    """Settings of one sequence, checked on creation; the defaults are as published."""
 
     scale: float = option(4.0, "How many times larger each side of the result is.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "Extra factor for the width.", low=0.25, high=4, hidden=True)
@@ -59,10 +59,10 @@ class SwiftVROptions:
 
     @property
     def context(self) -> int:
-        """Latents that a clip sees again."""
+        """The number of earlier latents that a clip sees again."""
         return int(self.protocol == "session") if self.overlap is None else self.overlap
 
     @property
     def kept(self) -> int:
-        """Latents that are remembered: protocol file fills up the last clip with them."""
+        """The number of latents to remember; protocol "file" also pads the last clip with them."""
         return max(self.context, self.clip_len // GROUP if self.protocol == "file" else 0)

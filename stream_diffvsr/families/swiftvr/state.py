@@ -1,4 +1,4 @@
-"""What a sequence remembers between chunks, and how it becomes a State and comes back."""
+"""The memory of a sequence between chunks, and its conversion to and from a `State`."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ from ..wan.taehv import Memory as Past
 FAMILY = "swiftvr"
 
 AHEAD = 3
-"""Frames that are seen and have no result yet."""
+"""Frames that the encoder has seen but that have no result yet."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """After whole chunks; never changed, so that a chunk that fails leaves it as it was."""
+    """The memory after whole chunks; immutable, so a chunk that fails does not affect it."""
 
     start: int = 0
-    """First frame of the scene, counted in the video."""
+    """Index in the video of the scene's first frame."""
     latents: int = 0
-    """Done so far in the scene."""
+    """Number of the scene's latents done so far."""
     encoder: Past = field(default_factory=dict)
     decoder: Past = field(default_factory=dict)
     lq: Tensor | None = None
-    """(1, C, n, h, w): the last latents of low quality; None at the start."""
+    """The last low-quality latents, (1, C, n, h, w); None at the start."""
 
     @property
     def index(self) -> int:
-        """Frames done so far, counted in the video."""
+        """The number of frames of the video done so far."""
         return self.start + frames_before(self.latents)
 
     @property
     def ahead(self) -> int:
-        """Frames from `index` on that the encoder has seen."""
+        """The number of frames, from `index` on, that the encoder has already seen."""
         return AHEAD if self.latents else 0
 
     def to_state(self, size: tuple[int, int], provenance: Provenance) -> State:
-        """A state after frame `index` - 1; the next frame to push is `index`."""
+        """Return the state after frame `index` - 1; the next frame to push is `index`."""
         tensors = {f"encoder.{index}": value for index, value in self.encoder.items()}
         tensors |= {f"decoder.{index}": value for index, value in self.decoder.items()}
         if self.lq is not None and self.lq.shape[2]:
@@ -50,7 +50,10 @@ class Memory:
 
     @classmethod
     def of(cls, state: State | None, device: torch.device, dtype: torch.dtype) -> Memory:
-        """From what `to_state` gave, or an empty state of any family; raises `IncompatibleInputError`."""
+        """Restore the memory from a state of this family, or from an empty state of any family.
+
+        Raises `IncompatibleInputError` if the state belongs to another family.
+        """
         state = state or State()
         if not state.has_previous:
             return cls(start=state.index)

@@ -1,7 +1,7 @@
-"""The transformer's part in one chunk: restored latents, with self-attention in shifted windows.
+"""Restoration of one chunk's latents by the transformer, with self-attention in shifted windows.
 
-A window is all latents of the chunk within 16 x 16 tokens (512 x 512 pixels). Windows keep their size and
-overlap at the far edge; nothing wraps around and nothing is masked.
+A window covers 16 x 16 tokens (512 x 512 pixels) of all latents of the chunk. Windows keep their size and
+overlap at the far edge; there is no wrapping around and no masking.
 """
 
 from __future__ import annotations
@@ -19,53 +19,52 @@ from ..wan.attention import Attend, attention
 from ..wan.transformer import TIMESTEP, conditioning, cos_sin, queries_keys_values, rotation_angles, run
 
 WINDOW = 16, 16
-"""(height, width) in tokens, where the configuration does not say otherwise."""
+"""(height, width) of a window in tokens, unless the configuration specifies another."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How a chunk's tokens lie; takes the place of the rotary embedding."""
+    """The layout of a chunk's tokens, passed in place of the rotary embedding."""
 
     cos: Tensor
     sin: Tensor
-    """(tokens, 1, half of the head size), float32."""
+    """`cos` and `sin` are (tokens, 1, half of the head size), float32."""
     rows: int
     columns: int
 
 
 def window_starts(count: int, side: int, shift: int) -> list[int]:
-    """Where windows begin along an axis of `count` tokens."""
+    """Return the positions where windows begin along an axis of `count` tokens."""
     if side >= count:
         return [0]
     wanted = range(-shift, count + 2 * side, side)
     clamped = sorted({min(max(start, 0), count - side) for start in wanted})
     kept = clamped[:1]
     for start, following in zip(clamped[1:], [*clamped[2:], None], strict=True):
-        # One whose neighbours touch has nothing of its own.
+        # Skip a window whose neighbours touch: they already cover all of it.
         if following is None or kept[-1] + side < following:
             kept.append(start)
     return kept
 
 
 def prepare(transformer: Any, window: tuple[int, int]) -> Any:
-    """Give a `WanTransformer3DModel` the self-attention of this family."""
+    """Replace the self-attention of a `WanTransformer3DModel` by that of this family."""
     for index, block in enumerate(transformer.blocks):
         block.attn1.set_processor(WindowAttention(window, shifted=bool(index % 2)))
     return transformer
 
 
 class WindowAttention:
-    """Takes the place of a Wan block's self-attention."""
+    """Replacement for a Wan block's self-attention."""
 
     def __init__(self, window: tuple[int, int], shifted: bool) -> None:
         self.window, self.shifted = window, shifted
         self.attend: Attend = attention("auto")
 
     def corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Corners of the windows, in the order in which they are written: where they overlap, the last one
-        wins.
+        """Return the corners of the windows in writing order: where windows overlap, the last one wins.
 
-        That is the first of all, or the last in shifted layers.
+        The order is from bottom right to top left, or, in shifted layers, from top left to bottom right.
         """
         height, width = self.window
         down, across = (height // 2, width // 2) if self.shifted else (0, 0)
@@ -103,9 +102,9 @@ def denoise(
     prompt: Tensor,
     on_block: Callable[[int, int], None],
 ) -> Tensor:
-    """Restored latents, (1, C, f, h, w) float32, of those of low quality; h and w are even.
+    """Restore low-quality latents, (1, C, f, h, w), and return them in float32; h and w are even.
 
-    They are placed at time 0 and on, wherever the chunk lies in the scene: attention depends only on
+    Their positions in time start at 0 wherever the chunk is in the scene, since attention depends only on
     differences within the chunk.
     """
     x = transformer.patch_embedding(latents)

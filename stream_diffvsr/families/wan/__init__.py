@@ -1,1 +1,1 @@
-"""What the families built on Wan share: its transformer, TAEHV's blocks, and sequences taken in chunks."""
+"""Shared code of the families built on Wan: its transformer, TAEHV's blocks, and processing in chunks."""

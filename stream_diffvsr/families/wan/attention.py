@@ -1,4 +1,4 @@
-"""Which library computes whole self-attentions."""
+"""Choice of the library that computes dense self-attention."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.overrides import TorchFunctionMode
 from ...errors import IncompatibleInputError
 
 ATTENTIONS = ("auto", "sdpa", "sage", "flash")
-"""auto and sdpa are PyTorch's own; sage computes in 8 bits, an approximation; flash differs by rounding."""
+"""auto and sdpa are PyTorch's own; sage approximates in 8 bits; flash differs only by rounding."""
 
 PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Queries, keys and values, (1, heads, tokens, head size) each -> the same shape."""
+"""Maps queries, keys and values, each (1, heads, tokens, head size), to a result of the same shape."""
 
 
 class FusedAttention(TorchFunctionMode):
-    """On the meta device, attention as CPUs and CUDA compute it: without a map of queries and keys."""
+    """Makes attention on the meta device allocate no query-by-key map, as on CPUs and CUDA."""
 
     def __torch_function__(
         self,
@@ -38,10 +38,10 @@ class FusedAttention(TorchFunctionMode):
 
 
 def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse what cannot be had here.
+    """Check that an attention implementation can be used here.
 
-    Raises `IncompatibleInputError` for another name, device or number format, `ModuleNotFoundError` where the
-    package is missing.
+    Raises `IncompatibleInputError` for an unknown name or an unsupported device or number format, and
+    `ModuleNotFoundError` if the package is missing.
     """
     if name not in ATTENTIONS:
         raise IncompatibleInputError(f"attention must be one of {', '.join(ATTENTIONS)}, not {name!r}")
@@ -66,12 +66,12 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
 
 
 def attention(name: str) -> Attend:
-    """The implementation for a name that `check_attention` accepted."""
+    """Return the implementation for a name that `check_attention` accepted."""
     return partial(_dispatched, name) if name in PACKAGES else F.scaled_dot_product_attention
 
 
 def _dispatched(backend: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
-    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # tokens before heads there
+    q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # diffusers has tokens before heads
     return dispatch_attention_fn(q, k, v, backend=backend).transpose(1, 2)  # type: ignore[arg-type]

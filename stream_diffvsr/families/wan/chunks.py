@@ -1,4 +1,4 @@
-"""A model that takes frames in chunks, and the session that feeds it."""
+"""A base for models that process frames in chunks, and the session that feeds them."""
 
 from __future__ import annotations
 
@@ -39,38 +39,38 @@ MEGABYTE = 2**20
 
 
 class Memory(Protocol):
-    """What is remembered after whole chunks; never changed, so that a chunk that fails leaves it alone."""
+    """The memory after whole chunks; immutable, so a chunk that fails does not affect it."""
 
     @property
     def index(self) -> int:
-        """Frames done so far, counted in the video."""
+        """The number of frames of the video done so far."""
         ...
 
     @property
     def ahead(self) -> int:
-        """Frames from `index` on that the chunks before have seen."""
+        """The number of frames, from `index` on, that earlier chunks have already seen."""
         ...
 
     def to_state(self, size: tuple[int, int], provenance: Provenance) -> State:
-        """A state after frame `index` - 1; the next frame to push is `index`."""
+        """Return the state after frame `index` - 1; the next frame to push is `index`."""
         ...
 
 
 def result_size(lq: Tensor, options: Any) -> tuple[int, int]:
-    """Height and width of a frame's result."""
+    """Return the height and width of a frame's result."""
     return round(lq.shape[-2] * options.scale), round(lq.shape[-1] * options.scale * options.stretch)
 
 
 class ChunkUpscaler(ABC):
-    """What all chunk families share; a family says how a chunk is computed."""
+    """Base class of all chunk families; a family defines how a chunk is computed."""
 
     Options: ClassVar[Any]
     Memory: ClassVar[Any]
-    """Has `of(state, device, dtype)`; `Memory()` begins a scene."""
+    """The family's memory class, with a constructor `of(state, device, dtype)`; `Memory()` begins a scene."""
     remedy: ClassVar[str]
-    """What to do where memory ends."""
+    """Advice to the user for when memory runs out."""
     fixed: ClassVar[tuple[str, ...]]
-    """Options that a state's frames and those after it must have in common."""
+    """Options that must stay the same when a state is continued."""
     info: Info
 
     def __init__(
@@ -82,19 +82,19 @@ class ChunkUpscaler(ABC):
         dtype: torch.dtype,
         model: str,
     ) -> None:
-        """`networks`: by stage; `prompt`: (1, tokens, width); `model`: fingerprint."""
+        """Wrap loaded `networks` by stage, a `prompt` (1, tokens, width) and the `model` fingerprint."""
         self.networks, self.prompt, self.device, self.dtype = networks, prompt, device, dtype
         self.placement: Placement = FixedPlacement(device)
         self.model, self.number_format = model, str(dtype).removeprefix("torch.")
         self.offloaded = False
-        """Whether memory ran out, so that blocks that are not running are kept in system memory."""
+        """Whether idle blocks are kept in system memory, because memory ran out or the options ask for it."""
         self._needs = lru_cache(maxsize=64)(self._count)
         self._lock = Lock()
 
     def use_attention(self, name: str) -> None:
-        """Have one of `ATTENTIONS` compute self-attention from now on; said in states.
+        """Use one of `ATTENTIONS` for self-attention from now on; states record which.
 
-        To be called before the first frame, if at all. Raises as `attention.check_attention`.
+        Call this only before the first frame. Raises the same errors as `attention.check_attention`.
         """
         check_attention(name, self.device, self.dtype)
         if name == "auto":
@@ -106,16 +106,16 @@ class ChunkUpscaler(ABC):
         self.info = replace(self.info, number_format=self.number_format)
 
     def attend_by(self, name: str) -> Any:
-        """What a block's processor is to call."""
+        """Return the attention function for a block's processor to call."""
         return attention(name)
 
     @abstractmethod
     def whole(self, memory: Any, options: Any) -> int:
-        """How many frames from `memory.index` on the next chunk takes."""
+        """Return how many frames, from `memory.index` on, the next chunk needs."""
 
     @abstractmethod
     def filled(self, frames: list[Tensor], memory: Any, options: Any) -> list[Tensor]:
-        """The frames of the next chunk where the sequence ends with `frames`."""
+        """Return the frames of the next chunk for a sequence that ends with `frames`."""
 
     @abstractmethod
     def _chunk(
@@ -126,7 +126,7 @@ class ChunkUpscaler(ABC):
         on_step: OnStep,
         noise: Tensor | None,
     ) -> tuple[list[Tensor], Any]:
-        """The results of frames from `memory.index` on, and what is remembered."""
+        """Return the results of frames from `memory.index` on, and the new memory."""
 
     def session(
         self,
@@ -146,11 +146,11 @@ class ChunkUpscaler(ABC):
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Iterator[Upscaled]:
-        """Upscale frame after frame, lazily; see `upscaler.stream`."""
+        """Upscale frames lazily, one after another; see `upscaler.stream`."""
         return stream(self.session(options, state, on_step, noise), frames)
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """How frames are made now; no memory plan changes them."""
+        """Return how frames are made now; the memory plan is left out, since it does not change them."""
         settings = asdict(options or self.Options())
         offloads = settings.pop("memory_plan") == "offload" or self.offloaded
         parts = "blocks that are not running are kept in system memory" if offloads else ""
@@ -158,9 +158,9 @@ class ChunkUpscaler(ABC):
         return Provenance(info.model, info.number_format, info.runtime, settings, parts=parts)
 
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
-        """Bytes that LQ frames of `size` (height, width) take besides the weights.
+        """Return the bytes that LQ frames of `size` (height, width) need besides the weights.
 
-        Counted over a scene's first two chunks, on the meta device.
+        They are counted over a scene's first two chunks, on the meta device.
         """
         return self._needs(tuple(size), options or self.Options())
 
@@ -173,9 +173,9 @@ class ChunkUpscaler(ABC):
         on_step: OnStep,
         noise: Tensor | None = None,
     ) -> tuple[list[Tensor], Any]:
-        """The results of LQ frames, and what is remembered; with less memory where it ends.
+        """Return the results of LQ frames and the new memory; if memory runs out, retry with offloading.
 
-        Inputs are never changed, whatever happens.
+        Inputs are never changed, even if the chunk fails.
         """
         with self._lock:
             if options.memory_plan == "offload":
@@ -189,7 +189,7 @@ class ChunkUpscaler(ABC):
                     if not is_out_of_memory(error):
                         raise
                     message = str(error).strip().partition("\n")[0]
-                # Here the error is gone, and with it the tensors that its traceback held.
+                # The error is gone here, and with it the tensors that its traceback kept alive.
                 release_caches(self.device)
                 if options.memory_plan == "whole" or not self._offload():
                     plan = "offload" if self.offloaded else options.memory_plan
@@ -203,18 +203,18 @@ class ChunkUpscaler(ABC):
                 )
 
     def weights(self) -> list[Tensor]:
-        """All tensors that it holds permanently."""
+        """Return all tensors that the model keeps permanently."""
         held = (chain(network.parameters(), network.buffers()) for network in self.networks.values())
         return [*chain.from_iterable(held), self.prompt]
 
     def _acquire(self, stage: str, lq: Tensor, options: Any) -> Any:
-        """A network, brought to the device."""
+        """Return a network after bringing it to the device."""
         if not self.placement.fixed:
             self.placement.acquire(stage, self.bytes_needed((lq.shape[-2], lq.shape[-1]), options))
         return self.networks[stage]
 
     def _checked(self, hq: Tensor) -> Tensor:
-        """A finished frame; refused where it is none."""
+        """Return a finished frame; raise `CheckpointError` if it contains NaN or infinite values."""
         if not hq.is_meta and not is_finite(hq):
             raise CheckpointError(
                 f"the result contains NaN or infinite values in {self.number_format}: use bfloat16 or "
@@ -223,9 +223,9 @@ class ChunkUpscaler(ABC):
         return hq.contiguous()
 
     def _offload(self) -> bool:
-        """Have the transformer's blocks and memory wait in system memory; whether that changed anything.
+        """Keep idle transformer blocks and memory in system memory; return whether that changed anything.
 
-        A host that places networks itself moves the blocks.
+        If a host places networks itself, it is the one that moves the blocks.
         """
         if self.offloaded or self.device.type != "cuda":
             return False
@@ -259,10 +259,10 @@ class ChunkUpscaler(ABC):
 
 
 class ChunkSession:
-    """One sequence: frames are collected until a chunk is whole, and the last chunk is filled up.
+    """One sequence: collects frames until a chunk is complete, and fills up the last chunk.
 
-    A session that continues from a state is fed from frame `state.index` on: the frames that the state's
-    last chunk looked ahead at come again.
+    To continue from a state, push the frames from `state.index` on, including those that the state's last
+    chunk already saw when it looked ahead.
     """
 
     def __init__(
@@ -276,14 +276,14 @@ class ChunkSession:
         self._upscaler, self._options, self._on_step, self._noise = upscaler, options, on_step, noise
         self._memory: Memory = upscaler.Memory.of(state, upscaler.device, upscaler.dtype)
         self._frames: list[Tensor] = []
-        """From the first one without a result on."""
+        """Frames pushed so far, from the first one without a result on."""
         self._size = size_of(state) if state and state.has_previous else None
         self._finished = False
         if state and state.has_previous:
             self._check(state)
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """The next frame, (1, 3, h, w) float32; the frames finished by it: none, or those of a chunk."""
+        """Add the next frame, (1, 3, h, w) float32; return the results of a chunk if it is now complete."""
         if self._finished:
             raise IncompatibleInputError("the sequence has ended: begin a new session for further frames")
         check_frame(lq)
@@ -301,7 +301,7 @@ class ChunkSession:
         return results
 
     def finish(self) -> list[Upscaled]:
-        """The rest: the last frame is repeated until its result is there, and what is beyond is cut off."""
+        """Return the remaining results, repeating the last frame as needed; surplus results are dropped."""
         memory, frames, results = self._memory, self._frames, []
         last = memory.index + len(frames)
         while memory.index < last:
@@ -313,7 +313,7 @@ class ChunkSession:
         return [result for result in results if result.index < last]
 
     def state(self) -> State | None:
-        """After a whole chunk, or where nothing was pushed; None in between, and at the end."""
+        """Return the state after a whole chunk or before the first frame; None in between and at the end."""
         if self._finished or len(self._frames) > self._memory.ahead:
             return None
         provenance = self._upscaler.provenance(self._size or (0, 0), self._options)
@@ -324,7 +324,7 @@ class ChunkSession:
         return [Upscaled(memory.index + offset, each) for offset, each in enumerate(hq)], after
 
     def _check(self, state: State) -> None:
-        """Refuse a state that does not fit, and say where it was made otherwise."""
+        """Refuse a state that does not fit; log a warning if it was made under other conditions."""
         before, now = state.provenance, self._upscaler.provenance(size_of(state), self._options)
         if before.model not in ("", now.model):
             raise IncompatibleInputError(

@@ -1,4 +1,4 @@
-"""Converts what a sequence remembers between chunks to a State and back."""
+"""Conversion of a sequence's memory between chunks to a `State` and back."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ...upscaler import Provenance, State
 POSITION = "position"
 
 Numbered = dict[tuple[int, ...], Tensor]
-"""Tensors of one kind by their numbers."""
+"""Tensors of one kind, by the numbers in their names."""
 
 
 def frames_before(latents: int) -> int:
-    """Frames that so many latents from the scene's start decode to."""
+    """Return how many frames a scene's first `latents` latents decode to."""
     return max(4 * latents - 3, 0)
 
 
@@ -29,7 +29,10 @@ def packed(
     provenance: Provenance,
     tensors: Mapping[str, Tensor],
 ) -> State:
-    """A state after `latents` of the scene that began at frame `start`; `tensors`: 'kind.number...' each."""
+    """Return the state after `latents` latents of the scene that began at frame `start`.
+
+    `tensors`: by name, each 'kind' or 'kind.number...'.
+    """
     index = start + frames_before(latents)
     if not latents:
         return State(family, index, {}, provenance)
@@ -39,7 +42,10 @@ def packed(
 def unpacked(
     state: State, family: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[int, int, dict[str, Numbered]]:
-    """Start, latents, and tensors by kind, of what `packed` gave; raises `IncompatibleInputError`."""
+    """Return the start, the latents, and the tensors by kind, of a state made by `packed`.
+
+    Raises `IncompatibleInputError` if the state belongs to another family.
+    """
     if state.family != family or POSITION not in state.tensors:
         raise IncompatibleInputError(
             f"the state belongs to {state.family or 'another family'}, not to {family}"
@@ -54,6 +60,6 @@ def unpacked(
 
 
 def size_of(state: State) -> tuple[int, int]:
-    """(height, width) of the low-quality frames before a state with tensors."""
+    """Return the (height, width) of the low-quality frames of a state, which must have tensors."""
     _, _, height, width = state.tensors[POSITION].tolist()
     return height, width

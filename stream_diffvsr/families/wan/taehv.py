@@ -1,4 +1,4 @@
-"""Blocks of TAEHV, a small autoencoder for video (github.com/madebyollin/taehv), and the way through them."""
+"""Blocks of TAEHV, a small autoencoder for video (github.com/madebyollin/taehv), and code to run them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Memory = dict[int, Tensor]
-"""By place in the network, what its layers saw last; empty at the start."""
+"""The last inputs of layers with memory, by place in the network; empty at the start."""
 
 
 class MemoryBlock(nn.Module):
-    """Three convolutions over a picture's features and those of the picture before."""
+    """Three convolutions over the features of a picture and of the previous one."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,7 +25,10 @@ class MemoryBlock(nn.Module):
         return self.conv(torch.cat([x, before], 1)).add_(x).relu_()
 
     def remembering(self, x: Tensor, memory: Memory, index: int) -> Tensor:
-        """(pictures, C, h, w) of consecutive pictures; `memory[index]` is that of the one before."""
+        """Process consecutive pictures (pictures, C, h, w).
+
+        `memory[index]` holds the features of the previous picture and is updated.
+        """
         before = memory.get(index)
         earlier = torch.zeros_like(x[:1]) if before is None else before
         memory[index] = x[-1:].clone() if len(x) > 1 else x
@@ -33,7 +36,7 @@ class MemoryBlock(nn.Module):
 
 
 class Pool(nn.Module):
-    """The features of several consecutive pictures, the older first, become those of one."""
+    """Merges the features of several consecutive pictures, the oldest first, into those of one."""
 
     def __init__(self, channels: int, pictures: int) -> None:
         super().__init__()
@@ -45,9 +48,10 @@ class Pool(nn.Module):
 
 
 class Grow(nn.Module):
-    """One picture's features become those of several, the earlier first, each to be made twice as large.
+    """Splits the features of one picture into those of several, the earliest first.
 
-    Published networks enlarge first, which gives the same numbers from four times the work.
+    Each is enlarged by 2 afterwards. Published networks enlarge first, which yields the same numbers for four
+    times the work.
     """
 
     def __init__(self, channels: int, out: int, pictures: int) -> None:
@@ -56,34 +60,37 @@ class Grow(nn.Module):
         self.pictures = pictures
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The pictures, not yet enlarged."""
+        """Return the features of each picture, not yet enlarged."""
         return self.conv(x).chunk(self.pictures, 1)
 
 
 class Squash(nn.Module):
-    """Keep values between -3 and 3, smoothly."""
+    """Limits values smoothly to between -3 and 3."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * torch.tanh(x / 3)
 
 
 def conv(channels: int, out: int, bias: bool = False, stride: int = 1) -> nn.Module:
-    """3x3, by default without a bias."""
+    """Return a 3x3 convolution, by default without a bias."""
     return nn.Conv2d(channels, out, 3, padding=1, bias=bias, stride=stride)
 
 
 def relu() -> nn.Module:
-    """In place, since the outputs of the last convolutions are the largest tensors of all."""
+    """Return a ReLU that works in place, since the last convolutions' outputs are the largest tensors."""
     return nn.ReLU(inplace=True)
 
 
 def blocks(channels: int) -> list[nn.Module]:
-    """Three with memory."""
+    """Return three memory blocks."""
     return [MemoryBlock(channels) for _ in range(3)]
 
 
 def enlarging(channels: Sequence[int]) -> list[nn.Module]:
-    """The middle of a decoder: 8 times as large, 4 pictures of one; `channels` of its four sizes."""
+    """Return the middle of a decoder, which turns one picture into 4 with sides 8 times as long.
+
+    `channels`: at each of its four sizes.
+    """
     layers: list[nn.Module] = []
     for now, then, pictures in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
         layers += [*blocks(now), nn.Identity(), Grow(now, now, pictures), conv(now, then)]
@@ -91,7 +98,7 @@ def enlarging(channels: Sequence[int]) -> list[nn.Module]:
 
 
 def decoded(layers: Sequence[nn.Module], x: Tensor, memory: Memory, start: int = 0) -> Iterator[Tensor]:
-    """The pictures of (1, C, h, w), one finished before the next is begun; `memory` is updated."""
+    """Yield the pictures of (1, C, h, w), finishing each before beginning the next; update `memory`."""
     for index, layer in enumerate(layers[start:], start):
         if isinstance(layer, Grow):
             x = layer(x)

@@ -1,4 +1,4 @@
-"""Diffusers' `WanTransformer3DModel`, run block by block, with a self-attention that a family brings."""
+"""Diffusers' `WanTransformer3DModel`, run block by block, with the self-attention of the family."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from torch import Tensor, nn
 from ...errors import StreamDiffVSRError
 
 TIMESTEP = 1000.0
-"""Of the only step."""
+"""The timestep of the only step."""
 
 THETA = 10_000.0
 
 DIFFUSERS = "0.33"
-"""The oldest that has the class."""
+"""The oldest version of diffusers that has `WanTransformer3DModel`."""
 
 
 def transformer(config: Mapping[str, Any]) -> nn.Module:
-    """A `WanTransformer3DModel` without its table of positions, which is finite; unknown settings are left
-    out.
+    """Build a `WanTransformer3DModel` without its table of positions, which has a limited length.
 
-    Raises `StreamDiffVSRError` where diffusers is too old.
+    Unknown settings are ignored. Raises `StreamDiffVSRError` if diffusers is too old.
     """
     try:
         from diffusers import WanTransformer3DModel
@@ -40,9 +39,9 @@ def transformer(config: Mapping[str, Any]) -> nn.Module:
 
 
 def conditioning(transformer: Any, prompt: Tensor, sinusoid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings of the time (1, width), for the blocks (1, 6, width), and of the prompt.
+    """Return the embedding of the time (1, width), the blocks' modulation (1, 6, width) and the prompt's.
 
-    `sinusoid`: (1, frequencies) of the time, cosines first.
+    `sinusoid`: sinusoidal encoding of the time, (1, frequencies), cosines first.
     """
     embed = transformer.condition_embedder
     time = embed.time_embedder(sinusoid.to(prompt.device, prompt.dtype))
@@ -57,10 +56,10 @@ def run(
     attention: Sequence[Any],
     on_block: Callable[[int, int], None],
 ) -> Tensor:
-    """(1, tokens, width) through all blocks -> (tokens, channels of a patch).
+    """Run tokens (1, tokens, width) through all blocks; return (tokens, channels of a patch).
 
-    `conditions`: what `conditioning` returned; `attention`: what each block's self-attention gets as its
-    rotary embedding.
+    `conditions`: the result of `conditioning`; `attention`: one object per block, passed to its
+    self-attention as the rotary embedding.
     """
     time, modulation, prompt = conditions
     for index, (block, own) in enumerate(zip(transformer.blocks, attention, strict=True), 1):
@@ -71,7 +70,7 @@ def run(
 
 
 def rotation_angles(latents: int, rows: int, columns: int, position: int, head: int) -> Tensor:
-    """(latents, rows, columns, head / 2) angles in float64; latents stand at `position` and on."""
+    """Return (latents, rows, columns, head / 2) angles in float64; the first latent is at `position`."""
     across = 2 * (head // 6)
     axes = (latents, position, head - 2 * across), (rows, 0, across), (columns, 0, across)
     parts = []
@@ -84,19 +83,19 @@ def rotation_angles(latents: int, rows: int, columns: int, position: int, head: 
 
 
 def cos_sin(angles: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(tokens, head / 2) -> cosines and sines, (tokens, 1, head / 2) float32."""
+    """Return the cosines and sines of angles (tokens, head / 2), each (tokens, 1, head / 2) float32."""
     cos, sin = (each.to(device, torch.float32)[:, None] for each in (angles.cos(), angles.sin()))
     return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn consecutive channels of (tokens, heads, head size) as pairs, in float32."""
+    """Rotate each pair of consecutive channels of (tokens, heads, head size), in float32."""
     a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).type_as(x)
 
 
 def queries_keys_values(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys, rotated, and values of (tokens, width): (tokens, heads, head size) each."""
+    """Return rotated queries, rotated keys, and values of (tokens, width), each (tokens, heads, head size)."""
     q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
     q, k, v = (each.unflatten(-1, (attn.heads, -1)) for each in (q, k, v))
     return rotate(q, cos, sin), rotate(k, cos, sin), v
