@@ -1,4 +1,4 @@
-"""Where each pixel of the current frame was in the previous one."""
+"""Optical flow: where each pixel of the current frame was in the previous one."""
 
 from .estimators import (
     FLOW_MODELS,

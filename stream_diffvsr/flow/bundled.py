@@ -1,11 +1,11 @@
-"""nano's own flow: a small coarse-to-fine network, torch only.
+"""nano's own flow: a small coarse-to-fine network that needs only torch.
 
-A frame was enlarged by 4 (bicubic), so it holds no more detail than at a quarter of its size. So frames
-are averaged down by 4 first, and the flow found there is enlarged at the end.
+Input frames were enlarged by 4 (bicubic), so they hold no more detail than at a quarter of their size.
+Frames are therefore averaged down by 4 first, and the flow found there is enlarged at the end.
 
-On every level of a pyramid the same weights look at the frame, at the previous one moved along the flow
-so far, and at two things that need no learning: how well windows match at each shift of a few pixels,
-and the step that least squares proposes (Lucas and Kanade). They decide how far to follow, and what to add.
+At every level of a pyramid, the same weights process the frame, the previous frame moved along the flow so
+far, and two inputs that need no learning: how well windows match at each shift of a few pixels, and the step
+that least squares proposes (Lucas and Kanade). The network decides how far to follow these and what to add.
 """
 
 from __future__ import annotations
@@ -19,42 +19,42 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 REDUCTION = 4
-"""Frames come enlarged by so much."""
+"""The factor by which input frames were enlarged."""
 
 REACH = 2
-"""Pixels, on either side, that bicubic enlarging and averaging mix into one."""
+"""Neighbouring pixels on either side that bicubic enlargement and averaging mix into a pixel."""
 
 COARSEST = 5
-"""Pixels of the coarsest level's shorter side, at least; less than twice as many, if levels suffice."""
+"""Minimum of the coarsest level's shorter side in pixels; below twice this if `MOST_LEVELS` allows."""
 
 MOST_LEVELS = 6
 
 QUIET = 32
-"""Pixels without any change around, in which nothing is taken to move."""
+"""Distance in pixels from any change beyond which nothing is assumed to move."""
 
 WINDOW = 5
-"""Side, in pixels of a level, of the windows of least squares; a second one is as wide again."""
+"""Side, in pixels of a level, of the least-squares window; the wider second window averages over it twice."""
 
 WINDOWS = 2
 
 NOISE = 3e-4
-"""Squared differences (model range) that tell nothing."""
+"""Squared differences (model range) that are mere noise."""
 
 DAMPING = 2e-4
-"""Added to squared gradients (model range, per channel): flat windows propose no step."""
+"""Added to squared gradients (model range, per channel), so that flat windows propose no step."""
 
 SMOOTHED = 7
-"""Side, in pixels of a level, of the window in which firm flow spreads to where nothing holds it."""
+"""Side, in pixels of a level, of the window within which reliable flow spreads to unreliable pixels."""
 
 ROUNDS = 2
-"""How often each level is gone through, but for the one at half size, which costs most."""
+"""Number of passes over each level, except for the one at half size, which is the most expensive."""
 
 LONGEST_STEP = 1.5
-"""Pixels of a level; where least squares proposes more, its linear picture of the frame does not hold."""
+"""Longest least-squares step, in pixels of a level; beyond it, linearising the frame is inaccurate."""
 
 
 def levels_for(height: int, width: int) -> int:
-    """How many levels a picture of that size has, the finest at half of its size."""
+    """Return the number of levels for a picture of that size; the finest level has half the size."""
     count = 1
     while count < MOST_LEVELS and min(height, width) >= COARSEST * 2 ** (count + 1):
         count += 1
@@ -62,9 +62,9 @@ def levels_for(height: int, width: int) -> int:
 
 
 def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """`picture` at p + flow(p), bilinear, and where that lies inside it, (N, 1, h, w) of 0 and 1.
+    """Sample `picture` at p + flow(p), bilinear; also return (N, 1, h, w): 1 if that is inside, else 0.
 
-    Positions are exact: unlike the reference's warp of the previous result, zero flow is the identity.
+    Positions are exact: unlike in the reference's warp of the previous result, zero flow is the identity.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
@@ -75,10 +75,10 @@ def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def enlarged_and_reduced(lq: Tensor) -> Tensor:
-    """(N, 3, h, w) enlarged by REDUCTION (bicubic) and averaged down again, at once: a slight blur."""
+    """Enlarge (N, 3, h, w) by REDUCTION (bicubic) and average it down again, in one step: a slight blur."""
     height, width = lq.shape[-2:]
     around = F.pad(lq, (REACH,) * 4, mode="replicate")
-    # Slices, not a convolution: that would run in TF32 on some GPUs.
+    # Slices instead of a convolution, which would run in TF32 on some GPUs.
     down = [weight * around[..., y : y + height, :] for y, weight in enumerate(_blur())]
     tall = torch.stack(down).sum(0)
     return torch.stack([weight * tall[..., x : x + width] for x, weight in enumerate(_blur())]).sum(0)
@@ -86,7 +86,7 @@ def enlarged_and_reduced(lq: Tensor) -> Tensor:
 
 @lru_cache
 def _blur() -> list[float]:
-    """Its weights along one axis, found by what is left of a single bright column."""
+    """Return the blur's weights along one axis, measured by blurring a single bright column."""
     line = torch.zeros(1, 1, 1, 4 * REACH + 1, device="cpu")
     line[..., 2 * REACH] = 1
     wide = F.interpolate(line, scale_factor=REDUCTION, mode="bicubic", align_corners=False)
@@ -94,7 +94,7 @@ def _blur() -> list[float]:
 
 
 def near_change(current: Tensor, previous: Tensor) -> Tensor:
-    """1 near anything that changed, falling to 0 towards QUIET pixels from it, (N, 1, h, w)."""
+    """Return (N, 1, h, w): 1 near anything that changed, falling to 0 at about QUIET pixels from it."""
     changed = (current != previous).any(1, keepdim=True).to(current.dtype)
     blocks = F.max_pool2d(changed, QUIET // 4, ceil_mode=True)
     near = F.max_pool2d(blocks, 7, 1, 3)
@@ -103,7 +103,7 @@ def near_change(current: Tensor, previous: Tensor) -> Tensor:
 
 
 def window_differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
-    """Mean squared differences of windows at every shift within `radius`, (N, (2 radius + 1)^2, h, w)."""
+    """Return (N, (2 radius + 1)^2, h, w): mean squared differences of windows at shifts within `radius`."""
     height, width = current.shape[-2:]
     around = F.pad(moved, (radius,) * 4, mode="replicate")
     shifts = product(range(2 * radius + 1), repeat=2)
@@ -112,13 +112,13 @@ def window_differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
 
 
 def with_detail(picture: Tensor) -> Tensor:
-    """The picture and what is left of it without its local mean, which a change of light does not touch."""
+    """Return 0.5 times the picture, and the picture minus its local mean, which ignores changes of light."""
     mean = F.avg_pool2d(picture, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return torch.cat([picture / 2, picture - mean], 1)
 
 
 class Matcher(nn.Module):
-    """How likely each shift is, from how windows differ there."""
+    """Estimates how likely each shift is from the differences between windows."""
 
     def __init__(self, radius: int) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class Matcher(nn.Module):
         self.liking = nn.Parameter(-0.05 * (x * x + y * y).flatten())
 
     def forward(self, current: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
-        """-> what the decoder sees of it, (2 radius + 1)^2 + 1 channels, and the mean shift (N, 2, h, w)."""
+        """Return the decoder's inputs, (2 radius + 1)^2 + 1 channels, and the mean shift, (N, 2, h, w)."""
         cost = window_differences(with_detail(current), with_detail(moved), self.radius)
         scale = cost.mean(1, True) + NOISE
         likely = torch.softmax(self.liking[:, None, None] - self.sharpness.exp() * cost / scale, 1)
@@ -139,9 +139,10 @@ class Matcher(nn.Module):
 
 
 def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Steps (N, 4, h, w) in pixels that would bring `moved` onto `current`, one per window size.
+    """Return steps (N, 4, h, w) in pixels that would align `moved` with `current`, one per window size.
 
-    And how well the wider window pins down motion, (N, 1, h, w): 0 where flat or a single edge, up to 1.
+    Also return how well the wider window determines the motion, (N, 1, h, w), from 0 (flat, or a single edge)
+    to 1.
     """
     mean = F.pad((current + moved) / 2, (1, 1, 1, 1), mode="replicate")
     dx = (mean[:, :, 1:-1, 2:] - mean[:, :, 1:-1, :-2]) * (inside / 2)
@@ -158,7 +159,7 @@ def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tenso
 
 
 def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Each window's step, from its mean products of gradients and change, and how reliable it is."""
+    """Return each window's step and its reliability, from mean products of gradients and change."""
     xx, xy, yy, xt, yt = products.split(1, 1)
     xx, yy = xx + DAMPING, yy + DAMPING
     determinant = xx * yy - xy * xy
@@ -168,7 +169,7 @@ def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decoder(nn.Module):
-    """Turns what is seen on a level into a better flow, and into features for the next level."""
+    """Turns a level's inputs into a better flow and into features for the next level."""
 
     def __init__(self, inputs: int, widths: Sequence[int], proposals: int, hidden: int) -> None:
         super().__init__()
@@ -195,7 +196,7 @@ def blurred(picture: Tensor) -> Tensor:
 
 
 class FlowNetwork(nn.Module):
-    """Backward flow between pictures at the size that holds all their detail."""
+    """Estimates backward flow between pictures that are already averaged down by `REDUCTION`."""
 
     def __init__(
         self, features: int, radius: int, widths: Sequence[int], refinement: Sequence[int], hidden: int
@@ -217,16 +218,16 @@ class FlowNetwork(nn.Module):
                 nn.init.zeros_(decoder.head.bias)
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
-        """(N, 3, h, w) in model range, any size from 1x1 -> (N, 2, h, w) in their pixels.
+        """Return the flow (N, 2, h, w), in pixels, for frames (N, 3, h, w) in model range, from size 1x1.
 
-        Where both are equal for about QUIET pixels around, it is exactly 0.
+        The flow is exactly 0 where both frames are equal within about QUIET pixels.
         """
         height, width = current.shape[-2:]
         flow = self.flows(current, previous)[-1][..., :height, :width]
         return flow * near_change(current, previous)
 
     def flows(self, current: Tensor, previous: Tensor) -> list[Tensor]:
-        """The flow of each level in its own pixels, coarsest first, at sides padded to whole levels."""
+        """Return the flow after each pass, in pixels of its level, coarsest first, with padded sides."""
         levels = levels_for(*current.shape[-2:])
         pairs = [self._padded(current, levels), self._padded(previous, levels)]
         pyramid = [torch.cat(pairs)]
@@ -247,7 +248,7 @@ class FlowNetwork(nn.Module):
         return flows
 
     def _context(self, picture: Tensor) -> Tensor:
-        """What is where, at half of the picture's size."""
+        """Return features of the picture at half its size."""
         features = self.unshuffle(picture)
         for layer in self.encoder:
             features = F.leaky_relu(layer(features), 0.1)

@@ -1,9 +1,9 @@
-"""RAFT's correlations, in memory that grows with the pixels and not with their square.
+"""RAFT's correlations, in memory that grows linearly with the number of pixels instead of quadratically.
 
-RAFT asks, for each pixel of the current frame, how well it matches the pixels around one place in
-the previous frame, on four levels of detail. The usual way computes the match of every pixel with every
-other beforehand: 16 GiB for 2560x1440. Pooling and bilinear sampling are linear, so the same numbers
-come from pooled features, matched only where they are needed.
+For each pixel of the current frame, RAFT looks up how well it matches the pixels around one place in the
+previous frame, at four levels of detail. The usual implementation computes the match of every pixel with
+every other in advance: 16 GiB for 2560x1440. Since pooling and bilinear sampling are linear, the same numbers
+can be computed from pooled features, and only where they are needed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK = 8
 """Side of the squares of pixels that share one window where the flow is smooth; a power of 2."""
 
 SCRATCH = 2**24
-"""Numbers that one batch of windows may hold: 64 MiB of float32."""
+"""Maximum count of numbers in one batch of windows: 64 MiB of float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,22 +27,22 @@ class Level:
     """The previous frame's features at one level of detail."""
 
     rows: Tensor
-    """(h * w + 1, C): one row per position, and a row of zeros for everything outside the picture."""
+    """(h * w + 1, C): one row per position, then a row of zeros for all positions outside the picture."""
     height: int
     width: int
 
     def index(self, y: Tensor, x: Tensor) -> Tensor:
-        """Row of each position."""
+        """Return the row of each position."""
         inside = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width)
         return torch.where(inside, y * self.width + x, self.height * self.width)
 
 
 class LinearCorrelation:
-    """In place of torchvision's `CorrBlock`: the same two methods, the same numbers.
+    """Replacement for torchvision's `CorrBlock`, with the same two methods and the same numbers.
 
-    Neighbouring pixels look at nearly the same place, so a square of them shares one window of features,
-    and their matches are one small matrix product. A square whose places spread too far is cut
-    into four, down to single pixels.
+    Neighbouring pixels look up nearly the same place, so a square of them shares one window of features, and
+    a small matrix product computes their matches. A square whose places spread too far is split into four,
+    down to single pixels.
     """
 
     def __init__(self, levels: int, radius: int) -> None:
@@ -51,7 +51,7 @@ class LinearCorrelation:
         self.radius = radius
 
     def build_pyramid(self, fmap1: Tensor, fmap2: Tensor) -> None:
-        """Features (1, C, h, w) of the current and of the previous frame."""
+        """Prepare the features (1, C, h, w) of the current and the previous frame for lookups."""
         _, channels, height, width = fmap1.shape
         self.order, self.position = block_order(height, width, fmap1.device)
         self.points = (fmap1 / channels**0.5).flatten(2)[0].T[self.order]
@@ -61,17 +61,17 @@ class LinearCorrelation:
             self.pyramid.append(Level(F.pad(fmap2.flatten(2)[0].T, (0, 0, 0, 1)), *fmap2.shape[-2:]))
 
     def index_pyramid(self, centroids_coords: Tensor) -> Tensor:
-        """Places (1, 2, h, w) in the previous frame's features -> (1, levels * (2r + 1)^2, h, w)."""
+        """Return matches (1, levels * (2r + 1)^2, h, w) at places (1, 2, h, w) in the previous features."""
         places = centroids_coords[0].flatten(1).T[self.order]
         found = [self._match(places / 2**number, level) for number, level in enumerate(self.pyramid)]
         matches = torch.cat([level[self.position].T for level in found])
         return matches.view(1, -1, *centroids_coords.shape[-2:])
 
     def _match(self, places: Tensor, level: Level) -> Tensor:
-        """(P, 2) places, x first -> (P, (2r + 1)^2) matches at one level."""
+        """Return the matches (P, (2r + 1)^2) of places (P, 2), x first, at one level."""
         corner = places.floor()
         fraction = places - corner
-        # Farther outside than a window there are only zeros; the limit keeps whole numbers small.
+        # More than a window away from the picture all is zero; clamping prevents integer overflow.
         size = torch.tensor([level.width, level.height], device=places.device)
         corner = corner.clamp(min=-self.side).minimum(size + self.side).long() - self.radius
         out = places.new_empty((len(places), self.side**2))
@@ -86,9 +86,9 @@ class LinearCorrelation:
         return out
 
     def _squares(self, corner: Tensor) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
-        """Cut all pixels into squares that are looked up together.
+        """Split all pixels into squares that are looked up together.
 
-        Yields batches: pixels per square, numbers of the squares, width and height of their windows.
+        Yields batches: pixels per square, indices of the squares, width and height of their windows.
         """
         edge, numbers = BLOCK, torch.arange(len(corner) // BLOCK**2, device=corner.device)
         while len(numbers):
@@ -104,7 +104,7 @@ class LinearCorrelation:
     def _batches(
         self, edge: int, numbers: Tensor, windows: Tensor
     ) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
-        # Squares of like spread go together, so that few windows are larger than they need be.
+        # Batch squares of similar spread, so that few windows are larger than necessary.
         by_size = windows.sum(1).argsort(stable=True)
         largest = (2 * edge + self.side + 1) ** 2
         per_square = largest * (self.points.shape[-1] + edge**2) + 3 * edge**2 * (self.side + 1) ** 2
@@ -115,7 +115,10 @@ class LinearCorrelation:
     def _match_squares(
         self, points: Tensor, corner: Tensor, fraction: Tensor, window: tuple[int, int], level: Level
     ) -> Tensor:
-        """(n, k, C) points and (n, k, 2) corners of n squares of k pixels -> (n, k, (2r + 1)^2)."""
+        """Return the matches (n, k, (2r + 1)^2) of n squares of k pixels.
+
+        `points`: (n, k, C); `corner`: (n, k, 2).
+        """
         width, height = window
         origin = corner.amin(1)
         x = origin[:, None, None, 0] + torch.arange(width, device=corner.device)
@@ -132,16 +135,16 @@ class LinearCorrelation:
 
 
 def bilinear(square: Tensor, fraction: Tensor) -> Tensor:
-    """(..., m, m) values at whole positions -> (..., m - 1, m - 1) between them, x and y in `fraction`."""
+    """Interpolate (..., m, m) values to (..., m - 1, m - 1) at an offset of `fraction`, x and y, from each."""
     rows = torch.lerp(square[..., :-1, :], square[..., 1:, :], fraction[..., 1])
     return torch.lerp(rows[..., :-1], rows[..., 1:], fraction[..., 0])
 
 
 def block_order(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Number the pixels of a picture so that each square of `BLOCK`, and each quarter of it, is in one piece.
+    """Order a picture's pixels so that each square of side `BLOCK`, and each quarter of it, is contiguous.
 
-    Returns which pixel stands at each place of that order, with the last rows and columns repeated up
-    to whole squares, and the place of each pixel.
+    Returns the pixel at each place of that order, with the last rows and columns repeated to complete the
+    squares, and the place of each pixel.
     """
     y = torch.arange(-(-height // BLOCK) * BLOCK, device=device)[:, None]
     x = torch.arange(-(-width // BLOCK) * BLOCK, device=device)

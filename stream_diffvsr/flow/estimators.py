@@ -1,8 +1,8 @@
-"""Flow estimators behind one interface.
+"""Flow estimators with a common interface.
 
-Convention: `forward(current, previous)` takes two frames (1, 3, H, W), float32, model range, and
-returns backward flow (1, 2, H, W) in pixels, float32, channel 0 = dx: a pixel p of the current frame
-was at p + flow(p) in the previous one.
+Convention: `forward(current, previous)` accepts two frames (1, 3, H, W), float32, model range, and returns
+backward flow (1, 2, H, W) in pixels, float32, channel 0 = dx: a pixel p of the current frame was at
+p + flow(p) in the previous one.
 """
 
 from __future__ import annotations
@@ -21,36 +21,36 @@ from . import raft
 from .bundled import REDUCTION, FlowNetwork, enlarged_and_reduced
 
 RAFT_MULTIPLE, RAFT_MINIMUM = 8, 128
-"""RAFT takes sides that are multiples of 8, and at least 128 for its four levels of correlation."""
+"""RAFT needs sides that are multiples of 8 and, for its four levels of correlation, at least 128."""
 
 TILE, TILE_OVERLAP = 1024, 256
-"""Sides, in pixels of the estimated frames, for tiled flow."""
+"""Side of a tile and overlap of tiles for tiled flow, in pixels of the estimated frames."""
 
 LUMA = (0.299, 0.587, 0.114)
 
 
 class FlowEstimator(nn.Module):
-    """Base of all estimators. A module even without weights, so that each can be moved to a device."""
+    """Base class of all estimators; a module even without weights, so that any can be moved to a device."""
 
     name = "none"
     any_size = True
-    """Whether it may be asked at a lower size than the output's."""
+    """Whether it can estimate flow at a smaller size than the output's."""
     countable: tuple[str, ...] = ()
-    """Those of `methods` whose memory can be counted on the meta device, since no number decides about it."""
+    """The `methods` whose memory can be counted on the meta device, since it does not depend on values."""
     bytes_per_pixel = 0.0
-    """Memory per pixel of the estimated frames by the other methods."""
+    """Memory that the other methods need per pixel of the estimated frames."""
     methods: tuple[str, ...] = ("whole",)
-    """Ways to compute, the most memory first: 'whole', 'linear' (the same numbers) and 'tiled' (others)."""
+    """Supported methods, most memory first: 'whole', 'linear' (same numbers), 'tiled' (other numbers)."""
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
         raise NotImplementedError
 
     def estimate(self, current: Tensor, previous: Tensor, method: str) -> Tensor:
-        """Like `forward`, by one of `methods`."""
+        """Estimate flow like `forward`, using one of `methods`."""
         return self(current, previous)
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
-        """`estimate` for two LQ frames enlarged by `scale`."""
+        """Call `estimate` on two LQ frames enlarged by `scale`."""
         return self.estimate(upsample(lq, scale), upsample(previous, scale), method)
 
     @property
@@ -60,7 +60,7 @@ class FlowEstimator(nn.Module):
 
 
 class NoFlow(FlowEstimator):
-    """No motion, no guidance."""
+    """Estimates no motion, so the previous frame does not guide the current one."""
 
     @property
     def estimates(self) -> bool:
@@ -68,7 +68,7 @@ class NoFlow(FlowEstimator):
 
 
 class TileableFlow(FlowEstimator):
-    """An estimator that looks only at a pixel's surroundings, so it can run in tiles."""
+    """Base class of estimators that see only the surroundings of each pixel and so can run in tiles."""
 
     methods = ("whole", "tiled")
 
@@ -82,12 +82,12 @@ class TileableFlow(FlowEstimator):
         return flow
 
     def estimate_tile(self, current: Tensor, previous: Tensor) -> Tensor:
-        """Flow of one tile."""
+        """Return the flow of one tile."""
         return self(current, previous)
 
 
 class RaftFlow(TileableFlow):
-    """torchvision's RAFT, 12 updates, always float32."""
+    """torchvision's RAFT with 12 updates, always in float32."""
 
     methods = ("whole", "linear", "tiled")
     countable = ("whole",)
@@ -114,7 +114,7 @@ class RaftFlow(TileableFlow):
 
 
 class DisFlow(TileableFlow):
-    """OpenCV's Dense Inverse Search on 8-bit luminance: fast on a CPU, no weights."""
+    """OpenCV's Dense Inverse Search on 8-bit luminance; fast on a CPU, and needs no weights."""
 
     name = "dis"
     bytes_per_pixel = 60.0
@@ -129,7 +129,7 @@ class DisFlow(TileableFlow):
 
 
 class BundledFlow(TileableFlow):
-    """nano's own small network, always float32: needs neither OpenCV nor a download."""
+    """nano's own small network, always in float32; needs neither OpenCV nor a download."""
 
     name = "bundled"
     countable = ("whole", "tiled")
@@ -145,7 +145,7 @@ class BundledFlow(TileableFlow):
         return self._of_reduced(*small)[..., :height, :width]
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
-        """Frames are not enlarged only to be averaged down again: the result is the same up to rounding."""
+        """Skip enlarging frames that would be averaged down again; the result differs only by rounding."""
         if scale != REDUCTION or method != "whole":
             return super().between(lq, previous, scale, method)
         return self._of_reduced(enlarged_and_reduced(lq), enlarged_and_reduced(previous))
@@ -156,7 +156,7 @@ class BundledFlow(TileableFlow):
 
 
 class CallableFlow(FlowEstimator):
-    """A user's function of (current, previous), called at the output's size; its result is checked."""
+    """Wraps a user's function of (current, previous), called at the output's size, and checks its result."""
 
     any_size = False
 
@@ -188,13 +188,13 @@ def _import_cv2() -> Any:
 
 
 FLOW_MODELS = ("raft_large", "raft_small", "bundled", "dis", "none")
-"""Names that `open_flow` knows, beside 'auto' and callables."""
+"""Names that `open_flow` accepts besides callables; callers resolve 'auto' to one of these."""
 
 
 def open_flow(
     flow: str | Callable[[Tensor, Tensor], Tensor], open_network: Callable[[str], Any]
 ) -> FlowEstimator:
-    """The estimator of that name, or around that callable; `open_network` gives networks with weights."""
+    """Return the estimator of that name, or wrap a callable; `open_network` loads a network by its name."""
     if isinstance(flow, FlowEstimator):
         return flow
     if callable(flow):

@@ -1,4 +1,4 @@
-"""Where the previous frame can be believed: flow there and back agrees, and the frames match along it."""
+"""Trust in the previous frame: both directions of flow must agree, and the frames must match along it."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from torch.nn import functional as F
 from ..tensors import upsample
 
 AGREE_PIXELS, AGREE_SHARE = 2.5, 0.05
-"""Flow there and back may miss its start by so many HQ pixels, and by this share of both lengths besides."""
+"""A pixel moved along the flow and back may miss its start by this many HQ pixels, plus this share of the
+lengths of both flows (all three squared)."""
 
 MATCH, CONTRAST = 0.04, 0.15
-"""How far two LQ frames may differ along the flow, averaged over colours, in model range; and by what share
-of the contrast around besides, since small steps make edges and fine lines look different in each frame."""
+"""Largest difference between two LQ frames along the flow, averaged over colours, in model range, plus the
+share of the local contrast that is added, since tiny shifts make edges and fine lines look different."""
 
 ERODE, FEATHER = 5, 5
-"""HQ pixels by which what is not believed grows, and over which trust then fades."""
+"""HQ pixels by which untrusted areas are grown, and over which trust then fades."""
 
 
 def mask(lq: Tensor, previous: Tensor, flow: Tensor, back: Tensor | None, scale: int) -> Tensor:
-    """Trust in each pixel of the warped previous frame, (1, 1, H, W) float32 in [0, 1]: 1 is full trust.
+    """Return the trust in each pixel of the warped previous frame, (1, 1, H, W) float32 from 0 to 1 (full).
 
-    `lq` and `previous` (1, 3, h, w) in model range; `flow` (1, 2, H, W) from `lq` back to `previous`, in
-    pixels of the large frame (H = scale * h); `back` the one from `previous` to `lq`, or None where flow was
-    given: then only the frames are compared. What moved in from outside the picture is not trusted.
+    `lq` and `previous`: (1, 3, h, w) in model range; `flow`: (1, 2, H, W) from `lq` back to `previous`, in
+    pixels of the large frame (H = scale * h); `back`: the flow from `previous` to `lq`, or None if the caller
+    supplied the flow, in which case only the frames are compared. Pixels that moved in from outside the
+    picture are not trusted.
     """
     now, before = upsample(lq, scale), upsample(previous, scale)
     height, width = flow.shape[-2:]
@@ -45,6 +47,6 @@ def mask(lq: Tensor, previous: Tensor, flow: Tensor, back: Tensor | None, scale:
         lengths = flow.square().sum(1, keepdim=True) + returned.square().sum(1, keepdim=True)
         missed = (flow + returned).square().sum(1, keepdim=True)
         good &= missed < AGREE_PIXELS**2 + AGREE_SHARE * lengths
-    # Eroded, since a network looks around each pixel; then faded, so that no edge shows.
+    # Erode trust, since networks look around each pixel, then fade it, so that no edge is visible.
     bad = F.max_pool2d((~good).float(), 2 * ERODE + 1, 1, ERODE)
     return 1 - F.avg_pool2d(bad, 2 * FEATHER + 1, 1, FEATHER, count_include_pad=False)

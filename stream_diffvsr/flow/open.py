@@ -1,4 +1,4 @@
-"""Weights of flow networks: nano's own lie in its folder, RAFT's are found or fetched."""
+"""Loading of flow networks: nano's weights are in its folder, RAFT's are found on disk or downloaded."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .bundled import FlowNetwork
 from .raft_weights import open_raft
 
 BUNDLED = NANO / "flow" / "model.safetensors"
-"""Its configuration lies beside it."""
+"""The weights of nano's flow network; its configuration is in the same folder."""
 
 
 def open_flow_network(name: str, folders: Iterable[Path] = ()) -> nn.Module:
-    """The network of an estimator that needs one, on the CPU; RAFT's weights are looked for in `folders`."""
+    """Return an estimator's network, on the CPU; `folders` are searched for RAFT's weights."""
     return open_bundled() if name == "bundled" else open_raft(name, folders)
 
 
 def open_bundled(path: Path = BUNDLED) -> FlowNetwork:
-    """nano's own network, in float32; raises `ModelNotFoundError` or `CheckpointError`."""
+    """Return nano's own network, in float32; raise `ModelNotFoundError` or `CheckpointError`."""
     for needed in (path, path.with_name("config.json")):
         if not needed.is_file():
             raise ModelNotFoundError(

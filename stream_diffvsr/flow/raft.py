@@ -14,19 +14,19 @@ UPDATES = 12
 
 
 def estimate(network: Any, current: Tensor, previous: Tensor, *, linear: bool) -> Tensor:
-    """Flow (1, 2, H, W) in pixels by torchvision's RAFT `network`; H and W are multiples of 8.
+    """Return the flow (1, 2, H, W), in pixels, of torchvision's RAFT `network`; H, W are multiples of 8.
 
-    The network's own `forward` computes the same, but keeps the flow of every update at full size,
-    both frames' features at once, and its correlation volume until the next call. `linear` looks
-    correlations up in linear memory; else the volume of all pairs is made.
+    The network's own `forward` computes the same, but keeps the flow of every update at full size, encodes
+    both frames at once, and keeps its correlation volume until the next call. With `linear`, correlations are
+    looked up in linear memory; otherwise the volume of all pairs is computed.
     """
     fmap1, fmap2 = network.feature_encoder(current), network.feature_encoder(previous)
     correlation = (_linear if linear else _volume)(network.corr_block, fmap1, fmap2)
     hidden, context = _context(network, current)
     start = position = _grid(fmap1)
-    # Where only memory is counted, two tell as much as all.
+    # On the meta device only memory is counted, and two updates use as much as all of them.
     for _ in range(2 if current.is_meta else UPDATES):
-        # torchvision makes its offsets on the default device, and would wait to copy them from a CPU.
+        # torchvision creates its offsets on the default device; copying them from the CPU would block.
         with current.device:
             matches = correlation.index_pyramid(centroids_coords=position)
         hidden, delta = network.update_block(hidden, context, matches, position - start)
@@ -42,7 +42,7 @@ def _linear(block: Any, fmap1: Tensor, fmap2: Tensor) -> LinearCorrelation:
 
 
 def _volume(block: Any, fmap1: Tensor, fmap2: Tensor) -> Any:
-    """A block of torchvision's with a pyramid made without its second copy of the volume."""
+    """Return torchvision's block with its pyramid, built without torchvision's second copy of the volume."""
     volume = type(block)(num_levels=block.num_levels, radius=block.radius)
     channels, height, width = fmap1.shape[1:]
     pairs = (fmap1 / channels**0.5).flatten(2).transpose(1, 2) @ fmap2.flatten(2)
@@ -60,7 +60,7 @@ def _context(network: Any, current: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _grid(like: Tensor) -> Tensor:
-    """Each pixel's own position, (1, 2, h, w), x first."""
+    """Return each pixel's own position, (1, 2, h, w), x first."""
     y, x = torch.meshgrid(
         *(torch.arange(side, device=like.device) for side in like.shape[-2:]), indexing="ij"
     )
@@ -68,7 +68,7 @@ def _grid(like: Tensor) -> Tensor:
 
 
 def _enlarge(network: Any, flow: Tensor, hidden: Tensor) -> Tensor:
-    """Flow at an eighth of the size -> full size."""
+    """Enlarge flow from an eighth of the size to full size."""
     from torchvision.models.optical_flow._utils import upsample_flow
 
     mask = None if network.mask_predictor is None else network.mask_predictor(hidden)

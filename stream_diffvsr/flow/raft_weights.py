@@ -1,4 +1,4 @@
-"""RAFT with torchvision's weights: from a models folder, ComfyUI's or torch's hub cache, or downloaded."""
+"""RAFT with torchvision's weights: from a models folder, ComfyUI's, torch's hub cache, or a download."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..files import read_weights
 from ..weights.networks import check_keys, empty, shapes_of
 
 RAFT = {"raft_large": "Raft_Large_Weights", "raft_small": "Raft_Small_Weights"}
-"""Each estimator's weights in torchvision; DEFAULT of them is what the reference uses."""
+"""torchvision's enumeration of each estimator's weights; the reference uses the DEFAULT ones."""
 
 FOLDER = "flow"
-"""Where in a models folder RAFT's weights lie, as .safetensors or .pth."""
+"""Subfolder of a models folder that may contain RAFT's weights, as .safetensors or .pth."""
 
 SHARED_FOLDER = "optical_flow"
-"""ComfyUI's folder for flow weights of any kind, in a models folder or beside it."""
+"""ComfyUI's folder for flow weights of any kind, inside a models folder or beside it."""
 
 SUFFIXES = (".safetensors", ".pth")
 
 
 def open_raft(name: str, folders: Iterable[Path] = ()) -> nn.Module:
-    """torchvision's network with its weights, on the CPU.
+    """Return torchvision's network with its weights, on the CPU.
 
-    Looks in `flow/` of each folder, in `optical_flow/` of each and beside each, in torch's hub cache, then
-    downloads. Raises `ModelNotFoundError` or `CheckpointError`.
+    Searches `flow/` in each folder, `optical_flow/` in each folder and beside it, and torch's hub cache, then
+    downloads the weights. Raises `ModelNotFoundError` or `CheckpointError`.
     """
     return load_raft(name, find_raft(name, folders) or download_raft(name))
 
 
 def load_raft(name: str, path: Path) -> nn.Module:
-    """The network with the weights of a file; raises `CheckpointError` where these are no whole ones."""
+    """Return the network with the weights of a file; raise `CheckpointError` if the file is not intact."""
     from torchvision.models import optical_flow
 
     network = empty(lambda: getattr(optical_flow, name)(weights=None, progress=False))
@@ -48,14 +48,14 @@ def load_raft(name: str, path: Path) -> nn.Module:
 
 
 def find_raft(name: str, folders: Iterable[Path] = ()) -> Path | None:
-    """The file of RAFT's weights that is there, or None."""
+    """Return an existing file with RAFT's weights, or None."""
     folders = list(folders)
     own = _files((folder / FOLDER for folder in folders), name)
     if own:
         return own[0]
     published = hub_file(name)  # imports torchvision
     shared = [place / SHARED_FOLDER for folder in folders for place in (folder, folder.parent)]
-    # Other programs keep RAFTs of other makers there: only names that torchvision's file has, or begins with.
+    # Other programs store other RAFTs there: accept only torchvision's file name or the beginning of it.
     known = [path for path in _files(shared, name) if published.stem.startswith(path.stem)]
     return next((path for path in [*known, published] if path.is_file()), None)
 
@@ -66,12 +66,12 @@ def _files(folders: Iterable[Path], name: str) -> list[Path]:
 
 
 def hub_file(name: str) -> Path:
-    """Where torchvision keeps the weights that it downloads."""
+    """Return the path where torchvision stores the weights that it downloads."""
     return Path(torch.hub.get_dir(), "checkpoints", _weights(name).url.rpartition("/")[2])
 
 
 def read_raft(path: Path) -> dict[str, Any]:
-    """The weights of a file; torchvision's names end in the first digits of the file's SHA-256."""
+    """Read the weights of a file, checking the first digits of its SHA-256 if its name ends in them."""
     prefix = _hash_prefix(path)
     if prefix and not _digest(path).startswith(prefix):
         raise CheckpointError(
@@ -82,7 +82,7 @@ def read_raft(path: Path) -> dict[str, Any]:
 
 
 def download_raft(name: str) -> Path:
-    """Bring torchvision's file of weights and check its hash; it is not unpickled here."""
+    """Download torchvision's file of weights and check its hash, without unpickling it."""
     from ..weights.fetch import offline
 
     weights, path = _weights(name), hub_file(name)
@@ -108,7 +108,7 @@ def _weights(name: str) -> Any:
 
 
 def _hash_prefix(path: Path) -> str | None:
-    """The first digits of the file's SHA-256, where its name gives them."""
+    """Return the first digits of the file's SHA-256 if its name contains them, else None."""
     found = re.search(r"-([0-9a-f]{8,})\.pth$", path.name)
     return found[1] if found else None
 

@@ -1,1 +1,1 @@
-"""How close a result is to the ground truth, picture by picture and over time."""
+"""Measures of how close a result is to the ground truth, picture by picture and over time."""

@@ -1,7 +1,7 @@
-"""Measures of one frame, and of two in a row.
+"""Quality measures of single frames and of two consecutive frames.
 
-Convention: pictures are (1, 3, H, W) float32 in [0, 1], RGB; flow is backward, (1, 2, H, W) pixels. Measures
-that the library piq has are taken from it, with the settings that the field uses.
+Convention: pictures are (1, 3, H, W) float32 in [0, 1], RGB; flow is backward, (1, 2, H, W), in pixels.
+Measures that the library piq offers are computed by it, with the settings that are usual in the field.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from ..flow import DisFlow
 from ..tensors import from_pixels
 
 LUMA = (0.299, 0.587, 0.114)
-"""BT.601 weights, which the field's luminance figures use."""
+"""BT.601 weights, which are usual in the field for luminance figures."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Figures of one frame; those over time are NaN on the first."""
+    """Figures of one frame; those over time are NaN for the first frame."""
 
     psnr_y: float
     """Peak signal-to-noise ratio of luminance, dB; higher is better."""
@@ -42,19 +42,19 @@ class Measures:
     colour_error: float
     """Root mean square error of Cb and Cr after a Gaussian blur of sigma 4, in grey levels of 255: tints."""
     warping_error: float = math.nan
-    """Mean squared difference to the frame before moved along the truth's flow, where that frame shows the
-    same (Lai et al. 2018); lower is steadier. See `warping_error`."""
+    """Mean squared difference from the previous frame moved along the truth's flow, where that frame is not
+    occluded (Lai et al. 2018); lower is steadier. See `warping_error`."""
     tof: float = math.nan
-    """Mean absolute difference of the result's flow and the truth's, pixels (Chu et al. 2020, tOF)."""
+    """Mean absolute difference between the result's flow and the truth's, pixels (Chu et al. 2020, tOF)."""
 
 
 NAMES = tuple(field.name for field in fields(Measures))
 
 
 def measure(pairs: Iterable[tuple[Tensor, Tensor]], border: int = 0) -> Iterator[Measures]:
-    """Figures of each (result, truth); `border` pixels at each side do not count in single pictures.
+    """Yield the figures of each (result, truth); those of single pictures ignore `border` pixels per side.
 
-    Raises `IncompatibleInputError` where two frames differ in size.
+    Raises `IncompatibleInputError` if a result and its truth differ in size or are too small.
     """
     before: tuple[Tensor, Tensor] | None = None
     for one, other in pairs:
@@ -75,7 +75,7 @@ def protocol(border: int) -> str:
 
 
 def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
-    """Refuse frames of different sizes, and a border that leaves nothing to compare."""
+    """Refuse frames of different sizes, and a border that leaves too little to compare."""
     (height, width), size = truth.shape[-2:], f"{result.shape[-1]}x{result.shape[-2]}"
     if result.shape != truth.shape:
         raise IncompatibleInputError(
@@ -88,11 +88,11 @@ def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
 
 
 SMALLEST = 41
-"""VIF's largest window needs so many pixels."""
+"""Smallest side, in pixels, that VIF's largest window can be applied to."""
 
 
 def picture_measures(result: Tensor, truth: Tensor, border: int) -> dict[str, float]:
-    """The figures that need no other frame."""
+    """Return the figures that need no other frame."""
     piq = _import_piq()
     inside = slice(border, -border or None)
     a, b = (x[..., inside, inside].clamp(0, 1) for x in (result, truth))
@@ -109,7 +109,7 @@ def picture_measures(result: Tensor, truth: Tensor, border: int) -> dict[str, fl
 
 
 def luma(picture: Tensor) -> Tensor:
-    """BT.601 luminance, (1, 1, H, W) in [0, 1]."""
+    """Return the BT.601 luminance, (1, 1, H, W) in [0, 1]."""
     weights = torch.tensor(LUMA, device=picture.device)[:, None, None]
     return (picture * weights).sum(1, keepdim=True)
 
@@ -137,7 +137,7 @@ def blurred(picture: Tensor, sigma: int = 4) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """dB for a range of 1; infinite for equal pictures."""
+    """Return the peak signal-to-noise ratio in dB for a range of 1; infinite for equal pictures."""
     error = float(F.mse_loss(a, b))
     return -10 * math.log10(error) if error else math.inf
 
@@ -145,7 +145,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def temporal_measures(
     result: Tensor, truth: Tensor, before: tuple[Tensor, Tensor] | None
 ) -> dict[str, float]:
-    """The figures of a frame and the one before it; nothing for the first."""
+    """Return the figures of a frame and the previous one; an empty dict for the first frame."""
     if before is None:
         return {}
     flow = estimate(truth, before[1])
@@ -157,18 +157,21 @@ def temporal_measures(
 
 
 def estimate(current: Tensor, previous: Tensor) -> Tensor:
-    """Backward flow by DIS."""
+    """Return the backward flow, estimated by DIS."""
     return DisFlow()(from_pixels(current), from_pixels(previous))
 
 
 def warping_error(current: Tensor, previous: Tensor, flow: Tensor, seen: Tensor) -> float:
-    """Mean squared difference of `current` and `previous` moved along `flow`, over the pixels `seen`."""
+    """Return the mean squared difference of `current` and `previous` moved along `flow`, where `seen`."""
     squared = (current - sample_zero_outside(previous, flow)).square().mean(1, keepdim=True)
     return float((squared * seen).sum() / seen.sum().clamp(min=1))
 
 
 def visible(flow: Tensor, reverse: Tensor) -> Tensor:
-    """1 where a pixel's way back leads to itself (Sundaram et al. 2010) and inside the picture, else 0."""
+    """Return 1 where flow stays inside the picture and leads back to its start, else 0.
+
+    The test of the way back is that of Sundaram et al. 2010.
+    """
     back = sample_zero_outside(reverse, flow)
     limit = 0.01 * (flow.square().sum(1, keepdim=True) + back.square().sum(1, keepdim=True)) + 0.5
     same = (flow + back).square().sum(1, keepdim=True) < limit
@@ -176,7 +179,7 @@ def visible(flow: Tensor, reverse: Tensor) -> Tensor:
 
 
 def sample_zero_outside(picture: Tensor, flow: Tensor) -> Tensor:
-    """`picture` at positions p + flow(p), bilinear, 0 outside; zero flow is identity, unlike in `warp`."""
+    """Sample `picture` at p + flow(p), bilinear, 0 outside; unlike in `warp`, zero flow is the identity."""
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]

@@ -1,4 +1,4 @@
-"""Figures as a table of frames, a summary, and a picture."""
+"""Reports of figures: a table of all frames, a summary and a plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .measures import NAMES, Measures
 
 
 def means(frames: Sequence[Measures]) -> dict[str, float]:
-    """Mean of each figure over the frames that have it; NaN where none has."""
+    """Return the mean of each figure over the frames that have it, or NaN if there are none."""
     columns = {name: [getattr(each, name) for each in frames] for name in NAMES}
     return {
         name: _mean([value for value in column if not math.isnan(value)]) for name, column in columns.items()
@@ -25,7 +25,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def summary(frames: Sequence[Measures]) -> str:
-    """A Markdown table with one row of means."""
+    """Return a Markdown table with one row of means."""
     values = means(frames)
     head = ["frames", *NAMES]
     row = [str(len(frames)), *(f"{values[name]:.5g}" for name in NAMES)]
@@ -33,7 +33,7 @@ def summary(frames: Sequence[Measures]) -> str:
 
 
 def write_csv(path: Path, frames: Sequence[Measures]) -> None:
-    """One row per frame; empty cells where a figure does not exist."""
+    """Write one row per frame, with an empty cell for each missing figure."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["frame", *NAMES])
         writer.writeheader()
@@ -43,7 +43,7 @@ def write_csv(path: Path, frames: Sequence[Measures]) -> None:
 
 
 def write_plot(path: Path, frames: Sequence[Measures]) -> None:
-    """Each figure over the frames, as a PNG."""
+    """Plot each figure over the frames, as a PNG file."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

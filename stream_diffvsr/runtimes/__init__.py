@@ -1,1 +1,1 @@
-"""What computes networks."""
+"""Runtimes: the libraries that compute the networks, and ways to use them."""

@@ -1,4 +1,4 @@
-"""A runtime by its name."""
+"""Selection of a runtime by its name."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PROVIDERS = ("auto", "cpu", "gpu", "npu", "cuda", "tensorrt")
 def open_runtime(
     name: str, provider: str, device: torch.device, dtype: str | torch.dtype, quantize: str
 ) -> Runtime | None:
-    """The runtime of that name for tensors on `device`; None is PyTorch, or `auto` before it has chosen.
+    """Return the runtime of that name for tensors on `device`; None for PyTorch and for undecided `auto`.
 
-    Raises `IncompatibleInputError` and `ModuleNotFoundError` with what to do.
+    Raises `IncompatibleInputError` or `ModuleNotFoundError`, each with advice.
     """
     if name not in RUNTIMES:
         raise IncompatibleInputError(f"runtime must be one of {', '.join(RUNTIMES)}, not {name!r}")

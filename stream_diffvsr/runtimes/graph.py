@@ -14,37 +14,37 @@ from torch import Tensor, nn
 from ..errors import IncompatibleInputError
 
 VERSION = "1"
-"""Of the graphs' inputs and outputs: files built for another one are not used."""
+"""Version of the graphs' inputs and outputs; files built for another version are not used."""
 
 Call = Callable[..., list[Tensor]]
-"""Takes a graph's inputs in order, gives its outputs in memory of their own, on the device they came from."""
+"""Runs a graph on its inputs, in order; returns its outputs in new memory, on the inputs' device."""
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """What is to be exported. Pictures, that is tensors of 4 axes, may have any height and width later."""
+    """A network to export; its pictures (tensors of 4 axes) may later have any height and width."""
 
     name: str
     network: nn.Module
-    """Takes and gives tensors only, several as a tuple."""
+    """Accepts and returns only tensors; several results are returned as a tuple."""
     inputs: tuple[Tensor, ...]
-    """Examples."""
+    """Example inputs."""
     form: str = ""
-    """Which sizes it is for, where a network decides by size what it does."""
+    """The sizes that it applies to, if the network's operations depend on the size."""
 
     @property
     def size(self) -> int:
-        """Bytes of its weights."""
+        """The size of the weights in bytes."""
         return sum(value.nbytes for value in self.network.state_dict().values())
 
     def key(self) -> dict[str, str]:
-        """All that an export depends on."""
+        """Return everything that an export depends on."""
         versions = {name: version(name) for name in ("torch", "diffusers")}
         own = {"graph": self.name, "version": VERSION, "form": self.form, "weights": _digest(self.network)}
         return {**own, **versions}
 
     def export(self) -> Any:
-        """torch's ExportedProgram; raises `IncompatibleInputError` where this torch is too old."""
+        """Return torch's ExportedProgram; raise `IncompatibleInputError` if this torch is too old."""
         if not hasattr(torch.export.Dim, "AUTO"):
             raise IncompatibleInputError(
                 f"runtimes other than torch need torch 2.6 or newer, not {torch.__version__}"
@@ -58,26 +58,26 @@ class Graph:
 
 
 class Runtime(Protocol):
-    """Runs graphs."""
+    """A library that runs graphs."""
 
     name: str
     dtype: torch.dtype
-    """Of the numbers that graphs take and give."""
+    """Number format of the graphs' inputs and outputs."""
     number_format: str
-    """Of the numbers inside, for people."""
+    """Number format of the computation itself, as readable text."""
 
     @property
     def details(self) -> str:
-        """What its numbers depend on: version, device, threads."""
+        """The settings that affect the numbers: version, device, threads."""
         ...
 
     def open(self, graph: Graph) -> Call:
-        """A graph ready to run; built first if none is kept."""
+        """Return a graph that is ready to run, building it first unless a stored one exists."""
         ...
 
 
 class _Flat(nn.Module):
-    """A network with its inputs as one tuple, so that one description of shapes fits all."""
+    """Wraps a network so that a single description of dynamic shapes covers all its inputs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class _Flat(nn.Module):
 
 
 def _digest(network: nn.Module) -> str:
-    """Names a network's weights by some of the numbers of each: enough to see any training of them."""
+    """Return a digest of a few values of each of a network's weights, enough to detect any training."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         rows: Sequence[Tensor] = [value] if value.ndim == 0 else [value[0], value[len(value) // 2], value[-1]]

@@ -1,4 +1,4 @@
-"""Files that a runtime built, kept for later runs under a key of all that they depend on."""
+"""Storage of files built by a runtime, for later runs, under a key of everything that they depend on."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MANIFEST = "manifest.json"
 def built_once(
     root: Path, key: Mapping[str, str], size: int, make: Callable[[Path], None]
 ) -> Generator[Path, None, None]:
-    """A folder with what `make(folder)` writes, made at most once for a `key` below `root`.
+    """Yield a folder below `root` with the files that `make(folder)` writes, made at most once per `key`.
 
-    `key["graph"]` begins its name; `size`: bytes of its weights, by which the log says how long it takes.
-    Incomplete files, or ones made under another key, are made again; of two processes the second waits. If
-    `root` is read-only, the folder exists only as long as the block.
+    The folder's name begins with `key["graph"]`; `size`: bytes of the weights, from which the logged duration
+    is estimated. Incomplete files and files made under another key are made again; if two processes need the
+    same folder, the second one waits. If `root` is read-only, the folder exists only inside the context.
     """
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
     folder = root / f"{key['graph']}-{name}"
@@ -55,9 +55,9 @@ def built_once(
 
 
 def expected_seconds(root: Path, size: int) -> float:
-    """How long `size` bytes of weights will take to convert, judged by what was converted below `root`.
+    """Estimate how long converting `size` bytes of weights takes, from earlier conversions below `root`.
 
-    Where nothing was yet, by two cores of a server of 2024.
+    If there are none, two cores of a server of 2024 are assumed.
     """
     ratios = []
     for path in root.glob(f"*/{MANIFEST}"):
@@ -74,7 +74,7 @@ def _usual_seconds(size: int) -> float:
 
 
 def _make_once(folder: Path, key: Mapping[str, str], size: int, make: Callable[[Path], None]) -> bool:
-    """Whether the folder is there now; False, after one line of the log, where it cannot be written."""
+    """Make the folder unless it is complete; return False, after a log message, if it cannot be written."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def _is_whole(folder: Path, key: Mapping[str, str]) -> bool:
             _sizes(files),
             fingerprint(files),
         )
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or torn
+    except (OSError, ValueError, KeyError, TypeError):  # missing or incomplete
         return False
 
 

@@ -1,4 +1,4 @@
-"""Graphs run by ONNX Runtime: on a CPU, and on NVIDIA's GPUs through CUDA or TensorRT."""
+"""Graphs run by ONNX Runtime: on a CPU, or on an NVIDIA GPU through CUDA or TensorRT."""
 
 from __future__ import annotations
 
@@ -18,20 +18,24 @@ PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""What each takes to run a graph, best first: the others run what it cannot. Only cpu was run so far."""
+"""ONNX Runtime's providers for each name, best first; later ones run what earlier ones cannot. Only cpu has
+been tested so far."""
 
 MODEL = "model.onnx"
 
 
 class ONNX:
-    """A `Runtime`. Its number format is that of the networks: half precision is in the graph itself."""
+    """A `Runtime` whose number format is that of the networks: half precision is part of the graph itself."""
 
     name = "onnx"
 
     def __init__(
         self, provider: str = "auto", device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
-        """Raises `IncompatibleInputError` for what is not here, `ModuleNotFoundError` where it is missing."""
+        """Check the settings and the installation.
+
+        Raises `IncompatibleInputError` for unsupported settings, `ModuleNotFoundError` without ONNX Runtime.
+        """
         try:
             import onnxruntime
         except ImportError as error:
@@ -73,7 +77,7 @@ class ONNX:
             options = onnxruntime.SessionOptions()
             options.log_severity_level = 3
             options.intra_op_num_threads = torch.get_num_threads()
-            # Threads that wait in a loop hold up whatever else runs.
+            # Threads that spin while waiting slow down everything else.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             session = onnxruntime.InferenceSession(
                 folder / MODEL, options, providers=self._providers(folder.name)
@@ -89,7 +93,7 @@ class ONNX:
         if self.provider == "tensorrt":
             engines = user_cache() / "tensorrt" / f"{key}-{_card(index)}"
             engines.mkdir(parents=True, exist_ok=True)
-            # Engines grow by the sizes that come, and are built again where one comes that does not fit.
+            # TensorRT widens an engine's range of sizes, rebuilding it whenever a new size does not fit.
             settings["TensorrtExecutionProvider"] = {
                 "device_id": index,
                 "trt_engine_cache_enable": True,
@@ -101,7 +105,7 @@ class ONNX:
 
 
 class _Session:
-    """A session as a `Call`; tensors stay where they are, on a GPU, too."""
+    """An ONNX Runtime session as a `Call`; tensors stay on their device, even on a GPU."""
 
     def __init__(self, session: Any, device: torch.device) -> None:
         self.session, self.device = session, device
@@ -118,7 +122,7 @@ class _Session:
             binding.bind_ortvalue_input(name, OrtValue.from_dlpack(x))
         for each in self.session.get_outputs():
             binding.bind_output(each.name, self.device.type, self.device.index or 0)
-        synchronize(self.device)  # what torch has still to do for the inputs
+        synchronize(self.device)  # wait until torch has computed the inputs
         self.session.run_with_iobinding(binding)
         binding.synchronize_outputs()
         return [torch.from_dlpack(value) for value in binding.get_outputs()]
@@ -140,7 +144,7 @@ def _convert(graph: Graph, path: Path) -> None:
 
 
 def _card(index: int) -> str:
-    """A GPU's name, capability and driver's version, which an engine is made for."""
+    """Return the GPU's name and capability and the CUDA and TensorRT versions that an engine is built for."""
     import tensorrt  # type: ignore[import-not-found]
 
     major, minor = torch.cuda.get_device_capability(index)

@@ -1,4 +1,4 @@
-"""Graphs run by OpenVINO: on a CPU, and on Intel's GPUs and NPUs."""
+"""Graphs run by OpenVINO: on a CPU, or on an Intel GPU or NPU."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from .graph import Call, Graph
 from .kept import built_once
 
 DEVICES = {"auto": "CPU", "cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
-"""What we call them, and what OpenVINO does."""
+"""OpenVINO's names of devices, by our names of providers."""
 
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class OpenVINO:
-    """A `Runtime`. `precision` other than float32 is an approximation inside it: inputs and outputs stay."""
+    """A `Runtime`; a `precision` below float32 approximates, while inputs and outputs stay float32."""
 
     name = "openvino"
     dtype = torch.float32
 
     def __init__(self, provider: str = "auto", precision: torch.dtype = torch.float32) -> None:
-        """Raises `IncompatibleInputError` for a device that is not here, `ModuleNotFoundError` without it."""
+        """Check the settings and the installation.
+
+        Raises `IncompatibleInputError` for a missing device, `ModuleNotFoundError` without OpenVINO.
+        """
         try:
             import openvino
         except ImportError as error:
@@ -66,10 +69,10 @@ class OpenVINO:
         if self.device != "NPU":
             settings["INFERENCE_PRECISION_HINT"] = HINTS[self.precision]
         if self.device == "CPU":
-            # Beside other work, threads that are bound to a core wait for it.
+            # On a busy machine, threads pinned to a core would wait for the other work on that core.
             threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
             return {**settings, **threads}
-        return {**settings, "CACHE_DIR": str(root / "compiled")}  # minutes of compiling
+        return {**settings, "CACHE_DIR": str(root / "compiled")}  # saves minutes of compiling
 
 
 class _Request:

@@ -206,7 +206,7 @@ class FlashVSR(ChunkUpscaler):
         return self._checked(hq)
 
     def _four(self, frames: Sequence[Tensor], options: FlashVSROptions) -> Tensor:
-        """Enlarge, pad and stack the frames of a push to (4, 3, H, W), repeating a single frame four times."""
+        """Enlarge, pad and stack the frames of a push to (4, 3, H, W); a single frame is used four times."""
         size = result_size(frames[0], options)
         padded = padded_size(*size, MULTIPLE)
         large = [pad_to(enlarge(lq, size), *padded).to(self.dtype) for lq in frames]

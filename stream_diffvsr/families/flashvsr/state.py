@@ -16,7 +16,7 @@ from .transformer import Pairs
 FAMILY = "flashvsr"
 
 FIRST, CHUNK, AHEAD = 25, 8, 4
-"""Frames read by a scene's first chunk, frames read by each later one, and frames read but not yet decoded."""
+"""Frames of a scene's first chunk, new frames of each later one, and frames read but not yet decoded."""
 
 LATENTS = 6
 """Latents of the first chunk; later chunks have 2."""

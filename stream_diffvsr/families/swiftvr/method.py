@@ -105,7 +105,10 @@ class SwiftVR(ChunkUpscaler):
         on_step: OnStep,
         noise: Tensor | None,
     ) -> tuple[list[Tensor], Memory]:
-        """Compute a chunk; a frame in excess of a multiple of 4 is the scene's last and is repeated to make 4."""
+        """Compute a chunk.
+
+        If its new frames are one more than a multiple of 4, the scene ends and the last frame stands for 4.
+        """
         new = list(frames[memory.ahead :])
         last = len(new) % GROUP == 1
         z, encoder = self._encode(new + new[-1:] * (-len(new) % GROUP), memory, options, on_step)
@@ -150,7 +153,7 @@ class SwiftVR(ChunkUpscaler):
 
 
 def prepared(lq: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a frame to the size of its result, convert it to [0, 1] and pad it with black for the encoder."""
+    """Resize a frame to the size of its result, convert it to [0, 1], and pad it with black for encoding."""
     if size != (lq.shape[-2], lq.shape[-1]):
         lq = F.interpolate(lq, size=size, mode="bilinear", align_corners=False)
     height, width = padded_size(*size, MULTIPLE)

@@ -95,7 +95,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def queries_keys_values(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rotated queries, rotated keys, and values of (tokens, width), each (tokens, heads, head size)."""
+    """Return rotated queries and keys, and values, of (tokens, width); each is (tokens, heads, head size)."""
     q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
     q, k, v = (each.unflatten(-1, (attn.heads, -1)) for each in (q, k, v))
     return rotate(q, cos, sin), rotate(k, cos, sin), v

@@ -1,1 +1,1 @@
-"""PyTorch's own ways: number formats, 8 bits, compiling."""
+"""Ways to run networks in PyTorch: number formats, 8-bit layers, compilation, rearranged weights."""

@@ -1,7 +1,8 @@
-"""torch.compile for the blocks that the networks are made of; without it where it does not work.
+"""torch.compile for the blocks that networks consist of; blocks that fail to compile run uncompiled.
 
-Blocks, not networks: all blocks of a kind share their code, with sizes left open, so that it is compiled
-once for a handful of kinds and not anew for another picture. torch keeps the code on the disk for later runs.
+Blocks are compiled instead of whole networks: all blocks of a kind share code in which sizes are left open,
+so only a handful of kinds are compiled, and a new picture size needs no recompilation. torch stores the
+compiled code on disk for later runs.
 """
 
 from __future__ import annotations
@@ -23,23 +24,23 @@ log = logging.getLogger(__name__)
 OFF = "off"
 
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "TemporalBlock", "ControlNetConditioningEmbedding")
-"""Names of the classes whose `forward` is compiled: where sums, norms and activations can be fused."""
+"""Names of the classes whose `forward` is compiled, in which sums, norms and activations can be fused."""
 
 CPU_BLOCKS = ("BasicTransformerBlock",)
-"""Those of them that gain on a CPU, where the convolutions of the others hide what fusing saves.
+"""Names of the classes compiled on a CPU, where slow convolutions make the gain in the others negligible.
 
-Whole levels of the networks gain a little more, but their code depends on which frame came first, so that a
-video done in parts by several processes would differ by rounding.
+Compiling whole levels of the networks gains a little more, but their code depends on which frame was first,
+so a video processed in parts by several processes would differ by rounding.
 """
 
 MODES = {"auto": None, "max": "max-autotune-no-cudagraphs"}
-"""What torch calls each. With graphs per block, the next step would overwrite what a block gave."""
+"""torch's name of each mode. With a CUDA graph per block, the next step would overwrite a block's result."""
 
 LIMIT_NAMES = ("recompile_limit", "cache_size_limit")
-"""What newer and older torch versions call the number of forms in which one function is compiled."""
+"""Names, in newer and older torch versions, of the limit on compiled variants of one function."""
 
 FORMS = 64
-"""Blocks of a kind differ in width and in what they are given."""
+"""The limit on compiled variants: blocks of a kind differ in width and in their arguments."""
 
 _found: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[nn.Module]]] = WeakKeyDictionary()
 
@@ -48,7 +49,7 @@ _failed: set[tuple[type[nn.Module], str]] = set()
 
 @lru_cache
 def compile_problem(device: str) -> str | None:
-    """Why nothing can be compiled for this type of device; None where it works. Takes seconds, once."""
+    """Return why torch.compile fails on this type of device, or None if it works; the first call is slow."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:
@@ -57,7 +58,7 @@ def compile_problem(device: str) -> str | None:
 
 
 def effective_mode(mode: str, device: torch.device) -> str:
-    """The `compile_mode` that works here; logs once if it is not the requested one."""
+    """Return the `compile_mode` that works here; log once if it differs from the requested one."""
     if mode == OFF or compile_problem(device.type) is None:
         return mode
     _say_once(
@@ -68,7 +69,7 @@ def effective_mode(mode: str, device: torch.device) -> str:
 
 @contextmanager
 def compiled(networks: Iterable[nn.Module], mode: str) -> Generator[None, None, None]:
-    """Run the blocks of these networks compiled while the context lasts; 'off' leaves them alone."""
+    """Compile the blocks of these networks for the duration of the context; mode 'off' changes nothing."""
     if mode == OFF:
         yield
         return
@@ -86,7 +87,7 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Generator[None, None, 
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """Those to compile; looked for once per network."""
+    """Return the blocks to compile, which are searched for only once per network."""
     weight = next(network.parameters(), None)
     kinds = CPU_BLOCKS if weight is None or weight.device.type == "cpu" else BLOCKS
     known = _found.setdefault(network, {})
@@ -96,7 +97,7 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """A block's result; by its own code where compiling its kind failed."""
+    """Return a block's result, running its uncompiled code if compiling its kind failed."""
     failure = None
     if (kind, mode) not in _failed:
         try:
@@ -106,14 +107,14 @@ def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwarg
                 raise
             failure = _first_line(error)
     result = kind.forward(block, *args, **kwargs)
-    if failure is not None:  # and not the block's own, which would have been raised again
+    if failure is not None:  # an error of the block itself would have been raised again
         _failed.add((kind, mode))
         log.warning("%s is not compiled: %s", kind.__name__, failure)
     return result
 
 
 def _is_capturing() -> bool:
-    """Whether a CUDA graph is being recorded: nothing compiles then, which is not the block's fault."""
+    """Whether a CUDA graph is being recorded, during which no block can be compiled."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

@@ -1,4 +1,4 @@
-"""Weights in another form, made once and kept beside the stored ones as long as their layer lives."""
+"""Derived forms of weights, computed once and kept beside the stored weights as long as their layer lives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Derived:
-    """What `make` makes of a layer's weight; made anew when the weight changes."""
+    """A cache of the results of `make` for layers' weights; recomputed when a weight changes."""
 
     def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
         self.make = make
@@ -19,16 +19,19 @@ class Derived:
         return layer in self._kept
 
     def __call__(self, layer: nn.Linear | nn.Conv2d) -> Tensor:
-        """The derived weight of a layer, whose own must not be an inference tensor: these hide changes."""
+        """Return the derived weight of a layer.
+
+        The layer's own weight must not be an inference tensor, whose changes cannot be detected.
+        """
         kept = self._kept.get(layer)
         if kept is None or not kept.is_of(layer.weight):
             kept = self._kept[layer] = _Of(layer.weight, self.make(layer.weight))
         return kept.made
 
     def bytes_beside(self, layers: Iterable[nn.Linear | nn.Conv2d], share: float) -> tuple[int, int]:
-        """Bytes that are kept for these layers, and that the next frame will add.
+        """Return the bytes already kept for these layers and the bytes that the next frame will add.
 
-        `share`: of a weight's bytes.
+        `share`: size of a derived weight relative to its original.
         """
         have = to_come = 0
         for layer in layers:
@@ -38,7 +41,7 @@ class Derived:
 
 
 class _Of:
-    """A derived weight, and which weight it was made of."""
+    """A derived weight, with the identity of the weight that it was computed from."""
 
     def __init__(self, weight: Tensor, made: Tensor) -> None:
         self.weight, self.at, self.version = ref(weight), weight.data_ptr(), weight._version

@@ -1,11 +1,12 @@
-"""Convolutions behind an enlargement by 2, computed on the small picture.
+"""Convolutions after an enlargement by 2, computed on the small picture.
 
 Each result of a 3x3 convolution sees only 2x2 different pixels of a picture that was enlarged by repeating
-them. With the weights of equal pixels summed, 16 products give the four results of a pixel where there were
-36, and there is no enlarged picture. The numbers are the same but for rounding.
+pixels. When the weights of equal pixels are summed, the four results of a small pixel need 16 products
+instead of 36, and no enlarged picture is needed. The numbers differ only by rounding.
 
-Few channels run fastest as one transposed convolution, many as four convolutions of 2x2 (one core of a Xeon
-with AVX-512: 24 channels at 320x180 9 and 18 ms, 26 unchanged; 1024 at 16x16 116 and 71, 129 unchanged).
+With few channels a single transposed convolution is fastest, with many channels four 2x2 convolutions. On one
+core of a Xeon with AVX-512, 24 channels at 320x180 take 9 and 18 ms, respectively (26 ms when not folded);
+1024 channels at 16x16 take 116 and 71 ms (129 ms when not folded).
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ SHARE = 16 / 9
 """Size of the summed weights, relative to the stored ones."""
 
 NARROW = 256
-"""Channels up to which a transposed convolution is faster."""
+"""Maximum number of input channels for which a transposed convolution is used, being faster."""
 
 SUMS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-"""By parity of a result's row (or column) and small pixel: which of the 3 taps see it."""
+"""For each parity of a result's row (or column) and each of 2 small pixels: which of the 3 taps see it."""
 
 SPREAD = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-"""By row (or column) of the 4 results that see a small pixel: through which of the 3 taps."""
+"""For each row (or column) of the 4 results that see a small pixel: through which of the 3 taps."""
 
 
 @contextmanager
 def folded(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Run float32 convolutions behind enlargements on a CPU this way while the context lasts.
+    """Fold the float32 convolutions after enlargements on a CPU for the duration of the context.
 
-    The summed weights are kept as long as the layer lives; everybody else sees the layers as they were.
+    The summed weights are kept as long as their layer lives; the layers' own weights do not change.
     """
     pairs = [pair for network in networks for pair in _pairs(network)]
     changed: list[nn.Module] = []
@@ -59,26 +60,26 @@ def folded(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
 
 
 def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
-    """Bytes of the summed weights that are kept, and of those that the next frame will make."""
+    """Return the bytes of summed weights already kept and the bytes that the next frame will add."""
     return _kept.bytes_beside((layer for network in networks for _, layer in _pairs(network)), SHARE)
 
 
 def summed(weight: Tensor) -> Tensor:
-    """(out, in, 3, 3) -> (in, out, 4, 4), transposed; with many channels (4 out, in, 2, 2).
+    """Sum (out, in, 3, 3) to (in, out, 4, 4), transposed, or, for many channels, to (4 out, in, 2, 2).
 
-    The latter are those of even and odd rows and columns, one after the other.
+    The latter stacks the weights for even and odd rows and, within these, even and odd columns.
     """
     if weight.shape[1] <= NARROW:
         parts = torch.einsum("ay,bx,oiyx->ioab", SPREAD, SPREAD, weight)
     else:
         parts = torch.einsum("oiyx,pay,qbx->pqoiab", weight, SUMS, SUMS).flatten(0, 2)
-    # The order that the network's other convolutions have.
+    # Use the memory layout of the network's other convolutions.
     last = weight.is_contiguous(memory_format=torch.channels_last)
     return parts.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """What the layer makes of `x` (1, C, h, w) enlarged twice: (1, out, 2h, 2w)."""
+    """Return the layer's result, (1, out, 2h, 2w), for `x`, (1, C, h, w), enlarged by 2."""
     if layer.in_channels <= NARROW:
         return F.conv_transpose2d(x, _kept(layer), layer.bias, stride=2, padding=1)
     height, width = x.shape[-2:]
@@ -99,14 +100,14 @@ def _unchanged(input: Tensor) -> Tensor:
 
 
 def _enlarged(block: Any, layer: nn.Conv2d, x: Tensor, output_size: Any = None, *rest: Any) -> Tensor:
-    """In place of the forward of diffusers' `Upsample2D`, which may be told another size than the double."""
+    """Replace the `forward` of diffusers' `Upsample2D`, calling the original for sizes other than double."""
     if output_size is None or tuple(output_size) == (2 * x.shape[-2], 2 * x.shape[-1]):
         return convolved(layer, x)
     return type(block).forward(block, x, output_size, *rest)
 
 
 def _pairs(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
-    """Enlargements and the convolutions behind them: diffusers' own blocks, and neighbours in a list."""
+    """Yield enlargements and the convolutions after them: diffusers' blocks, and neighbours in a list."""
     for module in network.modules():
         if type(module).__name__ == "Upsample2D":
             layer = getattr(module, "conv", None)
@@ -119,7 +120,7 @@ def _pairs(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
 
 
 def _folding(enlargement: nn.Module, layer: object) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
-    """The pair, where that layer can be computed so."""
+    """Yield the pair if the layer can be folded."""
     if type(layer) is not nn.Conv2d or "forward" in vars(layer) or "forward" in vars(enlargement):
         return
     shape = layer.kernel_size, layer.padding, layer.stride, layer.dilation, layer.groups, layer.padding_mode

@@ -1,8 +1,8 @@
-"""Linear layers with weights reordered once into the layout that oneDNN multiplies fastest.
+"""Linear layers whose weights are reordered once into the layout that oneDNN multiplies fastest.
 
-The numbers are the same but for rounding. It pays where torch's float32 products run at half the processor's
-rate: MKL does not use AVX-512 on AMD's processors, and oneDNN does. (Zen 5: 1.31 times a U-Net step of the
-released widths; Zen 3, which has no AVX-512: nothing.)
+The numbers differ only by rounding. Packing helps where torch's float32 products reach only half of the
+processor's speed: on AMD processors MKL does not use AVX-512, whereas oneDNN does. (Zen 5: a U-Net step of
+the released widths is 1.31 times as fast; Zen 3, which has no AVX-512: no gain.)
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from torch import Tensor, nn
 from .derived import Derived
 
 SMALLEST = 256 * 256
-"""Weights of a layer: below, a call costs more than it saves."""
+"""Minimum number of weights in a layer; below it, a call costs more than it saves."""
 
 
 @lru_cache
 def is_faster_here() -> bool:
-    """Whether this is a processor on which packed layers are faster."""
+    """Whether packed layers are faster on this processor."""
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
     return there and torch.backends.mkl.is_available() and _is_amd() and _has_avx512()
 
 
 @contextmanager
 def packed(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Run the large float32 layers on a CPU packed while the context lasts, where that pays.
+    """Pack the large float32 layers on a CPU for the duration of the context, if that is faster here.
 
-    What is packed is kept beside the stored weights as long as the layer lives, and made anew when these
-    change; everybody else sees the layers as they were.
+    Packed weights are kept beside the stored ones as long as their layer lives, and are packed again when
+    these change; the layers' own weights do not change.
     """
     layers = [layer for network in networks for layer in _layers(network)]
     try:
@@ -47,12 +47,12 @@ def packed(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
 
 
 def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
-    """Bytes of what is packed, and of what the next frame will pack."""
+    """Return the bytes of packed weights already kept and the bytes that the next frame will add."""
     return _kept.bytes_beside((layer for network in networks for layer in _layers(network)), 1)
 
 
 def _layers(network: nn.Module) -> Iterator[nn.Linear]:
-    """Those of transformer blocks; the others are called with a single row."""
+    """Yield the large linear layers of transformer blocks; other layers are called with a single row."""
     for name, layer in network.named_modules() if is_faster_here() else ():
         if type(layer) is nn.Linear and ".attentions." in name and "forward" not in vars(layer):
             weight = layer.weight
@@ -65,7 +65,7 @@ def _layers(network: nn.Module) -> Iterator[nn.Linear]:
 
 
 def _run(layer: nn.Linear, x: Tensor) -> Tensor:
-    if layer.weight.is_inference():  # such weights do not tell when they change
+    if layer.weight.is_inference():  # changes of such weights cannot be detected
         return nn.Linear.forward(layer, x)
     return torch.ops.mkldnn._linear_pointwise(x, _kept(layer), layer.bias, "none", [], "")
 
@@ -79,7 +79,7 @@ def _has_avx512() -> bool:
 
 
 def _is_amd() -> bool:
-    """By what Linux and Windows say of the processor."""
+    """Whether this is an AMD processor, according to Linux or Windows."""
     try:
         return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Half precision where it is accurate enough, and float32 where it is not."""
+"""Half precision where it is accurate enough, float32 elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 @contextmanager
 def in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> Generator[None, None, None]:
-    """Upcast the weights of networks that are loaded as `dtype`; afterwards they are what they were."""
+    """Upcast the weights of networks loaded as `dtype` for the duration of the context."""
     networks = list(networks)
     try:
         _cast(networks, torch.float32)
@@ -23,17 +23,17 @@ def in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> Generator[N
 
 
 def _cast(networks: Iterable[nn.Module], dtype: torch.dtype) -> None:
-    # Weights outlive the caller's inference mode.
+    # The weights outlive the caller's inference mode, so they must not become inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         for network in networks:
-            nn.Module.to(network, dtype)  # diffusers' own `to` warns of casts
+            nn.Module.to(network, dtype)  # diffusers' own `to` warns about casts
 
 
 class UpcastAttention:
-    """Fused attention in float32 inside a network of half precision, as diffusers' attention processor.
+    """Attention processor for diffusers: fused attention in float32 inside a network of half precision.
 
-    diffusers' own fused processor does not read `upcast_attention`; its older one does, with a matrix of
-    all pairs of positions in memory.
+    diffusers' own fused processor ignores `upcast_attention`; its older one respects it, but keeps a matrix
+    of all pairs of positions in memory.
     """
 
     def __call__(
@@ -55,9 +55,9 @@ class UpcastAttention:
 
 
 def upcast_attention(*networks: nn.Module) -> None:
-    """Give the attentions whose configuration asks for it their float32 processor."""
+    """Install the float32 processor in all attentions whose configuration asks for it."""
     for network in networks:
         for module in network.modules():
-            # Only attentions of transformer blocks are told so; they bring their own norms and residuals.
+            # Only attentions in transformer blocks have this set; norms and residuals are up to the block.
             if hasattr(module, "set_processor") and getattr(module, "upcast_attention", False):
                 module.set_processor(UpcastAttention())  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits, by torchao: approximations, and only where they are asked for."""
+"""Linear layers in 8 bits, by torchao: an approximation, used only on request."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ...errors import IncompatibleInputError
 QUANTIZATIONS = ("none", "int8", "fp8")
 
 SMALLEST = 1e-4
-"""Of the largest values of a tensor for which a scale of fp8 is made."""
+"""Lower bound on a tensor's largest value when its fp8 scale is computed."""
 
 FP8_CAPABILITY = (8, 9)
-"""Of the first NVIDIA cards that multiply 8-bit floats: Ada and Hopper."""
+"""Compute capability from which NVIDIA GPUs multiply 8-bit floats: Ada, then Hopper."""
 
 
 def check_quantize(kind: str, device: torch.device) -> None:
-    """Refuse what cannot be had here.
+    """Check that a kind of quantisation can be used here.
 
-    Raises `IncompatibleInputError` for another name than `QUANTIZATIONS` has and for a device without 'fp8',
-    `ModuleNotFoundError` without torchao.
+    Raises `IncompatibleInputError` for a name that is not in `QUANTIZATIONS` and for 'fp8' on a device that
+    lacks it, `ModuleNotFoundError` without torchao.
     """
     if kind not in QUANTIZATIONS:
         raise IncompatibleInputError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, not {kind!r}")
@@ -36,21 +36,21 @@ def check_quantize(kind: str, device: torch.device) -> None:
 
 
 def quantize(kind: str, *networks: nn.Module) -> None:
-    """Quantise the linear layers of attentions in place, weights and what goes in.
+    """Quantise the linear layers of attentions in place, both their weights and their inputs.
 
-    'int8' takes one scale per row of weights and per position, 'fp8' (e4m3) one per tensor. Convolutions,
-    which are most of the work, stay as they are.
+    'int8' uses one scale per row of weights and per position, 'fp8' (e4m3) one per tensor. Convolutions,
+    which are most of the work, are not quantised.
     """
     from torchao.quantization import quantize_
 
-    # Weights outlive the caller's inference mode.
+    # The weights outlive the caller's inference mode, so they must not become inference tensors.
     with torch.inference_mode(False), torch.no_grad():
         for network in networks:
             quantize_(network, _configuration(kind), _runs_in_every_step)
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether the device has units for 8-bit floats."""
+    """Whether the device has hardware for 8-bit floats."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
@@ -62,11 +62,11 @@ def _configuration(kind: str) -> Any:
             f"quantize '{kind}' needs torchao: pip install torchao, or leave quantize at 'none'"
         ) from error
     if kind == "fp8":
-        # The bound keeps a tensor of zeros from being divided by its own largest value.
+        # The bound prevents dividing a tensor of zeros by its own largest value.
         return quantization.Float8DynamicActivationFloat8WeightConfig(activation_value_lb=SMALLEST)
     return quantization.Int8DynamicActivationInt8WeightConfig()
 
 
 def _runs_in_every_step(layer: nn.Module, name: str) -> bool:
-    """Not for the prompt's keys and values, which are computed once (prompted.py)."""
+    """Whether a layer is quantised: not for the prompt's keys and values, which are computed only once."""
     return isinstance(layer, nn.Linear) and ".attentions." in name and not name.endswith(".linear")
