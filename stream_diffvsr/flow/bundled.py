@@ -25,7 +25,7 @@ REACH = 2
 """Neighbouring pixels on either side that bicubic enlargement and averaging mix into a pixel."""
 
 COARSEST = 5
-"""Minimum of the coarsest level's shorter side in pixels; below twice this if `MOST_LEVELS` allows."""
+"""Minimum length in pixels of the coarsest level's shorter side; below twice this if levels suffice."""
 
 MOST_LEVELS = 6
 
@@ -33,7 +33,7 @@ QUIET = 32
 """Distance in pixels from any change beyond which nothing is assumed to move."""
 
 WINDOW = 5
-"""Side, in pixels of a level, of the least-squares window; the wider second window averages over it twice."""
+"""Side, in pixels of a level, of the least-squares window; a second, wider one averages over it twice."""
 
 WINDOWS = 2
 
@@ -54,7 +54,7 @@ LONGEST_STEP = 1.5
 
 
 def levels_for(height: int, width: int) -> int:
-    """Return the number of levels for a picture of that size; the finest level has half the size."""
+    """Return the number of levels for a picture of that size; the finest level has half that size."""
     count = 1
     while count < MOST_LEVELS and min(height, width) >= COARSEST * 2 ** (count + 1):
         count += 1
@@ -62,7 +62,7 @@ def levels_for(height: int, width: int) -> int:
 
 
 def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample `picture` at p + flow(p), bilinear; also return (N, 1, h, w): 1 if that is inside, else 0.
+    """Sample `picture` at p + flow(p), bilinear; also return (N, 1, h, w): 1 where that is inside it, else 0.
 
     Positions are exact: unlike in the reference's warp of the previous result, zero flow is the identity.
     """
@@ -112,7 +112,7 @@ def window_differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
 
 
 def with_detail(picture: Tensor) -> Tensor:
-    """Return 0.5 times the picture, and the picture minus its local mean, which ignores changes of light."""
+    """Stack 0.5 times the picture and its deviation from the local mean, which lighting does not affect."""
     mean = F.avg_pool2d(picture, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return torch.cat([picture / 2, picture - mean], 1)
 
@@ -218,7 +218,7 @@ class FlowNetwork(nn.Module):
                 nn.init.zeros_(decoder.head.bias)
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
-        """Return the flow (N, 2, h, w), in pixels, for frames (N, 3, h, w) in model range, from size 1x1.
+        """Return the flow (N, 2, h, w), in pixels, of frames (N, 3, h, w) in model range, at least 1x1.
 
         The flow is exactly 0 where both frames are equal within about QUIET pixels.
         """
@@ -227,7 +227,7 @@ class FlowNetwork(nn.Module):
         return flow * near_change(current, previous)
 
     def flows(self, current: Tensor, previous: Tensor) -> list[Tensor]:
-        """Return the flow after each pass, in pixels of its level, coarsest first, with padded sides."""
+        """Return the flow after each pass, coarsest level first, in pixels of that level, sides padded."""
         levels = levels_for(*current.shape[-2:])
         pairs = [self._padded(current, levels), self._padded(previous, levels)]
         pyramid = [torch.cat(pairs)]

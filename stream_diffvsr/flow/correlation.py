@@ -71,7 +71,7 @@ class LinearCorrelation:
         """Return the matches (P, (2r + 1)^2) of places (P, 2), x first, at one level."""
         corner = places.floor()
         fraction = places - corner
-        # More than a window away from the picture all is zero; clamping prevents integer overflow.
+        # More than a window outside the picture everything is zero; clamping keeps the integers small.
         size = torch.tensor([level.width, level.height], device=places.device)
         corner = corner.clamp(min=-self.side).minimum(size + self.side).long() - self.radius
         out = places.new_empty((len(places), self.side**2))
@@ -135,7 +135,7 @@ class LinearCorrelation:
 
 
 def bilinear(square: Tensor, fraction: Tensor) -> Tensor:
-    """Interpolate (..., m, m) values to (..., m - 1, m - 1) at an offset of `fraction`, x and y, from each."""
+    """Interpolate (..., m, m) values to (..., m - 1, m - 1) at an offset of `fraction` (x, y) from each."""
     rows = torch.lerp(square[..., :-1, :], square[..., 1:, :], fraction[..., 1])
     return torch.lerp(rows[..., :-1], rows[..., 1:], fraction[..., 0])
 

@@ -38,7 +38,7 @@ class FlowEstimator(nn.Module):
     countable: tuple[str, ...] = ()
     """The `methods` whose memory can be counted on the meta device, since it does not depend on values."""
     bytes_per_pixel = 0.0
-    """Memory that the other methods need per pixel of the estimated frames."""
+    """Bytes that the other methods need per pixel of the estimated frames."""
     methods: tuple[str, ...] = ("whole",)
     """Supported methods, most memory first: 'whole', 'linear' (same numbers), 'tiled' (other numbers)."""
 

@@ -9,12 +9,12 @@ from torch.nn import functional as F
 from ..tensors import upsample
 
 AGREE_PIXELS, AGREE_SHARE = 2.5, 0.05
-"""A pixel moved along the flow and back may miss its start by this many HQ pixels, plus this share of the
-lengths of both flows (all three squared)."""
+"""How far, in HQ pixels, a pixel may miss its start after following the flow there and back; the square of
+this limit is increased by the given share of both flows' squared lengths."""
 
 MATCH, CONTRAST = 0.04, 0.15
-"""Largest difference between two LQ frames along the flow, averaged over colours, in model range, plus the
-share of the local contrast that is added, since tiny shifts make edges and fine lines look different."""
+"""Largest difference between two LQ frames along the flow, averaged over colours, in model range, and the
+share of the local contrast added to it, since small shifts change the look of edges and fine lines."""
 
 ERODE, FEATHER = 5, 5
 """HQ pixels by which untrusted areas are grown, and over which trust then fades."""

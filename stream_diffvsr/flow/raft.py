@@ -14,7 +14,7 @@ UPDATES = 12
 
 
 def estimate(network: Any, current: Tensor, previous: Tensor, *, linear: bool) -> Tensor:
-    """Return the flow (1, 2, H, W), in pixels, of torchvision's RAFT `network`; H, W are multiples of 8.
+    """Estimate flow (1, 2, H, W) in pixels with torchvision's RAFT `network`; H and W are multiples of 8.
 
     The network's own `forward` computes the same, but keeps the flow of every update at full size, encodes
     both frames at once, and keeps its correlation volume until the next call. With `linear`, correlations are
@@ -24,7 +24,7 @@ def estimate(network: Any, current: Tensor, previous: Tensor, *, linear: bool) -
     correlation = (_linear if linear else _volume)(network.corr_block, fmap1, fmap2)
     hidden, context = _context(network, current)
     start = position = _grid(fmap1)
-    # On the meta device only memory is counted, and two updates use as much as all of them.
+    # On the meta device only memory is counted, and two updates need as much as all of them.
     for _ in range(2 if current.is_meta else UPDATES):
         # torchvision creates its offsets on the default device; copying them from the CPU would block.
         with current.device:

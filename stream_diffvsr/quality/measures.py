@@ -1,7 +1,7 @@
 """Quality measures of single frames and of two consecutive frames.
 
 Convention: pictures are (1, 3, H, W) float32 in [0, 1], RGB; flow is backward, (1, 2, H, W), in pixels.
-Measures that the library piq offers are computed by it, with the settings that are usual in the field.
+Where the library piq offers a measure, it is used, with the settings that are usual in the field.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
 
 
 SMALLEST = 41
-"""Smallest side, in pixels, that VIF's largest window can be applied to."""
+"""Smallest side, in pixels, for which VIF's largest window fits."""
 
 
 def picture_measures(result: Tensor, truth: Tensor, border: int) -> dict[str, float]:
@@ -162,7 +162,7 @@ def estimate(current: Tensor, previous: Tensor) -> Tensor:
 
 
 def warping_error(current: Tensor, previous: Tensor, flow: Tensor, seen: Tensor) -> float:
-    """Return the mean squared difference of `current` and `previous` moved along `flow`, where `seen`."""
+    """Return the mean squared difference of `current` and `previous` moved along `flow`, in `seen` pixels."""
     squared = (current - sample_zero_outside(previous, flow)).square().mean(1, keepdim=True)
     return float((squared * seen).sum() / seen.sum().clamp(min=1))
 
@@ -170,7 +170,7 @@ def warping_error(current: Tensor, previous: Tensor, flow: Tensor, seen: Tensor)
 def visible(flow: Tensor, reverse: Tensor) -> Tensor:
     """Return 1 where flow stays inside the picture and leads back to its start, else 0.
 
-    The test of the way back is that of Sundaram et al. 2010.
+    The round-trip test is that of Sundaram et al. 2010.
     """
     back = sample_zero_outside(reverse, flow)
     limit = 0.01 * (flow.square().sum(1, keepdim=True) + back.square().sum(1, keepdim=True)) + 0.5

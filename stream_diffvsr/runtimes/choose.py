@@ -17,7 +17,7 @@ PROVIDERS = ("auto", "cpu", "gpu", "npu", "cuda", "tensorrt")
 def open_runtime(
     name: str, provider: str, device: torch.device, dtype: str | torch.dtype, quantize: str
 ) -> Runtime | None:
-    """Return the runtime of that name for tensors on `device`; None for PyTorch and for undecided `auto`.
+    """Return the named runtime for tensors on `device`; None means PyTorch, or `auto` before it has chosen.
 
     Raises `IncompatibleInputError` or `ModuleNotFoundError`, each with advice.
     """

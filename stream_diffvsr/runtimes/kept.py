@@ -1,4 +1,4 @@
-"""Storage of files built by a runtime, for later runs, under a key of everything that they depend on."""
+"""Storage for files that a runtime built, keyed by everything they depend on, for use in later runs."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class OpenVINO:
-    """A `Runtime`; a `precision` below float32 approximates, while inputs and outputs stay float32."""
+    """A `Runtime` with float32 inputs and outputs; any other `precision` approximates the computation."""
 
     name = "openvino"
     dtype = torch.float32

@@ -39,7 +39,7 @@ class Selection:
     near: Tensor
     """(n, n) bool: key windows within reach of each query window."""
     count: int
-    """Roughly how many entries to select from the map of a pair's query windows and their key windows."""
+    """Approximate number of entries to select from the map of a pair's windows against all key windows."""
 
     @classmethod
     def of(cls, height: int, width: int, sparse_ratio: float, local_range: int) -> Selection:
@@ -143,7 +143,7 @@ def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, s
     order = selected.byte().sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)[None]
 
     def among(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Decide per token; needed where FlexAttention is not compiled and therefore skips no blocks."""
+        """Whether two tokens may attend; needed only where FlexAttention is uncompiled and skips nothing."""
         return selected[head, query // TOKENS, key // TOKENS]
 
     none = torch.zeros_like(counts)
@@ -174,7 +174,7 @@ def away(x: Tensor) -> Tensor:
 
 
 def back(x: Tensor, device: torch.device) -> Tensor:
-    """Return to the device a tensor that `away` moved."""
+    """Move a tensor returned by `away` back to `device`."""
     return x.contiguous() if x.is_meta else x.to(device)
 
 

@@ -1,4 +1,4 @@
-"""Decoders from latents to pictures, which decode one latent at a time."""
+"""Decoders, which turn one latent at a time into pictures."""
 
 from __future__ import annotations
 

@@ -87,9 +87,9 @@ class FlashVSR(ChunkUpscaler):
     ) -> ChunkSession:
         """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`.
 
-        The first 21 results are returned at frame 25 of a scene, then 8 for every 8 frames. `noise`: (1, 16,
-        latents, H/8, W/8), used for the scene's latents instead of seeded noise; H and W are the sides of the
-        result, padded to multiples of 128.
+        Frame 25 of a scene completes the first 21 results, then every 8 frames complete 8 more. `noise`:
+        (1, 16, latents, H/8, W/8), used for the scene's latents instead of seeded noise; H and W are the
+        sides of the result, padded to multiples of 128.
         """
         options = options or FlashVSROptions()
         if options.decoder not in self.networks:

@@ -9,7 +9,7 @@ from ...options import check_options, option
 DECODERS = ("tiny", "full")
 
 PRESETS: dict[str, dict[str, float]] = {"exact": {}, "balanced": {}, "fast": {"sparse_ratio": 1.5}}
-"""exact and balanced use the published settings, fast the faster one that was published with them."""
+"""exact and balanced use the published defaults, fast the faster setting that was published with them."""
 
 OWN = "FlashVSR"
 """Title of the group of flags that only this family has."""

@@ -15,7 +15,7 @@ PIXELS = 3 * UNSHUFFLE**2
 
 
 class Encoder(nn.Module):
-    """The encoder; parameters are named as published."""
+    """SwiftVR's encoder; parameters are named as published."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder; parameters are named as published, except those that `converted` changes."""
+    """SwiftVR's decoder; parameters are named as published, except those that `converted` changes."""
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ def problem(folder: Path) -> StreamDiffVSRError | None:
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Return the published files needed to run the model."""
+    """Return those of the published `names` needed to run the model."""
     chosen = [next((name for name in FILES[part] if name in names), None) for part in FILES]
     return [name for name in chosen if name]
 

@@ -72,7 +72,7 @@ class SwiftVR(ChunkUpscaler):
     ) -> ChunkSession:
         """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`.
 
-        By default, the first 25 results are returned at frame 28 of a scene, then 24 for every 24 frames.
+        By default, frame 28 of a scene completes the first 25 results, then every 24 frames complete 24 more.
         `noise` must be None.
         """
         if noise is not None:
@@ -86,7 +86,7 @@ class SwiftVR(ChunkUpscaler):
     def filled(self, frames: list[Tensor], memory: Memory, options: SwiftVROptions) -> list[Tensor]:
         """Repeat the last frame until the number of new frames is one more than a multiple of 4.
 
-        Only with such a number can a sequence end.
+        A sequence can only end with such a number.
         """
         new = len(frames) - memory.ahead
         frames = [*frames, *[frames[-1]] * ((1 - new) % GROUP)]
@@ -153,7 +153,7 @@ class SwiftVR(ChunkUpscaler):
 
 
 def prepared(lq: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a frame to the size of its result, convert it to [0, 1], and pad it with black for encoding."""
+    """Resize a frame to the size of its result, scale it to [0, 1], and pad it to multiples of 32, black."""
     if size != (lq.shape[-2], lq.shape[-1]):
         lq = F.interpolate(lq, size=size, mode="bilinear", align_corners=False)
     height, width = padded_size(*size, MULTIPLE)

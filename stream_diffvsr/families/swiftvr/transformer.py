@@ -48,7 +48,7 @@ def window_starts(count: int, side: int, shift: int) -> list[int]:
 
 
 def prepare(transformer: Any, window: tuple[int, int]) -> Any:
-    """Replace the self-attention of a `WanTransformer3DModel` by that of this family."""
+    """Replace the self-attention of a `WanTransformer3DModel` with that of this family."""
     for index, block in enumerate(transformer.blocks):
         block.attn1.set_processor(WindowAttention(window, shifted=bool(index % 2)))
     return transformer

@@ -1,4 +1,4 @@
-"""A base for models that process frames in chunks, and the session that feeds them."""
+"""Base class of models that process frames in chunks, and the session that collects the frames."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class ChunkUpscaler(ABC):
         return [*chain.from_iterable(held), self.prompt]
 
     def _acquire(self, stage: str, lq: Tensor, options: Any) -> Any:
-        """Return a network after bringing it to the device."""
+        """Bring a network to the device and return it."""
         if not self.placement.fixed:
             self.placement.acquire(stage, self.bytes_needed((lq.shape[-2], lq.shape[-1]), options))
         return self.networks[stage]
@@ -223,9 +223,9 @@ class ChunkUpscaler(ABC):
         return hq.contiguous()
 
     def _offload(self) -> bool:
-        """Keep idle transformer blocks and memory in system memory; return whether that changed anything.
+        """Keep idle transformer blocks and their memory in system memory; return whether anything changed.
 
-        If a host places networks itself, it is the one that moves the blocks.
+        A host that places networks itself has to move the blocks itself.
         """
         if self.offloaded or self.device.type != "cuda":
             return False

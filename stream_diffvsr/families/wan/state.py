@@ -31,7 +31,7 @@ def packed(
 ) -> State:
     """Return the state after `latents` latents of the scene that began at frame `start`.
 
-    `tensors`: by name, each 'kind' or 'kind.number...'.
+    `tensors` are named 'kind' or 'kind.number...'.
     """
     index = start + frames_before(latents)
     if not latents:
@@ -60,6 +60,6 @@ def unpacked(
 
 
 def size_of(state: State) -> tuple[int, int]:
-    """Return the (height, width) of the low-quality frames of a state, which must have tensors."""
+    """Return (height, width) of a state's low-quality frames; the state must have tensors."""
     _, _, height, width = state.tensors[POSITION].tolist()
     return height, width

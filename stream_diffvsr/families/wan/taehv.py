@@ -65,7 +65,7 @@ class Grow(nn.Module):
 
 
 class Squash(nn.Module):
-    """Limits values smoothly to between -3 and 3."""
+    """Limits values smoothly to the range from -3 to 3."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 3 * torch.tanh(x / 3)
@@ -89,7 +89,7 @@ def blocks(channels: int) -> list[nn.Module]:
 def enlarging(channels: Sequence[int]) -> list[nn.Module]:
     """Return the middle of a decoder, which turns one picture into 4 with sides 8 times as long.
 
-    `channels`: at each of its four sizes.
+    `channels`: the number of channels at each of its four sizes.
     """
     layers: list[nn.Module] = []
     for now, then, pictures in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):

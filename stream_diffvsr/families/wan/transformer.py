@@ -39,7 +39,7 @@ def transformer(config: Mapping[str, Any]) -> nn.Module:
 
 
 def conditioning(transformer: Any, prompt: Tensor, sinusoid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the embedding of the time (1, width), the blocks' modulation (1, 6, width) and the prompt's.
+    """Return the embeddings of the time: (1, width) and (1, 6, width) for the blocks; and of the prompt.
 
     `sinusoid`: sinusoidal encoding of the time, (1, frequencies), cosines first.
     """
@@ -95,7 +95,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def queries_keys_values(attn: Any, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return rotated queries and keys, and values, of (tokens, width); each is (tokens, heads, head size)."""
+    """Compute queries, keys and values, each (tokens, heads, head size), from (tokens, width).
+
+    Queries and keys are rotated.
+    """
     q, k, v = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(x)), attn.to_v(x)
     q, k, v = (each.unflatten(-1, (attn.heads, -1)) for each in (q, k, v))
     return rotate(q, cos, sin), rotate(k, cos, sin), v

@@ -107,7 +107,7 @@ def _enlarged(block: Any, layer: nn.Conv2d, x: Tensor, output_size: Any = None, 
 
 
 def _pairs(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
-    """Yield enlargements and the convolutions after them: diffusers' blocks, and neighbours in a list."""
+    """Yield enlargements and the convolutions after them, in diffusers' blocks and in lists of modules."""
     for module in network.modules():
         if type(module).__name__ == "Upsample2D":
             layer = getattr(module, "conv", None)

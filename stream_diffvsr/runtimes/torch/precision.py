@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 @contextmanager
 def in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> Generator[None, None, None]:
-    """Upcast the weights of networks loaded as `dtype` for the duration of the context."""
+    """Upcast the weights of networks loaded as `dtype` inside the context, and cast them back afterwards."""
     networks = list(networks)
     try:
         _cast(networks, torch.float32)

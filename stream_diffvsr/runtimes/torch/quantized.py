@@ -15,7 +15,7 @@ SMALLEST = 1e-4
 """Lower bound on a tensor's largest value when its fp8 scale is computed."""
 
 FP8_CAPABILITY = (8, 9)
-"""Compute capability from which NVIDIA GPUs multiply 8-bit floats: Ada, then Hopper."""
+"""Lowest compute capability of NVIDIA GPUs that multiply 8-bit floats (Ada, Hopper and newer)."""
 
 
 def check_quantize(kind: str, device: torch.device) -> None:
