@@ -1,7 +1,7 @@
 """Quality measures of single frames and of two consecutive frames.
 
 Convention: pictures are (1, 3, H, W) float32 in [0, 1], RGB; flow is backward, (1, 2, H, W), in pixels.
-Where the library piq offers a measure, it is used, with the settings that are usual in the field.
+Measures that the library piq offers are taken from it, with the settings that are usual in the field.
 """
 
 from __future__ import annotations

@@ -143,7 +143,7 @@ def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, s
     order = selected.byte().sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)[None]
 
     def among(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether two tokens may attend; needed only where FlexAttention is uncompiled and skips nothing."""
+        """Whether two tokens may attend; called only where FlexAttention, uncompiled, skips no blocks."""
         return selected[head, query // TOKENS, key // TOKENS]
 
     none = torch.zeros_like(counts)

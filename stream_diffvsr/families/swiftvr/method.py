@@ -153,7 +153,7 @@ class SwiftVR(ChunkUpscaler):
 
 
 def prepared(lq: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a frame to the size of its result, scale it to [0, 1], and pad it to multiples of 32, black."""
+    """Resize a frame to its result's size, convert it to [0, 1], and pad it with black to multiples of 32."""
     if size != (lq.shape[-2], lq.shape[-1]):
         lq = F.interpolate(lq, size=size, mode="bilinear", align_corners=False)
     height, width = padded_size(*size, MULTIPLE)

@@ -65,7 +65,7 @@ def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
 
 
 def summed(weight: Tensor) -> Tensor:
-    """Sum (out, in, 3, 3) to (in, out, 4, 4), transposed, or, for many channels, to (4 out, in, 2, 2).
+    """Sum weights (out, in, 3, 3) to (in, out, 4, 4), transposed, or, for many channels, (4 out, in, 2, 2).
 
     The latter stacks the weights for even and odd rows and, within these, even and odd columns.
     """
