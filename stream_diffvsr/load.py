@@ -1,4 +1,4 @@
-"""From a name to a model: the only module that knows all families."""
+"""Load a model by its name; this is the only module that knows all families."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Family:
-    """What a family knows about its files."""
+    """How to recognise and check the files of a model family, and which options it has."""
 
     recognise: Callable[[Path], bool]
-    """Whether a folder or file is meant to be such a model."""
+    """Returns whether a folder or file is meant to be a model of this family."""
     problem: Callable[[Path], StreamDiffVSRError | None]
-    """Why it cannot be opened; None if it can."""
+    """Returns why a model cannot be opened, or None if it can."""
     needed: Callable[[Collection[str], Path], Collection[str]]
-    """Which of the published files a folder needs to be complete."""
+    """Returns which of the published files a folder needs to be complete."""
     options: type
     presets: Mapping[str, Mapping[str, Any]]
     title: str
-    """Its name, as people know it."""
+    """Display name of the family."""
 
 
 FAMILIES = {
@@ -97,7 +97,7 @@ FAMILIES = {
         image_options.OWN,
     ),
 }
-"""By name, in the order in which a path is looked at."""
+"""The families by name, in the order in which they are tried on a path."""
 
 
 WAN = ("flashvsr", "swiftvr")
@@ -110,7 +110,7 @@ class Found(NamedTuple):
     name: str
     path: Path
     problem: str | None
-    """Why it is ignored; None if it is complete."""
+    """Why the folder is ignored, or None if it is complete."""
 
 
 @overload
@@ -160,33 +160,33 @@ def load_pipeline(
     extra_folders: Iterable[str | Path] = (),
     on_progress: OnProgress | None = None,
 ) -> Upscaler:
-    """Open a model and make it ready to run.
+    """Load a model and prepare it to run.
 
-    `source`: 'nano' (bundled), the name of a released model (`weights.released.RELEASES`; downloaded if it is
-    not on this machine), the name or folder of a checkpoint that `find_checkpoints(extra_folders)` lists, or
-    the file of a single-image model. `dtype` is the number format of the networks; frames, flow, warp, state
-    and scheduler arithmetic are always float32.
+    `source` is 'nano' (bundled), the name of a released model (`weights.released.RELEASES`; downloaded if it
+    is not on this machine), the name or folder of a checkpoint that `find_checkpoints(extra_folders)` lists,
+    or the file of a single-image model. `dtype` is the number format of the networks; frames, flow, warp,
+    state and scheduler arithmetic are always float32.
 
-    The following are for Stream-DiffVSR only. `flow` is the motion estimator. `quantize` 'int8' or 'fp8' runs
-    linear layers
-    in 8 bits, an approximation (needs torchao; 'fp8' also a GPU that supports it). `runtime` is the library
-    that runs the networks: 'torch', 'openvino', 'onnx', or 'auto', the fastest exact one that is installed,
-    measured once. `provider` is its device: 'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda'
-    or 'tensorrt' for ONNX Runtime. `loras` are (file, strength) pairs of LoRAs that 'stream-diffvsr train'
-    made, with strengths from -2 to 2 (1: as trained).
+    The following arguments are for Stream-DiffVSR only. `flow` is the motion estimator. `quantize` 'int8' or
+    'fp8' runs linear layers in 8 bits, an approximation that requires torchao ('fp8' also requires a GPU
+    that supports it). `runtime` is the library that runs the networks: 'torch', 'openvino', 'onnx', or
+    'auto' for the fastest exact one installed, which is measured once. `provider` is the runtime's device:
+    'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda' or 'tensorrt' for ONNX Runtime. `loras`
+    are (file, strength) pairs of LoRAs made by 'stream-diffvsr train', with strengths from -2 to 2 (1: as
+    trained).
 
-    For FlashVSR only: `version` 'v1' or 'v1.1', needed if the folder does not have the published name.
-    For FlashVSR and SwiftVR: `attention` 'auto' or 'sdpa' (PyTorch's own); for SwiftVR on CUDA also 'sage'
-    (an approximation) and 'flash', which need their packages.
+    For FlashVSR only, `version` is 'v1' or 'v1.1'; it is required if the folder does not have the published
+    name. For FlashVSR and SwiftVR, `attention` is 'auto' or 'sdpa' (PyTorch's own); SwiftVR on CUDA also
+    accepts 'sage' (an approximation) and 'flash', which require their packages.
 
-    `on_progress(done_bytes, total_bytes)` is called during a download; an exception from it ends the
-    download, which resumes from there next time. Raises `ModelNotFoundError`, `CheckpointError` or
+    `on_progress(done_bytes, total_bytes)` is called during a download; if it raises an exception, the
+    download stops, and the next one resumes from there. Raises `ModelNotFoundError`, `CheckpointError` or
     `IncompatibleInputError`.
     """
     folders, loras = list(extra_folders), tuple(loras)
     family = family_named(source, folders)
     _refuse_what_is_not_there(family, flow, quantize, version, runtime, attention, loras)
-    # OpenVINO takes its frames from the CPU.
+    # OpenVINO reads its frames from CPU memory.
     chosen_device = resolve_device("cpu" if (runtime, device) == ("openvino", "auto") else device)
     other = open_runtime(runtime, provider, chosen_device, dtype, quantize)
     quantized.check_quantize(quantize, chosen_device)
@@ -224,7 +224,7 @@ def _refuse_what_is_not_there(
     attention: str,
     loras: object,
 ) -> None:
-    """Settings of the loader that not every family has."""
+    """Raise `IncompatibleInputError` for a loader setting that the family does not support."""
     if family not in WAN and attention != "auto":
         raise IncompatibleInputError(
             f"{FAMILIES[family].title} has no large self-attention: leave attention at 'auto', not "
@@ -240,17 +240,17 @@ def _refuse_what_is_not_there(
 
 
 def family_of(folder: Path) -> str | None:
-    """The family that a folder's files belong to; None if it does not look like a checkpoint."""
+    """Return the family that a folder's files belong to, or None if it does not look like a checkpoint."""
     try:
         return next((name for name, family in FAMILIES.items() if family.recognise(folder)), None)
-    except OSError:  # a folder that may not be looked into, as lost+found
+    except OSError:  # a folder without read permission, such as lost+found
         return None
 
 
 def family_named(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> str:
-    """The family of a source; raises `ModelNotFoundError` as `resolve` does.
+    """Return the family of a source; raise `ModelNotFoundError` as `resolve` does.
 
-    A folder that is no checkpoint is treated as Stream-DiffVSR, whose checks then say what is missing.
+    A folder that is not a checkpoint is treated as Stream-DiffVSR, whose checks then report what is missing.
     """
     if str(source) in RELEASES:
         return RELEASES[str(source)].family
@@ -262,10 +262,10 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
     """List all checkpoint folders on this machine as (name, path, problem or None), in search order.
 
     The search covers `extra_folders` (in ComfyUI, its model folders), the folders in the environment variable
-    STREAM_DIFFVSR_MODELS, the user's data folder, the models folders of a ComfyUI that this package lies in,
-    and huggingface_hub's cache.
-    Each may be a checkpoint or contain checkpoints. A released name such as 'v1' means the first complete
-    folder of that name. Nothing is loaded; damaged folders raise no error.
+    STREAM_DIFFVSR_MODELS, the user's data folder, the models folders of a ComfyUI installation that contains
+    this package, and huggingface_hub's cache. Each folder may be a checkpoint or contain checkpoints. A
+    released name such as 'v1' refers to the first complete folder of that name. Nothing is loaded, and
+    damaged folders raise no error.
     """
     return [
         Found(each.name, each.path, reason_ignored(each)) for each in candidates(extra_folders, family_of)
@@ -276,7 +276,7 @@ UNTOLD = "it could be v1 or v1.1: name the folder flashvsr-v1 or flashvsr-v1.1."
 
 
 def reason_ignored(candidate: Candidate) -> str | None:
-    """Why a folder is ignored, in words, even if packages needed to find out are missing or broken."""
+    """Return why a folder is ignored, or None; if the check raises an `ImportError`, return its message."""
     try:
         error = FAMILIES[candidate.family].problem(candidate.path)
     except ImportError as missing:
@@ -287,9 +287,9 @@ def reason_ignored(candidate: Candidate) -> str | None:
 
 
 def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Path | None:
-    """The folder or file of a source; None for released weights that have to be downloaded.
+    """Return the folder or file of a source, or None for released weights that have to be downloaded.
 
-    Raises `ModelNotFoundError` for an unknown name, and for a folder with several checkpoints.
+    Raises `ModelNotFoundError` for an unknown name and for a folder that contains several checkpoints.
     """
     if source == "nano":
         return NANO
@@ -317,7 +317,7 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
 
 
 def _is_damaged(candidate: Candidate) -> bool:
-    """Whether a folder has a problem; it is logged, since the search goes on without it."""
+    """Return whether a folder has a problem; log the problem, since the search then skips the folder."""
     error = FAMILIES[candidate.family].problem(candidate.path)
     if error is not None:
         log.info("%s is ignored as %s: %s", candidate.path, candidate.name, error)
@@ -331,9 +331,9 @@ def download(
     revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Download a released model to the first registered folder, or the user's data folder; return its folder.
+    """Download a released model to the first registered folder or the user's data folder; return its folder.
 
-    Raises `ModelNotFoundError`, which says what to do by hand.
+    Raises `ModelNotFoundError`, whose message explains how to install the files manually.
     """
     release, family, folders = RELEASES[name], FAMILIES[RELEASES[name].family], list(extra_folders)
     folder = fetch(
@@ -350,7 +350,7 @@ def download(
 
 
 def download_targets(name: str, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Folders that a released model can be downloaded to, best first.
+    """Return the folders that a released model can be downloaded to, best first.
 
     A folder that lacks only Stream-DiffVSR's text encoder or tokenizer is completed in place, unless it is in
     the hub's cache, which only huggingface_hub may write to.
@@ -370,12 +370,12 @@ def estimate_memory(
     dtype: torch.dtype = torch.float16,
     model: str | Path = "v1",
 ) -> dict[str, int]:
-    """Bytes by stage for an LQ frame of `height` x `width`, counted without reading any weights.
+    """Return the bytes by stage for an LQ frame of `height` x `width`, counted without reading any weights.
 
-    Keys: 'weights', 'frames', the activations of 'flow', 'controlnet', 'unet' and 'vae', and 'peak', which is
-    the most that is needed at any moment. In float32 it includes the weights that a CPU keeps in a faster
-    form. With `memory_plan` 'auto', nothing is split.
-    `model`: 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
+    Keys: 'weights', 'frames', the activations of 'flow', 'controlnet', 'unet' and 'vae', and 'peak', the
+    maximum needed at any moment. In float32, 'peak' includes the copies of weights that a CPU keeps in a
+    faster form. With `memory_plan` 'auto', the counts are for a frame that is not split.
+    `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
     """
     options = options or UpscaleOptions()
     configs, flow = CONFIGS, "raft_large"

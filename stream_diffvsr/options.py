@@ -1,6 +1,6 @@
-"""One table of options: a field of a frozen dataclass tells its default, limits, choices and help, once.
+"""The single definition of each option: a dataclass field with its default, limits, choices and help text.
 
-Flags, widgets, JSON schemas and checks are all made from it:
+Flags, widgets, JSON schemas and checks are all generated from these fields:
 
     @dataclass(frozen=True, kw_only=True)
     class Options:
@@ -25,44 +25,44 @@ from .errors import IncompatibleInputError, StreamDiffVSRError
 Made = TypeVar("Made")
 
 EXPERTS = "for experts"
-"""Title of the flags without a group that a beginner can leave alone; it comes last."""
+"""Title of the last group of flags, which contains the expert options that have no other group."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must be, and what it is for."""
+    """The valid values of an option, and how it is presented to the user."""
 
     help: str
-    """Sentences for the person who sets it, without the default."""
+    """Help text for the user, without the default."""
     kind: type
     """bool, int, float or str."""
     low: float | None = None
     high: float | None = None
-    """Limits, both included; None: none."""
+    """Inclusive limits; None means no limit."""
     choices: tuple[Any, ...] = ()
     optional: bool = False
-    """Whether None is a value, too."""
+    """Whether None is also a valid value."""
     expert: bool = False
-    """Whether a beginner can leave it alone."""
+    """Whether beginners can ignore the option."""
     step: float | None = None
-    """Of a widget's arrows."""
+    """Increment of the widget's arrows."""
     usual: tuple[float, float] | None = None
-    """Limits of a widget, where those of the value are wider or missing."""
+    """Limits of the widget, if the value's own limits are wider or missing."""
     unset: Any = None
-    """What stands for None in a widget, which has no None."""
+    """Widget value that represents None, since widgets cannot hold None."""
     multiline: bool = False
-    """Whether its widget has room for several lines."""
+    """Whether the widget accepts several lines of text."""
     parse: Callable[[str], Any] | None = None
-    """Reads it from text, for what is none of the four kinds; such a value is checked by its owner."""
+    """Converts text to a value of any other kind; the options class must check such values itself."""
     flag: str = ""
-    """Name of its flag, where that is not the field's own."""
+    """Name of the flag, if it differs from the name of the field."""
     metavar: str | None = None
     group: str = ""
-    """Title under which its flag is listed."""
+    """Title under which the flag is listed."""
     unset_help: str = ""
-    """What a default of None means, for the help and the tooltip."""
+    """Meaning of the default None, for the help text and the tooltip."""
     hidden: bool = False
-    """Whether jobs alone set it: it has no flag, and stands in no schema that does not name it."""
+    """Whether only jobs set the option: it has no flag, and schemas include it only if they name it."""
 
 
 def option(
@@ -73,25 +73,25 @@ def option(
     choices: Iterable[Any] = (),
     **rule: Any,
 ) -> Any:
-    """A dataclass field with its `Rule`; `kind` is that of the default unless this is given."""
+    """Return a dataclass field with its `Rule`; `kind` defaults to the type of `default`."""
     made = Rule(help, kind or type(default), choices=tuple(choices), optional=default is None, **rule)
     return field(default=default, metadata={"rule": made})
 
 
 def rules(cls: type) -> dict[str, Rule]:
-    """The rules of a dataclass of options, by name, in order."""
+    """Return the rules of an options dataclass by name, in the order of its fields."""
     return {each.name: each.metadata["rule"] for each in fields(cls) if "rule" in each.metadata}
 
 
 def defaults(cls: type) -> dict[str, Any]:
-    """The default of each option, by name."""
+    """Return the default of each option by name."""
     return {each.name: each.default for each in fields(cls) if "rule" in each.metadata}
 
 
 def check_options(options: Any) -> None:
-    """Check every value against its rule; to be called from `__post_init__`.
+    """Check every value against its rule; call this from `__post_init__`.
 
-    Raises `IncompatibleInputError` with the name, what is allowed and what came.
+    Raises `IncompatibleInputError` with the option's name, the allowed values and the value given.
     """
     for name, rule in rules(type(options)).items():
         if rule.parse:
@@ -102,7 +102,7 @@ def check_options(options: Any) -> None:
 
 
 def _problem(value: object, rule: Rule) -> str | None:
-    """What a value should have been; None where it is right."""
+    """Return a description of the allowed values, or None if `value` is one of them."""
     if value is None and rule.optional:
         return None
     if rule.choices:
@@ -131,7 +131,7 @@ def _problem(value: object, rule: Rule) -> str | None:
 
 
 def from_json(cls: type[Made], values: Mapping[str, Any]) -> Made:
-    """Options from their JSON values, such as `to_json` made; what is missing has its default.
+    """Create options from JSON values such as those of `to_json`; missing options keep their defaults.
 
     Raises `IncompatibleInputError` for an unknown name or a value that is not allowed.
     """
@@ -142,7 +142,7 @@ def from_json(cls: type[Made], values: Mapping[str, Any]) -> Made:
 
 
 def to_json(options: Any) -> dict[str, Any]:
-    """JSON values of options by name; `from_json` makes the same options of them."""
+    """Return the options as JSON values by name, from which `from_json` creates the same options."""
     values = {name: (rule, getattr(options, name)) for name, rule in rules(type(options)).items()}
     return {
         name: str(value) if rule.parse and value is not None else value
@@ -151,7 +151,7 @@ def to_json(options: Any) -> dict[str, Any]:
 
 
 def json_schema(cls: type, only: Iterable[str] | None = None) -> dict[str, Any]:
-    """The JSON schema of a class of options, or of those named in `only`."""
+    """Return the JSON schema of an options class, or only of the options named in `only`."""
     names, table, default = {bool: "boolean", int: "integer", float: "number"}, rules(cls), defaults(cls)
     properties = {}
     for name in [name for name in table if not table[name].hidden] if only is None else only:
@@ -173,11 +173,11 @@ def json_schema(cls: type, only: Iterable[str] | None = None) -> dict[str, Any]:
 
 
 def add_flags(parser: argparse.ArgumentParser, *classes: type, titles: Sequence[str]) -> dict[str, Any]:
-    """Add the flag of every option, in groups with these `titles`; returns the groups by title.
+    """Add a flag for every option, in groups with these `titles`, and return the groups by title.
 
-    What has no group goes to the parser itself, or, where it is for experts, to a group of its own at the
-    end. A flag that was not given leaves no attribute; `given_options` finds the others. A name that several
-    classes have is one flag, with the help of the first and the choices of all.
+    An option without a group is added to the parser itself or, if it is for experts, to a final group. A
+    flag that is not given sets no attribute; `given_options` collects the others. An option that several
+    classes share becomes one flag, with the help text of the first class and the choices of all of them.
     """
     groups: dict[str, Any] = {title: parser.add_argument_group(title) for title in (*titles, EXPERTS)}
     made: dict[str, argparse.Action] = {}
@@ -199,7 +199,7 @@ def add_flag(
     cls: type,
     name: str,
 ) -> argparse.Action:
-    """Add the flag of one option."""
+    """Add the flag of one option, and return the parser's action for it."""
     rule, default = rules(cls)[name], defaults(cls)[name]
     flag = "--" + (rule.flag or name).replace("_", "-")
     told = rule.unset_help or ("" if default is None or rule.kind is bool else str(default))
@@ -223,26 +223,26 @@ def _from_argument(name: str, rule: Rule, text: str) -> Any:
 
 
 def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The options of a class that the command line names."""
+    """Return the options of a class that were given on the command line."""
     return {name: value for name, value in vars(args).items() if name in rules(cls)}
 
 
 def with_preset(
     presets: Mapping[str, Mapping[str, Any]], name: str, own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fields of a family's options: those of a preset, and `own`, which wins."""
+    """Return option values of a family: those of a preset, overridden by `own`."""
     if name not in presets:
         raise IncompatibleInputError(f"preset must be one of {', '.join(presets)}, not {name!r}")
     return {**presets[name], **own}
 
 
 def widgets(cls: type, names: Iterable[str]) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """ComfyUI's widgets for these options, by name."""
+    """Return the ComfyUI widgets for these options by name."""
     return {name: _widget(rules(cls)[name], defaults(cls)[name]) for name in names}
 
 
 def from_widgets(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the values of widgets mean as fields of `cls`: None where a widget stands at its `unset`."""
+    """Convert widget values to fields of `cls`; an optional field at its `unset` value becomes None."""
     table = rules(cls)
     return {
         name: None
@@ -271,7 +271,7 @@ def _widget(rule: Rule, default: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _from_text(name: str, rule: Rule, value: Any) -> Any:
-    """The value of a `parse`d option from its text; any other as it is."""
+    """Parse the text of an option that has `parse`; return any other value unchanged."""
     if rule.parse is None or not isinstance(value, str):
         return value
     try:

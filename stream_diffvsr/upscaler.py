@@ -1,11 +1,11 @@
-"""What every model family offers: read this file first.
+"""The types that every model family implements; read this file first.
 
     upscaler = load_pipeline("nano")                          # an Upscaler
     for result in upscaler.stream(frames, options):           # frames: (1, 3, h, w) float32 in [-1, 1]
         show(result.index, result.hq)                         # (1, 3, H, W), model range, not clamped
 
-A family computes frames but never loops over a sequence: `stream` below is the only loop. Everything above
-the families (jobs, nodes, command, service) uses only the types in this file.
+A family computes frames but never loops over a sequence: `stream` below is the only loop. The layers above
+the families (jobs, nodes, command line, service) use only the types in this file.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 OnStep = Callable[[str, int, int], None]
-"""Called as (stage, parts done, parts in all) between the parts of a frame; may raise to cancel."""
+"""Called between the parts of a frame as (stage, parts done, total parts); may raise an error to cancel."""
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
-    """An `on_step` that does nothing."""
+    """Do nothing; used where no `on_step` is given."""
 
 
 @dataclass(frozen=True)
@@ -42,39 +42,39 @@ class Info:
     number_format: str
     runtime: str = "torch"
     scales: tuple[float, ...] | None = (4.0,)
-    """The scales it offers; None: any from 1 to 4."""
+    """Supported scales; None means any scale from 1 to 4."""
     minimum: int = 8
-    """Smallest side of an LQ frame."""
+    """Minimum side of an LQ frame in pixels."""
     first: int = 1
-    """Frames it takes before its first results come."""
+    """Number of frames needed before the first results are returned."""
     chunk: int = 1
-    """Frames it takes per further step."""
+    """Number of frames needed for each further step."""
     look_ahead: int = 0
-    """Frames after n that frame n may depend on."""
+    """Number of later frames that a frame's result may depend on."""
 
     @property
     def frame_by_frame(self) -> bool:
-        """Whether every frame gives its result at once: a sequence can be continued after any frame."""
+        """Whether each frame's result is returned at once, so that a sequence can resume after any frame."""
         return self.first == 1 and self.chunk == 1
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the frames up to a state were made: what must be the same for an exact continuation."""
+    """How the frames up to a state were made; an exact continuation needs the same values."""
 
     model: str = ""
-    """Fingerprint of the weights; '' where it is not known."""
+    """Fingerprint of the weights, or '' if unknown."""
     number_format: str = ""
     runtime: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     """The family's options, as JSON values."""
     details: Mapping[str, str] = field(default_factory=dict)
-    """The family's further facts, such as its memory plan."""
+    """Further facts recorded by the family, such as its memory plan."""
     parts: str = field(default="", compare=False)
-    """What of a frame is computed in parts, in words for people; '' for whole frames. It is not saved."""
+    """Readable description of how a frame is split into parts; '' for whole frames. Not saved."""
 
     def differences(self, now: Provenance) -> str:
-        """Describes what changed from these frames to `now`; '' if nothing that is recorded did."""
+        """Describe what changed between these frames and `now`; return '' if nothing recorded changed."""
         names = {"number_format": "dtype", "runtime": "runtime"}
         pairs = [(name, getattr(self, key), getattr(now, key)) for key, name in names.items()]
         pairs += [(key, value, now.options[key]) for key, value in self.options.items() if key in now.options]
@@ -82,14 +82,14 @@ class Provenance:
         return ", ".join(f"{name}: {old} -> {new}" for name, old, new in pairs if old not in ("", new))
 
     def to_texts(self) -> dict[str, str]:
-        """As texts by name, for a file's metadata."""
+        """Return the values as strings by name, for a file's metadata."""
         facts = {"model": self.model, "dtype": self.number_format, "runtime": self.runtime}
         options = {"options": json.dumps(dict(self.options), sort_keys=True)} if self.options else {}
         return {**self.details, **options, **{name: text for name, text in facts.items() if text}}
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str]) -> Provenance:
-        """Read what `to_texts` wrote; raises `ValueError`."""
+        """Parse the output of `to_texts`; raise `ValueError` if it is invalid."""
         options = json.loads(texts.get("options", "{}"))
         if not isinstance(options, dict):
             raise ValueError("options that are no JSON object")
@@ -103,13 +103,13 @@ class Provenance:
 class State:
     """The memory of a sequence: a frozen value that can be kept, branched, saved and loaded.
 
-    Without tensors it starts a new sequence at frame `index` of the video.
+    A state without tensors starts a new sequence at frame `index` of the video.
     """
 
     family: str = ""
-    """The family that made it; '' for an empty one, which fits all."""
+    """The family that created the state; '' for an empty state, which every family accepts."""
     index: int = 0
-    """Frames done so far, counted in the whole video."""
+    """Number of frames finished so far, counted from the start of the video."""
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
 
@@ -126,15 +126,15 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its tensors."""
+        """Total size of the tensors in bytes."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def to(self, device: torch.device | str) -> Self:
-        """The same state with its tensors on `device`."""
+        """Return the same state with its tensors on `device`."""
         return replace(self, tensors={name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file; it appears under its name only when it is complete."""
+        """Write the state to a safetensors file, which appears under its name only once it is complete."""
         from .files import save_tensors
 
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors.items()}
@@ -143,7 +143,7 @@ class State:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote, onto the CPU, into newly allocated memory.
+        """Read a file written by `save` into newly allocated CPU memory.
 
         Raises `ModelNotFoundError` if the file is missing, and `CheckpointError` if it is not a state.
         """
@@ -157,7 +157,7 @@ class State:
         if kind not in FORMATS or not (index.isdecimal() and len(index) < 19):
             raise CheckpointError(f"{path} is not a saved state: save one with state.save().")
         family = texts.pop("family", "diffvsr" if tensors else "")
-        # Cloned, since a mapped file could not be replaced by a newer state while this one is held.
+        # Cloned, since a newer state could not replace the file while this one keeps it memory-mapped.
         own = {name: tensor.clone() for name, tensor in tensors.items()}
         if kind == FORMATS[1]:
             own.pop("flow", None)
@@ -168,7 +168,7 @@ class State:
 
 
 FORMATS = ("stream-diffvsr-state-2", "stream-diffvsr-state-1")
-"""In a saved state's metadata; the second is older and may hold a `flow`, which is ignored."""
+"""Format names in saved states; files of the second, older format may contain a `flow`, which is ignored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,46 +176,46 @@ class Upscaled:
     """One finished frame."""
 
     index: int
-    """Its place in the whole video, from 0."""
+    """Frame number in the whole video, from 0."""
     hq: Tensor
-    """(1, 3, H, W) float32, model range, not clamped; `to_pixels` makes a picture of it."""
+    """(1, 3, H, W) float32, model range, not clamped; `to_pixels` converts it to a picture."""
 
 
 class Session(Protocol):
-    """A model working on one sequence; to be used by one thread at a time.
+    """One model's work on one sequence, to be used by one thread at a time.
 
-    Several sessions of one upscaler may be interleaved: they share only the weights.
+    Several sessions of one upscaler may be interleaved, since they share only the weights.
     """
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Take the next frame, (1, 3, h, w) float32 in model range; return the results that are now ready."""
+        """Process the next frame, (1, 3, h, w) float32 in model range, and return the results now ready."""
         ...
 
     def finish(self) -> list[Upscaled]:
-        """Return the remaining results: N frames in, N frames out. Nothing may be pushed afterwards."""
+        """Return the remaining results, so that N frames yield N results. Push no frames afterwards."""
         ...
 
     def state(self) -> State | None:
-        """The state after the results returned so far; None if it cannot be continued exactly."""
+        """Return the state after the results returned so far, or None if it cannot be continued exactly."""
         ...
 
 
 class Placement(Protocol):
-    """Decides where a network runs; asked before each stage."""
+    """A policy that decides where each network runs, called before every stage."""
 
     @property
     def fixed(self) -> bool:
-        """Whether weights stay where they are."""
+        """Whether weights never move between devices."""
         ...
 
     def acquire(self, stage: str, activation_bytes: int) -> torch.device:
-        """Bring the network of `stage` to a device with room for its activations; return the device."""
+        """Move the network of `stage` to a device with memory for its activations; return the device."""
         ...
 
 
 @dataclass(frozen=True)
 class FixedPlacement:
-    """Everything stays on one device."""
+    """A placement that keeps everything on one device."""
 
     device: torch.device
     fixed: bool = True
@@ -225,7 +225,7 @@ class FixedPlacement:
 
 
 class Upscaler(Protocol):
-    """A loaded model. It keeps nothing about any video, and serves one thread at a time."""
+    """A loaded model, which keeps no data about any video and serves one thread at a time."""
 
     Options: type
     """The family's frozen dataclass of options; see `options.option`."""
@@ -238,7 +238,7 @@ class Upscaler(Protocol):
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """The networks by stage, for a host that decides where they run."""
+        """The networks by stage, for a host that controls their placement."""
         ...
 
     def session(
@@ -248,7 +248,7 @@ class Upscaler(Protocol):
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Session:
-        """Begin a sequence, or continue the one of `state`."""
+        """Start a sequence, or continue the one that `state` belongs to."""
         ...
 
     def stream(
@@ -259,26 +259,27 @@ class Upscaler(Protocol):
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Iterator[Upscaled]:
-        """Upscale frame after frame: `stream(self.session(...), frames)`."""
+        """Upscale frames one after another; short for `stream(self.session(...), frames)`."""
         ...
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """How frames of an LQ size (height, width) would be made now, memory plan included.
+        """Return how frames of an LQ size (height, width) would be made now, including the memory plan.
 
-        A job fixes this once: a state with this provenance and no tensors starts a sequence in the same way.
+        A job determines this once; a state with this provenance and no tensors then starts each sequence in
+        the same way.
         """
         ...
 
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
-        """Bytes that an LQ frame of `size` (height, width) needs besides the weights."""
+        """Return the bytes that an LQ frame of `size` (height, width) needs besides the weights."""
         ...
 
 
 def stream(session: Session, frames: Iterable[Tensor], finish: bool = True) -> Iterator[Upscaled]:
-    """Feed a session a sequence: the only loop over frames.
+    """Push frames to a session and yield its results; this is the only loop over frames.
 
-    Lazy: frame n + 1 is requested only after the results of frame n were taken. Pass `finish=False` if more
-    frames will follow: results that still depend on them are then left out.
+    Evaluation is lazy: frame n + 1 is requested only after the results of frame n have been consumed. Pass
+    `finish=False` if more frames will follow; results that depend on these are then left out.
     """
     for lq in frames:
         yield from session.push(lq)

@@ -1,1 +1,1 @@
-"""Model families: each answers to the types of `upscaler.py`."""
+"""Model families, each of which implements the types of `upscaler.py`."""

@@ -1,1 +1,1 @@
-"""Stream-DiffVSR: 4x, causal, four denoising steps, guided by the previous frame."""
+"""Stream-DiffVSR: causal 4x upscaling in four denoising steps, guided by the previous frame."""

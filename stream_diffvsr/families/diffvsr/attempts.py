@@ -1,4 +1,4 @@
-"""One frame, tried until it fits: with less memory at once, or in float32 where half precision overflowed."""
+"""Compute one frame, repeating it with less memory or, if half precision overflows, in float32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OVERFLOWED = "float32_since"
-"""In a state's details: the first frame that half precision could not hold."""
+"""Key in a state's details for the first frame that overflowed in half precision."""
 
 MEGABYTE = 2**20
 
@@ -37,11 +37,11 @@ REMEDIES = {
 
 
 def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tuple[Tensor, Plan, torch.dtype]:
-    """The frame's hq in memory of its own, and the memory plan and number format that sufficed.
+    """Return the frame's hq in newly allocated memory, and the memory plan and number format that worked.
 
-    Where memory runs out and the plan is 'auto', the frame is repeated with a lower plan: the same noise, the
-    same flow. A frame that is not finite in half precision is repeated in float32. Both are logged.
-    Raises `VRAMError` where no plan is left, `CheckpointError` where float32 is not finite either.
+    If memory runs out and the plan is 'auto', the frame is repeated with a plan that needs less, the same
+    noise and the same flow. A frame that is not finite in half precision is repeated in float32. Both are
+    logged. Raises `VRAMError` if no plan is left, and `CheckpointError` if float32 is not finite either.
     """
     plan, dtype, index = frame.plan, pipe.dtype, frame.state.frame_index
     tried: list[str] = []
@@ -69,13 +69,13 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
                 hq = upscale(here, calls, *pipe.prepared(frame.options, dtype))
             calls.stage = "frame"
             if is_finite(hq):
-                # Own memory: the padded picture is not kept alive through a view.
+                # Cloned, since a view would keep the padded picture alive.
                 return hq.clone(), plan, dtype
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             stage, message = calls.stage if calls else "frame", str(error).strip().partition("\n")[0]
-        # Here the error is gone, and with it the tensors that its traceback held.
+        # The error has now been freed, along with the tensors that its traceback referred to.
         hq = here = calls = None
         if not message:
             if dtype == torch.float32:
@@ -112,9 +112,9 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
 def outside_the_networks(
     pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions, message: str
 ) -> VRAMError:
-    """The error when memory runs out where no plan helps.
+    """Return the error to raise when memory runs out where no plan helps.
 
-    This concerns moving a frame to the device, and checking and keeping a result for the next one.
+    This can happen while a frame is moved to the device, or a result is checked and kept for the next frame.
     """
     release_caches(pipe.device)
     return _no_memory(

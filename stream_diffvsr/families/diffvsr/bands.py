@@ -1,8 +1,8 @@
-"""The convolutional parts run over bands of rows: the numbers of the whole frame at a fraction of its memory.
+"""Run the convolutional parts over bands of rows: the whole frame's result in a fraction of the memory.
 
-None of these networks normalises over the picture, so a band needs to see only some rows around it. The
-one thing that does look at the whole frame is the TPM, and it looks at a pooled map: that map is made
-band by band first, mixed once, and taken up in a second pass over the bands.
+These networks do not normalise over the picture, so a band needs only some rows around it. Only the TPM
+looks at the whole frame, through a pooled map. This map is first computed band by band, then mixed once, and
+finally used in a second pass over the bands.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Layers = Sequence[nn.Module]
 
 
 def embed(control: Control, warped: Tensor, rows: int | None) -> Tensor:
-    """`Control.embed`, in bands of `rows` rows; None: at once."""
+    """Run `Control.embed` in bands of `rows` rows, or at once if `rows` is None."""
     if rows is None:
         return control.embed(warped)
     layers = [layer for layer in control.embedding.modules() if isinstance(layer, nn.Conv2d)]
@@ -34,7 +34,7 @@ def embed(control: Control, warped: Tensor, rows: int | None) -> Tensor:
 
 
 def features(vae: TemporalAutoencoderTiny, warped: Tensor, rows: int | None) -> list[Tensor]:
-    """`TemporalAutoencoderTiny.features`, in bands of `rows` rows; None: at once."""
+    """Run `TemporalAutoencoderTiny.features` in bands of `rows` rows, or at once if `rows` is None."""
     if rows is None:
         return vae.features(warped)
     x, pooled = warped, []
@@ -51,7 +51,7 @@ def decode(
     trust: Tensor | None,
     rows: int | None,
 ) -> Tensor:
-    """`TemporalAutoencoderTiny.decode`, in bands of `rows` rows; None: at once."""
+    """Run `TemporalAutoencoderTiny.decode` in bands of `rows` rows, or at once if `rows` is None."""
     if rows is None:
         return vae.decode(latents, features, trust)
     x, remaining = vae.bound(latents), iter(features or ())
@@ -61,7 +61,7 @@ def decode(
 
 
 class Rows:
-    """A picture that is filled band by band; the first band shows its size."""
+    """A picture that is filled band by band; its size follows from the first band."""
 
     tensor: Tensor
 
@@ -69,7 +69,7 @@ class Rows:
         self.height = height
 
     def put(self, part: Tensor, band: Band) -> None:
-        """Keep the band's own rows of `part`, which covers all that the band sees, at any whole scale."""
+        """Store the band's own rows of `part`, which covers `band.seen` at any integer scale."""
         large = _at_size_of(band, part)
         if not hasattr(self, "tensor"):
             height = self.height * large.rows.stop // band.rows.stop
@@ -78,7 +78,7 @@ class Rows:
 
 
 def border_rows(layers: Iterable[nn.Module]) -> int:
-    """How many rows of input beyond its own a band's output depends on, above and below."""
+    """Return how many further input rows, above and below, a band's output depends on."""
     rows = 0
     for layer in reversed(list(layers)):
         if isinstance(layer, nn.Conv2d):
@@ -91,12 +91,12 @@ def border_rows(layers: Iterable[nn.Module]) -> int:
 
 
 def scale_of(layers: Iterable[nn.Module]) -> int:
-    """How many rows come out for one that goes in."""
+    """Return the number of output rows per input row."""
     return 2 ** sum(isinstance(layer, nn.Upsample) for layer in layers)
 
 
 def _encoder_segments(encoder: Encoder) -> list[Layers]:
-    """Layers up to the last block, cut where the picture has become smaller: little is kept in between."""
+    """Cut the layers up to the last block after each halving, so that little is kept between segments."""
     layers = list(encoder.layers)
     last = max(_blocks(layers))
     halvings = [index for index, layer in enumerate(layers) if _halves(layer)]
@@ -104,7 +104,10 @@ def _encoder_segments(encoder: Encoder) -> list[Layers]:
 
 
 def _decoder_segments(decoder: Decoder) -> list[Layers]:
-    """Layers, cut behind each block but the last: one mix per segment, and only the picture at full size."""
+    """Cut the layers after each block but the last.
+
+    Each segment then needs one mix, and only the picture itself is kept at full size.
+    """
     layers = list(decoder.layers)
     return _cut(layers, _blocks(layers)[:-1])
 
@@ -123,7 +126,7 @@ def _cut(layers: Layers, behind: list[int]) -> list[Layers]:
 
 
 def _encode_segment(layers: Layers, x: Tensor, rows: int) -> tuple[Tensor, list[Tensor]]:
-    """The last layer's result, and the pooled result of each block."""
+    """Return the last layer's result and the pooled result of each block."""
     height = x.shape[-2] // POOL
     out, maps = Rows(height), [Rows(height) for _ in _blocks(layers)]
     for band in bands(height, max(rows // POOL, 1), -(-border_rows(layers) // POOL)):
@@ -139,7 +142,7 @@ def _encode_segment(layers: Layers, x: Tensor, rows: int) -> tuple[Tensor, list[
 def _decode_segment(
     layers: Layers, x: Tensor, feature: Tensor | None, trust: Tensor | None, rows: int
 ) -> Tensor:
-    """All layers of a segment with at most one block, whose TPM sees the previous frame's `feature`."""
+    """Run a segment of at most one block, whose TPM uses the `feature` of the previous frame."""
     step = max(rows // scale_of(layers) // POOL * POOL, POOL)
     mixed = None if feature is None else _mix(layers, x, feature, step)
     if trust is not None and mixed is not None:
@@ -160,7 +163,7 @@ def _decode_segment(
 
 
 def _mix(layers: Layers, x: Tensor, feature: Tensor, step: int) -> Tensor:
-    """First pass: the block's pooled update of the whole frame, mixed with the previous frame's."""
+    """Run the first pass: pool the block's update of the whole frame and mix it with `feature`."""
     position = _blocks(layers)[0]
     block = layers[position]
     assert isinstance(block, TemporalBlock)
@@ -174,12 +177,12 @@ def _mix(layers: Layers, x: Tensor, feature: Tensor, step: int) -> Tensor:
 
 
 def _at_size_of(band: Band, part: Tensor) -> Band:
-    """The band in rows of `part`, which covers all that the band sees, larger by a whole factor."""
+    """Return the band at the scale of `part`, which covers `band.seen` enlarged by an integer factor."""
     return band.scaled(part.shape[-2] // (band.seen.stop - band.seen.start))
 
 
 def _enlarge(mixed: Tensor, rows: slice) -> Tensor:
-    """Some rows of the mixed map at the block's size: those that enlarging it whole would have."""
+    """Enlarge some rows of the mixed map to the block's size, exactly as enlarging the whole map would."""
     above, below = max(rows.start // POOL - 1, 0), min(-(-rows.stop // POOL) + 1, mixed.shape[-2])
     part = mixed[..., above:below, :]
     size = (part.shape[-2] * POOL, part.shape[-1] * POOL)

@@ -1,4 +1,4 @@
-"""The networks as graphs of another runtime than PyTorch."""
+"""The networks as graphs for runtimes other than PyTorch."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from .plan import Plan
 from .vae import TemporalAutoencoderTiny, TemporalBlock, reduce_like
 
 EXAMPLE = (5, 7)
-"""Height and width of the latents in an export, in units of what the U-Net reduces: nothing else is so."""
+"""Height and width of an export's latents, in multiples of the U-Net's reduction; no other axis has these."""
 
 
 @dataclass(eq=False)
 class BuiltNetworks:
     """The networks of a checkpoint, opened as graphs when they are first called.
 
-    Flow stays in PyTorch, and so do bands of rows, which are a loop around layers.
+    Flow is still computed in PyTorch, as are bands of rows, which need a loop around layers.
     """
 
     networks: TorchNetworks
@@ -46,7 +46,7 @@ class BuiltNetworks:
         placement: Placement,
         need: Callable[[str], int] = lambda stage: 0,
     ) -> Generator[TorchCalls, None, None]:
-        """As `TorchNetworks.calls`; a frame that is repeated in another number format is PyTorch's."""
+        """Yield calls as `TorchNetworks.calls` does; PyTorch computes frames repeated in another format."""
         if dtype != own:
             with self.networks.calls(plan, own, dtype, placement, need) as calls:
                 yield calls
@@ -55,20 +55,23 @@ class BuiltNetworks:
         yield BuiltCalls(self.networks, plan, dtype, placement, need, latent_channels=channels, built=self)
 
     def run(self, name: str, inputs: Sequence[Tensor], form: str = "") -> list[Tensor]:
-        """A graph's outputs in its runtime's number format."""
+        """Run a graph and return its outputs, in the runtime's number format."""
         call = self.opened(name, form)
         floats = (x.to(self.runtime.dtype) if x.is_floating_point() else x for x in inputs)
         return call(*floats)
 
     def is_open(self, name: str, form: str) -> bool:
-        """Whether a graph is ready to run."""
+        """Return whether a graph is ready to run."""
         return (name, form) in self._open
 
     def opened(self, name: str, form: str = "") -> Call:
-        """A graph ready to run, converted if no run before did; raises `VRAMError`."""
+        """Return a graph ready to run, converting it if no earlier run did.
+
+        Raises `StreamDiffVSRError` if memory runs out.
+        """
         if (name, form) not in self._open:
             try:
-                # What a graph is exported from outlives the caller's inference mode.
+                # The exported networks outlive the caller's inference mode.
                 with torch.inference_mode(False), torch.no_grad():
                     self._open[name, form] = self.runtime.open(self._graph(name, form))
             except Exception as error:
@@ -81,15 +84,17 @@ class BuiltNetworks:
         return self._open[name, form]
 
     def zeros(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
-        """Residuals of a frame without guidance."""
+        """Return the residuals of a frame without guidance, all zero."""
         size = (x.shape[-2], x.shape[-1])
         if size not in self._zeros:
             self._zeros[size] = [tuple(each.shape) for each in self._residuals(x, timestep, prompt)]
         return [x.new_zeros(shape) for shape in self._zeros[size]]
 
     def form(self, height: int, width: int) -> str:
-        """The sizes that share a built U-Net: how its levels are enlarged depends on the sides'
-        remainders."""
+        """Return a name for all sizes that share one built U-Net.
+
+        They have the same remainders, on which the enlargement of the U-Net's levels depends.
+        """
         multiple = self._multiple
         return f"{height % multiple}x{width % multiple} over {multiple}"
 
@@ -98,7 +103,7 @@ class BuiltNetworks:
         return 2 ** (len(self.networks.unet.config["block_out_channels"]) - 1)  # type: ignore[index]
 
     def _residuals(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
-        """Tensors without numbers, in the shapes of what the ControlNet adds."""
+        """Return tensors without values, in the shapes of the ControlNet's residuals."""
         control = self.networks.controlnet
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             large = x.new_empty((1, 3, SCALE * x.shape[-2], SCALE * x.shape[-1]))
@@ -107,7 +112,7 @@ class BuiltNetworks:
         return [*levels, middle]
 
     def _graph(self, name: str, form: str) -> Graph:
-        """A graph with example inputs, which are as small as they can be."""
+        """Return a graph with example inputs that are as small as possible."""
         unet, control, vae = self.networks.unet, self.networks.controlnet, self.networks.vae
         rest = [int(side) for side in form.partition(" ")[0].split("x")] if form else (0, 0)
         height, width = (self._multiple * n + r for n, r in zip(EXAMPLE, rest, strict=True))
@@ -146,9 +151,9 @@ class BuiltCalls(TorchCalls):
     built: BuiltNetworks = None  # type: ignore[assignment]
 
     def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
-        """Open what frames of this size take, before the first of them is begun: converting takes minutes.
+        """Open the graphs for frames of this size before the first frame, since conversion takes minutes.
 
-        The U-Net of tiles is left to the calls; bands are PyTorch's.
+        For tiles, the U-Net is opened later, by the calls themselves; bands are computed in PyTorch.
         """
         wanted = [] if self.plan.tile else [("unet", self.built.form(*padded_size(*size)))]
         wanted += [("control", "")] if guided else []
@@ -203,7 +208,7 @@ class BuiltCalls(TorchCalls):
 
 
 def block_scales(vae: TemporalAutoencoderTiny) -> list[int]:
-    """How much larger than the latents each block of the decoder is."""
+    """Return how many times larger than the latents each block of the decoder is."""
     scales, scale = [], 1
     for layer in vae.decoder.layers:
         if isinstance(layer, TemporalBlock):
@@ -213,7 +218,7 @@ def block_scales(vae: TemporalAutoencoderTiny) -> list[int]:
 
 
 class _Control(nn.Module):
-    """The ControlNet with its strength as a tensor, which a graph can take."""
+    """The ControlNet with its strength as a tensor, so that it can be an input of a graph."""
 
     def __init__(self, control: Control) -> None:
         super().__init__()
@@ -250,7 +255,7 @@ class _Features(nn.Module):
 
 
 class _Decode(nn.Module):
-    """The decoder with its trust already reduced to the sizes of its blocks."""
+    """The decoder for trust that has already been reduced to the sizes of its blocks."""
 
     def __init__(self, vae: TemporalAutoencoderTiny) -> None:
         super().__init__()

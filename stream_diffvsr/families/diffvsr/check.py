@@ -1,6 +1,6 @@
-"""Whether a checkpoint folder is complete and this model's, told without loading a weight.
+"""Check that a checkpoint folder is complete and belongs to this model, without loading any weights.
 
-Weights of another model in its place are recognised by keys and shapes, never by file names.
+Weights of other models are recognised by keys and shapes, never by file names.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from .prompt import FILE, PromptEmbeddings, token_ids
 log = logging.getLogger(__name__)
 
 NeededShapes = Callable[[Component], Shapes]
-"""What the network of a part needs, by its configuration."""
+"""Returns the shapes that the network of a part needs, according to its configuration."""
 
 
 LATENT, LATENT_AND_LQ, LATENT_AND_MASK = 4, 7, 9
-"""Input channels of U-Nets: generation; generation on top of a picture, as here; inpainting."""
+"""Input channels of U-Nets for generation, for generation from a picture (as here), and for inpainting."""
 
 FAMILIES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-"""By the width of the prompt embedding that the attention layers take."""
+"""Families of models by the width of the prompt embeddings in their attention layers."""
 
 SINGLE_FILE = ("model.diffusion_model.", "control_model.", "first_stage_model.")
 
 
 def problem(folder: Path) -> StreamDiffVSRError | None:
-    """Why a folder is no complete checkpoint; None where it is one."""
+    """Return why a folder is not a complete checkpoint, or None if it is one."""
     try:
         check(folder)
     except StreamDiffVSRError as error:
@@ -62,17 +62,17 @@ def problem(folder: Path) -> StreamDiffVSRError | None:
 
 
 def check(folder: Path) -> None:
-    """Compare configurations, headers, names and shapes of every part.
+    """Check the configuration, headers, names and shapes of every part.
 
-    Raises `ModelNotFoundError` or `CheckpointError`, naming the file and what to do, for the first part
-    that is not whole.
+    Raises `ModelNotFoundError` or `CheckpointError`, which name the file and the remedy, for the first part
+    that is incomplete or wrong.
     """
     check_networks(folder, remembered_shapes)
     check_text(folder, remembered_shapes)
 
 
 def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Component]:
-    """The networks' parts, checked before any of them is loaded."""
+    """Check the parts of all networks before any of them is loaded, and return them."""
     if not folder.is_dir():
         raise ModelNotFoundError("checkpoint", folder, "Name a checkpoint folder, 'nano' or 'v1'.")
     parts = [open_component(folder, name) for name in NETWORKS]
@@ -85,7 +85,7 @@ def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Component]
 
 
 def check_component(part: Component, needed_shapes: NeededShapes) -> None:
-    """One part: whole files, of this model, that fit their configuration."""
+    """Check that the files of one part are complete, belong to this model and fit their configuration."""
     foreign = name_foreign(part)
     if foreign:
         raise CheckpointError(
@@ -97,7 +97,7 @@ def check_component(part: Component, needed_shapes: NeededShapes) -> None:
 
 
 def check_text(folder: Path, needed_shapes: NeededShapes) -> None:
-    """The embedding of the empty prompt, or what is needed to compute it."""
+    """Check the embedding of the empty prompt or, if there is none, the files needed to compute it."""
     width = read_json(folder / NETWORKS[0] / CONFIG).get("cross_attention_dim")
     prompts = PromptEmbeddings(folder, user_cache())
     if prompts.has(""):
@@ -116,7 +116,7 @@ def check_text(folder: Path, needed_shapes: NeededShapes) -> None:
 
 
 def check_width(needed: object, got: object, path: Path) -> None:
-    """Prompt embeddings are as wide as the U-Net's attention to them."""
+    """Check that prompt embeddings have the width that the U-Net's attention needs."""
     if needed != got:
         raise CheckpointError(
             f"{path} is of width {got}, but the U-Net needs prompt embeddings of width {needed}: it belongs "
@@ -125,12 +125,12 @@ def check_width(needed: object, got: object, path: Path) -> None:
 
 
 def default_flow(folder: Path) -> str:
-    """The estimator that a checkpoint names for itself, else RAFT large, as the reference has."""
+    """Return the flow estimator that a checkpoint's index names, or else RAFT large, as in the reference."""
     return read_index(folder).get("flow", "raft_large")
 
 
 def traits(folder: Path) -> Traits:
-    """What a checkpoint's index says of how it was trained; raises `CheckpointError`."""
+    """Read from a checkpoint's index how it was trained; raise `CheckpointError` for an invalid value."""
     index = read_index(folder)
     known = {each.name: index[each.name] for each in fields(Traits) if each.name in index}
     for name, value in known.items():
@@ -140,15 +140,15 @@ def traits(folder: Path) -> Traits:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """What a folder's index says; nothing where there is none."""
+    """Return the contents of a folder's index, empty if there is none."""
     index = folder / INDEX
     return read_json(index) if index.is_file() else {}
 
 
 def remembered_shapes(part: Component) -> Shapes:
-    """The shapes that a part's network needs, read from a small file after the first time.
+    """Return the shapes that a part's network needs, read from a small cache file after the first time.
 
-    Working it out imports diffusers, which takes seconds: too long each time a list of models is shown.
+    Computing them imports diffusers, which takes seconds: too long each time a list of models is shown.
     """
     content = json.dumps([part.name, part.config, version("diffusers"), version("transformers")])
     path = user_cache() / f"shapes-{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
@@ -161,7 +161,7 @@ def remembered_shapes(part: Component) -> Shapes:
 
 
 def name_foreign(part: Component) -> str:
-    """What another model's weights are, in words; empty where they may be this model's."""
+    """Return a description of another model's weights, or '' if they may be this model's."""
     shapes = part.shapes
     if any(key.startswith(SINGLE_FILE) for key in shapes):
         return "a Stable Diffusion checkpoint in single-file layout"
@@ -171,7 +171,7 @@ def name_foreign(part: Component) -> str:
 
 
 def _diffusion(part: Component, shapes: Shapes) -> str:
-    """U-Net or ControlNet."""
+    """Describe a U-Net or ControlNet of another model; return '' if it may be this model's."""
     classes = shapes.get("class_embedding.weight")
     if classes or part.config.get("num_class_embeds"):
         count = classes[0] if classes else part.config["num_class_embeds"]

@@ -1,4 +1,4 @@
-"""A folder of Stream-DiffVSR: whether it is one, what it needs to be whole, and the pipeline made of it."""
+"""Recognise a folder of Stream-DiffVSR, list the files that it needs, and open it as a pipeline."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ TOKENIZER_FILES = (
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder is meant to hold Stream-DiffVSR, by what is in it."""
+    """Return whether a folder is meant to contain Stream-DiffVSR, judging by its contents."""
     return (folder / INDEX).is_file() or any((folder / name).is_dir() for name in NETWORKS)
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Of all published names those that run the model: each part once, in its best form."""
+    """Return the published names that are needed to run the model: each part once, in its best form."""
     text = not PromptEmbeddings(folder, user_cache()).has("")
     wanted = {INDEX, SCHEDULER_CONFIG.as_posix()}
     for part in [*NETWORKS, *([TEXT_ENCODER] if text else [])]:
@@ -60,7 +60,7 @@ def needed(names: Collection[str], folder: Path) -> list[str]:
 
 
 def lacks_text_only(folder: Path) -> bool:
-    """Whether nothing but the text encoder or the tokenizer is missing."""
+    """Return whether only the text encoder or the tokenizer is missing."""
     error = problem(folder)
     return isinstance(error, ModelNotFoundError) and error.component.startswith((TEXT_ENCODER, TOKENIZER))
 
@@ -72,16 +72,16 @@ def open_diffvsr(
     flow: str | Callable[[Tensor, Tensor], Tensor],
     flow_folders: Iterable[Path],
 ) -> StreamDiffVSRPipeline:
-    """Load a folder, each weight straight to its device and number format, strictly.
+    """Load a folder strictly, each weight straight to its device and number format.
 
-    `flow_folders`: where RAFT's weights are looked for, too. Raises `ModelNotFoundError` or
+    `flow_folders` are further folders to search for RAFT's weights. Raises `ModelNotFoundError` or
     `CheckpointError`.
     """
     networks, prompts = _Networks(), PromptEmbeddings(folder, user_cache())
     with torch.inference_mode(False):
         parts = check_networks(folder, networks.shapes)
         check_text(folder, remembered_shapes)
-        # Before the networks, so that the text encoder is gone when they come.
+        # Done before loading the networks, so that the text encoder is no longer in memory by then.
         prompts.get("")
         filled = {part.name: fill(networks[part.name], part, device, dtype) for part in parts}
         chosen_flow = default_flow(folder) if flow == "auto" else flow
@@ -102,7 +102,7 @@ def open_diffvsr(
 
 
 class _Networks(dict[str, torch.nn.Module]):
-    """Networks built without weights: first to compare them with their files, then to be filled."""
+    """Networks built without weights, which are first compared with their files and then filled."""
 
     def shapes(self, part: Component) -> Shapes:
         self[part.name] = build(part)

@@ -1,4 +1,4 @@
-"""The networks of a checkpoint folder: the files of each, built without weights, filled strictly."""
+"""Find the files of a checkpoint folder's networks, build them without weights, and fill them strictly."""
 
 from __future__ import annotations
 
@@ -36,37 +36,37 @@ FORMS = (
     "{stem}.fp16.bin",
     "{stem}.pth",
 )
-"""Names under which weights are published, best first: full before half, one file before several."""
+"""File names of published weights, best first: full before half precision, one file before several."""
 
 REMEDY = "Copy it there, or let 'stream-diffvsr download' fetch the released folder."
 
 
 @dataclass(frozen=True)
 class Component:
-    """One network of a checkpoint folder, on the disk."""
+    """One network of a checkpoint folder, as stored on disk."""
 
     name: str
     config: dict[str, Any]
     config_path: Path
     path: Path
-    """The file of weights, or the index of several."""
+    """The weights file, or the index of several weights files."""
     files: tuple[Path, ...]
-    """All files that hold weights."""
+    """All weights files."""
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """What the weights are called, and their shapes; raises `CheckpointError` for a damaged file."""
+        """The shapes of the weights by name; raises `CheckpointError` for a damaged file."""
         return {key: shape for path in self.files for key, shape in read_shapes(path).items()}
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights, mapped from their files."""
+        """Return the weights by name, memory-mapped from their files."""
         return {key: value for path in self.files for key, value in read_weights(path).items()}
 
 
 def open_component(folder: Path, name: str) -> Component:
-    """A network's configuration and files.
+    """Return a network's configuration and files.
 
-    Raises `ModelNotFoundError` naming what is missing, or `CheckpointError` for a file that is damaged.
+    Raises `ModelNotFoundError`, which names the missing file, or `CheckpointError` for a damaged file.
     """
     config_path = folder / name / CONFIG
     require(config_path, name)
@@ -81,21 +81,21 @@ def open_component(folder: Path, name: str) -> Component:
 
 
 def choose(present: Collection[str], name: str) -> str | None:
-    """The best of a part's published forms among the names in its folder; None where there is none."""
+    """Return the best weights file of a part among the names in its folder, or None if there is none."""
     stems = STEMS.get(name, NETWORK_STEMS)
     names = [form.format(stem=stem) for form in FORMS for stem in stems]
     return next((candidate for candidate in names if candidate in present), None)
 
 
 def shards(present: Collection[str], index: str) -> list[str]:
-    """Names of the files that belong to an index, told by their names: stem-00001-of-00002.safetensors."""
+    """Return the names that match those of an index's files, such as stem-00001-of-00002.safetensors."""
     stem, kind, variant = re.fullmatch(r"(.+)\.(safetensors|bin)\.index(\..+)?\.json", index).groups()  # type: ignore[union-attr]
     pattern = re.compile(rf"{re.escape(stem)}{re.escape(variant or '')}-\d+-of-\d+\.{kind}")
     return sorted(name for name in present if pattern.fullmatch(name))
 
 
 def require(path: Path, name: str) -> None:
-    """Raise `ModelNotFoundError` unless the file is there."""
+    """Raise `ModelNotFoundError` unless the file exists."""
     if path.is_file():
         return
     where = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
@@ -108,7 +108,7 @@ def _files(path: Path, name: str) -> tuple[Path, ...]:
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
         raise CheckpointError(f"{path} lists no weight files; fetch the file again.")
-    # Names only: an index never leads out of its folder.
+    # Only the names are used, so that an index cannot refer to files outside its folder.
     files = [path.parent / Path(str(file)).name for file in sorted(set(places.values()))]
     for file in files:
         require(file, name)
@@ -116,27 +116,30 @@ def _files(path: Path, name: str) -> tuple[Path, ...]:
 
 
 BUFFERS = (".position_ids",)
-"""Endings of keys that older files hold although they carry no weights."""
+"""Endings of keys that older files contain although these are not weights."""
 
 PREFIXES = {TEXT_ENCODER: "text_model."}
-"""What keys begin with in files and in transformers 4, but not in transformers 5."""
+"""Prefixes of keys in files and in transformers 4, but not in transformers 5."""
 
 
 def build(part: Component) -> nn.Module:
-    """The network that a part's configuration describes, without weights; raises `CheckpointError`."""
-    import_library(part.name)  # here, since a package that is missing or broken is not the checkpoint's fault
+    """Build the network that a part's configuration describes, without weights.
+
+    Raises `CheckpointError` for an invalid configuration.
+    """
+    import_library(part.name)  # not in `try`: a missing or broken package is not the checkpoint's fault
     try:
         return empty(lambda: from_config(part.name, part.config))
-    except Exception as error:  # whatever the libraries make of a configuration that makes no sense
+    except Exception as error:  # libraries raise all kinds of errors for invalid configurations
         raise CheckpointError(
             f"{part.config_path} does not describe a valid {part.name} ({error!r})."
         ) from error
 
 
 def import_library(name: str) -> None:
-    """Import what a network is built with; raises `ImportError` with the cause, which libraries bury.
+    """Import the library that builds a network; raise `ImportError` with the cause, which libraries hide.
 
-    diffusers and transformers import each other, torchvision and torchaudio: any of them may be at fault.
+    diffusers and transformers import each other, torchvision and torchaudio, and any of these may fail.
     """
     try:
         if name == TEXT_ENCODER:
@@ -151,12 +154,12 @@ def import_library(name: str) -> None:
 
 
 def cause(error: BaseException) -> BaseException:
-    """The first error of a chain."""
+    """Return the first error of a chain."""
     return cause(error.__cause__) if error.__cause__ else error
 
 
 def from_config(name: str, config: dict[str, Any]) -> Any:
-    """The network of that name in a checkpoint folder, with initial weights as its library sets them."""
+    """Build the network of that name, with the initial weights that its library sets."""
     if name == "vae":
         return TemporalAutoencoderTiny(config)
     if name == TEXT_ENCODER:
@@ -173,11 +176,11 @@ def from_config(name: str, config: dict[str, Any]) -> Any:
 
 
 def fill(network: Network, part: Component, device: torch.device, dtype: torch.dtype) -> Network:
-    """Give a network without weights those of its part, in eval mode; raises `CheckpointError`.
+    """Fill a network with the weights of its part and put it in eval mode.
 
-    The files are mapped and go to the device one weight at a time, so no second copy of them is ever
-    held. On a CPU, weights that have the right type already stay in the mapped file: they cost no memory
-    of the process, and are loaded when first used.
+    The files are memory-mapped and copied to the device one weight at a time, so a second copy of them never
+    exists. On a CPU, weights that already have the right type stay in the mapped file: they use no memory of
+    the process and are loaded when first used. Raises `CheckpointError` if the weights do not fit.
     """
     needed = shapes_of(network)
     weights = named_for(part, part.weights(), needed)
@@ -191,7 +194,7 @@ Value = TypeVar("Value")
 
 
 def named_for(part: Component, values: Mapping[str, Value], needed: Shapes) -> dict[str, Value]:
-    """What a part's files hold, under the names of the installed library, without known buffers."""
+    """Rename the values of a part's files as the installed library needs, and drop known buffers."""
     kept = {key: value for key, value in values.items() if not key.endswith(BUFFERS)}
     prefix = PREFIXES.get(part.name, "")
     if prefix and not any(key.startswith(prefix) for key in needed):
@@ -201,11 +204,11 @@ def named_for(part: Component, values: Mapping[str, Value], needed: Shapes) -> d
 
 @dataclass(frozen=True)
 class Traits:
-    """What a checkpoint says of itself in its index; the defaults are those of the released ones."""
+    """Properties of a checkpoint from its index; the defaults are those of the released checkpoints."""
 
     steps: int = 4
-    """Denoising steps where the options name none."""
+    """Denoising steps if the options set none."""
     occlusion: str = "off"
-    """'mask' where it was trained to have guidance fade out; see `UpscaleOptions.occlusion`."""
+    """'mask' if it was trained with guidance that fades out; see `UpscaleOptions.occlusion`."""
     centred_flow: bool = False
-    """Whether it was trained with estimates that undo the shift of `warp`; given flow is used as it is."""
+    """Whether it was trained with estimated flow that compensates for the shift of `warp`."""

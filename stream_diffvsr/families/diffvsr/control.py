@@ -1,4 +1,4 @@
-"""The ControlNet, with its image embedding moved out of the denoising loop: it is the same in every step."""
+"""The ControlNet, with its image embedding, the same in every step, moved out of the denoising loop."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 from torch import Tensor, nn
 
 Residuals = tuple[list[Tensor], Tensor]
-"""What the ControlNet adds to the U-Net: to each skip connection, and after the middle block."""
+"""The ControlNet's additions to the U-Net: one for each skip connection, and one after the middle block."""
 
 
 class Control(nn.Module):
-    """diffusers' ControlNet as it is, but for where its picture is embedded.
+    """diffusers' ControlNet, unchanged except for where its picture is embedded.
 
-    The embedding of the warped frame is the same in every denoising step, so it is computed once:
-    the embedding network stands beside the ControlNet, which has an identity in its place and thus
-    takes the ready embedding as its picture.
+    The embedding of the warped frame is the same in every denoising step, so it is computed once. For this,
+    the embedding network is a module beside the ControlNet and is replaced there by an identity, so that the
+    ControlNet receives the finished embedding as its picture.
     """
 
     def __init__(self, controlnet: Any) -> None:
@@ -25,13 +25,13 @@ class Control(nn.Module):
         self.body = controlnet
 
     def embed(self, warped: Tensor) -> Tensor:
-        """Warped frame (1, 3, 4h, 4w), model range -> (1, C, h, w)."""
+        """Embed the warped frame (1, 3, 4h, 4w), model range, as (1, C, h, w)."""
         return self.embedding(warped)
 
     def forward(
         self, x: Tensor, timestep: Tensor, prompt: Tensor, embedding: Tensor, scale: float
     ) -> Residuals:
-        """(B, 7, h, w), the U-Net's own input -> its residuals, times `scale`."""
+        """Return the residuals, times `scale`, for the U-Net's own input (B, 7, h, w)."""
         return self.body(
             x,
             timestep,

@@ -1,7 +1,7 @@
-"""What a frame needs, counted: its network calls run on torch's meta device, where nothing is computed.
+"""Count a frame's memory by running its network calls on torch's meta device, where nothing is computed.
 
-What is told is memory in use. glibc keeps what was freed in holes between what is not, a different amount in
-every run, so that a process on a CPU holds up to twice as much: `plan.py` leaves room for it.
+The counts are of memory in use. glibc also keeps freed memory in gaps between blocks in use, a different
+amount in every run, so a process on a CPU may occupy up to twice as much; `plan.py` allows for this.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .plan import Plan
 META = torch.device("meta")
 
 FRAMES = 3
-"""Pictures of output size beside the networks: the previous hq, the warped one, and one of the caller's."""
+"""Number of output-sized pictures besides the networks: the previous hq, the warped one and the caller's."""
 
 LIBRARIES = 85 * 2**20
-"""What the libraries take when they first compute: code, threads, workspaces."""
+"""Bytes that the libraries allocate when they first compute, for code, threads and workspaces."""
 
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
 
 
 class Needs:
-    """Bytes by stage for the networks of one checkpoint; each count is made once per size."""
+    """Counts the bytes by stage for the networks of one checkpoint, once per size."""
 
     def __init__(
         self,
@@ -45,17 +45,17 @@ class Needs:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        """`device`: where they are to run; the networks may be on the meta device."""
+        """Prepare to count for networks that will run on `device`; they may be on the meta device now."""
         self.networks, self.scheduler_config = networks, scheduler_config
         self.dtype, self.device = dtype, device
         self._counted: dict[tuple[object, ...], int] = {}
 
     def __call__(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> dict[str, int]:
-        """For an LQ size (height, width).
+        """Return the bytes by stage for an LQ size (height, width).
 
-        Keys: 'weights' (other forms of them included), 'frames', the activations of 'flow', 'controlnet'
-        (embedding the warped frame), 'unet' (with the ControlNet beside it) and 'vae', and 'peak': all that
-        is held at the worst moment.
+        Keys: 'weights' (including existing converted copies), 'frames', the activations of 'flow',
+        'controlnet' (embedding the warped frame), 'unet' (together with the ControlNet) and 'vae', and
+        'peak', the total at the worst moment.
         """
         height, width = padded_size(*size)
         scale = options.flow_scale
@@ -77,16 +77,16 @@ class Needs:
         return LIBRARIES + FRAMES * 3 * torch.float32.itemsize * SCALE**2 * height * width
 
     def _beside_weights(self) -> tuple[int, int]:
-        """Bytes of weights in other forms: those there are, and those that the next frame will make."""
+        """Return the bytes of converted weights: those that exist, and those that the next frame will add."""
         networks = self.networks.stages().values() if self.device.type == "cpu" else ()
         each = packed.bytes_beside(networks), folded.bytes_beside(networks)
         return each[0][0] + each[1][0], each[0][1] + each[1][1]
 
     def most(self, size: Sequence[int]) -> int:
-        """A bound on what a frame of an LQ size (height, width) needs besides the weights, without counting.
+        """Return an upper bound on the bytes besides the weights for an LQ size (height, width), not counted.
 
-        The networks hold at most a few dozen pictures of their widest layer's channels at once (released
-        widths: 20), RAFT's volume a third of a byte per pair of LQ pixels.
+        The networks hold at most a few dozen pictures with the channels of their widest layer at once (20
+        with the released widths), and RAFT's volume needs a third of a byte per pair of LQ pixels.
         """
         height, width = padded_size(*size)
         networks = self.networks.stages().values()
@@ -116,7 +116,7 @@ class Needs:
 
     def _flow(self, height: int, width: int, scale: float, method: str) -> int:
         result = 2 * torch.float32.itemsize * height * width * SCALE**2
-        if method == "tiled":  # one tile after the other, beside the flow of the whole
+        if method == "tiled":  # one tile at a time, besides the flow of the whole frame
             side = max(round(FLOW_TILE / (SCALE * scale)), 1)
             height, width = min(height, side), min(width, side)
         estimator = self._meta.flow
@@ -151,7 +151,7 @@ class Needs:
                 calls,
                 latents,
                 lq,
-                Guidance(embedding.clone()),  # it is held meanwhile
+                Guidance(embedding.clone()),  # held during the call
                 prompts=[prompt],
                 schedule=schedule,
                 options=ONE_STEP,

@@ -1,4 +1,4 @@
-"""From noise to latents: four steps of DDIM, guided by the LQ frame, the prompt and the previous frame."""
+"""Turn noise into latents by four DDIM steps, guided by the LQ frame, the prompt and the previous frame."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .networks import Guidance, Networks
 from .options import UpscaleOptions
 
 UNET_MULTIPLE = 8
-"""Tiles of the latents begin where the U-Net's three halvings of the whole frame would sample, too."""
+"""Tiles of latents start at multiples of this, where the U-Net's three halvings sample the whole frame."""
 
 
 def noise(seed: int, frame_index: int, channels: int, height: int, width: int) -> Tensor:
-    """Initial latents of one frame, (1, C, h, w) float32 on the CPU: the same on every machine.
+    """Return the initial latents of one frame, (1, C, h, w) float32 on the CPU, the same on every machine.
 
-    Accepts any 64-bit seed, as ComfyUI draws them; on a CPU torch's generator uses the lower 32 bits.
+    Any 64-bit seed is accepted, as ComfyUI draws such seeds; torch's CPU generator uses the lower 32 bits.
     """
     generator = torch.Generator().manual_seed((seed + frame_index) % 2**64)
     return torch.randn((1, channels, height, width), generator=generator)
@@ -35,13 +35,13 @@ class Schedule:
     scheduler: Any
     """diffusers' DDIMScheduler with its timesteps set."""
     timesteps: tuple[tuple[int, Tensor], ...]
-    """Each timestep as a number, and as a tensor on the networks' device."""
+    """Each timestep, as a number and as a tensor on the networks' device."""
 
     @classmethod
     def prepare(
         cls, config: dict[str, Any], steps: int, spacing: str | None, device: torch.device
     ) -> Schedule:
-        """From the checkpoint's scheduler configuration; `spacing` None is the checkpoint's own."""
+        """Prepare a schedule from the checkpoint's configuration; `spacing` None keeps its own spacing."""
         from diffusers import DDIMScheduler
 
         override = {} if spacing is None else {"timestep_spacing": spacing}
@@ -50,19 +50,19 @@ class Schedule:
         return cls(scheduler, tuple((int(t), t.to(device)) for t in scheduler.timesteps))
 
     def control_scales(self, options: UpscaleOptions) -> list[float]:
-        """Strength of the ControlNet in each step: 0 outside the part of the run where it guides."""
+        """Return the ControlNet's strength in each step, which is 0 outside the steps it should guide."""
         total = len(self.timesteps)
         low, high = options.control_guidance_start, options.control_guidance_end
         guides = [i / total >= low and (i + 1) / total <= high for i in range(total)]
         return [options.controlnet_conditioning_scale * each for each in guides]
 
     def step(self, prediction: Tensor, timestep: int, latents: Tensor) -> Tensor:
-        """One DDIM update (eta 0), float32."""
+        """Apply one DDIM update (eta 0) in float32."""
         return self.scheduler.step(prediction, timestep, latents, return_dict=False)[0]
 
 
 def latent_tiles(height: int, width: int, size: int | None, overlap: int) -> list[Tile]:
-    """Tiles of latents (., ., height, width), `size` and `overlap` in HQ pixels; no size: one tile of all."""
+    """Return tiles of latents (., ., height, width); `size` (None: one tile) and `overlap` in HQ pixels."""
     if size is None:
         return tiles(height, width, max(height, width), 0)
     side = max(size // SCALE // UNET_MULTIPLE, 1) * UNET_MULTIPLE
@@ -81,18 +81,19 @@ def denoise(
     tiles: Sequence[Tile],
     on_step: OnStep,
 ) -> Tensor:
-    """Noise (1, C, h, w) and LQ frame (1, 3, h, w) -> latents (1, C, h, w), all float32.
+    """Turn noise (1, C, h, w) and an LQ frame (1, 3, h, w) into latents (1, C, h, w), all float32.
 
-    `guidance` comes from the warped previous frame; None without one. `prompts` (1, 77, D) is one, or with
-    guidance two, the negative one first: then the prediction is u + g (c - u) of two separate runs, so that
-    it is exactly that of the parts, and needs no more memory than one. Several tiles are blended.
+    `guidance` is by the warped previous frame, or None if there is none. `prompts` is one embedding
+    (1, 77, D) or, for classifier-free guidance, two, the negative one first. The prediction is then
+    u + g (c - u) from two separate runs, so that each run's result is exact and the two need no more memory
+    than one. Several tiles are blended.
     """
     scales = schedule.control_scales(options)
     done, total = 0, len(scales) * len(tiles)
     for step, ((number, timestep), scale) in enumerate(zip(schedule.timesteps, scales, strict=True)):
         x = torch.cat([latents, lq], dim=1)
         prediction = torch.zeros_like(latents)
-        # Tiles are there to save memory: they keep nothing for later steps.
+        # Tiles are meant to save memory, so nothing is kept from them for later steps.
         keep = options.control_every > 1 and len(tiles) == 1
         again = keep and step % options.control_every > 0
         now = (

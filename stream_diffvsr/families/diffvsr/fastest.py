@@ -1,4 +1,4 @@
-"""The fastest exact runtime of this machine, found by trying each and remembered."""
+"""Find the fastest exact runtime on this machine by trying each, and remember the result."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .pipeline import StreamDiffVSRPipeline
 log = logging.getLogger(__name__)
 
 SIDE, ROUNDS = 64, 3
-"""Of the LQ frames that are timed, and how often: the best time counts, since others only add to it."""
+"""Side of the timed LQ frames, and how often each is timed; the best time is the least disturbed one."""
 
 EXACT = 1e-4
-"""At most this far from PyTorch."""
+"""Maximum difference from PyTorch's result, in model range, for a runtime to be exact."""
 
 
 def with_runtime(
     pipe: StreamDiffVSRPipeline, name: str, provider: str, dtype: str | torch.dtype, quantize: str
 ) -> StreamDiffVSRPipeline:
-    """A pipeline that shares everything with `pipe` but what computes its networks; as `load_pipeline`."""
+    """Return `pipe` with its networks run by the given runtime; the arguments are as for `load_pipeline`."""
     if name == "auto":
         return fastest(pipe)
     runtime = open_runtime(name, provider, pipe.device, dtype, quantize)
@@ -39,10 +39,10 @@ def with_runtime(
 
 
 def fastest(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """`pipe` by the runtime that is the fastest here, told in one line of the log.
+    """Return `pipe` with the runtime that is fastest here, and log the choice.
 
-    The first time, graphs are built and a few small frames are timed. On a GPU, and in half precision, it is
-    always PyTorch: no other runtime was tried there yet.
+    The first time, graphs are built and a few small frames are timed. On a GPU or in half precision, it is
+    always PyTorch, since no other runtime has been tried there yet.
     """
     if pipe.device.type != "cpu" or pipe.number_format != "float32":
         return pipe
@@ -74,7 +74,7 @@ def _others(pipe: StreamDiffVSRPipeline) -> dict[str, StreamDiffVSRPipeline]:
 
 
 def _measure(pipes: Mapping[str, StreamDiffVSRPipeline]) -> dict[str, float]:
-    """Seconds of a guided frame by each runtime that gives PyTorch's numbers."""
+    """Return the seconds per guided frame for each runtime whose result is the same as PyTorch's."""
     generator = torch.Generator().manual_seed(0)
     frames = list((torch.rand((2, 3, SIDE, SIDE), generator=generator) * 2 - 1).split(1))
     states = {name: pipe.process_frame(frames[0]).state for name, pipe in pipes.items()}

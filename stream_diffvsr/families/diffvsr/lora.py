@@ -1,8 +1,9 @@
-"""LoRA: low-rank changes of a checkpoint's layers, read from one file and merged into copies of these layers.
+"""LoRA: low-rank changes to a checkpoint's layers, read from one file and merged into copies of these layers.
 
-A file holds `PART.LAYER.lora_A.weight` (rank, in, ...) and `PART.LAYER.lora_B.weight` (out, rank, ...) under
-diffusers' names of parts and layers. A layer's weight becomes W + strength * alpha / rank * B A. The metadata
-say for which weights they were trained (`base`), `alpha`, and whatever else is told to people.
+A file contains `PART.LAYER.lora_A.weight` (rank, in, ...) and `PART.LAYER.lora_B.weight` (out, rank, ...),
+with diffusers' names of parts and layers. A layer's weight becomes W + strength * alpha / rank * B A. The
+metadata contain the fingerprint of the weights that the LoRA was trained for (`base`), `rank`, `alpha`, and
+further information for people.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ EMBEDDING, A, B = "controlnet_cond_embedding.", ".lora_A.weight", ".lora_B.weigh
 STRONGEST = 2.0
 
 LowRank = tuple[Tensor, Tensor]
-"""A (rank, in, ...) and B (out, rank, ...) of one layer."""
+"""The matrices A (rank, in, ...) and B (out, rank, ...) of one layer."""
 
 
 @dataclass(frozen=True, eq=False)
 class Lora:
-    """A LoRA file as it was read, and how strongly it shall count."""
+    """The contents of a LoRA file, and the strength with which it is applied."""
 
     name: str
     fingerprint: str
     base: str
     """Fingerprint of the weights that it was trained for."""
     changes: Mapping[str, LowRank]
-    """By layer."""
+    """The changes by layer name."""
     scale: float
-    """alpha / rank"""
+    """The factor alpha / rank."""
     strength: float = 1.0
 
     def __str__(self) -> str:
@@ -53,7 +54,7 @@ class Lora:
 
 
 def layers(networks: TorchNetworks) -> Iterator[tuple[str, nn.Linear | nn.Conv2d]]:
-    """The layers that a LoRA can change, by diffusers' names."""
+    """Yield the layers that a LoRA can change, each with its name in diffusers."""
     for part, network in networks.stages().items():
         for name, layer in network.named_modules() if part in PARTS else ():
             if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.groups == 1):
@@ -61,7 +62,7 @@ def layers(networks: TorchNetworks) -> Iterator[tuple[str, nn.Linear | nn.Conv2d
 
 
 def diffusers_name(part: str, name: str) -> str:
-    """What diffusers calls a layer, or a weight, of a part: `Control` has its ControlNet in two."""
+    """Return diffusers' name for a layer or weight of a part; `Control` splits the ControlNet in two."""
     if part != "controlnet":
         return name
     return (
@@ -70,15 +71,15 @@ def diffusers_name(part: str, name: str) -> str:
 
 
 def low_rank_product(change: LowRank, shape: torch.Size) -> Tensor:
-    """B A in the shape of the layer's weight."""
+    """Return the product B A in the shape of the layer's weight."""
     a, b = change
     return (b.flatten(1) @ a.flatten(1)).view(shape)
 
 
 def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
-    """Read a file.
+    """Read a LoRA file.
 
-    Raises `ModelNotFoundError`, `CheckpointError`, or `IncompatibleInputError` for a strength.
+    Raises `ModelNotFoundError`, `CheckpointError`, or `IncompatibleInputError` for an invalid strength.
     """
     path = Path(path)
     if not (math.isfinite(strength) and abs(strength) <= STRONGEST):
@@ -110,7 +111,7 @@ def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
 
 
 def is_lora(path: Path) -> bool:
-    """Whether a file says of itself that `read_lora` reads it; its tensors are not looked at."""
+    """Return whether a file's metadata declare a LoRA that `read_lora` can read; tensors are not checked."""
     try:
         return path.suffix == ".safetensors" and read_metadata(path).get("format") == FORMAT
     except CheckpointError:
@@ -118,14 +119,14 @@ def is_lora(path: Path) -> bool:
 
 
 def write_lora(path: Path, changes: Mapping[str, LowRank], told: Mapping[str, str]) -> None:
-    """Write a file that `read_lora` reads; `told` has at least base, rank and alpha."""
+    """Write a file that `read_lora` can read; `told` contains at least base, rank and alpha."""
     tensors = {name + end: x.detach().cpu().contiguous()
                for name, pair in changes.items() for end, x in zip((A, B), pair, strict=True)}  # fmt: skip
     save_tensors(path, tensors, {**told, "format": FORMAT})
 
 
 def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> TorchNetworks:
-    """Networks with the sum of these LoRAs in copies of the layers that they change; all else is shared.
+    """Return networks with the sum of these LoRAs merged into copies of the changed layers; share all others.
 
     `model` is the fingerprint of `networks`. Raises `IncompatibleInputError` for a LoRA of another model.
     """
@@ -145,7 +146,7 @@ def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> T
             delta = lora.strength * lora.scale * low_rank_product((a.to(device), b.to(device)), shape)
             deltas[name] = deltas[name] + delta if name in deltas else delta
     parts = {name.partition(".")[0] for name in deltas}
-    with torch.inference_mode(False), torch.no_grad():  # weights outlive the caller's inference mode
+    with torch.inference_mode(False), torch.no_grad():  # the weights outlive the caller's inference mode
         changed = {id(known[name].weight): nn.Parameter((known[name].weight.float() + delta)
                    .to(known[name].weight.dtype), False) for name, delta in deltas.items()}  # fmt: skip
         own: dict[str, Any] = {part: copy_with(getattr(networks, part), changed) for part in parts}
@@ -153,7 +154,7 @@ def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> T
 
 
 def copy_with(network: nn.Module, changed: Mapping[int, nn.Parameter]) -> nn.Module:
-    """The same layers around the same weights, but for those `changed`, by the id of what they were."""
+    """Copy a network, sharing all weights but those in `changed`, whose keys are the old weights' ids."""
     memo: dict[int, Any] = {
         id(x): changed.get(id(x), x) for x in chain(network.parameters(), network.buffers())
     }
@@ -161,7 +162,7 @@ def copy_with(network: nn.Module, changed: Mapping[int, nn.Parameter]) -> nn.Mod
 
 
 def merged_fingerprint(model: str, loras: Sequence[Lora]) -> str:
-    """Fingerprint of a model with LoRAs merged into it."""
+    """Return the fingerprint of a model with LoRAs merged into it."""
     if not loras:
         return model
     facts = [model, *([lora.fingerprint, lora.strength] for lora in loras)]

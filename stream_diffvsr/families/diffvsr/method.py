@@ -1,4 +1,4 @@
-"""Stream-DiffVSR, one frame: the figure of the paper, from top to bottom.
+"""Upscale one frame with Stream-DiffVSR, following the paper's figure from top to bottom.
 
 lq ──x4──► lq_up ─┐
 previous lq ─x4───┴► flow ──► warp(previous hq) ──► warped ──┬─────────────────┐
@@ -28,48 +28,48 @@ from .state import StreamDiffVSRState
 
 @dataclass(frozen=True, eq=False)
 class Frame:
-    """One frame to upscale, and how."""
+    """One frame, with everything that determines how it is upscaled."""
 
     lq: Tensor
     state: StreamDiffVSRState
     options: UpscaleOptions
     plan: Plan
     latents: Tensor | None = None
-    """(1, C, h', w') to begin with instead of the seeded noise."""
+    """Initial latents (1, C, h', w') that replace the seeded noise."""
     flow: Tensor | None = None
-    """(1, 2, 4h, 4w) pixels, given; None: to be estimated."""
+    """Flow given by the caller, (1, 2, 4h, 4w) in pixels; None if it is to be estimated."""
     estimates: bool = True
-    """Whether there is anything to estimate flow with."""
+    """Whether the pipeline can estimate flow."""
     masked: bool = False
-    """Whether guidance fades where the previous frame cannot be believed."""
+    """Whether guidance fades out where the previous frame cannot be trusted."""
     on_step: OnStep = ignore_progress
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of `lq`."""
+        """The (height, width) of `lq`."""
         return self.lq.shape[-2], self.lq.shape[-1]
 
     def to(self, device: torch.device) -> Frame:
-        """The same with its tensors on `device`."""
+        """Return the same frame with its LQ frame, state and flow on `device`."""
         flow = None if self.flow is None else self.flow.to(device)
         return replace(self, lq=self.lq.to(device), state=self.state.to(device), flow=flow)
 
 
 def upscale(frame: Frame, networks: Networks, schedule: Schedule, prompts: Sequence[Tensor]) -> Tensor:
-    """A frame (1, 3, h, w) -> hq (1, 3, 4h, 4w) float32, unclamped, on the frame's device."""
+    """Upscale a frame (1, 3, h, w) to hq (1, 3, 4h, 4w) float32, unclamped, on the frame's device."""
     lq, options, on_step = frame.lq, frame.options, frame.on_step
     height, width = lq.shape[-2:]
     padded = padded_size(height, width)
     large = (SCALE * padded[0], SCALE * padded[1])
 
-    # Where everything was in the previous frame, and the previous result moved there.
+    # Estimate where each pixel was in the previous frame, and warp the previous result accordingly.
     warped = None
     flow, trust = _motion(frame, networks)
     if flow is not None and frame.state.previous_hq is not None:
         warped = pad_to(warp(frame.state.previous_hq, flow), *large)
         trust = None if trust is None else pad_to(trust, *large)
 
-    # From noise to latents, guided by the LQ frame and by the warped one.
+    # Turn noise into latents, guided by the LQ frame and the warped result.
     guidance = None
     if warped is not None and any(schedule.control_scales(options)):
         small = None if trust is None else F.avg_pool2d(trust, SCALE)
@@ -91,7 +91,7 @@ def upscale(frame: Frame, networks: Networks, schedule: Schedule, prompts: Seque
     )
     del guidance
 
-    # From latents to the picture, with what the decoder learns of the warped frame.
+    # Decode the latents to the picture, using features of the warped result.
     features = None
     if warped is not None and options.use_tpm:
         features = networks.features(warped)
@@ -102,9 +102,10 @@ def upscale(frame: Frame, networks: Networks, schedule: Schedule, prompts: Seque
 
 
 def _motion(frame: Frame, networks: Networks) -> tuple[Tensor | None, Tensor | None]:
-    """Flow since the previous frame (1, 2, 4h, 4w), and the trust in it (1, 1, 4h, 4w).
+    """Return the flow to the previous frame (1, 2, 4h, 4w) and the trust in it (1, 1, 4h, 4w).
 
-    A sequence that starts has neither (None); without `masked` everything is trusted, as in the reference.
+    Both are None if the sequence starts here or flow is unavailable. Without `masked`, the trust is None and
+    every pixel is trusted, as in the reference.
     """
     lq, previous = frame.lq, frame.state.previous_lq
     if previous is None or (frame.flow is None and not frame.estimates):

@@ -1,7 +1,7 @@
-"""The calls that the method makes of its networks, and PyTorch's way to answer them.
+"""The network calls that the method makes, and their implementation in PyTorch.
 
-A runtime is another class with the same calls. U-Net and ControlNet are one call, so that what one adds to
-the other never leaves the runtime.
+Another runtime is another class with the same calls. U-Net and ControlNet share one call, so that the
+ControlNet's residuals never leave the runtime.
 """
 
 from __future__ import annotations
@@ -29,58 +29,61 @@ from .vae import TemporalAutoencoderTiny, reduce_like
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """What the previous frame tells a prediction."""
+    """Guidance of a prediction by the previous frame."""
 
     embedding: Any
-    """Of the warped frame, as the runtime's `embed` gave it: at LQ size in its last two axes."""
+    """Embedding of the warped frame, as returned by the runtime's `embed`; its last two axes have LQ size."""
     trust: Tensor | None = None
-    """(1, 1, h, w) in [0, 1]: where to believe it; None: everywhere."""
+    """Weight of the guidance at each pixel, (1, 1, h, w) in [0, 1]; None means 1 everywhere."""
     scale: float = 1.0
     keep: bool = False
-    """Whether a later step may use what the ControlNet says now."""
+    """Whether to keep the ControlNet's residuals for later steps."""
     again: bool = False
-    """Whether to use what was kept in an earlier step."""
+    """Whether to reuse the residuals kept in an earlier step."""
 
     def cut(self, tile: Tile) -> Guidance:
-        """The part for a tile of the latents."""
+        """Return the guidance for one tile of the latents."""
         trust = None if self.trust is None else tile.cut(self.trust)
         return replace(self, embedding=tile.cut(self.embedding), trust=trust)
 
 
 class Networks(Protocol):
-    """The calls, bound to one frame's size, memory plan and number format.
+    """The network calls, bound to one frame's size, memory plan and number format.
 
-    Pictures are float32, (1, ., height, width), on the device that the caller has them on; what `embed` and
-    `features` return belongs to the runtime.
+    Pictures are float32, (1, ., height, width), on the caller's device. The type of what `embed` and
+    `features` return is up to the runtime.
     """
 
     stage: str
-    """The stage at work: where memory ran out, if it did."""
+    """The current stage, or the one in which memory ran out."""
     latent_channels: int
 
     def flow(self, current: Tensor, previous: Tensor, scale: float) -> Tensor:
-        """Two LQ frames -> backward flow (1, 2, 4h, 4w), estimated at `scale` of that size."""
+        """Return the backward flow (1, 2, 4h, 4w) of two LQ frames, estimated at `scale` of that size."""
         ...
 
     def embed(self, warped: Tensor) -> Any:
-        """Warped frame (1, 3, 4h, 4w) -> what the ControlNet takes for its picture."""
+        """Embed the warped frame (1, 3, 4h, 4w) for the ControlNet."""
         ...
 
     def predict(
         self, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: Guidance | None, slot: int
     ) -> Tensor:
-        """Latents and LQ frame (1, C + 3, h, w) -> the prediction (1, C, h, w).
+        """Return the prediction (1, C, h, w) from the latents and LQ frame in `x` (1, C + 3, h, w).
 
-        `slot` names the prompt, for residuals that are used again.
+        `slot` is the number of the prompt, by which residuals are kept for reuse.
         """
         ...
 
     def features(self, warped: Tensor) -> Any:
-        """Warped frame (1, 3, 4h, 4w) -> its features, for the decoder."""
+        """Return features of the warped frame (1, 3, 4h, 4w) for the decoder."""
         ...
 
     def decode(self, latents: Tensor, features: Any, trust: Tensor | None) -> Tensor:
-        """Latents (1, C, h, w) -> (1, 3, 4h, 4w), model range; `trust` (1, 1, 4h, 4w) fades features."""
+        """Decode latents (1, C, h, w) to (1, 3, 4h, 4w) in model range.
+
+        `trust` (1, 1, 4h, 4w) scales the contribution of the features.
+        """
         ...
 
 
@@ -93,19 +96,19 @@ class TorchNetworks:
     controlnet: Control
     vae: TemporalAutoencoderTiny
     centred_flow: bool = False
-    """Whether estimates undo the shift of `warp`; flow that callers hand in is used as it is."""
+    """Whether estimated flow compensates for the shift of `warp`; flow given by callers is never changed."""
 
     def prepare(self) -> None:
-        """Convert the networks in place to the form in which they run fastest with the same numbers."""
-        # Weights outlive the caller's inference mode.
+        """Convert the networks in place to the form in which they run fastest without changing results."""
+        # The weights outlive the caller's inference mode, so they must not be inference tensors.
         with torch.inference_mode(False), torch.no_grad():
             upcast_attention(self.unet, self.controlnet)
-            # Convolutions take channels last: else each call brings pictures and weights into that order.
-            # The larger networks come so where they were copied, and else stay in their mapped files.
+            # Convolutions need channels last: otherwise each call would reorder pictures and weights.
+            # The larger networks have that order if they were copied, and otherwise stay in mapped files.
             nn.Module.to(self.vae, memory_format=torch.channels_last)
 
     def stages(self) -> dict[str, nn.Module]:
-        """The networks by stage."""
+        """Return the networks by stage."""
         return {"flow": self.flow, "unet": self.unet, "controlnet": self.controlnet, "vae": self.vae}
 
     @contextmanager
@@ -117,9 +120,9 @@ class TorchNetworks:
         placement: Placement,
         need: Callable[[str], int] = lambda stage: 0,
     ) -> Generator[TorchCalls, None, None]:
-        """The calls for one frame, with networks that are held in `own` cast to `dtype` meanwhile.
+        """Yield the calls for one frame, with the networks, stored in `own`, temporarily cast to `dtype`.
 
-        `need` tells the bytes of a stage, where the placement has to know.
+        `need` returns the bytes that a stage needs, for a placement that moves networks.
         """
         calls = TorchCalls(self, plan, dtype, placement, need, latent_channels=self.vae.latent_channels)
         if dtype == own:
@@ -144,7 +147,7 @@ class TorchCalls:
     _kept: dict[int, Residuals] = field(default_factory=dict)
 
     def _enter(self, stage: str, *networks: str) -> torch.device:
-        """Have the networks of a stage brought to their device, where they are not there already."""
+        """Move the networks of a stage to their device when the stage begins, and return that device."""
         if self.stage != stage:
             self.stage = stage
             room = 0 if self.placement.fixed else self.need(stage)
@@ -152,7 +155,7 @@ class TorchCalls:
         return self._device
 
     def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
-        """Do what takes long before the first frame of an LQ size; PyTorch needs nothing."""
+        """Do slow preparations before the first frame of an LQ size; PyTorch needs none."""
 
     def flow(self, current: Tensor, previous: Tensor, scale: float) -> Tensor:
         device, estimator = self._enter("flow"), self.networks.flow
@@ -192,7 +195,7 @@ class TorchCalls:
     def _residuals(
         self, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: Guidance | None, slot: int
     ) -> Residuals | None:
-        """What the ControlNet adds: nothing without guidance, kept ones, or new ones."""
+        """Return the ControlNet's residuals, either kept or new ones; None without guidance."""
         if guidance is None:
             return None
         if guidance.again and slot in self._kept:
@@ -215,7 +218,7 @@ class TorchCalls:
 
 
 def _fade(residuals: Residuals, trust: Tensor | None) -> Residuals:
-    """What the ControlNet adds, times the trust reduced to each level's size."""
+    """Multiply the ControlNet's residuals by the trust, reduced to each level's size."""
     if trust is None:
         return residuals
     levels, middle = residuals

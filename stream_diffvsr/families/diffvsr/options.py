@@ -1,4 +1,4 @@
-"""The settings of one run, checked once."""
+"""The settings of one run, checked on creation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "balanced": {"control_every": 2},
     "fast": {"control_every": 4, "flow_scale": 0.5},
 }
-"""Names for sets of approximations; docs/speed.md has the error and the time of each."""
+"""Named sets of approximations; docs/speed.md lists the error and the time of each."""
 
 PRESET_HELP = (
     "exact: the same results as the reference. balanced: computes the guidance by the previous frame "
@@ -24,7 +24,7 @@ PRESET_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
-    """How frames are upscaled. Frozen; wrong values raise `IncompatibleInputError` on creation."""
+    """How frames are upscaled. Frozen; invalid values raise `IncompatibleInputError` on creation."""
 
     num_inference_steps: int | None = option(
         None,
@@ -185,9 +185,9 @@ class UpscaleOptions:
 
     @property
     def guided(self) -> bool:
-        """Whether classifier-free guidance takes part."""
+        """Whether classifier-free guidance is used."""
         return self.guidance_scale > 1
 
     def to_json(self) -> str:
-        """One line of JSON, keys sorted, for a state's metadata and a video's journal."""
+        """Return one line of JSON with sorted keys, for a state's metadata and a video's journal."""
         return json.dumps(asdict(self), sort_keys=True)

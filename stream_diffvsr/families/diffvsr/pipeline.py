@@ -1,4 +1,4 @@
-"""Stream-DiffVSR as an `Upscaler`: sessions, single frames, and what a state records."""
+"""Stream-DiffVSR as an `Upscaler`: sessions, single frames, and the provenance recorded in states."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ log = logging.getLogger(__name__)
 RELEASED = Traits()
 
 KEPT = 8
-"""Sets of options whose schedule and prompts are kept."""
+"""Number of option sets whose schedule and prompt embeddings are cached."""
 
 
 @dataclass(frozen=True, eq=False)
 class FrameResult(Upscaled):
-    """One upscaled frame, and what the next one needs."""
+    """One upscaled frame, and the state that the next frame needs."""
 
     state: StreamDiffVSRState
 
 
 class StreamDiffVSRPipeline:
-    """The networks of one checkpoint. It remembers nothing about any video: that is what states are for.
+    """The networks of one checkpoint. Data about videos is kept only in states, never in the pipeline.
 
-    One thread at a time computes a frame while others wait; several sequences may be interleaved.
+    One thread at a time computes a frame while other threads wait; several sequences may be interleaved.
     """
 
     Options = UpscaleOptions
@@ -90,8 +90,8 @@ class StreamDiffVSRPipeline:
     def quantize(self, kind: str) -> None:
         """Run the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, an approximation.
 
-        Call it before the first frame. Raises `IncompatibleInputError` and
-        `ModuleNotFoundError` as `quantized.check_quantize`.
+        Call this before the first frame. Raises `IncompatibleInputError` and `ModuleNotFoundError` as
+        `quantized.check_quantize` does.
         """
         quantized.check_quantize(kind, self.device)
         if kind != "none":
@@ -99,10 +99,11 @@ class StreamDiffVSRPipeline:
             self.number_format += f", linear layers {kind}"
 
     def with_loras(self, *loras: tuple[str | Path, float]) -> StreamDiffVSRPipeline:
-        """A pipeline with these LoRA files, as (path, strength), in addition to those it already has.
+        """Return a pipeline with these LoRA files, given as (path, strength), added to its present ones.
 
-        It shares all unchanged layers with this pipeline, which is not modified. Raises as `read_lora`,
-        `merge_loras` do, and `IncompatibleInputError` where layers are quantised or another runtime has them.
+        It shares all unchanged layers with this pipeline, which is not modified. Raises the errors of
+        `read_lora` and `merge_loras`, and `IncompatibleInputError` if layers are quantised or run in another
+        runtime.
         """
         if self.built is not None or self.number_format != str(self.dtype).removeprefix("torch."):
             raise IncompatibleInputError(
@@ -117,16 +118,16 @@ class StreamDiffVSRPipeline:
         return other
 
     def around(self, networks: TorchNetworks) -> StreamDiffVSRPipeline:
-        """The same pipeline around other weights of the same layers."""
+        """Return a copy of this pipeline with other networks, whose layers are the same."""
         other = copy.copy(self)
         other.torch_networks = networks
         other.needs = Needs(networks, self.scheduler_config, self.dtype, self.device)
         return other
 
     def on(self, runtime: Runtime) -> StreamDiffVSRPipeline:
-        """A pipeline that shares everything with this one, and has `runtime` compute its networks.
+        """Return a pipeline that shares everything with this one but runs its networks in `runtime`.
 
-        Raises `IncompatibleInputError` where these are not in the number format that the runtime takes.
+        Raises `IncompatibleInputError` if the networks are not in the number format that the runtime needs.
         """
         if self.dtype != runtime.dtype or self.number_format != str(self.dtype).removeprefix("torch."):
             wanted = str(runtime.dtype).removeprefix("torch.")
@@ -140,12 +141,12 @@ class StreamDiffVSRPipeline:
 
     @property
     def runtime(self) -> str:
-        """What computes the networks: torch, openvino or onnx."""
+        """Name of the library that runs the networks: torch, openvino or onnx."""
         return "torch" if self.built is None else self.built.runtime.name
 
     @property
     def runtime_details(self) -> str:
-        """What else than the weights its numbers depend on; '' with PyTorch."""
+        """What the runtime's results depend on besides the weights; '' for PyTorch."""
         return "" if self.built is None else self.built.runtime.details
 
     @property
@@ -175,11 +176,11 @@ class StreamDiffVSRPipeline:
 
     @property
     def planner(self) -> Planner:
-        """Tells what a frame of some size needs, and how it would be computed."""
+        """The planner, which estimates a frame's memory and chooses how to compute the frame."""
         return Planner(self.needs, self.needs.most, self.flow.methods, self.device)
 
     def bytes_needed(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> int:
-        """Bytes besides the weights for an LQ frame (height, width), with nothing split."""
+        """Return the bytes besides the weights that an LQ frame (height, width) needs if nothing is split."""
         return self.planner.bytes_needed(size, options or UpscaleOptions(), Plan())
 
     def provenance(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> Provenance:
@@ -193,7 +194,7 @@ class StreamDiffVSRPipeline:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Sequence:
-        """Begin a sequence, or continue the one of `state`; `noise` (N, C, h', w') is of its frames."""
+        """Start a sequence, or continue that of `state`; `noise` (N, C, h', w') is for the first N frames."""
         return Sequence(self, options or UpscaleOptions(), StreamDiffVSRState.of(state), on_step, noise)
 
     def stream(
@@ -204,7 +205,7 @@ class StreamDiffVSRPipeline:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Iterator[FrameResult]:
-        """Upscale frame after frame; the next one is requested only after the last result was taken."""
+        """Upscale frames one after another, requesting each only after the last result has been consumed."""
         for result in upscaler.stream(self.session(options, state, on_step, noise), frames):
             assert isinstance(result, FrameResult)
             yield result
@@ -216,7 +217,7 @@ class StreamDiffVSRPipeline:
         state: State | None = None,
         on_step: OnStep | None = None,
     ) -> tuple[Tensor, StreamDiffVSRState]:
-        """Upscale a batch, (N, 3, h, w) -> (N, 3, 4h, 4w) float32 on the CPU; the batch is time."""
+        """Upscale consecutive frames (N, 3, h, w) to (N, 3, 4h, 4w) float32 on the CPU, and a new state."""
         if not isinstance(frames, Tensor) or frames.ndim != 4:
             got = tuple(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
             raise IncompatibleInputError(f"frames must have the shape (N, 3, h, w), not {got}")
@@ -239,12 +240,12 @@ class StreamDiffVSRPipeline:
     ) -> FrameResult:
         """Upscale one frame by 4.
 
-        `lq` (1, 3, h, w) float32 in model range; `latents` (1, C, h', w') instead of the seeded noise, at
-        the size padded to multiples of 4; `flow` (1, 2, 4h, 4w) pixels instead of an estimate, which then
-        guides even where the pipe estimates none.
+        `lq` is (1, 3, h, w) float32 in model range. `latents` (1, C, h', w'), at the size padded to multiples
+        of 4, replace the seeded noise. `flow` (1, 2, 4h, 4w) in pixels replaces the estimate, and is used
+        even if the pipeline estimates none.
 
-        If memory runs out, `memory_plan` 'auto' repeats the frame with a plan that needs less, which the
-        state records. A frame that overflows in half precision is repeated in float32. Both are logged.
+        If memory runs out, `memory_plan` 'auto' repeats the frame with a plan that needs less, and records
+        it in the state. A frame that overflows in half precision is repeated in float32. Both are logged.
         Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
         """
         options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
@@ -255,7 +256,7 @@ class StreamDiffVSRPipeline:
             if not is_out_of_memory(error):
                 raise
             message = str(error).strip().partition("\n")[0]
-        # Here the error is gone, and with it the tensors that its traceback held.
+        # The error has now been freed, along with the tensors that its traceback referred to.
         raise outside_the_networks(self, lq, options, message)
 
     def _process(
@@ -289,7 +290,7 @@ class StreamDiffVSRPipeline:
         flow: Tensor | None,
         on_step: OnStep,
     ) -> Frame:
-        """Refuse what does not fit, tell which settings changed, and choose the memory plan."""
+        """Check that the inputs fit, log which settings changed, and choose the memory plan."""
         check_frame(lq)
         if options.flow_scale != 1 and not self.flow.any_size:
             raise IncompatibleInputError(
@@ -337,7 +338,7 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Tells the bytes that a stage needs besides the weights, for a placement that has to make room."""
+        """Return a function that returns a stage's bytes besides the weights, for placements to free them."""
 
         def need(stage: str) -> int:
             needs = self.needs(frame.size, frame.options, plan)
@@ -348,7 +349,7 @@ class StreamDiffVSRPipeline:
         return need
 
     def prepared(self, options: UpscaleOptions, dtype: torch.dtype) -> tuple[Schedule, list[Tensor]]:
-        """Schedule and prompt embeddings, which depend on the options alone; the newest few are kept."""
+        """Return the schedule and prompt embeddings for these options; the newest few are cached."""
         steps, spacing = options.num_inference_steps or self.traits.steps, options.timestep_spacing
         texts = (options.negative_prompt, options.prompt) if options.guided else (options.prompt,)
         key = (steps, spacing, texts, self.device, dtype)
@@ -361,7 +362,7 @@ class StreamDiffVSRPipeline:
 
 
 class Sequence:
-    """A `Session` of Stream-DiffVSR: every frame gives its result at once, and every frame is a border."""
+    """A `Session` of Stream-DiffVSR: results are returned at once, and every frame ends a chunk."""
 
     def __init__(
         self,
@@ -376,15 +377,15 @@ class Sequence:
         self._noise = [] if noise is None else list(noise.split(1))
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Upscale the next frame, (1, 3, h, w) -> one result."""
+        """Upscale the next frame (1, 3, h, w) and return a list of its one result."""
         result = self._frame(lq, self._state, latents=self._noise[0] if self._noise else None)
         self._noise, self._state = self._noise[1:], result.state
         return [result]
 
     def finish(self) -> list[Upscaled]:
-        """Nothing is ever missing."""
+        """Return an empty list, since no results are ever pending."""
         return []
 
     def state(self) -> StreamDiffVSRState:
-        """The state after the last frame."""
+        """Return the state after the last frame."""
         return self._state

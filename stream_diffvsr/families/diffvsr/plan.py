@@ -1,4 +1,4 @@
-"""What of a frame is computed in parts. A plan is recorded in the state, and later frames keep to it."""
+"""Plans for computing a frame in parts. A plan is recorded in the state, and later frames reuse it."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from .options import UpscaleOptions
 log = logging.getLogger(__name__)
 
 BAND_ROWS = 128
-"""Rows of a band: few against a large picture, many against the rows that are computed twice."""
+"""Rows of a band: few compared with a large picture, many compared with the rows computed twice."""
 
 TILE_SIZE = 512
-"""HQ pixels along the side of a U-Net tile where the options name none."""
+"""Side of a U-Net tile in HQ pixels if the options set none."""
 
 LEAST_ROWS, LEAST_TILE = 4, 64
-"""The smallest parts that options and records may name: smaller ones would make a frame take for ever."""
+"""Smallest parts that options and recorded plans may set; with smaller ones a frame would take for ever."""
 
 SMALLEST_TILE = 256
-"""Below it the U-Net sees too little of the picture around."""
+"""Smallest tile that is chosen automatically; in smaller ones the U-Net sees too little of the picture."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one frame is computed. The result is exactly that of the whole frame, but for tiles."""
+    """How one frame is computed. Without tiles, the result is exactly that of the whole frame."""
 
     flow: str = "whole"
     """One of the estimator's `methods`: 'whole', 'linear' (RAFT without its volume) or 'tiled'."""
     rows: int | None = None
-    """Rows per band of decoder, features and control embedding; None: the whole frame at once."""
+    """Rows per band of decoder, features and control embedding; None means the whole frame at once."""
     tile: int | None = None
-    """Side of the U-Net's tiles in HQ pixels; None: the whole frame."""
+    """Side of the U-Net's tiles in HQ pixels; None means the whole frame."""
     overlap: int = 64
     """Overlap of the tiles in HQ pixels, below half of `tile`."""
 
     @property
     def exact(self) -> bool:
-        """Whether the numbers are those of the whole frame, up to rounding."""
+        """Whether the result is that of the whole frame, up to rounding."""
         return self.tile is None and self.flow != "tiled"
 
     def next_plan(self, stage: str, methods: Sequence[str], tile: int | None = None) -> Plan | None:
-        """The next plan with less memory, exact ones first; None if there is none.
+        """Return the next plan that needs less memory, exact ones first, or None if there is none.
 
-        `stage` is where memory ran out: only for flow does tiled flow help. `tile` is the size that U-Net
-        tiles begin with.
+        `stage` is where memory ran out; tiled flow helps only in the flow stage. `tile` is the size of the
+        first U-Net tiles to try.
         """
         if self.flow == "whole" and "linear" in methods:
             return replace(self, flow="linear")
@@ -63,7 +63,7 @@ class Plan:
         return self.tiled(tile or TILE_SIZE if self.tile is None else max(self.tile // 2, SMALLEST_TILE))
 
     def tiled(self, tile: int) -> Plan:
-        """The same with U-Net tiles of that size."""
+        """Return the same plan with U-Net tiles of the given size."""
         return replace(self, tile=tile, overlap=min(self.overlap, (tile - 1) // 2))
 
     def __str__(self) -> str:
@@ -77,12 +77,12 @@ class Plan:
         return ", ".join(part for part in (parts, bands, tiles) if part)
 
     def to_json(self) -> str:
-        """One line of JSON for a state's metadata."""
+        """Return the plan as one line of JSON for a state's metadata."""
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote; raises `IncompatibleInputError`."""
+        """Parse the output of `to_json`; raise `IncompatibleInputError` if it is invalid."""
         try:
             plan = cls(**json.loads(text))
             plan._check()
@@ -104,7 +104,7 @@ class Plan:
 
 
 def requested_plan(options: UpscaleOptions, methods: Sequence[str]) -> Plan:
-    """The plan that the options name; for 'auto' the one to begin with, nothing split."""
+    """Return the plan that the options ask for; for 'auto', the first one to try, which splits nothing."""
     if options.memory_plan in ("auto", "whole"):
         return Plan(overlap=options.tile_overlap)
     plan = Plan(nearest_method("linear", methods), BAND_ROWS, overlap=options.tile_overlap)
@@ -114,42 +114,42 @@ def requested_plan(options: UpscaleOptions, methods: Sequence[str]) -> Plan:
 
 
 def nearest_method(method: str, methods: Sequence[str]) -> str:
-    """The estimator's own method in place of one that it lacks."""
+    """Return `method` if the estimator has it, and otherwise the estimator's first method."""
     return method if method in methods else methods[0]
 
 
 SHARE, CPU_SHARE = 0.9, 0.5
-"""How much of what is free a plan may take: the rest is for what no estimate knows.
+"""Share of the free memory that a plan may use; the remainder is for memory that cannot be estimated.
 
-On a CPU that is what the C library keeps of freed memory: with glibc, a process was measured to take 1.1 to
-1.9 times what is in use, and up to 2.2 times with the settings of our commands, which are faster so.
+On a CPU this is freed memory that the C library keeps: with glibc, processes were measured to occupy 1.1 to
+1.9 times the memory in use, and up to 2.2 times with the settings of our commands, which are faster.
 """
 
 GIGABYTE = 2**30
 
 PLAN, SIZE = "plan", "size"
-"""Keys of a state's details: its memory plan, and the LQ size for which that was chosen."""
+"""Keys in a state's details for the memory plan and the LQ size for which it was chosen."""
 
 
 @dataclass(frozen=True, eq=False)
 class Planner:
-    """Finds memory plans for one pipe."""
+    """Chooses memory plans for one pipeline."""
 
     needs: Callable[[Sequence[int], UpscaleOptions, Plan], dict[str, int]]
-    """Bytes by stage, `weights` and `peak` among them: `counted.Needs`."""
+    """Returns bytes by stage, including `weights` and `peak`; see `counted.Needs`."""
     most: Callable[[Sequence[int]], int]
-    """More bytes than a frame of a size can need, told at once: where they fit, nothing is counted."""
+    """Returns a quick upper bound on a frame's bytes; if that fits, nothing is counted."""
     methods: Sequence[str]
-    """Of its flow estimator."""
+    """The methods of the flow estimator."""
     device: torch.device
 
     def plan(self, size: Sequence[int], details: Mapping[str, str], options: UpscaleOptions) -> Plan:
-        """For an LQ size (height, width): what the options name; for 'auto' what a state's details say.
+        """Return the options' plan for an LQ size (height, width) or, for 'auto', that of a state's details.
 
-        Where nothing is recorded for this size, it is the cheapest plan that fits what is free, said in one
-        line of the log. Exact plans only: an accelerator refuses what does not fit, and then the next
-        level is taken. A CPU's system ends programs instead, so there U-Net tiles are taken beforehand
-        when nothing exact fits.
+        If none is recorded for this size, the fastest plan that fits the free memory is chosen and logged.
+        On an accelerator only exact plans are considered: if one does not fit after all, an error is raised
+        and the next plan is tried. On a CPU the system would kill the program instead, so U-Net tiles are
+        chosen in advance if no exact plan fits.
         """
         if options.memory_plan != "auto":
             return requested_plan(options, self.methods)
@@ -159,7 +159,7 @@ class Planner:
         return self.first_plan(size, options)
 
     def first_plan(self, size: Sequence[int], options: UpscaleOptions) -> Plan:
-        """The plan to begin with."""
+        """Return the first plan to try: the fastest one that fits the free memory."""
         free = free_memory(self.device)
         if self.most(size) <= self.share * free:
             return Plan(overlap=options.tile_overlap)
@@ -181,40 +181,40 @@ class Planner:
 
     @property
     def share(self) -> float:
-        """Of free memory, for a plan."""
+        """Share of the free memory that a plan may use."""
         return CPU_SHARE if self.device.type == "cpu" else SHARE
 
     def minimum_bytes(self, size: Sequence[int], options: UpscaleOptions) -> int:
-        """Bytes besides the weights by the plan that takes the least, or by the one that the options name."""
+        """Return the bytes besides the weights for the options' plan or, for 'auto', the smallest plan."""
         if options.memory_plan != "auto":
             return self.bytes_needed(size, options, requested_plan(options, self.methods))
         plans = candidates(options, self.methods, beyond_exact=True)
         return min(self.bytes_needed(size, options, plan) for plan in plans)
 
     def bytes_needed(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> int:
-        """Bytes that a frame takes besides the weights."""
+        """Return the bytes that a frame needs besides the weights."""
         needs = self.needs(size, options, plan)
         return needs["peak"] - needs["weights"]
 
     def next_plan(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
-        """What to try when memory ran out in a stage; a plan that the options name is not left."""
+        """Return the plan to try after memory ran out in a stage, or None; only 'auto' has further plans."""
         if options.memory_plan != "auto":
             return None
         return plan.next_plan(stage, self.methods, options.tile_size)
 
 
 def plan_details(plan: Plan, size: Sequence[int]) -> dict[str, str]:
-    """A plan as details of a state's provenance."""
+    """Return a plan as details of a state's provenance."""
     return {PLAN: plan.to_json(), SIZE: size_text(size)}
 
 
 def size_text(size: Sequence[int]) -> str:
-    """(height, width) as people write it."""
+    """Format (height, width) as WIDTHxHEIGHT."""
     return f"{size[1]}x{size[0]}"
 
 
 def candidates(options: UpscaleOptions, methods: Sequence[str], *, beyond_exact: bool) -> Iterator[Plan]:
-    """Plans from the cheapest in time to the cheapest in memory."""
+    """Yield plans from the fastest to the one that needs the least memory."""
     plan: Plan | None = Plan(overlap=options.tile_overlap)
     last = plan
     while plan is not None and (plan.exact or beyond_exact):

@@ -1,4 +1,4 @@
-"""Prompt embeddings: kept in a small file, so that the text encoder is loaded only when one is missing."""
+"""Prompt embeddings, kept in a small file so that the text encoder is loaded only when one is missing."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ class PromptEmbeddings:
         self._known: dict[str, Tensor] = {}
 
     def get(self, prompt: str) -> Tensor:
-        """(1, 77, D) float32 on the CPU; from memory, else from the file, else from the text encoder."""
+        """Return an embedding (1, 77, D) float32 on the CPU, from memory, a file or the text encoder."""
         if prompt not in self._known:
             stored = self._stored(prompt)
             self._known[prompt] = self._encode_and_keep(prompt) if stored is None else stored
         return self._known[prompt]
 
     def has(self, prompt: str) -> bool:
-        """Whether `get` can do without the text encoder."""
+        """Return whether `get` can do without the text encoder."""
         return prompt in self._known or self._stored(prompt) is not None
 
     @cached_property
     def encoder(self) -> str:
-        """Fingerprint of the text encoder; empty where the folder has none, and any file counts."""
+        """Fingerprint of the text encoder; '' if the folder has none, in which case any file is accepted."""
         try:
             return fingerprint(open_component(self.folder, TEXT_ENCODER).files)
         except ModelNotFoundError:
             return ""
 
     def _files(self) -> list[Path]:
-        """Where embeddings may lie: besides the weights, or in the user's cache by encoder."""
+        """Return the files that may contain embeddings: beside the weights, and per encoder in the cache."""
         cached = self.cache_folder / f"{self.encoder[:16]}.{FILE}" if self.encoder else None
         return [self.folder / FILE, *([cached] if cached else [])]
 
@@ -61,9 +61,9 @@ class PromptEmbeddings:
         return None
 
     def _read(self, path: Path) -> dict[str, Tensor]:
-        """What a file holds of this encoder; nothing where it is damaged, since it can be made again.
+        """Read this encoder's embeddings from a file, ignoring a damaged file, as it can be recreated.
 
-        Copied out of the mapped file, which Windows would not let anyone replace.
+        The tensors are copied, since Windows does not allow memory-mapped files to be replaced.
         """
         try:
             tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})
@@ -94,12 +94,12 @@ class PromptEmbeddings:
 
 
 def prompt_key(prompt: str) -> str:
-    """Name of a prompt's tensor in the file."""
+    """Return the name of a prompt's tensor in the file."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def encode(folder: Path, prompt: str) -> Tensor:
-    """Run the folder's text encoder once: (1, 77, D) float32 on the CPU, after its final layer norm."""
+    """Run the folder's text encoder; return (1, 77, D) float32 on the CPU, after the final layer norm."""
     try:
         part = open_component(folder, TEXT_ENCODER)
     except ModelNotFoundError as error:
@@ -116,10 +116,10 @@ def encode(folder: Path, prompt: str) -> Tensor:
 
 
 def token_ids(tokenizer: Path, prompt: str, length: int) -> list[int]:
-    """Token ids of a prompt, padded to `length`.
+    """Return the token ids of a prompt, padded to `length`.
 
-    The empty prompt needs three ids only, read from the tokenizer's files: its padding id differs
-    between families of models, and there is no attention mask that would hide it.
+    The empty prompt needs only three ids, which are read from the tokenizer's files. The padding id differs
+    between families of models, and no attention mask hides it.
     """
     if prompt:
         return _tokenize(tokenizer, prompt, length)
@@ -139,7 +139,7 @@ def _tokenize(tokenizer: Path, prompt: str, length: int) -> list[int]:
 
 
 def special_id(tokenizer: Path, name: str) -> int:
-    """Id of a special token, from `tokenizer_config.json`, `special_tokens_map.json` and `vocab.json`."""
+    """Find a special token's id in `tokenizer_config.json`, `special_tokens_map.json` and `vocab.json`."""
     try:
         return _special_id(tokenizer, name)
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The released architecture, so that its needs can be told before the weights are there."""
+"""The released architecture, which allows its memory to be estimated before the weights are downloaded."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "clip_sample": False,
     },
 }
-"""The released networks as far as they are known (the SD x4 family's widths)."""
+"""Configurations of the released networks as far as they are known (the SD x4 family's widths)."""
 
 
 def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Planner:
-    """Plans for the released networks, which need not be there; `flow` 'auto' is theirs."""
+    """Return a planner for the released networks, which need not be installed; `flow` 'auto' is their own."""
     estimator = open_flow("raft_large" if flow == "auto" else flow, untrained_flow)
     needs = Needs(without_weights(CONFIGS, estimator, dtype), CONFIGS["scheduler"], dtype, device)
     return Planner(needs, needs.most, estimator.methods, device)
@@ -57,17 +57,17 @@ def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Pla
 def without_weights(
     configs: dict[str, dict[str, Any]], flow: FlowEstimator, dtype: torch.dtype
 ) -> TorchNetworks:
-    """The networks that configurations describe, prepared to run, on the meta device."""
+    """Build the networks that the configurations describe on the meta device, and prepare them to run."""
     unet, controlnet, vae = (empty(lambda n=name: from_config(n, configs[n])) for name in NETWORKS)
     for network in (unet, controlnet, vae):
-        nn.Module.to(network, dtype)  # diffusers' own `to` warns of casts
+        nn.Module.to(network, dtype)  # diffusers' own `to` warns about casts
     networks = TorchNetworks(flow, unet, Control(controlnet), vae)
     networks.prepare()
     return networks
 
 
 def untrained_flow(name: str) -> nn.Module:
-    """A flow network with random weights: it costs what the trained one does, and needs no download."""
+    """Return a flow network with random weights, which costs as much as a trained one without a download."""
     if name == "bundled":
         return open_bundled()
     from torchvision.models import optical_flow

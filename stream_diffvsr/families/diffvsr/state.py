@@ -1,4 +1,4 @@
-"""What one frame of Stream-DiffVSR passes on to the next."""
+"""The state that one frame of Stream-DiffVSR passes to the next."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FAMILY = "diffvsr"
 
 
 class StreamDiffVSRState(State):
-    """The `State` of Stream-DiffVSR, with the tensors `previous_hq` and `previous_lq`, or without both.
+    """The `State` of Stream-DiffVSR, with both of the tensors `previous_hq` and `previous_lq`, or neither.
 
     A state without previous frames starts a sequence at `frame_index`.
     """
@@ -31,9 +31,9 @@ class StreamDiffVSRState(State):
         tensors: Mapping[str, Tensor] | None = None,
         provenance: Provenance | None = None,
     ) -> None:
-        """The first four are names for parts of the others, and win over them.
+        """Create a state; the first four arguments are aliases of parts of the others and override them.
 
-        Raises `IncompatibleInputError` for a state that no frame can have left.
+        Raises `IncompatibleInputError` for a state that no frame can have produced.
         """
         given = {"previous_hq": previous_hq, "previous_lq": previous_lq}
         held = {**(tensors or {}), **{name: x for name, x in given.items() if x is not None}}
@@ -56,33 +56,33 @@ class StreamDiffVSRState(State):
 
     @classmethod
     def of(cls, state: State | None) -> StreamDiffVSRState:
-        """Any state as one of this family; None starts a sequence at frame 0."""
+        """Convert any state to one of this family; None starts a sequence at frame 0."""
         if state is None:
             return cls()
         return state if isinstance(state, cls) else cls(**vars(state))
 
     @property
     def previous_hq(self) -> Tensor | None:
-        """Last result, (1, 3, 4h, 4w) float32, model range, unclamped."""
+        """The last result, (1, 3, 4h, 4w) float32, model range, unclamped."""
         return self.tensors.get("previous_hq")
 
     @property
     def previous_lq(self) -> Tensor | None:
-        """Last input, (1, 3, h, w) float32, model range."""
+        """The last input, (1, 3, h, w) float32, model range."""
         return self.tensors.get("previous_lq")
 
     @property
     def frame_index(self) -> int:
-        """Frames done so far, counted in the whole video: the next frame's noise depends on it."""
+        """Number of frames finished so far in the whole video; the next frame's noise depends on it."""
         return self.index
 
     @property
     def metadata(self) -> dict[str, str]:
-        """`model` (fingerprint of the weights), and the settings and the memory plan, as texts."""
+        """The fingerprint of the weights (`model`), the settings and the memory plan, as strings."""
         return self.provenance.to_texts()
 
     def check_fits(self, lq: Tensor, model: str) -> None:
-        """Raise `IncompatibleInputError` for another model or another frame size."""
+        """Raise `IncompatibleInputError` if the state is for another model or another frame size."""
         mine = self.provenance.model or model
         if mine != model:
             raise IncompatibleInputError(f"the state belongs to model {mine}, not to this one ({model})")

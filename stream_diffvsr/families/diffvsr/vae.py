@@ -1,7 +1,7 @@
 """The tiny autoencoder with its Temporal Processor Module (TPM).
 
-Parameter names are the released ones. The networks know nothing about time: what the decoder should
-know of the previous frame is an argument of `decode`.
+Parameter names are those of the released weights. The networks keep no state between frames: features of
+the previous frame are an argument of `decode`.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 POOL = 4
-"""Side of the squares over which the TPM averages; padded frames have sides that are multiples of it."""
+"""Side of the squares over which the TPM averages; the sides of padded frames are multiples of it."""
 
 TPM_STRENGTH = 0.1
 """Share of the temporal mixture that a block adds to its own result, fixed in the reference."""
 
 
 class TemporalBlock(nn.Module):
-    """Residual block of three 3x3 convolutions, with an optional look at the previous frame."""
+    """Residual block of three 3x3 convolutions, which can also use features of the previous frame."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class TemporalBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, previous: Tensor | None = None, trust: Tensor | None = None) -> Tensor:
-        """(1, C, H, W) -> the same.
+        """Transform (1, C, H, W), keeping its shape.
 
-        `previous` is a pooled feature, (1, C, H/4, W/4); `trust` (1, 1, H, W) says where to believe it.
+        `previous` is a pooled feature (1, C, H/4, W/4), and `trust` (1, 1, H, W) its weight at each pixel.
         """
         update = self.conv(x)
         if previous is None:
@@ -51,14 +51,14 @@ class TemporalBlock(nn.Module):
         return self.finish(x, update, mixed if trust is None else mixed * trust)
 
     def finish(self, x: Tensor, update: Tensor, mixed: Tensor) -> Tensor:
-        """Add to the block's input its own update, and the TPM's at the same size."""
+        """Add the block's own update and the TPM's, enlarged to the same size, to the block's input."""
         return F.relu(update + TPM_STRENGTH * mixed + x)
 
     def mix(self, current: Tensor, previous: Tensor) -> Tensor:
-        """The TPM on two pooled features of one shape.
+        """Apply the TPM to two pooled features of the same shape.
 
-        Both are read in raster order as one sequence, current first, so that row ends and the seam between
-        the two leak into each other, as in the reference.
+        Both are read in raster order as one sequence, current first, so that values leak across row ends and
+        the seam between the two, as in the reference.
         """
         sequence = torch.cat([current.flatten(2), previous.flatten(2)], dim=2)
         mixed, half = self.temporal_processor(sequence), current.shape[-2] * current.shape[-1]
@@ -67,12 +67,12 @@ class TemporalBlock(nn.Module):
 
 
 def upsample_like(x: Tensor, target: Tensor) -> Tensor:
-    """Bilinear to the height and width of `target`, `align_corners=False`."""
+    """Resize bilinearly to the height and width of `target`, with `align_corners=False`."""
     return F.interpolate(x, size=target.shape[-2:], mode="bilinear", align_corners=False)
 
 
 def reduce_like(trust: Tensor | None, target: Tensor) -> Tensor | None:
-    """A map (1, 1, H, W) averaged to the height and width of `target`, in its number format."""
+    """Average a map (1, 1, H, W) down to the height, width and number format of `target`."""
     return (
         None
         if trust is None
@@ -81,7 +81,7 @@ def reduce_like(trust: Tensor | None, target: Tensor) -> Tensor | None:
 
 
 class Encoder(nn.Module):
-    """(1, 3, 4h, 4w) -> (1, 4, h, w)."""
+    """Encoder of (1, 3, 4h, 4w) to (1, 4, h, w)."""
 
     def __init__(
         self, image_channels: int, latent_channels: int, widths: Sequence[int], depths: Sequence[int]
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(1, 4, h, w) -> (1, 3, 4h, 4w), before the range is restored."""
+    """Decoder of (1, 4, h, w) to (1, 3, 4h, 4w), before conversion to model range."""
 
     def __init__(
         self, latent_channels: int, image_channels: int, widths: Sequence[int], depths: Sequence[int]
@@ -134,8 +134,8 @@ class Decoder(nn.Module):
 class TemporalAutoencoderTiny(nn.Module):
     """Autoencoder between pictures in model range and latents at a quarter of their size.
 
-    Built from the checkpoint's own configuration; keys that describe a variant which this network
-    does not implement must hold the only value that the reference uses.
+    It is built from the checkpoint's own configuration. Keys for variants that this network does not
+    implement must have the only value that the reference uses.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -152,15 +152,15 @@ class TemporalAutoencoderTiny(nn.Module):
         self.latent_magnitude = float(config.get("latent_magnitude", 3))
 
     def encode(self, image: Tensor) -> Tensor:
-        """(1, 3, 4h, 4w) in [-1, 1] -> latents (1, 4, h, w)."""
+        """Encode (1, 3, 4h, 4w) in [-1, 1] to latents (1, 4, h, w)."""
         return self.encoder((image + 1) / 2)
 
     def features(self, warped: Tensor) -> list[Tensor]:
-        """The decoder blocks' features of the warped previous frame, coarse to fine.
+        """Return features of the warped previous frame for the decoder's blocks, coarse to fine.
 
-        `warped` is (1, 3, 4h, 4w) in model range, and goes in as it is: the reference leaves out the
-        mapping to [0, 1] that `encode` makes. Each feature is pooled, (1, C, H/4, W/4), since no more
-        of it is ever used; nothing behind the last block is computed.
+        `warped` is (1, 3, 4h, 4w) in model range, and is not mapped to [0, 1] as in `encode`, because the
+        reference omits that. Each feature is pooled to (1, C, H/4, W/4), since only this is used; layers
+        after the last block are not computed.
         """
         pooled: list[Tensor] = []
         depth = sum(isinstance(layer, TemporalBlock) for layer in self.encoder.layers)
@@ -175,13 +175,13 @@ class TemporalAutoencoderTiny(nn.Module):
     def decode(
         self, latents: Tensor, features: Sequence[Tensor] | None = None, trust: Tensor | None = None
     ) -> Tensor:
-        """Latents (1, C, h, w) -> (1, 3, 4h, 4w) in model range, unclamped.
+        """Decode latents (1, C, h, w) to (1, 3, 4h, 4w) in model range, unclamped.
 
-        `trust` (1, 1, 4h, 4w) in [0, 1] fades out what `features` add; None: 1 everywhere.
+        `trust` (1, 1, 4h, 4w) in [0, 1] scales the contribution of `features`; None means 1 everywhere.
         """
         return self.decoder(self.bound(latents), features, trust) * 2 - 1
 
     def bound(self, latents: Tensor) -> Tensor:
-        """Latents as the decoder's layers take them: unscaled, and softly limited in size."""
+        """Prepare latents for the decoder's layers: unscale them, and softly limit their magnitude."""
         latents = latents / self.scaling_factor
         return torch.tanh(latents / self.latent_magnitude) * self.latent_magnitude

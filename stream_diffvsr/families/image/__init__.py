@@ -1,1 +1,1 @@
-"""Single-image models of spandrel's architectures, frame by frame; steadied over time on request."""
+"""Single-image models of spandrel's architectures, run frame by frame and optionally steadied over time."""

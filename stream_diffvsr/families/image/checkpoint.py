@@ -1,4 +1,4 @@
-"""Files of single-image models: which they are, and the upscaler made of one."""
+"""Recognise and check the files of single-image models, and open them as upscalers."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ OTHER_USE = {
     "GFPGAN": "needs aligned faces",
     "RestoreFormer": "needs aligned faces",
 }
-"""Architectures of spandrel's that do not take a frame and give it larger or cleaner."""
+"""spandrel's architectures that cannot upscale or restore a whole frame, each with the reason."""
 
 
 def recognise(path: Path) -> bool:
-    """Whether a file may hold such a model, by its name."""
+    """Return whether a file may contain a single-image model, judging by its name."""
     return path.is_file() and path.suffix.lower() in SUFFIXES
 
 
 def architecture(path: str | Path) -> str:
-    """The architecture of a file's model by its names and shapes; no weights are read, and nothing is run.
+    """Return a model file's architecture, detected by names and shapes without reading or running weights.
 
-    Raises `ModelNotFoundError`, or `CheckpointError` where it is no model of this family.
+    Raises `ModelNotFoundError`, or `CheckpointError` if the file contains no model of this family.
     """
     path = Path(path)
     _check_name(path)
@@ -45,7 +45,7 @@ def architecture(path: str | Path) -> str:
 
 
 def problem(path: Path) -> StreamDiffVSRError | None:
-    """Why a file cannot be opened; None where all that its names and shapes say is right."""
+    """Return why a file cannot be opened, or None if the names and shapes in it are those of a model."""
     try:
         architecture(path)
     except (CheckpointError, ModelNotFoundError) as error:
@@ -56,7 +56,7 @@ def problem(path: Path) -> StreamDiffVSRError | None:
 def open_image_model(
     path: str | Path, device: str | torch.device = "auto", dtype: str | torch.dtype = "auto"
 ) -> ImageModel:
-    """Load a model's file; half precision becomes float32, which is logged, if the model does not work in it.
+    """Load a model file; if the model does not support half precision, log a warning and use float32.
 
     Raises `ModelNotFoundError`, `CheckpointError` or, for a wrong device or dtype, `IncompatibleInputError`.
     """
@@ -70,7 +70,7 @@ def open_image_model(
         name = _architecture(path, weights)
         try:
             descriptor = MAIN_REGISTRY.load(weights)
-        except Exception as error:  # each architecture reads its settings out of the weights in its own way
+        except Exception as error:  # each architecture infers its settings from the weights differently
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
             raise CheckpointError(
                 f"{path} looks like {name}, but does not fit it ({reason}): it is damaged, or newer."
@@ -103,7 +103,7 @@ def _check_name(path: Path) -> None:
 
 
 def _read(path: Path, device: str) -> dict[str, Any]:
-    """Weights by name, free of what training wrapped them in; on 'meta' without their numbers."""
+    """Read the weights by name, without any wrappers from training; on 'meta', without their values."""
     from spandrel import canonicalize_state_dict
 
     if path.suffix.lower() != ".safetensors":

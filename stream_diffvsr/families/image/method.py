@@ -1,4 +1,4 @@
-"""A single-image model as an `Upscaler`: frame by frame, each in less memory where it does not fit."""
+"""A single-image model as an `Upscaler`: frame by frame, in tiles if memory runs out."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ FAMILY = "image"
 HQ, LQ = "previous_hq", "previous_lq"
 
 TILES = "tiles"
-"""In a state's details: 'whole', or the side in output pixels of the tiles that memory allowed."""
+"""Key in a state's details for the side of the tiles in output pixels, or 'whole'."""
 
 WHOLE = "whole"
 LADDER = (2048, 1024, 512, 256)
-"""Sides of tiles, in output pixels, that are tried one after the other where memory runs out."""
+"""Tile sides in output pixels, tried in this order when memory runs out."""
 
 ROUGH = 512
-"""Numbers per pixel, of both the frame and its result, that a model is taken to need where none can be
-counted: a few feature maps of 64 channels at once, and as many again to spare."""
+"""Values per pixel of the frame and of its result that a model is assumed to need if they cannot be counted:
+a few feature maps of 64 channels at once, doubled as a margin."""
 
 MEGABYTE = 2**20
 
 
 class ImageModel:
-    """A loaded single-image model; it keeps nothing about any video."""
+    """A loaded single-image model, which keeps no data about any video."""
 
     Options = ImageOptions
 
@@ -62,7 +62,7 @@ class ImageModel:
         self.network, self.flow, self.device, self.dtype = network, flow, device, dtype
         self.networks = {"image": network, "flow": flow}
         self.placement: Placement = FixedPlacement(device)
-        # Smaller frames than the model's own minimum are padded, so that the minimum is that of all families.
+        # Frames below the model's own minimum are padded, so the minimum is the same as for all families.
         self.info = Info(
             FAMILY,
             model,
@@ -80,7 +80,7 @@ class ImageModel:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> ImageSession:
-        """Begin a sequence, or continue the one of `state`; there is no `noise` in these models."""
+        """Start a sequence, or continue the one of `state`; `noise` must be None for these models."""
         if noise is not None:
             raise IncompatibleInputError("single-image models draw no noise, so none can be given")
         return ImageSession(self, options or ImageOptions(), state or State(), on_step or ignore_progress)
@@ -93,19 +93,19 @@ class ImageModel:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Iterator[Upscaled]:
-        """Upscale frame after frame, lazily; see `upscaler.stream`."""
+        """Upscale frames lazily, one after another; see `upscaler.stream`."""
         return stream(self.session(options, state, on_step, noise), frames)
 
     def provenance(self, size: tuple[int, int], options: ImageOptions | None = None) -> Provenance:
-        """How frames are made now: in tiles only where they are asked for, or where memory ran out."""
+        """Return how frames would be made now: in tiles if `tile_size` is set, and whole otherwise."""
         options = options or ImageOptions()
         return self._provenance(options, options.tile_size)
 
     def bytes_needed(self, size: tuple[int, int], options: ImageOptions | None = None) -> int:
-        """Bytes that an LQ frame of `size` (height, width) takes besides the weights.
+        """Return the bytes that an LQ frame of `size` (height, width) needs besides the weights.
 
-        Counted on the meta device; where a model's code does not run there, ROUGH numbers per pixel of the
-        frame and of its result.
+        They are counted on the meta device or, if the model's code does not run there, estimated as `ROUGH`
+        values per pixel of the frame and of its result.
         """
         options = options or ImageOptions()
         return self._needs(tuple(size), options.tile_size, options.tile_overlap, options.steady > 0)
@@ -113,12 +113,12 @@ class ImageModel:
     def process(
         self, lq: Tensor, before: State, options: ImageOptions, on_step: OnStep
     ) -> tuple[Upscaled, State]:
-        """One frame (1, 3, h, w) and the state before it -> its result and the state after it.
+        """Upscale one frame (1, 3, h, w) from the state before it; return the result and the next state.
 
-        Inputs are never changed, whatever happens. Where memory runs out and no `tile_size` is
-        given, this frame and later ones are computed in tiles; that is logged and recorded.
-        Raises `IncompatibleInputError`, `VRAMError` where no tile is small enough, `CheckpointError` where
-        the result is not finite.
+        Inputs are never modified, even if an error occurs. If memory runs out and no `tile_size` is given,
+        this frame and later ones are computed in tiles, which is logged and recorded in the state. Raises
+        `IncompatibleInputError`, `VRAMError` if no tile is small enough, and `CheckpointError` if the result
+        is not finite.
         """
         with self._lock, torch.no_grad():
             tile = self._accept(lq, before, options)
@@ -131,13 +131,13 @@ class ImageModel:
                     if not is_out_of_memory(error):
                         raise
                     message = str(error).strip().partition("\n")[0]
-                # Here the error is gone, and with it the tensors that its traceback held.
+                # The error has now been freed, along with the tensors that its traceback referred to.
                 tile = self._smaller(tile, lq, options, message)
         after = State(FAMILY, before.index + 1, kept, self._provenance(options, tile))
         return Upscaled(before.index, hq), after
 
     def _accept(self, lq: Tensor, before: State, options: ImageOptions) -> int | None:
-        """Refuse what does not fit, log changed settings, and return the tile size to use."""
+        """Check that the inputs fit, log changed settings, and return the tile size to use."""
         check_frame(lq)
         if before.family not in ("", FAMILY) or set(before.tensors) not in (set(), {HQ, LQ}):
             raise IncompatibleInputError(
@@ -163,7 +163,7 @@ class ImageModel:
     def _compute(
         self, lq: Tensor, before: State, options: ImageOptions, tile: int | None, on_step: OnStep
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The frame's hq and the tensors that the next one needs, both on the upscaler's device."""
+        """Return the frame's hq and the tensors that the next frame needs, all on the upscaler's device."""
         size = lq.shape[-2], lq.shape[-1]
         device = self._acquire("image", size, options)
         lq = lq.to(device)
@@ -185,13 +185,13 @@ class ImageModel:
         return hq, kept if options.steady > 0 else {}
 
     def _acquire(self, stage: str, size: tuple[int, int], options: ImageOptions) -> torch.device:
-        """Bring a network to the device where it runs."""
+        """Move a network to the device where it runs, and return that device."""
         if self.placement.fixed:
             return self.device
         return self.placement.acquire(stage, self.bytes_needed(size, options))
 
     def _smaller(self, tile: int | None, lq: Tensor, options: ImageOptions, message: str) -> int:
-        """The next smaller tiles, after memory ran out; raises `VRAMError` where there are none."""
+        """Return the next smaller tile size after memory ran out; raise `VRAMError` if none is allowed."""
         release_caches(self.device)
         longest = max(lq.shape[-2:]) * self.network.scale
         lower = [each for each in LADDER if each < (tile or longest)]
@@ -228,7 +228,7 @@ class ImageModel:
 
         try:
             return count_bytes(frame, [*network.state_dict().values(), *flow.state_dict().values()])
-        except Exception as error:  # some models' code asks for numbers, which the meta device has not
+        except Exception as error:  # some models read values, which do not exist on the meta device
             log.debug("the memory of this model cannot be counted: %r", error)
             scale = self.network.scale
             height, width = (min(side, (tile or side * scale) // scale + 1) for side in size)
@@ -236,20 +236,20 @@ class ImageModel:
 
 
 class ImageSession:
-    """A `Session` of a single-image model: every frame gives its result at once, every frame is a border."""
+    """A `Session` of a single-image model: results are returned at once, and every frame ends a chunk."""
 
     def __init__(self, upscaler: ImageModel, options: ImageOptions, state: State, on_step: OnStep) -> None:
         self._upscaler, self._options, self._state, self._on_step = upscaler, options, state, on_step
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Upscale the next frame, (1, 3, h, w) -> one result."""
+        """Upscale the next frame (1, 3, h, w) and return a list of its one result."""
         result, self._state = self._upscaler.process(lq, self._state, self._options, self._on_step)
         return [result]
 
     def finish(self) -> list[Upscaled]:
-        """Nothing is ever missing."""
+        """Return an empty list, since no results are ever pending."""
         return []
 
     def state(self) -> State:
-        """The state after the last frame; with `steady` 0 it holds a number and no pictures."""
+        """Return the state after the last frame; with `steady` 0 it has a frame number but no pictures."""
         return self._state

@@ -1,4 +1,4 @@
-"""A model of single pictures behind one call, whatever sizes and channels it takes by itself."""
+"""A single call for all single-image models, regardless of the sizes and channels that each supports."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from spandrel import ImageModelDescriptor
 
 CHANNELS = ((3, 3), (1, 1), (4, 3), (4, 4))
-"""Channels in and out that `ImageNetwork` knows what to do with."""
+"""Pairs of input and output channels that `ImageNetwork` supports."""
 
 
 class ImageNetwork(nn.Module):
-    """spandrel's descriptor of a model, its network being this module's only part.
+    """Wrapper of spandrel's descriptor of a model, with the model's network as the only submodule.
 
-    A model for grey pictures gets red, green and blue one after another; one with an alpha channel gets an
-    opaque one, and its alpha output is dropped.
+    A model for grey pictures processes red, green and blue one after another. A model with an alpha channel
+    receives an opaque one, and its alpha output is dropped.
     """
 
     def __init__(self, descriptor: ImageModelDescriptor[nn.Module]) -> None:
@@ -30,10 +30,10 @@ class ImageNetwork(nn.Module):
         self.model, self.descriptor, self.scale = descriptor.model, descriptor, descriptor.scale
 
     def upscale(self, lq: Tensor, tile: int | None, overlap: int, on_step: OnStep) -> Tensor:
-        """(1, 3, h, w) float32 in model range -> (1, 3, scale h, scale w) float32 within [-1, 1].
+        """Upscale (1, 3, h, w) float32 in model range to (1, 3, scale h, scale w) float32 within [-1, 1].
 
-        `tile` and `overlap` are in pixels of the result; None: the frame whole. Values outside the range are
-        cut off first, since that is what these models take.
+        `tile` and `overlap` are in pixels of the result; with `tile` None, the whole frame is computed at
+        once. Values outside the range are clamped first, as these models require.
         """
         if tile is None:
             hq = self(lq)
@@ -54,7 +54,7 @@ class ImageNetwork(nn.Module):
         return hq
 
     def forward(self, lq: Tensor) -> Tensor:
-        """`upscale` in one piece: padded by its last row and column to what the model takes, and cut."""
+        """Upscale in one piece: repeat the last row and column up to a supported size, then crop."""
         height, width = lq.shape[-2:]
         right, down = self.descriptor.size_requirements.get_padding(width, height)
         dtype = next(self.model.parameters()).dtype
@@ -64,5 +64,5 @@ class ImageNetwork(nn.Module):
         else:
             opaque = [torch.ones_like(pixels[:, :1])] * (self.descriptor.input_channels - 3)
             made = self.descriptor(torch.cat([pixels, *opaque], 1))[:, :3]
-        # spandrel works in inference mode: what leaves here are ordinary tensors.
+        # spandrel works in inference mode; this conversion creates ordinary tensors again.
         return from_pixels(made[..., : height * self.scale, : width * self.scale].float())

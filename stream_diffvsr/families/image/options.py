@@ -1,4 +1,4 @@
-"""What a user can set for a single-image model."""
+"""The options of single-image models."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from ...errors import IncompatibleInputError
 from ...options import check_options, option
 
 PRESETS: dict[str, dict[str, float]] = {"exact": {}, "balanced": {}, "fast": {}}
-"""A model is as fast as it is."""
+"""The presets of the other families, all empty here because these models have no faster settings."""
 
 OWN = "single-image models"
-"""Title of the flags that no other family has."""
+"""Title of the group of flags that only this family has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageOptions:
-    """Settings of one sequence, checked once."""
+    """Settings of one sequence, checked on creation."""
 
     steady: float = option(
         0.0,

@@ -1,4 +1,4 @@
-"""A result stabilised by the previous one: a recursive mean along the motion where both frames agree."""
+"""Stabilise a result with the previous one: a recursive mean along the motion where both frames agree."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from torch.nn import functional as F
 from ...flow.bundled import FlowNetwork, enlarged_and_reduced, sample_with_inside
 
 MOST = 0.9
-"""Share of the previous result at `steady` 1: nothing stays for ever."""
+"""Share of the previous result at `steady` 1; it is below 1 so that old content fades."""
 
 MATCH = 0.12
-"""Difference of the two LQ frames, in model range, at which trust has fallen to a third."""
+"""Difference between the two LQ frames, in model range, at which trust falls to about a third."""
 
 AGREE_PIXELS, AGREE_SHARE = 0.5, 0.05
-"""Flow there and back may miss its start by so many LQ pixels, and by this share of both lengths besides."""
+"""How far flow there and back may miss its start: LQ pixels, plus a share of both lengths, all squared."""
 
 WINDOW = 5
-"""Side, in LQ pixels, over which differences are averaged and trust is faded."""
+"""Side, in LQ pixels, of the window in which differences are averaged and trust is smoothed."""
 
 
 def steadied(
     hq: Tensor, lq: Tensor, before: tuple[Tensor, Tensor], flow: FlowNetwork, steady: float
 ) -> Tensor:
-    """`hq` (1, 3, H, W) blended with the previous result; `before` are the previous hq and lq."""
+    """Blend `hq` (1, 3, H, W) with the previous result; `before` contains the previous hq and lq."""
     previous_hq, previous_lq = before
     scale = hq.shape[-1] // lq.shape[-1]
     now, then = enlarged_and_reduced(lq), enlarged_and_reduced(previous_lq)
