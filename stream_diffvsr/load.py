@@ -52,11 +52,11 @@ class Family:
     """How to recognise and check the files of a model family, and which options it has."""
 
     recognise: Callable[[Path], bool]
-    """Returns whether a folder or file is meant to be a model of this family."""
+    """Function that returns whether a folder or file is meant to be a model of this family."""
     problem: Callable[[Path], StreamDiffVSRError | None]
-    """Returns why a model cannot be opened, or None if it can."""
+    """Function that returns why a model cannot be opened, or None if it can."""
     needed: Callable[[Collection[str], Path], Collection[str]]
-    """Returns which of the published files a folder needs to be complete."""
+    """Function that returns which of the published files a folder needs to be complete."""
     options: type
     presets: Mapping[str, Mapping[str, Any]]
     title: str
@@ -317,7 +317,7 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
 
 
 def _is_damaged(candidate: Candidate) -> bool:
-    """Return whether a folder has a problem; log the problem, since the search then skips the folder."""
+    """Return whether a folder has a problem; log the problem, since the search skips such a folder."""
     error = FAMILIES[candidate.family].problem(candidate.path)
     if error is not None:
         log.info("%s is ignored as %s: %s", candidate.path, candidate.name, error)

@@ -1,4 +1,4 @@
-"""The single definition of each option: a dataclass field with its default, limits, choices and help text.
+"""Options, each defined once as a dataclass field with its default, limits, choices and help text.
 
 Flags, widgets, JSON schemas and checks are all generated from these fields:
 
@@ -53,7 +53,7 @@ class Rule:
     multiline: bool = False
     """Whether the widget accepts several lines of text."""
     parse: Callable[[str], Any] | None = None
-    """Converts text to a value of any other kind; the options class must check such values itself."""
+    """Function that converts text to a value of another kind, which the options class must check itself."""
     flag: str = ""
     """Name of the flag, if it differs from the name of the field."""
     metavar: str | None = None

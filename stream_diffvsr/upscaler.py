@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 OnStep = Callable[[str, int, int], None]
-"""Called between the parts of a frame as (stage, parts done, total parts); may raise an error to cancel."""
+"""Callback between the parts of a frame, with (stage, parts done, total parts); it may raise to cancel."""
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
@@ -121,7 +121,7 @@ class State:
 
     @property
     def has_previous(self) -> bool:
-        """Whether there is a sequence to continue."""
+        """Whether the state has a sequence to continue."""
         return bool(self.tensors)
 
     @property
@@ -182,7 +182,7 @@ class Upscaled:
 
 
 class Session(Protocol):
-    """One model's work on one sequence, to be used by one thread at a time.
+    """A model at work on one sequence, to be used by one thread at a time.
 
     Several sessions of one upscaler may be interleaved, since they share only the weights.
     """
@@ -265,8 +265,8 @@ class Upscaler(Protocol):
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
         """Return how frames of an LQ size (height, width) would be made now, including the memory plan.
 
-        A job determines this once; a state with this provenance and no tensors then starts each sequence in
-        the same way.
+        A job determines this once: a state with this provenance and no tensors starts a sequence in the same
+        way.
         """
         ...
 

@@ -39,9 +39,9 @@ REMEDIES = {
 def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tuple[Tensor, Plan, torch.dtype]:
     """Return the frame's hq in newly allocated memory, and the memory plan and number format that worked.
 
-    If memory runs out and the plan is 'auto', the frame is repeated with a plan that needs less, the same
-    noise and the same flow. A frame that is not finite in half precision is repeated in float32. Both are
-    logged. Raises `VRAMError` if no plan is left, and `CheckpointError` if float32 is not finite either.
+    If memory runs out and the plan is 'auto', the frame is repeated with the same noise and flow but a plan
+    that needs less. A frame that is not finite in half precision is repeated in float32. Both are logged.
+    Raises `VRAMError` if no plan is left, and `CheckpointError` if float32 is not finite either.
     """
     plan, dtype, index = frame.plan, pipe.dtype, frame.state.frame_index
     tried: list[str] = []

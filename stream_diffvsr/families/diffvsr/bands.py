@@ -1,4 +1,4 @@
-"""Run the convolutional parts over bands of rows: the whole frame's result in a fraction of the memory.
+"""Run the convolutional parts over bands of rows, for the whole frame's result with a fraction of its memory.
 
 These networks do not normalise over the picture, so a band needs only some rows around it. Only the TPM
 looks at the whole frame, through a pooled map. This map is first computed band by band, then mixed once, and
@@ -78,7 +78,7 @@ class Rows:
 
 
 def border_rows(layers: Iterable[nn.Module]) -> int:
-    """Return how many further input rows, above and below, a band's output depends on."""
+    """Return how many rows of input above and below a band its output depends on."""
     rows = 0
     for layer in reversed(list(layers)):
         if isinstance(layer, nn.Conv2d):

@@ -46,7 +46,7 @@ class BuiltNetworks:
         placement: Placement,
         need: Callable[[str], int] = lambda stage: 0,
     ) -> Generator[TorchCalls, None, None]:
-        """Yield calls as `TorchNetworks.calls` does; PyTorch computes frames repeated in another format."""
+        """Yield calls as `TorchNetworks.calls` does; if `dtype` differs from `own`, PyTorch computes them."""
         if dtype != own:
             with self.networks.calls(plan, own, dtype, placement, need) as calls:
                 yield calls
@@ -84,16 +84,16 @@ class BuiltNetworks:
         return self._open[name, form]
 
     def zeros(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
-        """Return the residuals of a frame without guidance, all zero."""
+        """Return the all-zero residuals for a frame without guidance."""
         size = (x.shape[-2], x.shape[-1])
         if size not in self._zeros:
             self._zeros[size] = [tuple(each.shape) for each in self._residuals(x, timestep, prompt)]
         return [x.new_zeros(shape) for shape in self._zeros[size]]
 
     def form(self, height: int, width: int) -> str:
-        """Return a name for all sizes that share one built U-Net.
+        """Return a name for the sizes that share one built U-Net.
 
-        They have the same remainders, on which the enlargement of the U-Net's levels depends.
+        Their sides have the same remainders, which determine how the U-Net's levels are enlarged.
         """
         multiple = self._multiple
         return f"{height % multiple}x{width % multiple} over {multiple}"
@@ -255,7 +255,7 @@ class _Features(nn.Module):
 
 
 class _Decode(nn.Module):
-    """The decoder for trust that has already been reduced to the sizes of its blocks."""
+    """The decoder, with inputs for trust that is already reduced to the sizes of its blocks."""
 
     def __init__(self, vae: TemporalAutoencoderTiny) -> None:
         super().__init__()

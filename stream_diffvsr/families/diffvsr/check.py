@@ -38,7 +38,7 @@ from .prompt import FILE, PromptEmbeddings, token_ids
 log = logging.getLogger(__name__)
 
 NeededShapes = Callable[[Component], Shapes]
-"""Returns the shapes that the network of a part needs, according to its configuration."""
+"""A function that returns the weight shapes that a part's configuration requires."""
 
 
 LATENT, LATENT_AND_LQ, LATENT_AND_MASK = 4, 7, 9
@@ -125,7 +125,7 @@ def check_width(needed: object, got: object, path: Path) -> None:
 
 
 def default_flow(folder: Path) -> str:
-    """Return the flow estimator that a checkpoint's index names, or else RAFT large, as in the reference."""
+    """Return the flow estimator named by a checkpoint's index, by default RAFT large as in the reference."""
     return read_index(folder).get("flow", "raft_large")
 
 
@@ -140,7 +140,7 @@ def traits(folder: Path) -> Traits:
 
 
 def read_index(folder: Path) -> dict[str, Any]:
-    """Return the contents of a folder's index, empty if there is none."""
+    """Return the contents of a folder's index, or an empty dict if there is none."""
     index = folder / INDEX
     return read_json(index) if index.is_file() else {}
 

@@ -88,7 +88,7 @@ def choose(present: Collection[str], name: str) -> str | None:
 
 
 def shards(present: Collection[str], index: str) -> list[str]:
-    """Return the names that match those of an index's files, such as stem-00001-of-00002.safetensors."""
+    """Return the names of an index's files, recognised by their form: stem-00001-of-00002.safetensors."""
     stem, kind, variant = re.fullmatch(r"(.+)\.(safetensors|bin)\.index(\..+)?\.json", index).groups()  # type: ignore[union-attr]
     pattern = re.compile(rf"{re.escape(stem)}{re.escape(variant or '')}-\d+-of-\d+\.{kind}")
     return sorted(name for name in present if pattern.fullmatch(name))
@@ -159,7 +159,7 @@ def cause(error: BaseException) -> BaseException:
 
 
 def from_config(name: str, config: dict[str, Any]) -> Any:
-    """Build the network of that name, with the initial weights that its library sets."""
+    """Build the network called `name` in checkpoint folders, with its library's initial weights."""
     if name == "vae":
         return TemporalAutoencoderTiny(config)
     if name == TEXT_ENCODER:
@@ -194,7 +194,7 @@ Value = TypeVar("Value")
 
 
 def named_for(part: Component, values: Mapping[str, Value], needed: Shapes) -> dict[str, Value]:
-    """Rename the values of a part's files as the installed library needs, and drop known buffers."""
+    """Return the values of a part's files under the installed library's names, without known buffers."""
     kept = {key: value for key, value in values.items() if not key.endswith(BUFFERS)}
     prefix = PREFIXES.get(part.name, "")
     if prefix and not any(key.startswith(prefix) for key in needed):
@@ -209,6 +209,6 @@ class Traits:
     steps: int = 4
     """Denoising steps if the options set none."""
     occlusion: str = "off"
-    """'mask' if it was trained with guidance that fades out; see `UpscaleOptions.occlusion`."""
+    """'mask' if the model was trained with guidance that fades out; see `UpscaleOptions.occlusion`."""
     centred_flow: bool = False
-    """Whether it was trained with estimated flow that compensates for the shift of `warp`."""
+    """Whether estimated, but not given, flow compensates for the shift of `warp`, as it did in training."""

@@ -1,4 +1,4 @@
-"""The ControlNet, with its image embedding, the same in every step, moved out of the denoising loop."""
+"""The ControlNet, with its image embedding, which is the same in every step, outside the denoising loop."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Residuals = tuple[list[Tensor], Tensor]
 class Control(nn.Module):
     """diffusers' ControlNet, unchanged except for where its picture is embedded.
 
-    The embedding of the warped frame is the same in every denoising step, so it is computed once. For this,
-    the embedding network is a module beside the ControlNet and is replaced there by an identity, so that the
-    ControlNet receives the finished embedding as its picture.
+    The embedding of the warped frame is the same in every denoising step, so it is computed once. The
+    embedding network therefore becomes a separate module, and an identity replaces it in the ControlNet,
+    which then receives the finished embedding as its picture.
     """
 
     def __init__(self, controlnet: Any) -> None:
@@ -25,7 +25,7 @@ class Control(nn.Module):
         self.body = controlnet
 
     def embed(self, warped: Tensor) -> Tensor:
-        """Embed the warped frame (1, 3, 4h, 4w), model range, as (1, C, h, w)."""
+        """Embed the warped frame (1, 3, 4h, 4w) in model range as (1, C, h, w)."""
         return self.embedding(warped)
 
     def forward(

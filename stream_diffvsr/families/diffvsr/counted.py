@@ -83,7 +83,7 @@ class Needs:
         return each[0][0] + each[1][0], each[0][1] + each[1][1]
 
     def most(self, size: Sequence[int]) -> int:
-        """Return an upper bound on the bytes besides the weights for an LQ size (height, width), not counted.
+        """Return an uncounted upper bound on the bytes besides the weights for an LQ size (height, width).
 
         The networks hold at most a few dozen pictures with the channels of their widest layer at once (20
         with the released widths), and RAFT's volume needs a third of a byte per pair of LQ pixels.

@@ -16,7 +16,7 @@ from .networks import Guidance, Networks
 from .options import UpscaleOptions
 
 UNET_MULTIPLE = 8
-"""Tiles of latents start at multiples of this, where the U-Net's three halvings sample the whole frame."""
+"""Tiles of latents start at multiples of this, so that the U-Net's three halvings match the whole frame's."""
 
 
 def noise(seed: int, frame_index: int, channels: int, height: int, width: int) -> Tensor:
@@ -50,7 +50,7 @@ class Schedule:
         return cls(scheduler, tuple((int(t), t.to(device)) for t in scheduler.timesteps))
 
     def control_scales(self, options: UpscaleOptions) -> list[float]:
-        """Return the ControlNet's strength in each step, which is 0 outside the steps it should guide."""
+        """Return the ControlNet's strength in each step, which is 0 for steps outside its guidance range."""
         total = len(self.timesteps)
         low, high = options.control_guidance_start, options.control_guidance_end
         guides = [i / total >= low and (i + 1) / total <= high for i in range(total)]
@@ -62,7 +62,10 @@ class Schedule:
 
 
 def latent_tiles(height: int, width: int, size: int | None, overlap: int) -> list[Tile]:
-    """Return tiles of latents (., ., height, width); `size` (None: one tile) and `overlap` in HQ pixels."""
+    """Return tiles of latents (., ., height, width).
+
+    `size` and `overlap` are in HQ pixels; with `size` None, one tile covers everything.
+    """
     if size is None:
         return tiles(height, width, max(height, width), 0)
     side = max(size // SCALE // UNET_MULTIPLE, 1) * UNET_MULTIPLE
@@ -83,10 +86,10 @@ def denoise(
 ) -> Tensor:
     """Turn noise (1, C, h, w) and an LQ frame (1, 3, h, w) into latents (1, C, h, w), all float32.
 
-    `guidance` is by the warped previous frame, or None if there is none. `prompts` is one embedding
-    (1, 77, D) or, for classifier-free guidance, two, the negative one first. The prediction is then
-    u + g (c - u) from two separate runs, so that each run's result is exact and the two need no more memory
-    than one. Several tiles are blended.
+    `guidance` is from the warped previous frame, or None without one. `prompts` is one embedding (1, 77, D)
+    or, for classifier-free guidance, two, the negative one first. The prediction is then u + g (c - u) from
+    two separate runs, so that it combines their results exactly and needs no more memory than one run.
+    Several tiles are blended.
     """
     scales = schedule.control_scales(options)
     done, total = 0, len(scales) * len(tiles)

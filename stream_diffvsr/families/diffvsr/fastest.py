@@ -22,10 +22,10 @@ from .pipeline import StreamDiffVSRPipeline
 log = logging.getLogger(__name__)
 
 SIDE, ROUNDS = 64, 3
-"""Side of the timed LQ frames, and how often each is timed; the best time is the least disturbed one."""
+"""Side of the timed LQ frames, and number of runs; the best time is used, as disturbances only add to it."""
 
 EXACT = 1e-4
-"""Maximum difference from PyTorch's result, in model range, for a runtime to be exact."""
+"""Maximum difference from PyTorch's result, in model range, for a runtime to count as exact."""
 
 
 def with_runtime(
@@ -41,8 +41,8 @@ def with_runtime(
 def fastest(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     """Return `pipe` with the runtime that is fastest here, and log the choice.
 
-    The first time, graphs are built and a few small frames are timed. On a GPU or in half precision, it is
-    always PyTorch, since no other runtime has been tried there yet.
+    The first time, graphs are built and a few small frames are timed. On a GPU or in half precision, PyTorch
+    is always chosen, since no other runtime has been tried there yet.
     """
     if pipe.device.type != "cpu" or pipe.number_format != "float32":
         return pipe

@@ -2,7 +2,7 @@
 
 A file contains `PART.LAYER.lora_A.weight` (rank, in, ...) and `PART.LAYER.lora_B.weight` (out, rank, ...),
 with diffusers' names of parts and layers. A layer's weight becomes W + strength * alpha / rank * B A. The
-metadata contain the fingerprint of the weights that the LoRA was trained for (`base`), `rank`, `alpha`, and
+metadata contains the fingerprint of the weights that the LoRA was trained for (`base`), `rank`, `alpha`, and
 further information for people.
 """
 
@@ -111,7 +111,7 @@ def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
 
 
 def is_lora(path: Path) -> bool:
-    """Return whether a file's metadata declare a LoRA that `read_lora` can read; tensors are not checked."""
+    """Return whether a file's metadata identifies a LoRA for `read_lora`; its tensors are not checked."""
     try:
         return path.suffix == ".safetensors" and read_metadata(path).get("format") == FORMAT
     except CheckpointError:
@@ -126,7 +126,7 @@ def write_lora(path: Path, changes: Mapping[str, LowRank], told: Mapping[str, st
 
 
 def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> TorchNetworks:
-    """Return networks with the sum of these LoRAs merged into copies of the changed layers; share all others.
+    """Return networks with the sum of these LoRAs in copies of the changed layers, sharing all other layers.
 
     `model` is the fingerprint of `networks`. Raises `IncompatibleInputError` for a LoRA of another model.
     """
@@ -154,7 +154,7 @@ def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> T
 
 
 def copy_with(network: nn.Module, changed: Mapping[int, nn.Parameter]) -> nn.Module:
-    """Copy a network, sharing all weights but those in `changed`, whose keys are the old weights' ids."""
+    """Copy a network but share its weights, except those in `changed`, whose keys are ids of old weights."""
     memo: dict[int, Any] = {
         id(x): changed.get(id(x), x) for x in chain(network.parameters(), network.buffers())
     }

@@ -1,6 +1,6 @@
 """The network calls that the method makes, and their implementation in PyTorch.
 
-Another runtime is another class with the same calls. U-Net and ControlNet share one call, so that the
+Every other runtime is a class with the same calls. U-Net and ControlNet share one call, so that the
 ControlNet's residuals never leave the runtime.
 """
 
@@ -59,7 +59,7 @@ class Networks(Protocol):
     latent_channels: int
 
     def flow(self, current: Tensor, previous: Tensor, scale: float) -> Tensor:
-        """Return the backward flow (1, 2, 4h, 4w) of two LQ frames, estimated at `scale` of that size."""
+        """Return backward flow (1, 2, 4h, 4w) between two LQ frames, estimated at `scale` of that size."""
         ...
 
     def embed(self, warped: Tensor) -> Any:
@@ -71,7 +71,7 @@ class Networks(Protocol):
     ) -> Tensor:
         """Return the prediction (1, C, h, w) from the latents and LQ frame in `x` (1, C + 3, h, w).
 
-        `slot` is the number of the prompt, by which residuals are kept for reuse.
+        `slot` is the number of the prompt, under which residuals are kept for reuse.
         """
         ...
 
@@ -120,7 +120,7 @@ class TorchNetworks:
         placement: Placement,
         need: Callable[[str], int] = lambda stage: 0,
     ) -> Generator[TorchCalls, None, None]:
-        """Yield the calls for one frame, with the networks, stored in `own`, temporarily cast to `dtype`.
+        """Yield the calls for one frame; the networks are stored in `own` and temporarily cast to `dtype`.
 
         `need` returns the bytes that a stage needs, for a placement that moves networks.
         """
@@ -155,7 +155,7 @@ class TorchCalls:
         return self._device
 
     def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
-        """Do slow preparations before the first frame of an LQ size; PyTorch needs none."""
+        """Make slow preparations before the first frame of an LQ size; PyTorch needs none."""
 
     def flow(self, current: Tensor, previous: Tensor, scale: float) -> Tensor:
         device, estimator = self._enter("flow"), self.networks.flow

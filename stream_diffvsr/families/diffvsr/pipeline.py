@@ -88,7 +88,7 @@ class StreamDiffVSRPipeline:
         self._lock = threading.Lock()
 
     def quantize(self, kind: str) -> None:
-        """Run the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, an approximation.
+        """Run the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, as an approximation.
 
         Call this before the first frame. Raises `IncompatibleInputError` and `ModuleNotFoundError` as
         `quantized.check_quantize` does.
@@ -99,7 +99,7 @@ class StreamDiffVSRPipeline:
             self.number_format += f", linear layers {kind}"
 
     def with_loras(self, *loras: tuple[str | Path, float]) -> StreamDiffVSRPipeline:
-        """Return a pipeline with these LoRA files, given as (path, strength), added to its present ones.
+        """Return a pipeline with these LoRA files, as (path, strength), in addition to those already merged.
 
         It shares all unchanged layers with this pipeline, which is not modified. Raises the errors of
         `read_lora` and `merge_loras`, and `IncompatibleInputError` if layers are quantised or run in another
@@ -118,7 +118,7 @@ class StreamDiffVSRPipeline:
         return other
 
     def around(self, networks: TorchNetworks) -> StreamDiffVSRPipeline:
-        """Return a copy of this pipeline with other networks, whose layers are the same."""
+        """Return a copy of this pipeline with `networks`, which have the same layers with other weights."""
         other = copy.copy(self)
         other.torch_networks = networks
         other.needs = Needs(networks, self.scheduler_config, self.dtype, self.device)
@@ -176,11 +176,11 @@ class StreamDiffVSRPipeline:
 
     @property
     def planner(self) -> Planner:
-        """The planner, which estimates a frame's memory and chooses how to compute the frame."""
+        """A planner that estimates a frame's memory and chooses how to compute the frame."""
         return Planner(self.needs, self.needs.most, self.flow.methods, self.device)
 
     def bytes_needed(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> int:
-        """Return the bytes besides the weights that an LQ frame (height, width) needs if nothing is split."""
+        """Return the bytes besides the weights for an LQ frame (height, width) with nothing split."""
         return self.planner.bytes_needed(size, options or UpscaleOptions(), Plan())
 
     def provenance(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> Provenance:
@@ -217,7 +217,10 @@ class StreamDiffVSRPipeline:
         state: State | None = None,
         on_step: OnStep | None = None,
     ) -> tuple[Tensor, StreamDiffVSRState]:
-        """Upscale consecutive frames (N, 3, h, w) to (N, 3, 4h, 4w) float32 on the CPU, and a new state."""
+        """Upscale consecutive frames (N, 3, h, w).
+
+        Returns the results, (N, 3, 4h, 4w) float32 on the CPU, and the state after the last frame.
+        """
         if not isinstance(frames, Tensor) or frames.ndim != 4:
             got = tuple(frames.shape) if isinstance(frames, Tensor) else type(frames).__name__
             raise IncompatibleInputError(f"frames must have the shape (N, 3, h, w), not {got}")
@@ -338,7 +341,7 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Return a function that returns a stage's bytes besides the weights, for placements to free them."""
+        """Return a function from stages to bytes besides the weights, for placements that free memory."""
 
         def need(stage: str) -> int:
             needs = self.needs(frame.size, frame.options, plan)
@@ -362,7 +365,7 @@ class StreamDiffVSRPipeline:
 
 
 class Sequence:
-    """A `Session` of Stream-DiffVSR: results are returned at once, and every frame ends a chunk."""
+    """A `Session` of Stream-DiffVSR: results are returned at once, and every frame is a chunk border."""
 
     def __init__(
         self,
@@ -377,7 +380,7 @@ class Sequence:
         self._noise = [] if noise is None else list(noise.split(1))
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Upscale the next frame (1, 3, h, w) and return a list of its one result."""
+        """Upscale the next frame (1, 3, h, w) and return its one result in a list."""
         result = self._frame(lq, self._state, latents=self._noise[0] if self._noise else None)
         self._noise, self._state = self._noise[1:], result.state
         return [result]

@@ -22,10 +22,10 @@ TILE_SIZE = 512
 """Side of a U-Net tile in HQ pixels if the options set none."""
 
 LEAST_ROWS, LEAST_TILE = 4, 64
-"""Smallest parts that options and recorded plans may set; with smaller ones a frame would take for ever."""
+"""Smallest parts that options and recorded plans may set; smaller ones would make a frame far too slow."""
 
 SMALLEST_TILE = 256
-"""Smallest tile that is chosen automatically; in smaller ones the U-Net sees too little of the picture."""
+"""Smallest tile side chosen automatically; in a smaller tile, the U-Net sees too little of the picture."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +136,11 @@ class Planner:
     """Chooses memory plans for one pipeline."""
 
     needs: Callable[[Sequence[int], UpscaleOptions, Plan], dict[str, int]]
-    """Returns bytes by stage, including `weights` and `peak`; see `counted.Needs`."""
+    """Function that returns bytes by stage, including `weights` and `peak`; see `counted.Needs`."""
     most: Callable[[Sequence[int]], int]
-    """Returns a quick upper bound on a frame's bytes; if that fits, nothing is counted."""
+    """Function that returns a quick upper bound on a frame's bytes; if it fits, nothing is counted."""
     methods: Sequence[str]
-    """The methods of the flow estimator."""
+    """Methods of the flow estimator."""
     device: torch.device
 
     def plan(self, size: Sequence[int], details: Mapping[str, str], options: UpscaleOptions) -> Plan:
@@ -197,7 +197,7 @@ class Planner:
         return needs["peak"] - needs["weights"]
 
     def next_plan(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
-        """Return the plan to try after memory ran out in a stage, or None; only 'auto' has further plans."""
+        """Return the next plan after memory ran out in a stage; None if there is none or it is not 'auto'."""
         if options.memory_plan != "auto":
             return None
         return plan.next_plan(stage, self.methods, options.tile_size)

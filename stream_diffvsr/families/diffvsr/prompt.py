@@ -30,7 +30,7 @@ class PromptEmbeddings:
         self._known: dict[str, Tensor] = {}
 
     def get(self, prompt: str) -> Tensor:
-        """Return an embedding (1, 77, D) float32 on the CPU, from memory, a file or the text encoder."""
+        """Return an embedding (1, 77, D) float32 on the CPU, from memory, else a file, else the encoder."""
         if prompt not in self._known:
             stored = self._stored(prompt)
             self._known[prompt] = self._encode_and_keep(prompt) if stored is None else stored
@@ -49,7 +49,7 @@ class PromptEmbeddings:
             return ""
 
     def _files(self) -> list[Path]:
-        """Return the files that may contain embeddings: beside the weights, and per encoder in the cache."""
+        """Return the possible embedding files: one beside the weights, and one per encoder in the cache."""
         cached = self.cache_folder / f"{self.encoder[:16]}.{FILE}" if self.encoder else None
         return [self.folder / FILE, *([cached] if cached else [])]
 
@@ -61,7 +61,7 @@ class PromptEmbeddings:
         return None
 
     def _read(self, path: Path) -> dict[str, Tensor]:
-        """Read this encoder's embeddings from a file, ignoring a damaged file, as it can be recreated.
+        """Read this encoder's embeddings from a file; ignore a damaged file, since it can be recreated.
 
         The tensors are copied, since Windows does not allow memory-mapped files to be replaced.
         """

@@ -1,4 +1,4 @@
-"""The released architecture, which allows its memory to be estimated before the weights are downloaded."""
+"""The released architecture, used to estimate its memory needs before the weights are downloaded."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def without_weights(
 
 
 def untrained_flow(name: str) -> nn.Module:
-    """Return a flow network with random weights, which costs as much as a trained one without a download."""
+    """Return a flow network with random weights, which costs the same as a trained one but no download."""
     if name == "bundled":
         return open_bundled()
     from torchvision.models import optical_flow

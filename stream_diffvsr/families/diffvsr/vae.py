@@ -42,7 +42,7 @@ class TemporalBlock(nn.Module):
     def forward(self, x: Tensor, previous: Tensor | None = None, trust: Tensor | None = None) -> Tensor:
         """Transform (1, C, H, W), keeping its shape.
 
-        `previous` is a pooled feature (1, C, H/4, W/4), and `trust` (1, 1, H, W) its weight at each pixel.
+        `previous` is a pooled feature (1, C, H/4, W/4); `trust` (1, 1, H, W) is its weight at each pixel.
         """
         update = self.conv(x)
         if previous is None:
@@ -81,7 +81,7 @@ def reduce_like(trust: Tensor | None, target: Tensor) -> Tensor | None:
 
 
 class Encoder(nn.Module):
-    """Encoder of (1, 3, 4h, 4w) to (1, 4, h, w)."""
+    """Encoder from (1, 3, 4h, 4w) to (1, 4, h, w)."""
 
     def __init__(
         self, image_channels: int, latent_channels: int, widths: Sequence[int], depths: Sequence[int]
@@ -104,7 +104,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Decoder of (1, 4, h, w) to (1, 3, 4h, 4w), before conversion to model range."""
+    """Decoder from (1, 4, h, w) to (1, 3, 4h, 4w), before conversion to model range."""
 
     def __init__(
         self, latent_channels: int, image_channels: int, widths: Sequence[int], depths: Sequence[int]

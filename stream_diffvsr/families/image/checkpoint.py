@@ -35,7 +35,7 @@ def recognise(path: Path) -> bool:
 
 
 def architecture(path: str | Path) -> str:
-    """Return a model file's architecture, detected by names and shapes without reading or running weights.
+    """Detect a model file's architecture by names and shapes, without reading weights or running anything.
 
     Raises `ModelNotFoundError`, or `CheckpointError` if the file contains no model of this family.
     """
@@ -45,7 +45,7 @@ def architecture(path: str | Path) -> str:
 
 
 def problem(path: Path) -> StreamDiffVSRError | None:
-    """Return why a file cannot be opened, or None if the names and shapes in it are those of a model."""
+    """Return why a file cannot be opened, or None if its names and shapes are those of a model."""
     try:
         architecture(path)
     except (CheckpointError, ModelNotFoundError) as error:

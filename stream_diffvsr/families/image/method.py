@@ -80,7 +80,7 @@ class ImageModel:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> ImageSession:
-        """Start a sequence, or continue the one of `state`; `noise` must be None for these models."""
+        """Start a sequence, or continue that of `state`; `noise` must be None for these models."""
         if noise is not None:
             raise IncompatibleInputError("single-image models draw no noise, so none can be given")
         return ImageSession(self, options or ImageOptions(), state or State(), on_step or ignore_progress)
@@ -113,7 +113,7 @@ class ImageModel:
     def process(
         self, lq: Tensor, before: State, options: ImageOptions, on_step: OnStep
     ) -> tuple[Upscaled, State]:
-        """Upscale one frame (1, 3, h, w) from the state before it; return the result and the next state.
+        """Upscale one frame (1, 3, h, w), given the state before it; return its result and the new state.
 
         Inputs are never modified, even if an error occurs. If memory runs out and no `tile_size` is given,
         this frame and later ones are computed in tiles, which is logged and recorded in the state. Raises
@@ -236,13 +236,13 @@ class ImageModel:
 
 
 class ImageSession:
-    """A `Session` of a single-image model: results are returned at once, and every frame ends a chunk."""
+    """A `Session` of a single-image model: results are returned at once; every frame is a chunk border."""
 
     def __init__(self, upscaler: ImageModel, options: ImageOptions, state: State, on_step: OnStep) -> None:
         self._upscaler, self._options, self._state, self._on_step = upscaler, options, state, on_step
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Upscale the next frame (1, 3, h, w) and return a list of its one result."""
+        """Upscale the next frame (1, 3, h, w) and return its one result in a list."""
         result, self._state = self._upscaler.process(lq, self._state, self._options, self._on_step)
         return [result]
 

@@ -15,7 +15,7 @@ MATCH = 0.12
 """Difference between the two LQ frames, in model range, at which trust falls to about a third."""
 
 AGREE_PIXELS, AGREE_SHARE = 0.5, 0.05
-"""How far flow there and back may miss its start: LQ pixels, plus a share of both lengths, all squared."""
+"""How far forward and backward flow may disagree: LQ pixels, plus a share of both lengths, all squared."""
 
 WINDOW = 5
 """Side, in LQ pixels, of the window in which differences are averaged and trust is smoothed."""
