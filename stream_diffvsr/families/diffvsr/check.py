@@ -45,7 +45,7 @@ LATENT, LATENT_AND_LQ, LATENT_AND_MASK = 4, 7, 9
 """Input channels of U-Nets for generation, for generation from a picture (as here), and for inpainting."""
 
 FAMILIES = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
-"""Families of models by the width of the prompt embeddings in their attention layers."""
+"""Model families by the width of the prompt embeddings in their attention layers."""
 
 SINGLE_FILE = ("model.diffusion_model.", "control_model.", "first_stage_model.")
 
@@ -130,7 +130,7 @@ def default_flow(folder: Path) -> str:
 
 
 def traits(folder: Path) -> Traits:
-    """Read from a checkpoint's index how it was trained; raise `CheckpointError` for an invalid value."""
+    """Return the traits recorded in a checkpoint's index; raise `CheckpointError` for an invalid value."""
     index = read_index(folder)
     known = {each.name: index[each.name] for each in fields(Traits) if each.name in index}
     for name, value in known.items():

@@ -122,7 +122,7 @@ SHARE, CPU_SHARE = 0.9, 0.5
 """Share of the free memory that a plan may use; the remainder is for memory that cannot be estimated.
 
 On a CPU this is freed memory that the C library keeps: with glibc, processes were measured to occupy 1.1 to
-1.9 times the memory in use, and up to 2.2 times with the settings of our commands, which are faster.
+1.9 times the memory in use, and up to 2.2 times with the faster settings of our commands.
 """
 
 GIGABYTE = 2**30
@@ -197,7 +197,7 @@ class Planner:
         return needs["peak"] - needs["weights"]
 
     def next_plan(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
-        """Return the next plan after memory ran out in a stage; None if there is none or it is not 'auto'."""
+        """Return the next plan after memory ran out in a stage, or None; only 'auto' moves to other plans."""
         if options.memory_plan != "auto":
             return None
         return plan.next_plan(stage, self.methods, options.tile_size)

@@ -67,7 +67,7 @@ def without_weights(
 
 
 def untrained_flow(name: str) -> nn.Module:
-    """Return a flow network with random weights, which costs the same as a trained one but no download."""
+    """Return a flow network with random weights; it costs as much as a trained one but needs no download."""
     if name == "bundled":
         return open_bundled()
     from torchvision.models import optical_flow
