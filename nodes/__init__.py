@@ -1,11 +1,11 @@
-"""ComfyUI's view of the engine: thin adapters, one module per theme.
+"""ComfyUI nodes for the engine: thin adapters, one module per topic.
 
 host        the only module that talks to ComfyUI
-sockets     socket types and the widgets that several nodes share
-pipes       what is known about a pipe besides the pipe itself
-layout      IMAGE tensors to model range and back
-sizes       sizes and presets that nodes share
-job         upscales files to files; temporary first writes videos that are in memory to files
+sockets     socket types, and widgets shared by several nodes
+pipes       records of how each pipe was made
+layout      converts IMAGE tensors to model range and back
+sizes       sizes and presets shared by several nodes
+job         upscales files to files; temporary writes in-memory videos to files first
 load, lora, runtime, upscale, video, simple, live, state, settings, example        the nodes
 """
 
@@ -21,7 +21,7 @@ from .state import CreateState, ExtractState, LoadState, SaveState
 from .upscale import ProcessFrame, Upscale
 from .video import UpscaleVideo
 
-# The page shows an error with its module, which would be the path of this folder.
+# ComfyUI's page shows an error with its module name, which would otherwise be this folder's path.
 for _error in vars(errors).values():
     if isinstance(_error, type) and issubclass(_error, errors.StreamDiffVSRError):
         _error.__module__ = "stream_diffvsr"

@@ -1,4 +1,4 @@
-"""The node that brings a short clip, so that every example runs before a user has chosen a video."""
+"""The node that provides a short clip, so that the examples run before the user has chosen a video."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -13,7 +13,7 @@ CLIP = Path(__file__).parent.parent / "example_workflows" / "example.mp4"
 
 
 class ExampleVideo:
-    """A file of this pack as a VIDEO; core's Load Video lists those of the input folder alone."""
+    """Returns this pack's clip as a VIDEO; ComfyUI's Load Video lists only files in the input folder."""
 
     DESCRIPTION = (
         "A short sample clip for trying things out: 128x72, two scenes of one second each, with sound. "

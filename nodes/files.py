@@ -1,4 +1,4 @@
-"""Which files the nodes read, and where they may write."""
+"""The files that the nodes read, and the folders where they may write."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ..stream_diffvsr.upscaler import FORMATS
 from . import host
 
 ANY_OUTPUT = "STREAM_DIFFVSR_ALLOW_ANY_OUTPUT"
-"""Environment variable; 1 lets nodes write outside ComfyUI's output and temp folders."""
+"""The environment variable that, set to 1, lets nodes write outside ComfyUI's output and temp folders."""
 
 STATE_SUFFIX = ".safetensors"
 HEADER = 1 << 16
-"""A saved state names its format in so many bytes."""
+"""The number of bytes at the start of a saved state that contain the name of its format."""
 
 
 def file_stamp(path: Path) -> str:
-    """A stamp that changes when a file, or a file directly in a folder, is edited or replaced."""
+    """Return a stamp that changes when a file, or any file directly in a folder, is edited or replaced."""
     try:
         inside = sorted(map(_stamp, path.iterdir())) if path.is_dir() else []
         digest = hashlib.sha256("\n".join(inside).encode()).hexdigest()[:16] if inside else ""
@@ -31,15 +31,15 @@ def file_stamp(path: Path) -> str:
 
 
 def _stamp(path: Path) -> str:
-    """Size and time of the last change."""
+    """Return a file's path, size and modification time as text."""
     status = path.stat()
     return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def writable(path: str | Path) -> Path:
-    """An absolute path where nodes may write; a relative one is taken below the output folder.
+    """Return an absolute path where nodes may write; a relative path starts in the output folder.
 
-    Raises `IncompatibleInputError` for any other place, links resolved.
+    Raise `IncompatibleInputError` if the path, with links resolved, is anywhere else.
     """
     target = host.folder("output") / path
     allowed = [host.folder(kind) for kind in ("output", "temp")]
@@ -54,16 +54,16 @@ def writable(path: str | Path) -> Path:
 
 _made: dict[str | None, Path] = {}
 _lost: Counter[str | None] = Counter()
-"""The file that a node made last, and how often one was gone when the node was queued again."""
+"""The last file that each node made, and how often it was missing when the node was queued again."""
 
 
 def remember_made(node_id: str | None, path: Path) -> None:
-    """Remember what a node made."""
+    """Record the file that a node made."""
     _made[node_id] = path
 
 
 def lost_stamp(node_id: str | None) -> str:
-    """For IS_CHANGED: changes once the file that a node made is gone, so that it is made again."""
+    """Return a text for IS_CHANGED that changes if a node's file is missing, so that it is made again."""
     path = _made.get(node_id)
     if path is not None and not path.exists():
         del _made[node_id]
@@ -72,7 +72,7 @@ def lost_stamp(node_id: str | None) -> str:
 
 
 def numbered(prefix: str, suffix: str) -> Path:
-    """The next free `<prefix>_00001_<suffix>` below the output folder; its folder is made."""
+    """Return the next free `<prefix>_00001_<suffix>` below the output folder, creating its parent folder."""
     path = writable(fill_in(prefix))
     path.parent.mkdir(parents=True, exist_ok=True)
     taken = [_number(file.name, path.name) for file in path.parent.glob("*" + suffix)]
@@ -80,7 +80,7 @@ def numbered(prefix: str, suffix: str) -> Path:
 
 
 def _number(file: str, stem: str) -> int:
-    """The number in `<stem>_00012_...`, 0 in any other name."""
+    """Return the number in `<stem>_00012_...`, or 0 for any other name."""
     digits = file.removeprefix(stem + "_").partition("_")[0] if file.startswith(stem + "_") else ""
     return int(digits) if digits.isdecimal() else 0
 
@@ -95,7 +95,7 @@ def fill_in(prefix: str) -> str:
 
 
 def saved_states() -> list[str]:
-    """Saved states below the output and input folders, as '<relative path> [output]', newest first."""
+    """List saved states below the output and input folders as '<relative path> [output]', newest first."""
     found = []
     for kind in ("output", "input"):
         root = host.folder(kind)
@@ -105,12 +105,12 @@ def saved_states() -> list[str]:
 
 
 def listed_name(file: PurePath, root: PurePath, kind: str) -> str:
-    """How a file of a folder is shown and kept in workflows: with / on every system."""
+    """Return the name that the list shows and workflows store for a file, with / on every system."""
     return f"{file.relative_to(root).as_posix()} [{kind}]"
 
 
 def is_state(file: Path) -> bool:
-    """Whether a safetensors file says in its header that it is a saved state."""
+    """Whether the header of a safetensors file identifies it as a saved state."""
     try:
         with file.open("rb") as stream:
             head = stream.read(HEADER)
@@ -120,7 +120,7 @@ def is_state(file: Path) -> bool:
 
 
 def state_path(name: str) -> Path:
-    """The file behind an entry of `saved_states`, or any path."""
+    """Return the path for an entry of `saved_states`, or for any other path as text."""
     for kind in ("output", "input"):
         if name.endswith(f" [{kind}]"):
             return host.folder(kind) / name.removesuffix(f" [{kind}]")

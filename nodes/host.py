@@ -1,4 +1,4 @@
-"""ComfyUI as the nodes see it. Only this module talks to it, and each function works without it too."""
+"""The interface to ComfyUI. Only this module talks to it, and every function also works without it."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ PREVIEW_SIDE = 512
 PREVIEW_SECONDS = 0.2
 TEXT_SECONDS = 1.0
 LIVE_EVENT = "stream_diffvsr.live"
-"""What web/nodes.js listens to."""
+"""The event that web/nodes.js listens for."""
 SLOW_SECONDS = 2.0
-"""A frame that takes longer says how far it is."""
+"""A frame that takes longer than this shows its progress."""
 STEP_WORDS = {"denoise": "step"}
-"""The engine's stages, where a user has another word."""
+"""The user's words for stages of the engine, where they differ."""
 MODEL_KEY = "streamdiffvsr"
 
 
 def comfy_module(module: str) -> Any:
-    """A module of ComfyUI, or None where the pack runs without it."""
+    """Import a module of ComfyUI; return None if the pack runs without it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -46,7 +46,7 @@ def comfy_module(module: str) -> Any:
 
 
 def memory_management() -> Any:
-    """ComfyUI's memory management, or None."""
+    """Return ComfyUI's memory management module, or None without ComfyUI."""
     return comfy_module("comfy.model_management")
 
 
@@ -55,7 +55,7 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 @contextmanager
 def install_line() -> Generator[None, None, None]:
-    """Where a package is missing, say how to install it."""
+    """Turn an error about a missing package into one that explains how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -71,7 +71,7 @@ def install_line() -> Generator[None, None, None]:
 
 
 def device_names() -> list[str]:
-    """'auto' and the devices that ComfyUI may use."""
+    """Return 'auto' and the names of the devices that ComfyUI may use."""
     mm = memory_management()
     if mm is None:
         found = devices.available()
@@ -83,7 +83,7 @@ def device_names() -> list[str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is the one that ComfyUI was started with."""
+    """Return the device with a given name; 'auto' is the one that ComfyUI was started with."""
     mm = memory_management()
     if mm is None:
         return devices.resolve_device(name)
@@ -94,7 +94,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format of that name; 'auto' is float16 where ComfyUI would use it, else float32."""
+    """Return the number format with a given name; 'auto' is float16 if ComfyUI would use it, else float32."""
     mm = memory_management()
     if mm is None or name != "auto":
         return devices.resolve_dtype(name, device)
@@ -102,7 +102,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def intermediate_device() -> torch.device:
-    """Where outputs of nodes are kept."""
+    """Return the device on which ComfyUI keeps the outputs of nodes."""
     mm = memory_management()
     return mm.intermediate_device() if mm else torch.device("cpu")
 
@@ -111,7 +111,7 @@ def intermediate_device() -> torch.device:
 
 
 class ManagedPlacement:
-    """Networks that ComfyUI loads before a stage runs, and may unload between two."""
+    """A placement in which ComfyUI loads the networks of each stage, and may unload them between stages."""
 
     fixed = False
 
@@ -119,7 +119,7 @@ class ManagedPlacement:
         self._patchers = dict(patchers)
 
     def acquire(self, stage: str, activation_bytes: int) -> torch.device:
-        """Load what `stage` needs, making room for its activations; returns its device."""
+        """Load the networks of `stage`, freeing memory for its activations, and return their device."""
         patcher = self._patchers[stage]
         memory_management().load_models_gpu([patcher], memory_required=activation_bytes, force_full_load=True)
         if any(weight.device.type != patcher.load_device.type for weight in patcher.model.parameters()):
@@ -129,14 +129,15 @@ class ManagedPlacement:
 
 
 def manage(pipe: Upscaler, device: torch.device) -> None:
-    """Hand the networks of `pipe`, which lie on the CPU, to ComfyUI's memory management."""
+    """Hand the networks of `pipe`, which are on the CPU, over to ComfyUI's memory management."""
     pipe.device = device
     mm = memory_management()
     if mm is None:
         for network in pipe.networks.values():
             network.to(device)
         return
-    # With little memory each stage comes and goes by itself; U-Net and ControlNet alternate in every step.
+    # With little memory, each stage is loaded separately, but U-Net and ControlNet together, since they
+    # alternate in every step.
     short = mm.vram_state in (mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
     names, together = list(pipe.networks), ("unet", "controlnet")
     apart = [together, *((name,) for name in names if name not in together)]
@@ -159,7 +160,7 @@ def make_room(pipe: Upscaler, size: tuple[int, int], options: Any) -> None:
 
 
 def make_all_room() -> None:
-    """Have ComfyUI unload all models: other processes are about to use the devices."""
+    """Have ComfyUI unload all models, because other processes are about to use the devices."""
     mm = memory_management()
     if mm:
         mm.unload_all_models()
@@ -167,7 +168,7 @@ def make_all_room() -> None:
 
 
 def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:
-    """A patcher that moves plain networks as a whole: ComfyUI streams only layers of its own."""
+    """Return a patcher that moves whole networks, since ComfyUI can stream only its own layer classes."""
     from comfy.model_patcher import ModelPatcher
 
     class WholePatcher(ModelPatcher):  # pyright: ignore[reportUntypedBaseClass]
@@ -175,9 +176,9 @@ def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:
             return super().partially_load(device_to, 1e32, *args, **kwargs)
 
         def partially_unload(self, *args: Any, **kwargs: Any) -> int:
-            return 0  # then ComfyUI unloads the whole
+            return 0  # makes ComfyUI unload the whole model
 
-    # A container of our own, since a patcher sets attributes that diffusers' classes make read-only.
+    # The patcher gets a wrapper module, since it sets attributes that are read-only in diffusers' classes.
     root = nn.Module()
     for name, network in networks.items():
         root.add_module(name, network)
@@ -189,7 +190,7 @@ def _patcher(networks: Mapping[str, nn.Module], device: torch.device) -> Any:
 
 
 class Progress:
-    """The bar, the picture and the cancel button of the running node."""
+    """The progress bar, preview and cancel button of the running node."""
 
     def __init__(self, total: int, node_id: str | None = None) -> None:
         self._done, self._line, self._since = 0, "", time.monotonic()
@@ -201,7 +202,7 @@ class Progress:
         self._next_text = 0.0
 
     def show(self, done: int, image: Tensor | None = None) -> None:
-        """Move the bar, with a picture of the newest frame (H, W, C) at most five times a second."""
+        """Move the bar, and show the newest frame (H, W, C) at most five times a second."""
         self._done, self._since = done, time.monotonic()
         if self._bar is None:
             return
@@ -213,14 +214,14 @@ class Progress:
         self._bar.update_absolute(done, self._total, preview)
 
     def count(self, done: int, total: int) -> None:
-        """Move the bar to `done` of `total`, whatever its total was before."""
+        """Move the bar to `done` of `total`, which may differ from the previous total."""
         self._total = total
         self.show(done)
 
     def live(self, image: Tensor) -> None:
-        """Show the newest frame (H, W, C) by our own script, at most five times a second.
+        """Show the newest frame (H, W, C) through this pack's script, at most five times a second.
 
-        For nodes that show a video at their end: newer pages keep ComfyUI's own previews in its place.
+        This is for nodes that finally show a video: newer pages would keep ComfyUI's own preview instead.
         """
         instance, now = _page(), time.monotonic()
         if instance and self._node_id and now >= self._next_picture:
@@ -231,14 +232,14 @@ class Progress:
             self._next_picture = now + PREVIEW_SECONDS
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """The engine's `on_step`: checks the cancel button, and shows how far a slow frame is."""
+        """Check for cancellation and show the progress of a slow frame; this is the engine's `on_step`."""
         check_interrupt()
         if total > 1 and time.monotonic() - self._since >= SLOW_SECONDS:
             now = f"frame {self._done + 1}: {STEP_WORDS.get(stage, stage)} {done} of {total}"
             self._write(f"{self._line}; {now}" if self._line else now)
 
     def say(self, text: str, last: bool = False) -> None:
-        """A line on the node, at most once a second; the `last` one in any case, since it stays."""
+        """Show a line on the node, at most once a second; always show the `last` one, which stays visible."""
         self._line = text
         self._write(text, last)
 
@@ -250,12 +251,12 @@ class Progress:
 
 
 def _page() -> Any:
-    """ComfyUI's server, which talks to the page; None where none runs."""
+    """Return ComfyUI's server, which sends messages to the page, or None if it is not running."""
     return getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
 
 
 def frames_done(done: int, total: int | None, fps: float) -> str:
-    """'120 of 300 frames, 2.50 per second, 1:12 left'."""
+    """Format progress as in '120 of 300 frames, 2.50 per second, 1:12 left'."""
     of = f" of {total}" if total else ""
     left = int(max(0, total - done) / fps) if total and fps > 0 else None
     time_left = "" if left is None else f", {left // 60}:{left % 60:02} left"
@@ -263,21 +264,21 @@ def frames_done(done: int, total: int | None, fps: float) -> str:
 
 
 def running_node() -> str | None:
-    """Id of the node that ComfyUI runs at present, where it tells."""
+    """Return the id of the node that ComfyUI is executing, or None if it is unknown."""
     execution = comfy_module("comfy_execution.utils")
     context = execution.get_executing_context() if execution else None
     return context.node_id if context else None
 
 
 def check_interrupt(*_: Any) -> None:
-    """Raise ComfyUI's interrupt if the user cancelled; takes what the engine's `on_step` gets."""
+    """Raise ComfyUI's interrupt if the user cancelled; ignore the arguments of the engine's `on_step`."""
     mm = memory_management()
     if mm:
         mm.throw_exception_if_processing_interrupted()
 
 
 def preview_picture(image: Tensor) -> Any:
-    """A small Pillow image of one picture (H, W, 3 or 4) in [0, 1]."""
+    """Convert a picture (H, W, 3 or 4) in [0, 1] to a small Pillow image."""
     from PIL import Image
 
     colours = image[..., :3].movedim(-1, 0)[None]
@@ -291,7 +292,7 @@ def preview_picture(image: Tensor) -> Any:
 
 
 def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> int | None:
-    """Which of VHS's meta-batches this node runs in, from 0; None if no batch manager is connected."""
+    """Return the number of VideoHelperSuite's meta-batch, from 0, or None without a batch manager."""
     seen, waiting = set(), [node_id]
     while prompt and waiting:
         current = waiting.pop()
@@ -307,7 +308,7 @@ def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> 
 
 
 def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str]:
-    """The workflow metadata, as ComfyUI's own nodes save it; empty if the user disabled metadata."""
+    """Return the workflow metadata as ComfyUI's own nodes save it; empty if the user disabled metadata."""
     arguments = getattr(comfy_module("comfy.cli_args"), "args", None)
     if getattr(arguments, "disable_metadata", False):
         return {}
@@ -319,26 +320,26 @@ def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str,
 
 
 def is_file_video(video: Any) -> bool:
-    """Whether a VIDEO is what its stream source holds: a file, or the bytes of one, with no edits pending."""
+    """Whether a VIDEO equals its stream source (a file, or a file's bytes), without pending edits."""
     implementations = comfy_module("comfy_api.input_impl")
     known = implementations is None or isinstance(video, implementations.VideoFromFile)
     return known and not getattr(video, "has_pending_frame_edits", bool)()
 
 
 def trim_window(video: Any) -> tuple[float, float]:
-    """Where a VIDEO is trimmed to, as start and length in seconds; length 0 means to the end."""
+    """Return the trimmed range of a VIDEO: start and length in seconds; length 0 means to the end."""
     # Older ComfyUI versions cannot trim.
     return getattr(video, "get_active_trim_window", lambda: (0.0, 0.0))()
 
 
 def video_file(path: Path) -> Any:
-    """A VIDEO that stands for a file; the path itself where there is no ComfyUI."""
+    """Return a VIDEO that refers to a file, or the path itself without ComfyUI."""
     implementations = comfy_module("comfy_api.input_impl")
     return implementations.VideoFromFile(str(path)) if implementations else str(path)
 
 
 def shown_video(path: Path) -> dict[str, Any]:
-    """What makes the page show a video on the node; nothing where it lies outside ComfyUI's folders."""
+    """Return the UI data that shows a video on the node; only its path if it is outside ComfyUI's folders."""
     for kind in ("output", "temp"):
         root = folder(kind).resolve()
         if path.is_relative_to(root):
@@ -348,7 +349,7 @@ def shown_video(path: Path) -> dict[str, Any]:
 
 
 def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
-    """How the page asks for a file of one of ComfyUI's folders: with / on every system."""
+    """Describe a file in one of ComfyUI's folders as the page requests it, with / on every system."""
     inside = path.relative_to(root)
     subfolder = "" if len(inside.parts) == 1 else inside.parent.as_posix()
     return {"filename": inside.name, "subfolder": subfolder, "type": kind}
@@ -358,25 +359,25 @@ def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
 
 
 def folder(kind: str) -> Path:
-    """ComfyUI's 'output', 'temp' or 'input' folder; below the working folder where there is no ComfyUI."""
+    """Return ComfyUI's 'output', 'temp' or 'input' folder; without ComfyUI, one in the working folder."""
     paths = comfy_module("folder_paths")
     return Path(getattr(paths, f"get_{kind}_directory")()) if paths else Path.cwd() / kind
 
 
 def image_models() -> list[str]:
-    """Names of the single-image models that ComfyUI lists."""
+    """Return the names of the single-image models that ComfyUI lists."""
     paths = comfy_module("folder_paths")
     return paths.get_filename_list("upscale_models") if paths else []
 
 
 def image_model_path(name: str) -> str | None:
-    """Where one of them lies; None for any other name."""
+    """Return the path of a single-image model that ComfyUI lists, or None for any other name."""
     paths = comfy_module("folder_paths")
     return paths.get_full_path("upscale_models", name) if paths and name in image_models() else None
 
 
 def lora_files() -> list[tuple[str, Path]]:
-    """Name and path of every file that ComfyUI lists as a LoRA, of whatever model."""
+    """Return name and path of every LoRA that ComfyUI lists, for any model."""
     paths = comfy_module("folder_paths")
     names = paths.get_filename_list("loras") if paths else []
     found = ((name, paths.get_full_path("loras", name)) for name in names)
@@ -384,9 +385,9 @@ def lora_files() -> list[tuple[str, Path]]:
 
 
 def model_folders() -> list[Path]:
-    """Where ComfyUI's user may keep checkpoints; downloads go to the first.
+    """Return the folders where ComfyUI's user may keep checkpoints; downloads go to the first.
 
-    Every path registered for the key StreamDiffVSR, in any spelling, then the usual places.
+    Paths registered for the key StreamDiffVSR, in any spelling, come before the usual folders.
     """
     paths = comfy_module("folder_paths")
     if paths is None:

@@ -1,4 +1,4 @@
-"""Files upscaled to files, as the video nodes do it: what to read, where to write, and the run itself."""
+"""File-to-file upscaling for the video nodes: choosing the source and the output, and running the job."""
 
 from __future__ import annotations
 
@@ -27,39 +27,39 @@ if TYPE_CHECKING:
     from ..stream_diffvsr.upscaler import Provenance, Upscaler
 
 READ_AHEAD = 4
-"""Frames decoded ahead where the node says 0."""
+"""The number of frames decoded in advance if the node's setting is 0."""
 SUFFIXES = {"prores": ".mov", "ffv1": ".mkv", "png": ".mov"}
-"""Containers of the codecs that MP4 does not hold well."""
+"""Containers for codecs that MP4 does not support well."""
 CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
-"""Endings that make an output_path a file's name and not the beginning of one."""
+"""Endings that make an output_path a complete file name rather than the beginning of one."""
 ENDING = re.compile(r"\.[a-z]{2,5}|\.(3g[p2]|mp[1-4]|m[12]v|m2ts?|jp2|mj2)")
-"""What looks like the name of a format and not like a part of a name, as in shot.v2."""
+"""Matches endings that look like a file format, unlike the one in shot.v2."""
 WITH_QUALITY = ("h264", "h265", "av1")
-"""Codecs that take a crf."""
+"""Codecs that have a crf."""
 LAST = -1
 INSTANTS = 1_000_000
-"""Parts of a second that are shorter than any frame."""
+"""The number of parts in a second, each shorter than any frame."""
 
 
 class Source(NamedTuple):
-    """What to read."""
+    """A video to read, and the range to which it is trimmed."""
 
     path: Path
     start: Fraction | int = 0
-    """Seconds from which it is trimmed."""
+    """The start of the range in seconds."""
     end: Fraction | None = None
-    """Seconds to which it is trimmed; None: to its end."""
+    """The end of the range in seconds; None for the end of the video."""
     drawn: bool = False
-    """Whether its frames lay in memory, so that their depth is none that was chosen."""
+    """Whether the frames came from memory, so that nobody chose their bit depth."""
 
 
 def unquoted(text: str | None) -> str:
-    """A path as people paste it: without quotes and blanks around."""
+    """Remove the quotes and spaces around a pasted path."""
     return (text or "").strip().strip("\"'").strip()
 
 
 def source_path(video_path: str) -> Path:
-    """A path as given; a relative one starts in the input folder."""
+    """Return the path of the source; a relative one starts in the input folder."""
     try:
         return host.folder("input") / Path(unquoted(video_path)).expanduser()
     except RuntimeError as error:
@@ -67,7 +67,7 @@ def source_path(video_path: str) -> Path:
 
 
 def check_output(output_path: str | None) -> None:
-    """Refuse a place where nothing may be written, and an ending that is not written there."""
+    """Refuse a path where nodes may not write, or an ending that is not supported."""
     name = unquoted(output_path)
     files.writable(name)
     ending = Path(name).suffix.lower()
@@ -78,7 +78,7 @@ def check_output(output_path: str | None) -> None:
 
 
 def choose_source(video_path: str, video: Any) -> Source:
-    """What to read: the file of one of the two inputs."""
+    """Return the source from the one input that is given; refuse both or neither."""
     given = bool(unquoted(video_path))
     if given == (video is not None):
         raise IncompatibleInputError(f"give either video_path or video, not {'both' if given else 'neither'}")
@@ -86,7 +86,7 @@ def choose_source(video_path: str, video: Any) -> Source:
 
 
 def video_source(video: Any) -> Source:
-    """The file behind a VIDEO; one that lies in memory, or was edited, is written to the temp folder."""
+    """Return the source for a VIDEO, first writing one in memory, or an edited one, to the temp folder."""
     from fractions import Fraction
 
     from . import temporary
@@ -108,7 +108,7 @@ def upscale_file(
     output_path: str = "",
     **widgets: Any,
 ) -> Path:
-    """Do what a node asks for, and return the finished file; `widgets` go to `make_job`."""
+    """Run the job that a node requests, and return the finished file; `widgets` are passed to `make_job`."""
     check_output(output_path)
     with host.install_line(), node_words():
         job = replace(make_job(pipe, choose(), settings, output_path, **widgets), metadata=metadata)
@@ -136,7 +136,7 @@ def make_job(
     size: str = "",
     **fidelity: Any,
 ) -> VideoJob:
-    """The job, still without an output."""
+    """Return the job, whose output is only a suffix for now."""
     from ..stream_diffvsr.jobs.run import VideoJob
 
     path, start, end, drawn = source
@@ -147,10 +147,10 @@ def make_job(
         )
     codec = settings.file.get("codec", "h264")
     if codec == "h264" and unquoted(output_path).lower().endswith(".webm"):
-        codec = "av1"  # the default in a container that holds none of the sort
+        codec = "av1"  # the default codec, h264, is not allowed in WebM
     pix_fmt = settings.file.get("pix_fmt", "auto")
     if pix_fmt == "auto" and drawn and codec in WITH_QUALITY:
-        pix_fmt = "yuv420p"  # which every player shows
+        pix_fmt = "yuv420p"  # supported by every player
     cut = settings.file.get("scene_cut", "auto")
     return VideoJob(
         source=path,
@@ -169,7 +169,7 @@ def make_job(
 
 
 def frame_size(job: VideoJob) -> tuple[int, int]:
-    """Height and width of the frames before upscaling; raises `VideoError` for what cannot be read."""
+    """Return height and width of frames before upscaling; raise `VideoError` if the source is unreadable."""
     from ..stream_diffvsr.jobs.prepare import open_job_source
 
     info = open_job_source(job).info
@@ -177,7 +177,7 @@ def frame_size(job: VideoJob) -> tuple[int, int]:
 
 
 def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]:
-    """Names to try: the given file and then numbered ones, or numbered ones from the start."""
+    """Yield paths to try: the given file, if any, then numbered ones."""
     base = files.writable(files.fill_in(output or f"stream_diffvsr/{source.stem}_{size}"))
     base.parent.mkdir(parents=True, exist_ok=True)
     if base.suffix.lower() in CONTAINERS:
@@ -188,7 +188,7 @@ def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]
 
 
 def run_under_free_name(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
-    """Do the job under the first name that is free, or that it was cancelled under; returns the file."""
+    """Run the job under the first name that is free or belongs to its cancelled run, and return the file."""
     with worker_pool(pipe, node_id) as pool:
         for job in jobs:
             begun = job.output.with_name(job.output.name + ".parts").exists()
@@ -199,7 +199,7 @@ def run_under_free_name(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str |
 
 @contextlib.contextmanager
 def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, None, None]:
-    """The workers that a Runtime node asked for; None where the pipe itself works."""
+    """Start the workers that a Runtime node asked for; yield None if the pipe itself does the work."""
     from ..stream_diffvsr.jobs.cluster import workers
 
     about = how_made(pipe)
@@ -217,7 +217,7 @@ def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, N
 def run_with_progress(
     pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None
 ) -> bool:
-    """Run a job with bar, words and cancel button; False if what was `begun` there is another job."""
+    """Run a job with progress and cancelling; return False if the job `begun` there is a different one."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
@@ -235,7 +235,7 @@ def run_with_progress(
                 return False
             raise
         for step in itertools.chain([first] if first else [], steps):
-            total = max(step.done, step.total or 0)  # files name a frame too few now and then
+            total = max(step.done, step.total or 0)  # some files report one frame too few
             progress.count(step.done, total)
             if step.hq is not None:
                 progress.live(step.hq[0].movedim(0, -1))
@@ -246,7 +246,7 @@ def run_with_progress(
 
 
 class Step(NamedTuple):
-    """How far several workers are; their pictures stay with them."""
+    """The progress of several workers, which do not send their pictures."""
 
     done: int
     total: int | None
@@ -256,7 +256,7 @@ class Step(NamedTuple):
 
 
 def run_spread(pool: Pool, job: VideoJob) -> Generator[Step, None, None]:
-    """The same as `run`, by several workers; told every half second."""
+    """Do the same as `run` with several workers; yield progress every half second."""
     from ..stream_diffvsr.jobs.spread import Spread
 
     driver = Spread([job], pool)
@@ -281,12 +281,12 @@ WORDS = {
     "so write to a folder, or give --target": "so give all pictures the same size, or make a video of each",
     "or suffix": "or another ending of output_path",
 }
-"""What the command calls otherwise than the nodes do."""
+"""The command's terms that the nodes name differently."""
 
 
 @contextlib.contextmanager
 def node_words() -> Generator[None, None, None]:
-    """Errors of the engine in the words of the nodes."""
+    """Rephrase the engine's errors in the nodes' terms."""
     try:
         yield
     except VideoError as error:

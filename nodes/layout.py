@@ -1,4 +1,4 @@
-"""ComfyUI's IMAGE, (N, H, W, C) float in [0, 1], and the engine's frames, (1, 3, h, w) in model range."""
+"""Conversion between ComfyUI's IMAGE, (N, H, W, C) in [0, 1], and frames, (1, 3, h, w) in model range."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MEGABYTE = 2**20
 
 
 def check_images(images: Tensor, minimum: int = 1) -> None:
-    """Refuse what is no batch of RGB or RGBA pictures with sides of at least `minimum`."""
+    """Check that `images` is a batch of RGB or RGBA pictures with sides of at least `minimum`."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[-1] not in (3, 4):
         got = f"{tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise IncompatibleInputError(
@@ -31,7 +31,7 @@ def check_images(images: Tensor, minimum: int = 1) -> None:
 
 
 def to_frame(image: Tensor) -> Tensor:
-    """(H, W, C) -> (1, C, H, W) float32, the values as they are."""
+    """Convert (H, W, C) to (1, C, H, W) float32 without changing the values."""
     with install_line():
         from einops import rearrange
 
@@ -39,7 +39,7 @@ def to_frame(image: Tensor) -> Tensor:
 
 
 def to_image(frame: Tensor) -> Tensor:
-    """(1, C, H, W) -> (H, W, C), the values as they are."""
+    """Convert (1, C, H, W) to (H, W, C) without changing the values."""
     with install_line():
         from einops import rearrange
 
@@ -47,15 +47,15 @@ def to_image(frame: Tensor) -> Tensor:
 
 
 def lq_frames(images: Tensor) -> Iterator[Tensor]:
-    """Frame after frame, (1, 3, h, w) float32 in model range; the input stays as it is."""
+    """Yield each image as a frame, (1, 3, h, w) float32 in model range; the input is not changed."""
     for image in images:
         yield from_pixels(to_frame(image[..., :COLOURS]))
 
 
 def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Room for the upscaled batch, (N, H, W, C) float32, of `size` (H, W).
+    """Allocate the upscaled batch, (N, H, W, C) float32, of `size` (H, W).
 
-    Raises `VRAMError` where there is none: a system may promise memory that it lacks, and kill ComfyUI later.
+    Raise `VRAMError` if memory is short: the system might grant memory it lacks, and kill ComfyUI later.
     """
     from ..stream_diffvsr.memory import free_memory
 
@@ -71,7 +71,7 @@ def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) ->
 
 
 def write_frame(result: Tensor, index: int, rgb: Tensor, image: Tensor) -> None:
-    """Write frame `index` of a result: (1, 3, H, W) in [0, 1], and alpha (if any) enlarged from `image`."""
+    """Write `rgb`, (1, 3, H, W) in [0, 1], as frame `index`, with the enlarged alpha of `image`, if any."""
     result[index, ..., :COLOURS] = to_image(rgb)
     if image.shape[-1] > COLOURS:
         from ..stream_diffvsr.media.sizes import enlarge
@@ -81,10 +81,10 @@ def write_frame(result: Tensor, index: int, rgb: Tensor, image: Tensor) -> None:
 
 
 def from_hq(hq: Tensor) -> Tensor:
-    """(1, 3, H, W) in model range -> (1, H, W, 3) in [0, 1]."""
+    """Convert (1, 3, H, W) in model range to (1, H, W, 3) in [0, 1]."""
     return to_image(to_pixels(hq))[None].contiguous()
 
 
 def to_model(image: Tensor) -> Tensor:
-    """One picture (1, H, W, C) -> (1, 3, H, W) float32 in model range, in memory of its own."""
+    """Convert one picture, (1, H, W, C), to a new (1, 3, H, W) float32 tensor in model range."""
     return from_pixels(to_frame(image[0, ..., :COLOURS])).contiguous()

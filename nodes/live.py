@@ -1,4 +1,4 @@
-"""The node that keeps its sequence from one queue run to the next, for a webcam or a screen."""
+"""The node that continues its sequence from one queue run to the next, for a webcam or a screen."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Live:
-    """Upscales one frame per queue run; the next run continues from it."""
+    """Upscales one frame per queue run; the next run continues the sequence."""
 
     DESCRIPTION = (
         "Upscales one frame each time the workflow runs, guided by the previous run's frame: for a webcam "
@@ -59,7 +59,7 @@ class Live:
 
     @classmethod
     def IS_CHANGED(cls, **_: Any) -> float:
-        return float("nan")  # the same picture again is the next frame
+        return float("nan")  # an unchanged picture is still a new frame
 
     def execute(
         self,
@@ -76,7 +76,7 @@ class Live:
         options = (settings or SettingsValue()).options(
             pipe, num_inference_steps=num_inference_steps, seed=seed
         )
-        # ComfyUI keeps a node's instance by its number, which another workflow may have as well.
+        # ComfyUI keeps a node's instance by its id, which a node of another workflow may share.
         workflow = ((extra_pnginfo or {}).get("workflow") or {}).get("id")
         height, width = image.shape[1:3]
         kind = {"workflow": workflow, "model": pipe.info.model, "size": f"{width}x{height}"}

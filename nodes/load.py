@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Loader:
-    """Loads a model, and leaves its place in memory to ComfyUI."""
+    """Loads a model and lets ComfyUI manage its memory."""
 
     DESCRIPTION = (
         "Loads a model. v1 is the released Stream-DiffVSR, downloaded when first used; nano is a small "
@@ -98,7 +98,7 @@ class Loader:
 
 
 def checkpoints() -> list[str]:
-    """What the node offers: the known models, then every complete folder by name."""
+    """Return the models to choose from: known ones, complete checkpoint folders, and single-image models."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
     from ..stream_diffvsr.load import family_of
     from ..stream_diffvsr.weights.find import candidates
@@ -115,9 +115,9 @@ def checkpoints() -> list[str]:
 
 @lru_cache(maxsize=64)
 def is_complete(candidate: Candidate, files_identity: str) -> bool:
-    """Whether a folder is a whole checkpoint, looked into again only when its files change.
+    """Whether a folder is a complete checkpoint; it is inspected again only when its files change.
 
-    If packages that can tell are missing, it is taken for one; running it then says what to install.
+    If the packages needed to check are missing, assume that it is; running it then reports what to install.
     """
     from ..stream_diffvsr.load import FAMILIES
 
@@ -128,7 +128,7 @@ def is_complete(candidate: Candidate, files_identity: str) -> bool:
 
 
 def checkpoint_stamp(folder: Path) -> str:
-    """A short text that changes with the files of a checkpoint folder, but for the prompts kept there."""
+    """Return a short text that changes with the files of a checkpoint folder, except its stored prompts."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
 
     inside = [
@@ -139,12 +139,12 @@ def checkpoint_stamp(folder: Path) -> str:
 
 
 def source_identity(source: str) -> str:
-    """The same for a source by name; a fixed word while it is not on this machine."""
+    """Return a text that changes with the files of a source, or 'missing' if it is not on this machine."""
     from ..stream_diffvsr.load import resolve
 
     try:
         path = resolve(located(source), host.model_folders())
-    except (StreamDiffVSRError, ImportError):  # told when it runs
+    except (StreamDiffVSRError, ImportError):  # reported when the node runs
         path = None
     if path is None:
         return "missing"
@@ -152,12 +152,12 @@ def source_identity(source: str) -> str:
 
 
 def located(source: str) -> str:
-    """The path of a single-image model that ComfyUI lists; any other source as it is."""
+    """Return the path of a single-image model that ComfyUI lists; return any other source unchanged."""
     return host.image_model_path(source) or source
 
 
 class Downloading:
-    """Shows a download on the running node: the bar, and bytes per second in words."""
+    """Shows a download on the running node: a progress bar, and the amount and speed as text."""
 
     def __init__(self, source: str) -> None:
         from ..stream_diffvsr.weights.released import RELEASES
@@ -179,13 +179,13 @@ class Downloading:
 
 
 _open: WeakValueDictionary[tuple[Any, ...], Upscaler] = WeakValueDictionary()
-"""Pipes in use, so that two loaders with equal settings hold one."""
+"""The pipes in use, so that two Loaders with equal settings share one."""
 
 
 def shared_pipe(
     source: str, device: torch.device, dtype: torch.dtype, flow: str, quantize: str = "none"
 ) -> Upscaler:
-    """A pipe with these settings: the one that is in use, or a new one."""
+    """Return a pipe with these settings: the one already in use, or a new one."""
     settings = (source, device, dtype, flow, quantize)
     pipe = _open.get((source_identity(source), *settings))
     if pipe is None:
@@ -201,11 +201,11 @@ def shared_pipe(
                 on_progress=Downloading(source),
             )
             if isinstance(pipe, StreamDiffVSRPipeline):
-                pipe.device = device  # on which 8 bits depend
+                pipe.device = device  # quantization depends on the device
                 pipe.quantize(quantize)
         host.manage(pipe, device)
         folders = [str(folder) for folder in host.model_folders()]
         model = {"source": located(source), "dtype": str(dtype).removeprefix("torch."), "flow": flow}
         remember(pipe, Known(source, {**model, "extra_folders": folders}))
-        _open[(source_identity(source), *settings)] = pipe  # asked again: it may just have been downloaded
+        _open[(source_identity(source), *settings)] = pipe  # a new identity, if just downloaded
     return pipe

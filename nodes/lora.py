@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LoRA:
-    """A new pipe with a LoRA; the one that comes in stays as it is."""
+    """Returns a new pipe with a LoRA; the input pipe is not changed."""
 
     DESCRIPTION = (
         "Adds a LoRA made by 'stream-diffvsr train' to Stream-DiffVSR. Chain several of these nodes to "
@@ -79,7 +79,7 @@ class LoRA:
 
 @lru_cache(maxsize=4096)
 def is_ours(path: Path, files_identity: str) -> bool:
-    """Whether a file says that it was made for Stream-DiffVSR, asked again only when it changes."""
+    """Whether a LoRA file was made for Stream-DiffVSR; it is read again only when it changes."""
     from ..stream_diffvsr.families.diffvsr.lora import is_lora
 
     return is_lora(path)

@@ -1,5 +1,4 @@
-"""What the nodes know about a pipe besides the pipe itself: how it was opened, and what wrappers asked
-for."""
+"""Records of how each pipe was opened, and of the settings that wrapping nodes added to it."""
 
 from __future__ import annotations
 
@@ -14,33 +13,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Known:
-    """Of one pipe."""
+    """The record of one pipe."""
 
     source: str = ""
-    """As the loader node has it."""
+    """The model's name as selected in the Loader."""
     model: Mapping[str, Any] = field(default_factory=dict)
-    """The arguments of `load_pipeline` that open the same model elsewhere, as JSON values."""
+    """Arguments of `load_pipeline`, as JSON values, that open the same model in another process."""
     base: Upscaler | None = None
-    """The loader's pipe that a Runtime node made it of; None for a loader's own."""
+    """The pipe from which a Runtime node made this one; None if no Runtime node did."""
     compile_mode: str | None = None
-    """Used instead of what Settings say; None: Settings decide."""
+    """Overrides the compile mode in Settings, unless None."""
     devices: str = ""
-    """Upscale Video spreads its scenes over these; '': it uses the loader's device alone."""
+    """Devices over which Upscale Video spreads its scenes; '' for the Loader's device alone."""
 
 
 _known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()
 
 
 def how_made(pipe: Upscaler) -> Known:
-    """What is known about a pipe; empty for one that no node made."""
+    """Return the record of a pipe, which is empty if no node made the pipe."""
     return _known.get(pipe, Known())
 
 
 def memory_plan(how: Provenance | None) -> str:
-    """What of a frame is computed in parts, in words for the node; '' where frames are computed whole."""
+    """Describe, for display on the node, what is computed in parts; '' if frames are computed whole."""
     return f"memory plan: {how.parts}" if how and how.parts else ""
 
 
 def remember(pipe: Upscaler, about: Known) -> None:
-    """Remember it as long as the pipe exists."""
+    """Keep the record of a pipe for as long as the pipe exists."""
     _known[pipe] = about

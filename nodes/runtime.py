@@ -1,4 +1,4 @@
-"""The node that chooses how a model is computed: by what, how precisely, and on which devices."""
+"""The node that selects the runtime, precision and devices of a model."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from ..stream_diffvsr.upscaler import Upscaler
 
 OWN = {"runtime": "torch", "provider": "auto", "compile_mode": "off", "quantize": "none"}
-"""What every model has; anything else is Stream-DiffVSR's alone."""
+"""The values that every model supports; only Stream-DiffVSR supports others."""
 
 
 class Runtime:
-    """A wrapper: the pipe that comes in stays as it is."""
+    """Returns a new pipe with the chosen runtime; the input pipe is not changed."""
 
     DESCRIPTION = (
         "Chooses how a model runs: with PyTorch, OpenVINO or ONNX Runtime, compiled, in 8 bits, or on "
@@ -64,7 +64,7 @@ class Runtime:
         quantize: str | None = None,
         devices: str | None = None,
     ) -> bool:
-        """Raises what execution would refuse; None is linked."""
+        """Raise the errors that execution would raise; None means that the input is linked."""
         given = {"runtime": runtime, "provider": provider, "compile_mode": compile_mode, "quantize": quantize}
         check_values(choice_widgets(), given)
         workers_on(devices or "")
@@ -97,7 +97,7 @@ class Runtime:
 
 
 def choice_widgets() -> dict[str, Widget]:
-    """The widgets with a list of choices, in their order, which never changes."""
+    """Return the widgets that offer a list of choices; their order never changes."""
     from ..stream_diffvsr.families.diffvsr.options import UpscaleOptions
     from ..stream_diffvsr.options import widgets
     from ..stream_diffvsr.runtimes.choose import PROVIDERS, RUNTIMES
@@ -140,7 +140,7 @@ def choice_widgets() -> dict[str, Widget]:
 
 
 def check_has(pipe: Upscaler, asked: dict[str, str]) -> None:
-    """Refuse what the family of a model does not have."""
+    """Refuse values that the model's family does not support."""
     from ..stream_diffvsr.load import FAMILIES
 
     for name, value in asked.items():
@@ -150,9 +150,9 @@ def check_has(pipe: Upscaler, asked: dict[str, str]) -> None:
 
 
 def workers_on(devices: str) -> Devices | None:
-    """The workers that are asked for; None where the loader's device does the work.
+    """Return the requested workers, or None if the Loader's device does the work.
 
-    Raises `IncompatibleInputError` for one device alone: it is chosen in the loader.
+    Raise `IncompatibleInputError` for a single device, which must be chosen in the Loader.
     """
     from ..stream_diffvsr.jobs.cluster import parse_devices
 
@@ -168,7 +168,7 @@ def workers_on(devices: str) -> Devices | None:
 
 
 def with_runtime(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upscaler:
-    """A pipe that shares with `pipe` all but what is asked for; weights in 8 bits are other weights."""
+    """Return a copy of `pipe` with the given runtime; it shares the weights, except those in 8 bits."""
     from ..stream_diffvsr.families.diffvsr.fastest import with_runtime
     from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
     from ..stream_diffvsr.runtimes.choose import open_runtime
@@ -176,7 +176,7 @@ def with_runtime(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> 
     made = pipe
     if isinstance(pipe, StreamDiffVSRPipeline):
         with host.install_line():
-            # Before a model is loaded, which takes long.
+            # Check the runtime before loading a model, which takes long.
             open_runtime(runtime, provider, pipe.device, pipe.dtype, quantize)
             if quantize != "none":
                 about = how_made(pipe)

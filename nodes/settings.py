@@ -1,4 +1,4 @@
-"""Settings: everything that the working nodes have no widget for."""
+"""The settings nodes, for all options without a widget on the upscaling nodes."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -27,18 +27,18 @@ ENGINE = (
     "memory_plan",
     "compile_mode",
 )
-"""Options of the engine; their order on the node never changes, later ones are in LAST."""
+"""Engine options in the order of their widgets, which never changes; options added later are in LAST."""
 LAST = ("timestep_spacing", "occlusion")
 FILE = ("scene_cut", "scene_cut_threshold", "codec", "crf", "pix_fmt")
-"""How Upscale Video reads and writes."""
+"""Options for how Upscale Video reads and writes files."""
 H26X_CRF = 51
-"""The largest that h264 and h265 know."""
+"""The largest crf that h264 and h265 support."""
 CODECS = ("h264", "h265", "av1", "prores", "ffv1", "png")
 PIXEL_FORMATS = ("auto", "yuv420p", "yuv422p", "yuv444p", "yuv420p10le", "yuv422p10le", "yuv444p10le")
 
 
 def file_widgets() -> dict[str, Widget]:
-    """Those of FILE."""
+    """Return the widgets for the options in FILE."""
     from ..stream_diffvsr.jobs.job import VideoJob
     from ..stream_diffvsr.jobs.scenes import THRESHOLD
     from ..stream_diffvsr.options import rules
@@ -73,7 +73,7 @@ def file_widgets() -> dict[str, Widget]:
 
 
 def with_defaults(widgets: dict[str, Widget], values: dict[str, Any]) -> dict[str, Any]:
-    """A value for every widget; refuses a crf that the codec does not know."""
+    """Return a value for every widget; refuse a crf that the codec does not support."""
     given = {name: about["default"] for name, (_, about) in widgets.items()} | values
     if given["codec"] in ("h264", "h265") and given["crf"] > H26X_CRF:
         raise IncompatibleInputError(
@@ -83,7 +83,7 @@ def with_defaults(widgets: dict[str, Widget], values: dict[str, Any]) -> dict[st
 
 
 def settings_widgets() -> dict[str, Widget]:
-    """All widgets of the node, in their order, which never changes."""
+    """Return all widgets of the node; their order never changes."""
     from ..stream_diffvsr.families.diffvsr.options import PRESET_HELP, PRESETS, UpscaleOptions
     from ..stream_diffvsr.options import widgets
 
@@ -94,21 +94,21 @@ def settings_widgets() -> dict[str, Widget]:
 
 @dataclass(frozen=True)
 class SettingsValue:
-    """What travels on the settings socket; empty means all defaults."""
+    """The value that the settings socket passes on; if it is empty, all defaults apply."""
 
     engine: dict[str, Any] = field(default_factory=dict)
-    """Fields of the family's options."""
+    """Values for fields of the family's options."""
     file: dict[str, Any] = field(default_factory=dict)
-    """How Upscale Video reads and writes: the names of FILE."""
+    """Values for the options in FILE, for Upscale Video."""
 
     family: str = "diffvsr"
 
     def options(self, pipe: Upscaler | None = None, preset: str = "settings", **own: Any) -> Any:
-        """The options of a model's family (default: Stream-DiffVSR's); what the node itself says wins.
+        """Return the options for the family of `pipe` (default: Stream-DiffVSR's), overridden by `own`.
 
-        A `preset` of the node takes the place of the one of Settings, with all that presets set, and the
-        compile mode of a Runtime node that of all others. What the family does not know of that is left out.
-        Raises `IncompatibleInputError` for settings of another family.
+        A `preset` of the node replaces the one from Settings, along with every option that presets set. The
+        compile mode of a Runtime node overrides any other. Options that the family lacks are left out. Raise
+        `IncompatibleInputError` for settings of another family.
         """
         from ..stream_diffvsr.load import FAMILIES
         from ..stream_diffvsr.options import rules
@@ -162,15 +162,15 @@ class Settings:
         values = with_defaults(settings_widgets(), values)
         engine = from_widgets(UpscaleOptions, {name: values[name] for name in (*ENGINE, *LAST)})
         file = {name: values[name] for name in FILE}
-        # Widgets always have a value: the preset's is taken where it stands at the default.
+        # Widgets always have a value, so the preset applies to every option left at its default.
         default = defaults(UpscaleOptions)
         changed = {name: value for name, value in engine.items() if value != default[name]}
-        UpscaleOptions(**engine)  # which refuses what does not fit together
+        UpscaleOptions(**engine)  # raises if options contradict each other
         return (SettingsValue(with_preset(PRESETS, values["preset"], changed), file),)
 
 
 class FamilySettings:
-    """Settings of one other family, made from its options; a subclass names it."""
+    """Base class for the settings node of another family, generated from that family's options."""
 
     FAMILY: ClassVar[str]
     CATEGORY = ADVANCED
@@ -195,7 +195,7 @@ class FamilySettings:
         given = with_defaults(family_widgets(self.FAMILY), values)
         file = {name: given.pop(name) for name in FILE}
         engine = from_widgets(FAMILIES[self.FAMILY].options, given)
-        FAMILIES[self.FAMILY].options(**engine)  # which refuses what does not fit together
+        FAMILIES[self.FAMILY].options(**engine)  # raises if options contradict each other
         return (SettingsValue(engine, file, self.FAMILY),)
 
 
@@ -220,7 +220,7 @@ class ImageSettings(FamilySettings):
 
 
 def family_widgets(family: str) -> dict[str, Widget]:
-    """A widget for each option of a family that the working nodes have none for, then how files are made."""
+    """Return widgets for a family's options that the upscaling nodes lack, then the file widgets."""
     from ..stream_diffvsr.load import FAMILIES
     from ..stream_diffvsr.options import rules, widgets
 

@@ -1,4 +1,4 @@
-"""The one node that a newcomer needs: a video in, a larger video out."""
+"""The only node that a beginner needs: it turns a video into a larger video."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class SimpleUpscale:
-    """Loader and Upscale Video in one, with the choices that matter."""
+    """Loader and Upscale Video in one node, with only the most important choices."""
 
     DESCRIPTION = (
         "Upscales a video with its sound, and writes it to the output folder. Choose a model, a "
@@ -34,7 +34,7 @@ class SimpleUpscale:
     OUTPUT_TOOLTIPS = ("The finished file as a video, not loaded into memory.", "Path of the finished file.")
 
     def __init__(self) -> None:
-        self._pipe: Upscaler | None = None  # held until the next run: loading takes long
+        self._pipe: Upscaler | None = None  # kept for the next run, since loading takes long
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The sizes, presets and finish that the upscaling nodes offer."""
+"""The sizes, presets and fidelity settings that the upscaling nodes offer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUALITY: Widget = (list(PRESETS), {"default": "exact", "tooltip": PRESET_HELP})
 
 
 def fidelity_widgets() -> dict[str, Widget]:
-    """How near the result stays to its source."""
+    """Return the widgets that set how closely the result follows its source."""
     from ..stream_diffvsr.jobs.job import VideoJob
     from ..stream_diffvsr.options import widgets
 
@@ -43,7 +43,7 @@ def fidelity_widgets() -> dict[str, Widget]:
 
 
 def size_fields(size: str, info: Info) -> dict[str, Any]:
-    """A size as fields of a job: none where the model makes it by itself."""
+    """Convert a size to job fields; there are none if the model produces that size itself."""
     if size.endswith("p"):
         return {"short_edge": int(size[:-1])}
     factor = float(size[:-1])
@@ -54,7 +54,7 @@ def size_fields(size: str, info: Info) -> dict[str, Any]:
 def fitted_job(
     pipe: Upscaler, options: Any, height: int, width: int, size: str = OWN, **fidelity: Any
 ) -> VideoJob:
-    """The options and the final size of a job for frames of that size."""
+    """Return a job with its options and final size settled for frames of `height` x `width`."""
     from ..stream_diffvsr.jobs.job import VideoJob, settle_job
 
     asked_for = {**size_fields(size, pipe.info), **fidelity} if size else fidelity

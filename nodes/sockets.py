@@ -1,4 +1,4 @@
-"""Socket types, and the widgets that several nodes share. Names and order are an API: they never change."""
+"""Socket types and shared widgets. Their names and order are a public API and never change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATE = "STREAM_DIFFVSR_STATE"
 SETTINGS = "STREAM_DIFFVSR_SETTINGS"
 
 SINCE = "frames_since"
-"""In the tensors of a state between two borders: the frames since the border, (N, 3, h, w)."""
+"""Name of a state's tensor with the frames since the last border, (N, 3, h, w); absent at a border."""
 
 CATEGORY = "StreamDiffVSR"
 ADVANCED = "StreamDiffVSR/Advanced"
@@ -23,16 +23,17 @@ Widget = tuple[Any, dict[str, Any]]
 
 
 def check_values(widgets: Mapping[str, Widget], values: Mapping[str, Any]) -> None:
-    """Refuse what a widget does not offer, which ComfyUI leaves to a node that validates; None: connected.
+    """Refuse values that a widget does not offer; None means that the input is linked.
 
-    Nodes raise what they refuse: ComfyUI would report a returned text once for every argument.
+    ComfyUI does not check the inputs of nodes that have their own validation. Nodes raise errors instead of
+    returning them as text, which ComfyUI would report once for every argument.
     """
     for name, value in values.items():
         kind, about = widgets[name]
         low, high = about.get("min", value), about.get("max", value)
         if value is None:
             continue
-        # A page may send 1, or "0.5", for a choice of 1.0 or 0.5.
+        # The page may send 1 or "0.5" for a choice of 1.0 or 0.5.
         if isinstance(kind, list) and value not in kind and str(value) not in map(str, kind):
             raise IncompatibleInputError(f"{name} must be one of {', '.join(map(str, kind))}, not {value!r}")
         if isinstance(value, (int, float)) and not low <= value <= high:

@@ -1,4 +1,4 @@
-"""States as sockets: made from pictures, looked into, saved and loaded."""
+"""The nodes that create, inspect, save and load states."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -17,11 +17,11 @@ from . import files, layout
 from .sockets import ADVANCED, SINCE, STATE, STATE_OUT
 
 BLACK_SIDE = 8
-"""An empty state shows a black picture of this side."""
+"""The side of the black picture shown for an empty state."""
 
 
 class CreateState:
-    """An empty state, or one that continues from a given upscaled frame."""
+    """Creates an empty state, or one that continues from a given upscaled frame."""
 
     DESCRIPTION = "Creates a state to start from: empty, or as if initial_frame had just been upscaled."
     SEARCH_ALIASES: ClassVar = ["start sequence", "reset state", "new video upscale state"]
@@ -58,7 +58,7 @@ class CreateState:
 
 
 class ExtractState:
-    """What a state holds."""
+    """Shows the contents of a state."""
 
     DESCRIPTION = (
         "Shows what a state contains: the last upscaled frame, the number of frames done, and the settings."
@@ -163,7 +163,7 @@ class LoadState:
 
 
 def one_picture(image: Tensor, name: str, remedy: str = "pass one of its frames") -> Tensor:
-    """Refuse a batch; (1, H, W, 3 or 4) -> the same."""
+    """Check that `image` is a single picture, (1, H, W, 3 or 4), and return it."""
     layout.check_images(image)
     if len(image) != 1:
         raise IncompatibleInputError(f"{name} must be one picture, not a batch of {len(image)}: {remedy}")
@@ -171,7 +171,7 @@ def one_picture(image: Tensor, name: str, remedy: str = "pass one of its frames"
 
 
 def reduced(hq: Tensor) -> Tensor:
-    """(1, 3, 4h, 4w) -> (1, 3, h, w), the mean of each 4x4 square."""
+    """Reduce (1, 3, 4h, 4w) to (1, 3, h, w) by averaging each 4x4 square."""
     height, width = hq.shape[-2:]
     if height % SCALE or width % SCALE:
         raise IncompatibleInputError(
@@ -181,7 +181,7 @@ def reduced(hq: Tensor) -> Tensor:
 
 
 def describe(state: State) -> str:
-    """A state in a few lines of text."""
+    """Describe a state in a few lines of text."""
     lq, since = state.tensors.get("previous_lq"), state.tensors.get(SINCE)
     if lq is not None:
         height, width = lq.shape[-2:]

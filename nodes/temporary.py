@@ -1,4 +1,4 @@
-"""Videos that lie in memory, written to the temp folder without loss, so that they are read as files."""
+"""Temporary files, without loss of quality, for videos that exist only in memory."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 
 def from_bytes(content: bytes) -> Path:
-    """The bytes of a video file as a file."""
+    """Write the bytes of a video file to the temp folder, and return its path."""
     return temp_file(hashlib.sha256(content).hexdigest()[:16], lambda file: file.write(content))
 
 
 def from_components(components: Any) -> Path:
-    """Frames (N, H, W, C) in [0, 1], their rate and their sound as one file.
+    """Write frames (N, H, W, C) in [0, 1], with their rate and sound, to one file, and return its path.
 
-    FFV1 with 16 bits a colour, and FLAC. Its bytes depend only on its content, so a cancelled job can be
-    resumed.
+    The codecs are FFV1 with 16 bits per channel, and FLAC. The bytes of the file depend only on its content,
+    so a cancelled job can be resumed.
     """
     images, audio = components.images, components.audio
     layout.check_images(images)
@@ -45,7 +45,7 @@ def from_components(components: Any) -> Path:
 
 
 def temp_file(name: str, write: Any) -> Path:
-    """A file of the temp folder whose name says its content; one that is there is whole."""
+    """Return a file in the temp folder that is named after its content, writing it if it does not exist."""
     path = host.folder("temp") / f"stream_diffvsr_{name}"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -55,7 +55,7 @@ def temp_file(name: str, write: Any) -> Path:
 
 
 def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio: Any) -> None:
-    """Write frames, and sound as far as there is a picture, as core's Save Video does."""
+    """Write the frames, and the sound for as long as they last, as ComfyUI's Save Video does."""
     import av
 
     from ..stream_diffvsr.media.codecs import CODECS, Encoding, open_encoder
@@ -82,7 +82,7 @@ def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio:
 
 
 def sound_packets(stream: Any, audio: Any, samples: int) -> Iterator[Any]:
-    """The first samples of ComfyUI's sound, (1, channels, samples) in [-1, 1], in 24 bits."""
+    """Yield the first `samples` of ComfyUI's sound, (1, channels, samples) in [-1, 1], encoded in 24 bits."""
     import av
 
     from ..stream_diffvsr.media.ways import LAYOUTS
@@ -100,4 +100,4 @@ def sound_packets(stream: Any, audio: Any, samples: int) -> Iterator[Any]:
     fifo.write(frame)
     context.open()
     for part in [*fifo.read_many(context.frame_size or 4096, partial=True), None]:
-        yield from (packet for packet in stream.encode(part) if packet.size)  # FLAC ends with an empty one
+        yield from (packet for packet in stream.encode(part) if packet.size)  # FLAC's last packet is empty

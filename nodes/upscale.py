@@ -1,4 +1,4 @@
-"""The nodes that upscale pictures: a batch, or one frame of a loop."""
+"""The nodes that upscale images: a batch, or one frame at a time in a loop."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 
 class Upscale:
-    """Upscales a batch of images, which is a piece of video."""
+    """Upscales a batch of images, treated as consecutive frames of a video."""
 
     DESCRIPTION = (
         "Upscales frames by 4 with Stream-DiffVSR. The batch is time: frame 0 comes first, and each "
@@ -126,7 +126,7 @@ class Upscale:
     def VALIDATE_INPUTS(
         cls, enable_tiling: Any = None, tile_size: int | None = None, tile_overlap: int | None = None
     ) -> bool:
-        """Raises what execution would refuse; None is linked."""
+        """Raise the errors that execution would raise; None means that the input is linked."""
         given = {"tile_size": tile_size, "tile_overlap": tile_overlap}
         check_values({name: cls.INPUT_TYPES()["optional"][name] for name in given}, given)
         if enable_tiling and tile_size and tile_overlap and 2 * tile_overlap >= tile_size:
@@ -167,7 +167,7 @@ class Upscale:
 
 
 class ProcessFrame:
-    """Upscales one frame, for loops."""
+    """Upscales a single frame, for use in loops."""
 
     DESCRIPTION = "Upscales one frame by 4 and passes its state on, for loops over single frames."
     SEARCH_ALIASES: ClassVar = ["single frame upscale", "video loop upscale", "stream upscale"]
@@ -207,7 +207,7 @@ class ProcessFrame:
 
 
 def check_frame_by_frame(pipe: Upscaler) -> None:
-    """Refuse a model that takes frames in chunks."""
+    """Refuse a model that processes frames in chunks."""
     if not pipe.info.frame_by_frame:
         raise IncompatibleInputError(
             f"{pipe.info.family} needs {pipe.info.first} frames before its first result: use Stream-DiffVSR "
@@ -224,15 +224,15 @@ def upscale(
     finish: bool = True,
     **fidelity: Any,
 ) -> tuple[Tensor, State]:
-    """(N, H, W, C) in [0, 1] -> (N, 4H, 4W, C), or of `size`, and the state after the last frame.
+    """Upscale (N, H, W, C) in [0, 1] to (N, 4H, 4W, C) or to `size`; also return the state after the batch.
 
-    `fidelity` sets how closely the result follows the images. It changes only what the node returns, never
+    `fidelity` sets how closely the result follows the images. It affects only the returned images, never
     the state.
 
-    A model that takes frames in chunks finishes the batch as if the video ended there. Its state is that of
-    the last chunk border with the frames since, which the next batch upscales again: all but the end of a
-    batch equals one run over all frames. Without `finish` the frames since that border are left out of
-    the result.
+    A model that processes frames in chunks finishes the batch as if the video ended there. Its state is the
+    one at the last chunk border plus the frames since then, which the next batch upscales again. All frames
+    except those at the end of a batch therefore equal a single run over all frames. Without `finish`, the
+    frames since that border are left out of the result.
     """
     from ..stream_diffvsr.jobs.job import Speed
 
@@ -251,7 +251,7 @@ def upscale(
         border = session.state() or border
         index = step.index - start
         if index < 0:
-            continue  # handed on by the batch before
+            continue  # from the previous batch, upscaled again
         lq = layout.to_frame(images[index, ..., : layout.COLOURS])
         layout.write_frame(result, index, job.finished(step.hq, lq, source), images[index])
         done = index + 1
@@ -266,7 +266,7 @@ def upscale(
 
 
 def opened(state: State) -> tuple[State, list[Tensor]]:
-    """The state at the last border, and the frames since."""
+    """Split a state into the state at the last border and the frames since then."""
     if SINCE not in state.tensors:
         return state, []
     tensors = dict(state.tensors)
@@ -275,7 +275,7 @@ def opened(state: State) -> tuple[State, list[Tensor]]:
 
 
 def closed(border: State, since: list[Tensor], device: torch.device) -> State:
-    """The reverse of `opened`, on `device`."""
+    """Reverse `opened`: combine both into one state on `device`."""
     if since:
         tensors = {**border.tensors, SINCE: torch.cat(since)}
         border = replace(border, index=border.index + len(since), tensors=tensors)
@@ -283,29 +283,32 @@ def closed(border: State, since: list[Tensor], device: torch.device) -> State:
 
 
 _sequences: WeakKeyDictionary[Any, dict[str | None, tuple[int, State, Tensor]]] = WeakKeyDictionary()
-"""What each node of a running meta-batch goes on from; gone with the batch manager or the node."""
+"""The batch number, state and leftover images of each node in a running meta-batch.
+
+An entry disappears together with its batch manager or node.
+"""
 
 
 @dataclass(frozen=True)
 class MetaBatch:
-    """The place of a run in VideoHelperSuite's meta-batches, which queue the same prompt again and again."""
+    """The position of a run among VideoHelperSuite's meta-batches, which queue the same prompt repeatedly."""
 
     holder: Any
-    """Who lives as long as the meta-batch: its manager, or the node where the manager is not linked to it."""
+    """An object that lives as long as the meta-batch: its manager, or the node if no manager is linked."""
     node_id: str | None
     number: int | None
-    """Which batch this is, from 0; None outside of meta-batches."""
+    """The number of the batch, from 0; None outside meta-batches."""
 
     @property
     def last(self) -> bool:
-        """Whether no batch follows; unknown, and so False, where the manager is not linked to the node."""
+        """Whether this is the last batch; False if it is unknown, as no manager is linked to the node."""
         return self.number is None or getattr(self.holder, "has_closed_inputs", False)
 
     def finishes(self, pipe: Upscaler, images: Tensor, linked: bool) -> bool:
-        """Whether the sequence ends with this batch; in the others a model that takes chunks waits for more.
+        """Whether the sequence ends with this batch; if not, a model that works in chunks awaits more frames.
 
-        Raises `IncompatibleInputError` for such a model where the end is not told, and for batches that may
-        give no frame, at which VideoHelperSuite would stop without a word.
+        Raise `IncompatibleInputError` for such a model if the end is unknown, or if a batch might produce no
+        frame, because VideoHelperSuite would then stop silently.
         """
         if pipe.info.frame_by_frame or self.number is None:
             return True
@@ -320,9 +323,9 @@ class MetaBatch:
         return self.last
 
     def resume(self, given: State | None, images: Tensor) -> tuple[State | None, Tensor]:
-        """The state after the batch before, and the images that it left over in front of these.
+        """Return the state after the previous batch, and `images` preceded by that batch's leftover images.
 
-        Returns `given` in the first batch, and outside of meta-batches.
+        In the first batch and outside meta-batches, return `given` and `images` unchanged.
         """
         if not self.number:
             return given, images
@@ -336,7 +339,7 @@ class MetaBatch:
         return given, images
 
     def keep(self, state: State, waiting: Tensor) -> None:
-        """Remember state and images left over for the next batch; forget them after the last one."""
+        """Store the state and the leftover images for the next batch; discard them after the last one."""
         kept = _sequences.setdefault(self.holder, {})
         kept.pop(self.node_id, None)
         if not self.last:

@@ -1,4 +1,4 @@
-"""The node that upscales a video file by file: any length, in constant memory."""
+"""The node that upscales a video of any length from file to file, in constant memory."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class UpscaleVideo:
-    """Upscales a file to a file."""
+    """Upscales a video file and writes the result to a new file."""
 
     DESCRIPTION = (
         "Upscales a video by 4, file to file: any length in constant memory, with sound, timing and "
@@ -110,7 +110,7 @@ class UpscaleVideo:
 
     @classmethod
     def VALIDATE_INPUTS(cls, video_path: str | None = "", output_path: str | None = "") -> bool:
-        """Raises what execution would refuse: a returned text would be reported once for each argument."""
+        """Raise the errors that execution would raise; a returned text would be reported per argument."""
         if video_path and not source_path(video_path).exists():
             raise IncompatibleInputError(
                 f"video_path must be a file or a folder of pictures; {source_path(video_path)} does not "

@@ -56,11 +56,11 @@ _HOMES = {
     "load_pipeline": "load",
     "to_pixels": "tensors",
 }
-"""The modules of the public names; errors are the rest."""
+"""The module of each public name; all other names are in errors."""
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is asked for: hosts import the package long before they use it."""
+    """Import a public name on first access, since hosts import the package long before they use it."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f".{_HOMES.get(name, 'errors')}", __name__), name)

@@ -1,4 +1,4 @@
-"""Which device and which number format the networks use."""
+"""Selection of the device and the number format for the networks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 
 
 def available() -> list[str]:
-    """Names of the devices of this machine, best first."""
+    """Return the names of this machine's devices, best first."""
     names = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
         names.append("mps")
@@ -22,7 +22,10 @@ def available() -> list[str]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """'auto' is the best device here; for one that does not exist, the error lists those that do."""
+    """Return the device with a given name; 'auto' is the best one on this machine.
+
+    Raise `IncompatibleInputError`, which lists the existing devices, if it does not exist.
+    """
     names = available()
     if device == "auto":
         return torch.device(names[0])
@@ -36,7 +39,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """'auto' is float16 where the accelerator does it well, else float32."""
+    """Return the number format with a given name; 'auto' is float16 if fast on `device`, else float32."""
     if dtype == "auto":
         return torch.float16 if _fast_half(device) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
@@ -46,7 +49,7 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
 
 
 def _fast_half(device: torch.device) -> bool:
-    # Cards before Volta compute float16 at a small fraction of their float32 rate.
+    # GPUs before Volta compute float16 at a small fraction of their float32 rate.
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
 
 
@@ -56,12 +59,12 @@ _nested, _before = 0, (False, False)
 
 @contextmanager
 def repeatable() -> Generator[None, None, None]:
-    """Make cuDNN compute the same numbers every time while the context lasts.
+    """Make cuDNN's results repeatable within this context.
 
-    Some of its algorithms are not repeatable, and which one is fastest can differ between processes. The
-    process's TF32 setting is kept: by torch's default, float32 convolutions use TF32 on CUDA and matrix
-    products do not.
-    Contexts of several threads may overlap: the process's own settings return when the last one ends.
+    Some of cuDNN's algorithms are not repeatable, and the fastest one can differ between processes. The
+    process's TF32 setting is not changed: by torch's default, float32 convolutions use TF32 on CUDA, but
+    matrix products do not. Contexts in several threads may overlap; the process's original settings are
+    restored when the last one ends.
     """
     global _nested, _before
     cudnn = torch.backends.cudnn
@@ -80,7 +83,7 @@ def repeatable() -> Generator[None, None, None]:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has finished its work, so that a clock measures all of it."""
+    """Wait until the device has finished its work, so that timings include all of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

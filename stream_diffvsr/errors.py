@@ -1,11 +1,11 @@
-"""Everything that can go wrong, in one tree.
+"""The engine's exceptions, in one tree.
 
 StreamDiffVSRError
-├── ModelNotFoundError         a checkpoint, or a part of one, is not where it should be
-├── CheckpointError            the part is there, but damaged or of another model
-├── IncompatibleInputError     a frame, state or option that does not fit (also a ValueError)
-├── VRAMError                  no plan fits the memory
-└── VideoError                 a picture or video file that cannot be read or written
+├── ModelNotFoundError         a checkpoint, or a part of one, is missing
+├── CheckpointError            a checkpoint file is damaged or belongs to another model
+├── IncompatibleInputError     a frame, state or option is unsuitable (also a ValueError)
+├── VRAMError                  no plan fits into memory
+└── VideoError                 a picture or video file cannot be read or written
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class StreamDiffVSRError(Exception):
-    """Base of all errors that the engine raises on purpose."""
+    """Base class of all errors that the engine raises deliberately."""
 
 
 class ModelNotFoundError(StreamDiffVSRError):
@@ -27,15 +27,15 @@ class ModelNotFoundError(StreamDiffVSRError):
 
 
 class CheckpointError(StreamDiffVSRError):
-    """A checkpoint file that is damaged, or belongs to another model."""
+    """A checkpoint file is damaged or belongs to another model."""
 
 
 class IncompatibleInputError(StreamDiffVSRError, ValueError):
-    """An argument that does not fit; the message says what was given and what is needed."""
+    """An argument is unsuitable; the message states what was given and what is needed."""
 
 
 class VRAMError(StreamDiffVSRError):
-    """Memory ran out with every plan that was tried."""
+    """Memory ran out, or is too small, for every plan that was tried."""
 
     def __init__(self, required_mb: int, available_mb: int, suggestion: str) -> None:
         self.required_mb = required_mb
@@ -47,4 +47,4 @@ class VRAMError(StreamDiffVSRError):
 
 
 class VideoError(StreamDiffVSRError):
-    """A picture or video that cannot be read or written."""
+    """A picture or video cannot be read or written."""

@@ -1,4 +1,4 @@
-"""How close a result stays to its LQ frame: its colours, and the strength of the model."""
+"""Adjustments to how closely a result follows its LQ frame: colour fixes, and the model's strength."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 COLOUR_FIXES = ("model", "none", "lab", "wavelet", "adain")
 LEVELS = 5
-"""Of the low-pass: each doubles the reach, so that 5 leave colours of about 30 pixels and more."""
+"""Levels of the low-pass filter. Each doubles its reach, so 5 keep structures of about 30 pixels or more."""
 
 
 def adain(hq: Tensor, lq_up: Tensor) -> Tensor:
-    """Give (1, 3, H, W) the mean and deviation of each channel of `lq_up`, which has the same size."""
+    """Match the mean and standard deviation of each channel of `hq` to `lq_up`, both (1, 3, H, W)."""
     (var, mean), (var_lq, mean_lq) = (
         torch.var_mean(x, (2, 3), correction=0, keepdim=True) for x in (hq, lq_up)
     )
@@ -21,18 +21,18 @@ def adain(hq: Tensor, lq_up: Tensor) -> Tensor:
 
 
 def lab(hq: Tensor, lq_up: Tensor) -> Tensor:
-    """Give (1, 3, H, W) the broad hue and saturation of `lq_up`; brightness and all finer colours stay."""
+    """Match the broad hue and saturation of (1, 3, H, W) to `lq_up`; keep brightness and finer colours."""
     (light, colour), (_, wanted) = (_to_lab(x).split((1, 2), 1) for x in (hq, lq_up))
     return _from_lab(torch.cat([light, colour + _low_pass(wanted - colour)], 1))
 
 
 def wavelet(hq: Tensor, lq_up: Tensor) -> Tensor:
-    """Give (1, 3, H, W) the low frequencies of `lq_up`, which has the same size; all finer ones stay."""
+    """Replace the low frequencies of `hq` by those of `lq_up`, both (1, 3, H, W); keep all higher ones."""
     return hq + _low_pass(lq_up - hq)
 
 
 def _low_pass(x: Tensor) -> Tensor:
-    """Low-pass by the stationary wavelet's kernel 1 2 1, each level over pixels twice as far apart."""
+    """Low-pass with the stationary wavelet's kernel 1 2 1, doubling the pixel spacing at each level."""
     for level in range(LEVELS):
         for axis in (2, 3):
             reach = 2**level
@@ -49,26 +49,26 @@ TO_XYZ = (
     (0.2126729, 0.7151522, 0.0721750),
     (0.0193339, 0.1191920, 0.9503041),
 )
-"""Linear sRGB to CIE XYZ."""
+"""The matrix from linear sRGB to CIE XYZ."""
 TO_LAB = ((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0))
-"""The cube roots of XYZ over white to CIELAB, whose L is left 16 higher."""
+"""The matrix from the cube roots of XYZ relative to white to CIELAB, with an L that is 16 too high."""
 KNEE = 6 / 29
-"""Below it, CIELAB goes on in a straight line instead of the cube root."""
+"""The value of the cube root below which CIELAB uses a straight line instead."""
 
 
 def _mix(x: Tensor, rows: Tensor) -> Tensor:
-    """Each pixel's channels by a matrix (3, 3)."""
+    """Multiply each pixel's channels by a (3, 3) matrix."""
     return torch.einsum("ij,njhw->nihw", rows, x)
 
 
 def _matrices(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Linear sRGB to XYZ over white, whose rows sum to 1, and on to CIELAB."""
+    """Return the matrix from linear sRGB to XYZ relative to white, whose rows sum to 1, and TO_LAB."""
     xyz, to_lab = (torch.tensor(rows, dtype=x.dtype, device=x.device) for rows in (TO_XYZ, TO_LAB))
     return xyz / xyz.sum(1, keepdim=True), to_lab
 
 
 def _to_lab(rgb: Tensor) -> Tensor:
-    """sRGB in [0, 1] -> CIELAB, its L 16 higher."""
+    """Convert sRGB in [0, 1] to CIELAB, with an L that is 16 too high."""
     xyz, to_lab = _matrices(rgb)
     linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb.clamp(min=0) + 0.055) / 1.055) ** 2.4)
     each = _mix(linear, xyz)
@@ -77,7 +77,7 @@ def _to_lab(rgb: Tensor) -> Tensor:
 
 
 def _from_lab(lab: Tensor) -> Tensor:
-    """The reverse; colours that sRGB does not have are cut off at 0."""
+    """Reverse `_to_lab`, clipping colours outside sRGB at 0."""
     xyz, to_lab = _matrices(lab)
     root = _mix(lab, torch.linalg.inv(to_lab))
     linear = _mix(torch.where(root > KNEE, root**3, 3 * KNEE**2 * (root - 4 / 29)), torch.linalg.inv(xyz))
@@ -87,9 +87,10 @@ def _from_lab(lab: Tensor) -> Tensor:
 
 
 def apply_fidelity(hq: Tensor, lq_up: Tensor, colour_fix: str, strength: float) -> Tensor:
-    """The model's result with its colours fixed, then mixed with the enlarged frame.
+    """Fix the colours of the model's result, then blend it with the enlarged LQ frame.
 
-    All (1, 3, H, W) in [0, 1]. `strength` 1 keeps the result, 0 gives `lq_up`, more than 1 goes beyond.
+    All are (1, 3, H, W) in [0, 1]. A `strength` of 1 keeps the result, 0 returns `lq_up`, and more than 1
+    extrapolates.
     """
     fix = {"lab": lab, "wavelet": wavelet, "adain": adain}.get(colour_fix)
     hq = fix(hq, lq_up).clamp(0, 1) if fix else hq

@@ -1,4 +1,4 @@
-"""Weight and JSON files, read with clear errors and written whole or not at all."""
+"""Reading weight and JSON files with clear errors, and writing files atomically."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .errors import CheckpointError
 log = logging.getLogger(__name__)
 
 HEADER_LENGTH = 8
-"""A safetensors file begins with the length of its header, in so many bytes."""
+"""The number of bytes at the start of a safetensors file that store the length of its header."""
 
 SAMPLE = 1 << 14
 SAMPLES = 32
-"""A fingerprint reads so many pieces of so many bytes of each file."""
+"""A fingerprint reads about SAMPLES pieces of SAMPLE bytes from each file."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises `CheckpointError` where the file holds anything else."""
+    """Read a JSON object from a file; raise `CheckpointError` if it contains anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -41,23 +41,23 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, and its metadata; raises `CheckpointError`.
+    """Return all tensors and the metadata of a safetensors file; raise `CheckpointError` if it is damaged.
 
-    On a CPU the file is memory-mapped: nothing is read before it is used, and what is read lies in the
-    system's file cache, not in this process's memory.
+    On a CPU the file is memory-mapped: data is read only when it is used, and is kept in the system's file
+    cache, not in this process's memory.
     """
     with _opened(path, device) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """A safetensors file's metadata; raises `CheckpointError`."""
+    """Return the metadata of a safetensors file; raise `CheckpointError` if it is damaged."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a weight file, mapped: safetensors, or torch's own format without any code in it.
+    """Memory-map the tensors of a weight file: safetensors, or torch's own format without any code.
 
     A single unnamed tensor in a file gets the name ''.
     """
@@ -67,8 +67,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a weight file, without reading the weights; also checks that the file is
-    complete."""
+    """Return names and shapes in a weight file without reading the weights; check that it is complete."""
     if path.suffix != ".safetensors":
         return {key: tuple(value.shape) for key, value in _read_torch(path, "meta").items()}
     with _opened(path) as file:
@@ -77,7 +76,7 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _opened(path: Path, device: str = "cpu") -> Generator[Any, None, None]:
-    """A safetensors file whose header fits itself and the file's length; raises `CheckpointError`."""
+    """Open a safetensors file; raise `CheckpointError` if its header is invalid or the file incomplete."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -88,7 +87,7 @@ def _opened(path: Path, device: str = "cpu") -> Generator[Any, None, None]:
 
 
 def _what_instead(path: Path) -> str:
-    """What a file is that is no safetensors file; empty where its first bytes do not tell."""
+    """Identify a file that is not safetensors by its first bytes; return '' if they do not identify it."""
     try:
         with path.open("rb") as file:
             start = file.read(SAMPLE)
@@ -102,7 +101,7 @@ def _what_instead(path: Path) -> str:
 
 
 def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
-    """A state dict saved by torch."""
+    """Read a state dict saved by torch."""
     state = read_pickled(path, device)
     state = {"": state} if isinstance(state, Tensor) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -111,15 +110,15 @@ def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def read_pickled(path: Path, device: str = "cpu") -> Any:
-    """What torch saved, loaded without running any code in it; raises `CheckpointError`."""
+    """Load what torch saved without running any code in the file; raise `CheckpointError` on failure."""
     try:
         zipped = zipfile.is_zipfile(path)
         names = zipfile.ZipFile(path).namelist() if zipped else []
-        # Before 2.6 torch runs programs in these two kinds of archive, whatever weights_only says.
+        # Before 2.6, torch runs programs in these two kinds of archive even with weights_only.
         if tarfile.is_tarfile(path) or any(name.endswith("/constants.pkl") for name in names):
             raise ValueError("it is a TorchScript program or torch's oldest format: save the weights alone")
         return torch.load(path, map_location=device, mmap=zipped, weights_only=True)
-    except Exception as error:  # damaged content makes the unpickler fail in any way
+    except Exception as error:  # damaged content can raise any error in the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise _damaged(path, f"is no whole file of weights alone ({reason})") from error
 
@@ -130,7 +129,7 @@ def _damaged(path: Path, how: str) -> CheckpointError:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that appears under its name only when it is whole and on the disk."""
+    """Write a safetensors file, which appears under its name only once it is complete and on the disk."""
     from safetensors.torch import save
 
     with atomic(path) as file:
@@ -139,8 +138,8 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 @contextmanager
 def atomic(path: Path) -> Generator[BinaryIO, None, None]:
-    """A binary file that is renamed to `path` when the block succeeds, and deleted otherwise."""
-    # Processes of several machines, and threads of one, may write the same file.
+    """Yield a binary file that is renamed to `path` if the block succeeds, and deleted otherwise."""
+    # Processes on several machines, or threads of one process, may write the same file.
     part = path.with_name(f".{path.name}.{secrets.token_hex(6)}.part")
     try:
         with part.open("wb") as file:
@@ -153,7 +152,7 @@ def atomic(path: Path) -> Generator[BinaryIO, None, None]:
 
 
 def keep_json(path: Path, value: object) -> None:
-    """Write a small file that saves work later; a failure is only logged."""
+    """Write a small file that saves work later; only log a failure."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:
@@ -163,10 +162,10 @@ def keep_json(path: Path, value: object) -> None:
 
 
 def fingerprint(paths: Iterable[Path]) -> str:
-    """Name the content of weight files: 32 hex digits from their headers and sampled bytes.
+    """Identify the content of weight files by 32 hex digits, computed from headers and sampled bytes.
 
-    Reads about half a megabyte and the header of each file, so it is fast for gigabytes, and it does not
-    depend on where the files lie, what they are called or when they were written.
+    This reads about half a megabyte and the header of each file, so it is fast even for gigabytes. The
+    result does not depend on the location, name or date of the files.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -188,7 +187,7 @@ def _header_end(file: BinaryIO, size: int) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder last through a power loss, where the system can."""
+    """Make renames in a folder survive a power loss, if the system supports it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -202,6 +201,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content last through a power loss."""
+    """Make a file's content survive a power loss."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""How much memory is free, how much tensors take, and how to recognise that it ran out."""
+"""Measuring free memory and the memory of tensors, and recognising errors about running out of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MESSAGES = (
 )
 
 LIBRARIES = ("cv2", "onnxruntime")
-"""Whose errors are no `RuntimeError`."""
+"""Libraries whose errors are not a `RuntimeError`."""
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -44,7 +44,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def release_caches(device: torch.device) -> None:
-    """Give back what nobody uses."""
+    """Release memory that is cached but unused."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -53,7 +53,7 @@ def release_caches(device: torch.device) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that could be used on `device` now, without freeing anything."""
+    """Return how many bytes can be allocated on `device` without freeing anything."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -67,7 +67,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _cgroup_free() -> list[int]:
-    """What a container's limit leaves; nothing outside of one."""
+    """Return the bytes left below a container's memory limit as a list, which is empty if there is none."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -81,9 +81,9 @@ def _cgroup_free() -> list[int]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors that exist at once, except those known before.
+    """Counts the bytes of all tensors that exist at once, except the `known` ones.
 
-    `peak` is the most so far. It does not see what libraries keep for themselves.
+    `peak` is the highest count so far. Memory that libraries allocate internally is not counted.
     """
 
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
@@ -116,9 +116,9 @@ class LiveTensors(TorchDispatchMode):
 
 
 def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
-    """The most bytes that a call's tensors take at once, without its inputs and weights (`known`).
+    """Return the most bytes that a call's tensors use at once, without its inputs and weights (`known`).
 
-    On torch's meta device nothing is computed, so networks of any size take about a second.
+    The call runs on torch's meta device, which computes nothing, so networks of any size take about a second.
     """
     with torch.no_grad(), torch.device("meta"), LiveTensors(known) as live:
         result = call()
@@ -127,14 +127,14 @@ def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int
 
 
 def on_meta(network: Network) -> Network:
-    """A copy of a network on the meta device: its shapes and its code, none of its numbers."""
+    """Copy a network to the meta device: its shapes and its code, but not its weights."""
     tensors = chain(network.parameters(), network.buffers())
     memo: dict[int, Any] = {}
     with torch.inference_mode(False), torch.no_grad():
         for tensor in tensors:
             if type(tensor) in (Tensor, nn.Parameter):
                 empty = torch.empty_like(tensor, device="meta")
-            else:  # in 8 bits, which stands for a plain one
+            else:  # an 8-bit tensor, which acts as a plain one
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
         return copy.deepcopy(network, memo)

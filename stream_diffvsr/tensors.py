@@ -1,14 +1,14 @@
-"""What each tensor means, and the conversions at the borders.
+"""The meaning of each tensor, and the conversions at the engine's inputs and outputs.
 
 | name     | shape             | range and unit                                                          |
 |----------|-------------------|-------------------------------------------------------------------------|
-| lq       | (1, 3, h, w)      | model range: nominal [-1, 1], finite values outside pass unclamped      |
-| lq_up    | (1, 3, 4h, 4w)    | bicubic x4 of lq, with its overshoot                                    |
+| lq       | (1, 3, h, w)      | model range: nominally [-1, 1]; finite values outside are not clamped   |
+| lq_up    | (1, 3, 4h, 4w)    | lq enlarged x4, bicubic with overshoot                                  |
 | hq       | (1, 3, 4h, 4w)    | model range, not clamped                                                |
-| flow     | (1, 2, 4h, 4w)    | pixels; channel 0 is dx; where a pixel was in the previous frame        |
-| warped   | (1, 3, 4h, 4w)    | the previous hq pulled along flow; outside is 0, mid grey               |
-| latents  | (1, 4, h', w')    | noise to result; h', w' are h, w padded to multiples of 4               |
-| features | list of (1, C, ., .) | of warped, pooled 4x4, coarse to fine, for the decoder's TPM         |
+| flow     | (1, 2, 4h, 4w)    | pixels; channel 0 is dx; points to a pixel's previous position          |
+| warped   | (1, 3, 4h, 4w)    | the previous hq warped by flow; 0 (mid grey) outside the picture        |
+| latents  | (1, 4, h', w')    | from noise to result; h', w' are h, w padded to multiples of 4          |
+| features | list of (1, C, ., .) | features of warped, pooled 4x4, coarse to fine, for the decoder's TPM |
 | pixels   | (1, 3, H, W)      | [0, 1], clamped                                                         |
 
 All are float32, RGB.
@@ -23,32 +23,32 @@ from torch.nn import functional as F
 from .errors import IncompatibleInputError
 
 SCALE = 4
-"""One LQ pixel becomes a square of this side."""
+"""The side of the square that one LQ pixel becomes."""
 
 LATENT_MULTIPLE = 4
-"""The TPM pools 4x4 at latent size too, so padded frames have sides of this multiple."""
+"""Frames are padded to multiples of this, since the TPM pools 4x4 at latent size too."""
 
 MINIMUM_SIDE = 8
-"""Smallest LQ side."""
+"""The smallest side of an LQ frame."""
 
 
 def to_pixels(hq: Tensor) -> Tensor:
-    """Model range -> [0, 1], clamped. Any shape, float32."""
+    """Convert model range to [0, 1], clamped. Any shape, float32."""
     return (hq / 2 + 0.5).clamp(0, 1)
 
 
 def from_pixels(pixels: Tensor) -> Tensor:
-    """[0, 1] -> model range [-1, 1]. Any shape, float32."""
+    """Convert [0, 1] to model range [-1, 1]. Any shape, float32."""
     return pixels * 2 - 1
 
 
 def upsample(lq: Tensor, scale: float = SCALE) -> Tensor:
-    """Bicubic as in the reference: a = -0.75, no antialiasing, not clamped; a factor of 1 changes nothing."""
+    """Enlarge bicubically like the reference: a = -0.75, no antialiasing, no clamping; 1 is a no-op."""
     return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)
 
 
 def padded_size(height: int, width: int, multiple: int = LATENT_MULTIPLE) -> tuple[int, int]:
-    """Height and width rounded up to multiples of `multiple`."""
+    """Return height and width, rounded up to multiples of `multiple`."""
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
@@ -59,7 +59,7 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def check_frame(lq: Tensor) -> None:
-    """Raise `IncompatibleInputError` unless it is an LQ frame."""
+    """Raise `IncompatibleInputError` unless `lq` is a valid LQ frame."""
     needed = f"an LQ frame must be (1, 3, h, w) in float32 with sides of at least {MINIMUM_SIDE}"
     if not isinstance(lq, Tensor):
         raise IncompatibleInputError(f"{needed}, not {type(lq).__name__}")
@@ -70,7 +70,7 @@ def check_frame(lq: Tensor) -> None:
 
 
 def is_finite(x: Tensor) -> bool:
-    """Whether no value is NaN or infinite; checking only the extremes takes a tenth of the time."""
+    """Whether all values are finite; checking only the minimum and maximum takes a tenth of the time."""
     return bool(torch.isfinite(torch.stack([x.amin(), x.amax()])).all())
 
 
@@ -82,7 +82,7 @@ def check_finite(x: Tensor, name: str) -> None:
 
 
 def check_shape(x: Tensor, shape: tuple[int, ...], name: str) -> None:
-    """Refuse a tensor of another shape, another dtype than float32, or with values that are not finite."""
+    """Check that a tensor has the given shape, is float32 and has only finite values."""
     if not isinstance(x, Tensor) or tuple(x.shape) != shape or x.dtype != torch.float32:
         got = f"{tuple(x.shape)} in {x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise IncompatibleInputError(f"{name} must have the shape {shape} in float32, not {got}")

@@ -1,4 +1,4 @@
-"""Pictures in parts: bands of rows that change nothing, and overlapping tiles that are blended."""
+"""Splitting pictures into bands of rows, which changes no result, or into overlapping, blended tiles."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Band:
-    """Some rows of a picture, and more around them that a stack of convolutions needs to see."""
+    """Rows of a picture, and the rows around them that a stack of convolutions needs as context."""
 
     rows: slice
-    """The band itself."""
+    """The band's own rows."""
     seen: slice
-    """The band and its neighbourhood, cut off at the picture's border."""
+    """The band with the rows around it, cut off at the edge of the picture."""
 
     def scaled(self, factor: int) -> Band:
-        """The same band of a picture `factor` times as high."""
+        """Return the same band of a picture `factor` times as high."""
         rows, seen = self.rows, self.seen
         return Band(
             slice(rows.start * factor, rows.stop * factor), slice(seen.start * factor, seen.stop * factor)
         )
 
     def see(self, x: Tensor) -> Tensor:
-        """What the band sees of (1, C, H, W)."""
+        """Return the band with the rows around it from (1, C, H, W)."""
         return x[..., self.seen, :]
 
     def crop(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class Band:
 
 
 def bands(height: int, rows: int, halo: int) -> list[Band]:
-    """Cut `height` rows into bands of `rows`, each with `halo` more to see above and below."""
+    """Cut `height` rows into bands of `rows`, each with `halo` rows of context above and below."""
     return [
         Band(
             slice(start, min(start + rows, height)),
@@ -51,16 +51,16 @@ class Tile:
     rows: slice
     columns: slice
     weight: Tensor
-    """(height, width) float32; over all tiles the weights of a pixel sum to 1."""
+    """(height, width) float32; each pixel's weights sum to 1 over all tiles."""
 
     def cut(self, x: Tensor) -> Tensor:
-        """This part of (B, C, H, W)."""
+        """Return this tile's part of (B, C, H, W)."""
         return x[..., self.rows, self.columns]
 
     def add(self, part: Tensor, whole: Tensor) -> None:
         """Add this tile's share of the blend to `whole`, in place."""
         if self.weight.shape == whole.shape[-2:]:
-            whole.add_(part)  # the only one: nothing is weighted, and nothing copied to the device
+            whole.add_(part)  # a single tile needs no weights, so none are copied to the device
         else:
             self.cut(whole).add_(part * self.weight.to(part.device))
 
@@ -68,8 +68,9 @@ class Tile:
 def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -> list[Tile]:
     """Cover a picture with tiles of at most `size`, row by row.
 
-    Neighbours share at least `overlap`. Tiles start at multiples of `multiple`; `size` must be one too.
-    Weights follow the squared distance to the tile's edges and are never 0, not even at the picture's border.
+    Neighbours overlap by at least `overlap`. Tiles start at multiples of `multiple`, and `size` must be one
+    too. Weights grow with the squared distance to the tile's edges; they are never 0, even at the edge of
+    the picture.
     """
     rows, columns = (spans(length, size, overlap, multiple) for length in (height, width))
     return [
@@ -90,15 +91,15 @@ def spans(length: int, size: int, overlap: int, multiple: int = 1) -> list[slice
 
 
 def feather(parts: list[slice], length: int) -> list[Tensor]:
-    """The weight of each position in each span: always positive, and adding up to 1."""
+    """Return the weight of each position in each span; all are positive, and each position's add up to 1."""
     position = torch.arange(length) + 0.5
     far = torch.full_like(position, length)
     weights = torch.zeros(len(parts), length)
     for index, part in enumerate(parts):
-        # Only edges inside the picture fade; where two spans meet, the distances to their ends share out.
+        # Only edges inside the picture fade; in an overlap, the distances to the spans' ends set the weights.
         before = position - part.start if index else far
         behind = part.stop - position if index + 1 < len(parts) else far
-        # Squared: near its edge a tile sees too little around it, and should hardly count there.
+        # Squared, since a tile has little context near its edge and should have little weight there.
         weights[index, part] = torch.minimum(before, behind)[part].square()
     weights = weights / weights.sum(0)
     return [weight[part] for weight, part in zip(weights, parts, strict=True)]

@@ -1,1 +1,1 @@
-"""What a frame costs, stage by stage, against the plain way of computing it."""
+"""Benchmarks of the time per frame and stage, compared with the plain way of computing."""

@@ -1,4 +1,4 @@
-"""What `bench` measured, as a picture."""
+"""A chart of the measurements of `bench`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import VideoError
 
 
 def write_chart(path: Path, report: Mapping[str, Any]) -> None:
-    """A bar per size: milliseconds per frame by stage, and the share of the device's best rate; as PNG."""
+    """Write a bar per size as a PNG: milliseconds per frame by stage, and the share of the best rate."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

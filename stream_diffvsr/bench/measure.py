@@ -1,4 +1,4 @@
-"""Times of frames and of the networks in them."""
+"""Measuring the time of frames and of the networks that compute them."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from ..tensors import upsample
 from ..upscaler import Session, Upscaler
 
 STAGES = {"flow": "flow", "controlnet": "control", "unet": "denoise", "vae": "decode"}
-"""Networks of Stream-DiffVSR, and what their time is called; others keep their names, and there is `rest`."""
+"""Names under which Stream-DiffVSR's networks are reported, besides `rest`; other networks keep theirs."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """Medians over what was measured; `stages` in milliseconds per frame."""
+    """Medians over the measured frames; `stages` is in milliseconds per frame."""
 
     width: int
     height: int
     frames: int
-    """Measured, or chunks of them where a model takes several at once."""
+    """The number of measured frames, or of chunks if a model processes several frames at once."""
     milliseconds: float
-    """Per frame."""
+    """Milliseconds per frame."""
     first_frame: float
-    """Milliseconds until the first result, everything cold."""
+    """Milliseconds until the first result, before any warm-up."""
     stages: dict[str, float] = field(default_factory=dict)
     peak_mb: float = 0.0
-    """Resident memory of the process on a CPU, the allocator's on CUDA; its highest so far."""
+    """The peak memory so far: resident memory of the process on a CPU, the allocator's on CUDA."""
     operations: dict[str, float] = field(default_factory=dict)
-    """Of matrix products and convolutions in one further frame, by stage, in 1e9."""
+    """Operations of matrix products and convolutions in one extra frame, by stage, in 1e9."""
     plain_ratio: float | None = None
-    """Median over interleaved pairs of plain time / time; None where the plain path was not run."""
+    """The median of plain time / time over interleaved pairs; None if the plain path was not run."""
 
     @property
     def fps(self) -> float:
@@ -54,7 +54,7 @@ class Result:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Operations per second in 1e9, by stage and for the frame."""
+        """Operations per second in 1e9, by stage and for the whole frame."""
         times = {**self.stages, "frame": self.milliseconds}
         counts = {**self.operations, "frame": sum(self.operations.values())}
         return {name: 1000 * count / times[name] for name, count in counts.items() if times[name]}
@@ -64,7 +64,7 @@ class Result:
 
 
 class Clock:
-    """Adds up what is spent inside a model's networks: milliseconds, or whatever `read` counts."""
+    """Adds up the milliseconds spent inside a model's networks, or anything else that `read` measures."""
 
     def __init__(self, device: torch.device, read: Callable[[], float] | None = None) -> None:
         self.device = device
@@ -74,13 +74,13 @@ class Clock:
         self._since = 0.0
 
     def _time(self) -> float:
-        """Milliseconds, after the device has caught up."""
+        """Return the time in milliseconds, after waiting for the device."""
         synchronize(self.device)
         return time.perf_counter() * 1000
 
     @contextmanager
     def watching(self, model: Upscaler) -> Generator[Clock, None, None]:
-        """Count anew what runs inside the model's networks while the block lasts."""
+        """Reset the counts, and measure the model's networks within this context."""
         self.spent = {STAGES.get(name, name): 0.0 for name in model.networks}
         handles = [
             handle
@@ -110,17 +110,17 @@ class Clock:
 
 
 def _parts(model: Upscaler, name: str, network: nn.Module) -> Iterable[nn.Module]:
-    """Modules one of which is called wherever the network computes: of nested ones the outermost counts."""
+    """Return modules that cover a network's computation; if they are nested, the outermost is measured."""
     if not isinstance(model, StreamDiffVSRPipeline):
         return network.modules()
-    # Nothing inside a compiled block: a hook there would have it compiled anew.
+    # No module inside a compiled block, where a hook would cause recompilation.
     if name == "vae":
         return (*network.encoder.layers, *network.decoder.layers)  # type: ignore[union-attr]
     return (network, *network.children())
 
 
 def moving_picture(count: int, height: int, width: int) -> list[Tensor]:
-    """A smooth random pattern that drifts, as LQ frames."""
+    """Return LQ frames of a smooth random pattern that drifts."""
     generator = torch.Generator().manual_seed(0)
     wide = upsample(torch.rand((1, 3, height // 4 + 2, width // 4 + count + 2), generator=generator) * 2 - 1)
     return [wide[..., :height, index : index + width].clamp(-1, 1).contiguous() for index in range(count)]
@@ -137,9 +137,9 @@ def measure(
 ) -> Result:
     """Upscale a moving picture: two frames to warm up, then `frames` that are measured.
 
-    With `plain`, each frame is upscaled by both, in turns that alternate, and their ratio is taken pair
-    by pair: so it holds even if the machine's speed drifts. The plain one is eager, exact and in
-    float32, whatever ours is.
+    With `plain`, both pipelines upscale each frame in alternating order, and the ratio is computed for each
+    pair, so it remains valid even if the machine's speed drifts. The plain pipeline is eager, exact and in
+    float32, whatever the settings of `pipe`.
     """
     lqs = moving_picture(frames + 2, height, width)
     clock = Clock(pipe.device)
@@ -176,7 +176,7 @@ def _time_pair(
     options: UpscaleOptions,
     ours_first: bool,
 ) -> tuple[float, float, StreamDiffVSRState]:
-    """One frame by both, in that order: our time, the plain one's (NaN without it), our state after it."""
+    """Run one frame with both; return our time, the plain one's (NaN without `plain`) and our new state."""
     theirs, reference = math.nan, UpscaleOptions(num_inference_steps=options.num_inference_steps)
     if plain is not None and not ours_first:
         theirs, _ = _time(clock, plain, lq, _unsettled(state), reference)
@@ -195,7 +195,7 @@ def _time(
 
 
 def _unsettled(state: StreamDiffVSRState) -> StreamDiffVSRState:
-    """The state without the settings that it was made with, to go on with others in silence."""
+    """Return the state without its recorded settings, so that other settings cause no warning."""
     settings = ("options", "compilation", "dtype", "runtime")
     return replace(state, metadata={key: text for key, text in state.metadata.items() if key not in settings})
 
@@ -203,7 +203,7 @@ def _unsettled(state: StreamDiffVSRState) -> StreamDiffVSRState:
 def _stages(
     clock: Clock, pipe: StreamDiffVSRPipeline, lq: Tensor, state: Any, options: UpscaleOptions
 ) -> dict[str, float]:
-    """The same frame once more with the clock in its networks, which costs a little itself."""
+    """Measure the stages of the same frame in another run; the clock in the networks costs a little time."""
     with clock.watching(pipe):
         total, _ = _time(clock, pipe, lq, state, options)
     return {**clock.spent, "rest": total - sum(clock.spent.values())}
@@ -212,9 +212,9 @@ def _stages(
 def count_operations(
     pipe: StreamDiffVSRPipeline, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
 ) -> dict[str, float]:
-    """1e9 operations of one frame by stage; a multiply-add is two."""
+    """Count the operations of one frame by stage, in 1e9; a multiply-add is two."""
     pipe = copy.copy(pipe)
-    pipe.built = None  # what another runtime does is the same work, unseen by torch's counter
+    pipe.built = None  # another runtime does the same work, but torch's counter cannot see it
     eager = replace(options, compile_mode="off")
     return _operations(pipe, lambda: pipe.process_frame(lq, _unsettled(state), eager))
 
@@ -231,7 +231,7 @@ def _operations(model: Upscaler, call: Callable[[], object]) -> dict[str, float]
 
 
 def _of_packed(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
-    """Operations of a packed linear layer, from the shapes of what it takes."""
+    """Return the operations of a packed linear layer, from the shapes of its inputs."""
     return 2 * math.prod(x) * weight[0]
 
 
@@ -243,9 +243,9 @@ def measure_sequence(
     options: Any,
     on_round: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Upscale a moving picture with a model of any family, which may take several frames at once.
+    """Upscale a moving picture with a model of any family, which may process several frames at once.
 
-    The first two chunks warm up, `rounds` more are measured.
+    The first two chunks are for warming up; `rounds` more are measured.
     """
     clock, session = Clock(model.device), model.session(options)
     frames = cycle(moving_picture(8, height, width))
@@ -279,17 +279,17 @@ def measure_sequence(
 
 
 def _next_results(session: Session, frames: Iterator[Tensor]) -> int:
-    """Push frames until results come; how many come."""
+    """Push frames until there are results, and return how many there are."""
     while True:
         if results := session.push(next(frames)):
             return len(results)
 
 
 def best_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """1e9 operations per second that the device gives at best: of a 'convolution' and of a 'linear' layer.
+    """Measure the device's best rates for a 'convolution' and a 'linear' layer, in 1e9 operations per second.
 
-    A plain matrix product says less: on AMD's processors with AVX-512, torch's takes twice the time of the
-    same linear layer with packed weights.
+    A plain matrix product would be less meaningful: on AMD's processors with AVX-512, torch's takes twice the
+    time of the same linear layer with packed weights.
     """
     large = device.type == "cuda"
     drawn = partial(torch.randn, device=device, dtype=dtype)
@@ -320,11 +320,11 @@ def _rate(device: torch.device, operations: int, call: Callable[[], object]) -> 
 
 
 def peak_memory(device: torch.device) -> float:
-    """Highest use so far, in MB."""
+    """Return the highest memory use so far, in MB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
-    except ImportError:  # Windows has no such count
+    except ImportError:  # Windows does not have this module
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -1,4 +1,4 @@
-"""Pipelines to measure: any checkpoint, the released sizes with random weights, and the plain path."""
+"""Pipelines to measure: any checkpoint, released architectures with random weights, and the plain path."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RANDOM, RANDOM_FLASHVSR, RANDOM_SWIFTVR = "random", "random-flashvsr", "random-s
 """Names of released architectures with random weights: their speed is that of the trained ones."""
 
 TOKENS, TEXT = 512, 4096
-"""Of a prompt's embedding in the two that are made from Wan."""
+"""The size of a prompt's embedding in FlashVSR and SwiftVR, which are based on Wan."""
 
 FLASHVSR = {
     "transformer": {
@@ -45,7 +45,7 @@ FLASHVSR = {
         f"decoder.{index}.weight": (width,) for index, width in ((1, 512), (10, 256), (16, 128), (22, 128))
     },
 }
-"""Those of the published shapes that tell all others."""
+"""The published shapes from which all other shapes follow."""
 
 SWIFTVR = {
     **{f"encoder.{index}.weight": (width,) for index, width in ((0, 64), (17, 48))},
@@ -58,11 +58,11 @@ SWIFTVR_TRANSFORMER = {
 }  # fmt: skip
 
 BLOCKS = 30
-"""Of both transformers."""
+"""The number of blocks in the transformers of FlashVSR and SwiftVR."""
 
 
 class RandomPrompts:
-    """Takes the place of prompt embeddings read from a folder."""
+    """Random embeddings in place of those read from a folder."""
 
     def get(self, prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(len(prompt))
@@ -72,7 +72,7 @@ class RandomPrompts:
 def open_measured(
     model: str | Path, device: str, dtype: str, flow: str, attention: str = "auto", blocks: int = BLOCKS
 ) -> Upscaler:
-    """The model to measure; `blocks`: of the transformers of random-flashvsr and random-swiftvr."""
+    """Open the model to measure; `blocks` is for the transformers of random-flashvsr and random-swiftvr."""
     if model not in (RANDOM, RANDOM_FLASHVSR, RANDOM_SWIFTVR):
         return load_pipeline(model, device=device, dtype=dtype, flow=flow, attention=attention)
     chosen = resolve_device(device)
@@ -96,7 +96,7 @@ def open_measured(
 
 
 def open_diffvsr(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
-    """Like `open_measured`; raises `IncompatibleInputError` for a model that is not Stream-DiffVSR."""
+    """Call `open_measured`, and raise `IncompatibleInputError` for a model that is not Stream-DiffVSR."""
     pipe = open_measured(model, device, dtype, flow)
     if not isinstance(pipe, StreamDiffVSRPipeline):
         raise IncompatibleInputError(f"this needs a Stream-DiffVSR model, not {model}")
@@ -104,7 +104,7 @@ def open_diffvsr(model: str | Path, device: str, dtype: str, flow: str) -> Strea
 
 
 def wan_networks(model: str, blocks: int = BLOCKS) -> dict[str, nn.Module]:
-    """The networks of FlashVSR v1.1 with its tiny decoder, or of SwiftVR, without weights."""
+    """Build the networks of FlashVSR v1.1 with its tiny decoder, or of SwiftVR, without weights."""
     if model == RANDOM_SWIFTVR:
         return swiftvr.build(SWIFTVR, {**SWIFTVR_TRANSFORMER, "num_layers": blocks})
     named = {f"blocks.{index}.": () for index in range(blocks)}
@@ -121,13 +121,13 @@ def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: in
 
 
 def random_network(name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A checkpoint's network with random weights of typical size; even a large one takes only seconds."""
+    """Build a checkpoint's network with random weights of typical size; even a large one takes seconds."""
     return randomized(empty(lambda: from_config(name, config)), device, dtype)
 
 
 def randomized(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """A network that was built without weights, with random ones."""
-    # Drawn once and repeated: what the weights are changes nothing about their speed.
+    """Fill a network that was built without weights with random ones."""
+    # Drawn once and repeated, since the values of the weights do not affect speed.
     drawn = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     weights = {key: _random(drawn, value) for key, value in network.state_dict().items()}
     network.load_state_dict(weights, assign=True)
@@ -135,27 +135,27 @@ def randomized(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _random(drawn: Tensor, like: Tensor) -> Tensor:
-    """Such a weight: ones for the scale of a norm or a mixture, else numbers that keep sums near 1."""
+    """Return a random weight: ones for the scale of a norm or mixture, else values that keep sums near 1."""
     if like.ndim < 2:
         return drawn.new_ones(like.shape)
-    # The product is a tensor of its own: a part of what was repeated would keep all of it.
+    # The product is a new tensor: a slice of the repeated one would keep all of it in memory.
     values = drawn.repeat(-(-like.numel() // drawn.numel()))[: like.numel()] * like[0].numel() ** -0.5
     if like.ndim != 4:
         return values.reshape(like.shape)
-    # In the order that the pipeline wants, so that gigabytes are not copied once more.
+    # In the memory layout that the pipeline uses, so that gigabytes are not copied again.
     outside, inside, height, width = like.shape
     return values.reshape(outside, height, width, inside).permute(0, 3, 1, 2)
 
 
 class PlainControl(Control):
-    """The ControlNet as the reference calls it: its picture is embedded anew in every step."""
+    """The ControlNet as the reference runs it, which embeds the warped picture again in every step."""
 
     def __init__(self, control: Control) -> None:
         nn.Module.__init__(self)
         self.embedding, self.body = control.embedding, control.body
 
     def embed(self, warped: Tensor) -> Tensor:
-        # Only brought to the size at which embeddings are handed around; the work is done in each step.
+        # Only reshape to the size that embeddings have; the real work is repeated in each step.
         return F.pixel_unshuffle(warped, SCALE)
 
     def forward(
@@ -166,7 +166,7 @@ class PlainControl(Control):
 
 
 def reference_way(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """The same weights run the reference's way: in float32, nothing computed once that could be."""
+    """Return a pipeline that runs the same weights like the reference: in float32, nothing precomputed."""
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     for network in stages.values():
         network.float()

@@ -1,1 +1,1 @@
-"""A page and a REST API; each job is the command `upscale` in a process of its own."""
+"""A web page and a REST API; each job runs the command `upscale` in a separate process."""

@@ -1,4 +1,4 @@
-"""The server, told everything by environment variables; torch is never imported here."""
+"""The server, configured by environment variables alone; it never imports torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .settings import Settings, from_environment
 
 
 def main() -> int:
-    """Serve until told to end; returns the exit code."""
+    """Serve until told to stop, and return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # It warns of every form that it cannot read, which the caller is told.
+    # It would log every malformed form, which the caller is told about anyway.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
         run(Settings(**from_environment(os.environ)))

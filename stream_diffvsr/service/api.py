@@ -1,4 +1,4 @@
-"""The routes: REST below /api/v1, and the page."""
+"""The routes: the REST API below /api/v1, and the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .worker import Workers
 
 MONTH = 30 * 86400
 BODY_BYTES = 64 * 1024
-"""Most that a request in JSON may take."""
+"""The maximum size of a JSON request."""
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"": "index.html", "page.css": "page.css", "page.js": "page.js", "icon.svg": "icon.svg"}
 PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
@@ -39,7 +39,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """Reads a request as strict JSON of that model, and no more of it than a request needs."""
+    """Return a dependency that parses a request of at most BODY_BYTES as strict JSON of `model`."""
 
     async def read(request: Request) -> Body:
         content = b""
@@ -62,7 +62,7 @@ def _no_number(text: str) -> Any:
 
 
 def described(model: type[BaseModel], **examples: Any) -> dict[str, Any]:
-    """The description of a body that `json_body` reads."""
+    """Return the OpenAPI description of a body that `json_body` reads."""
     content: dict[str, Any] = {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}
     if examples:
         content["examples"] = {name: {"value": value} for name, value in examples.items()}
@@ -91,7 +91,7 @@ FILE_ANSWER: dict[int | str, dict[str, Any]] = {
 
 
 def create(settings: Settings) -> FastAPI:
-    """The application; its jobs run while it does."""
+    """Create the application, which runs the jobs while it is up."""
     settings.root.mkdir(parents=True, exist_ok=True)
     store, checks = Store(settings.root.resolve()), Checks()
     workers = Workers(store, settings, checks)
@@ -129,7 +129,7 @@ def create(settings: Settings) -> FastAPI:
 
 
 def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
-    """The routes of videos, or the same of images."""
+    """Create the routes for tasks of one kind, videos or images."""
     router = APIRouter(prefix=f"/api/v1/{kind}", tags=[kind], responses=problems.RESPONSES)
     store = jobs.store
 
@@ -170,7 +170,7 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
         "/{task_id}", summary="Cancel, and keep or delete the files", operation_id=f"{kind}_delete"
     )
     async def delete(task_id: str, remove: bool = False) -> Status:
-        """With `remove` the task and its files are gone; without, what is done stays and can be continued."""
+        """With `remove`, delete the task and its files; otherwise keep the finished part for continuing."""
         found = await jobs.workers.cancel(task(task_id))
         if remove:
             await asyncio.to_thread(store.remove_files, found)
@@ -181,7 +181,7 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
 
 
 def files_router(kind: str, jobs: Jobs) -> APIRouter:
-    """The files of a task."""
+    """Create the routes for the files of a task."""
     router = APIRouter(prefix=f"/api/v1/{kind}/{{task_id}}", tags=[kind], responses=problems.RESPONSES)
     store = jobs.store
 
@@ -227,7 +227,7 @@ def files_router(kind: str, jobs: Jobs) -> APIRouter:
 
 
 async def receive(request: Request, kind: str, jobs: Jobs) -> Task:
-    """Keep an upload; nothing is left of one that fails."""
+    """Store an upload as a new task; delete everything if it fails."""
     store, task_id = jobs.store, uuid.uuid4().hex
     folder = store.folder / task_id
     folder.mkdir()
@@ -243,7 +243,7 @@ async def receive(request: Request, kind: str, jobs: Jobs) -> Task:
 
 
 def house_router(settings: Settings, jobs: Jobs) -> APIRouter:
-    """What the server says of itself, and the page's login."""
+    """Create the routes for information about the server and for the page's login."""
     router = APIRouter(prefix="/api/v1", tags=["server"], responses=problems.RESPONSES)
 
     @router.get("/models", summary="Models, and which must be downloaded", response_model_exclude_none=True)
@@ -292,7 +292,7 @@ def house_router(settings: Settings, jobs: Jobs) -> APIRouter:
 
 
 def page_router() -> APIRouter:
-    """The page's few files, each by its name."""
+    """Create the routes for the files of the page."""
     router = APIRouter(include_in_schema=False)
 
     def add(path: str, file: Path) -> None:
@@ -306,7 +306,7 @@ def page_router() -> APIRouter:
 
 
 def describe(app: FastAPI) -> None:
-    """Add to the API's description what its routes do not tell by themselves."""
+    """Add the request models and the token to the API's description, which the routes do not declare."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command that does the work: what may be asked of it, and how it is asked before a job is taken."""
+"""Checks that a job must pass before it is accepted, and the arguments of the command that runs it."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ log = logging.getLogger(__name__)
 PYTHON_MODULE = "stream_diffvsr.cli.main"
 CHECKS = "stream_diffvsr.cli.checks"
 ANY_SIZE = 8
-"""An output frame may have so many times the pixels that an input frame may have."""
+"""How many times the maximum pixels of an input frame an output frame may have."""
 PATIENCE = 60.0
-"""Seconds within which a file must have been looked at."""
+"""Seconds allowed for inspecting a file."""
 IDLE = 120.0
-"""Seconds without a question after which the process that answers them ends; it takes half a gigabyte."""
+"""Seconds without a question after which the answering process, which uses half a gigabyte, is ended."""
 FRESH = 10.0
-"""Seconds for which what was told of devices and models holds."""
+"""Seconds for which information about devices and models remains valid."""
 STARTING = 300.0
-"""Seconds within which the answering process must be up: torch may come from a slow disk."""
+"""Seconds allowed for starting the answering process: torch may be loaded from a slow disk."""
 SIZES = re.compile(r"(?P<factor>[1-8](\.\d{1,3})?)x|(?P<edge>\d{2,5})p")
 SECRETS = ("STREAM_DIFFVSR_TOKEN", "AWS_")
-"""Beginnings of environment variables that no other process needs."""
+"""Prefixes of environment variables that no child process needs."""
 
 
 def environment() -> dict[str, str]:
-    """Environment variables for the processes that are started here."""
+    """Return the environment variables for child processes, without the secrets."""
     return {name: text for name, text in os.environ.items() if not name.startswith(SECRETS)}
 
 
 class Checks:
-    """A process that knows models, options and files, started when it is asked and ended when it is idle."""
+    """A process that answers questions about models, options and files; it runs only while it is needed."""
 
     def __init__(self) -> None:
         self._process: asyncio.subprocess.Process | None = None
@@ -52,7 +52,7 @@ class Checks:
         self._about: tuple[float, dict[str, Any]] = (-FRESH, {})
 
     async def about(self, *, fresh: bool = False) -> dict[str, Any]:
-        """What there is (see `cli.checks`); with `fresh`, not older than a few seconds."""
+        """Return models, devices and options (see `cli.checks`); with `fresh`, at most a few seconds old."""
         told, about = self._about
         if not about or (fresh and time.monotonic() - told > FRESH):
             about = await self._ask({"about": True})
@@ -60,7 +60,7 @@ class Checks:
         return about
 
     async def facts(self, arguments: list[str]) -> dict[str, Any]:
-        """What the command says of a job; raises `ProblemError` with its sentence."""
+        """Return the command's facts about a job; raise `ProblemError` with its message if it refuses."""
         answer = await self._ask({"upscale": arguments})
         if answer["code"]:
             raise ProblemError(422, answer["message"])
@@ -105,7 +105,7 @@ class Checks:
         return process
 
     async def end_when_idle(self) -> None:
-        """Runs as long as the server."""
+        """End the process whenever it is idle, for as long as the server runs."""
         while True:
             await asyncio.sleep(IDLE / 4)
             if self._process and not self._lock.locked() and time.monotonic() - self._used > IDLE:
@@ -125,7 +125,7 @@ class Checks:
 
 
 def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """The model of a request, after its options were checked; raises `ProblemError`."""
+    """Check a request, and return the entry of its model; raise `ProblemError` if the request is invalid."""
     model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
     if model is None:
         raise ProblemError(
@@ -180,7 +180,7 @@ def _check_options(options: Mapping[str, Any], model: Mapping[str, Any], about: 
 
 
 def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
-    """Raise `ProblemError` where a source or its result is larger than is taken."""
+    """Raise `ProblemError` if a source or its result exceeds the limits."""
     (width, height), (out_width, out_height) = facts["size"], facts["output_size"]
     most = settings.max_pixels
     if width * height > most:
@@ -202,7 +202,7 @@ def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
 def arguments(
     asked: Mapping[str, Any], about: Mapping[str, Any], source: Path, output: Path, device: str, ray: str = ""
 ) -> list[str]:
-    """The arguments of `upscale` for a request that was checked."""
+    """Return the arguments of `upscale` for a request that was checked."""
     model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
     if model is None:
         raise ProblemError(422, f"The model {asked['model']} is no longer on this machine.")

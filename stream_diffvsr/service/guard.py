@@ -1,4 +1,4 @@
-"""Checks on every request: who asks, from where, and what browsers may do with the answer."""
+"""Checks on every request's sender and origin, and headers that restrict what browsers may do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .settings import LOOPBACK, Settings
 
 COOKIE = "stream_diffvsr"
 API, OPEN = "/api/", ("/api/v1/session", "/api/v1/openapi.json")
-"""Below API a token is needed, but for OPEN; the page itself holds nothing secret."""
+"""Paths below API require the token, except those in OPEN; the page itself contains nothing secret."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; media-src 'self' blob:; manifest-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -31,17 +31,17 @@ HEADERS = {
 
 
 def cookie_of(token: str) -> str:
-    """What the page's cookie holds: proof of the token, not the token."""
+    """Return the value of the page's cookie: proof that the token is known, not the token itself."""
     return hmac.new(token.encode(), b"stream-diffvsr page", hashlib.sha256).hexdigest()
 
 
 def equal_in_constant_time(given: str, wanted: str) -> bool:
-    """Whether two words are the same, in a time that does not tell how alike they are."""
+    """Whether two strings are equal, compared in a time that does not reveal how similar they are."""
     return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode())
 
 
 class Guard:
-    """ASGI middleware. Refuses with a problem; adds HEADERS to every answer."""
+    """ASGI middleware that refuses bad requests with a problem and adds HEADERS to every response."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -67,10 +67,10 @@ class Guard:
         await problems.problem_response(*refusal, headers)(scope, receive, guarded)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Why a request goes no further: status and sentence."""
+        """Return the status and message to refuse a request with, or None to accept it."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
-        # Without a token only this machine is served: a name that somebody points here is a trick.
+        # Without a token, only this machine is served: any other name may be a DNS rebinding attack.
         if not self.settings.token and _hostname(host) not in LOOPBACK:
             return (
                 421,
@@ -102,7 +102,7 @@ def _hostname(host: str) -> str:
 
 
 def _foreign(headers: Mapping[str, str], host: str) -> bool:
-    """Whether a browser says that another site's page sends this."""
+    """Whether the browser's headers show that another site's page sent the request."""
     origin = headers.get("origin")
     if origin is not None:
         return origin.partition("://")[2] != host

@@ -1,4 +1,4 @@
-"""From a request to a job in the queue: everything that is refused is refused here."""
+"""Turning requests into queued jobs, or refusing them."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from .worker import Workers
 
 SUFFIX = re.compile(r"\.[a-z0-9]{1,5}")
 SPARE = 256 * 2**20
-"""Bytes of the disk that stay free."""
+"""Bytes of disk space to keep free."""
 
 
 class Jobs:
-    """What the routes and the page ask for."""
+    """The operations that the routes and the page request."""
 
     def __init__(self, store: Store, settings: Settings, checks: Checks, workers: Workers) -> None:
         self.store, self.settings, self.checks, self.workers = store, settings, checks, workers
 
     def task(self, kind: str, task_id: str) -> Task:
-        """A task; raises `ProblemError` where there is none."""
+        """Return a task; raise `ProblemError` if there is none."""
         task = self.store.get(plain_id(task_id))
         if task is None or task.kind != kind:
             raise ProblemError(404, f"There is no task {task_id[:80]!r} among {kind}.")
         return task
 
     def check_room(self, needed: int) -> None:
-        """Raise `ProblemError` where a file of that size does not fit."""
+        """Raise `ProblemError` if a file of `needed` bytes is too large or does not fit on the disk."""
         if needed > self.settings.max_bytes:
             raise ProblemError(
                 413, f"The file is larger than the {self.settings.max_bytes / 1e9:g} GB taken here."
@@ -53,7 +53,7 @@ class Jobs:
             raise ProblemError(507, f"About {told}.")
 
     async def named(self, kind: str, name: str) -> Task:
-        """A new task for a file of that name, not saved yet; raises `ProblemError` for a wrong name."""
+        """Return a new, unsaved task for a file with that name; raise `ProblemError` for a bad suffix."""
         suffix = Path(name.replace("\\", "/")).suffix.lower()
         if not SUFFIX.fullmatch(suffix):
             raise ProblemError(
@@ -68,7 +68,7 @@ class Jobs:
         return Task(uuid.uuid4().hex, kind, shown, suffix)
 
     async def submit(self, kind: str, task_id: str, asked: Upscaling) -> Task:
-        """Put a job in the queue; raises `ProblemError` with the reason where it cannot work."""
+        """Queue a job; raise `ProblemError` with the reason if it cannot work."""
         request = asked.model_dump()
         _check_texts(request)
         request["size"] = request["size"].lower()
@@ -110,7 +110,7 @@ class Jobs:
         return task
 
     async def _task_for(self, kind: str, task_id: str, asked: Upscaling) -> Task:
-        """The task that was uploaded, or a new one for a source elsewhere."""
+        """Return the existing task, or a new one for a source that was not uploaded."""
         there = self.store.get(plain_id(task_id))
         if there is not None or asked.source is None:
             task = self.task(kind, task_id)
@@ -129,13 +129,13 @@ class Jobs:
     async def _facts(
         self, task: Task, request: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """What the command says of the job; a source in S3 is looked at when it is here."""
+        """Return the command's facts about the job; they are empty before an S3 source is downloaded."""
         source = self.store.source_of(task)
         if s3.is_url(task.source) and not source.is_file():
             return {}
         if task.source and not s3.is_url(task.source):
             allowed(task.source, self.settings.allow)
-        # Named beside the result, so that what is left of an earlier one is in nobody's way.
+        # Not the result's own name, so that remains of an earlier result do not interfere.
         output = self.store.folder_of(task) / f"check{request['suffix']}"
         if not output.parent.is_dir():
             output = self.store.folder / output.name
@@ -147,14 +147,14 @@ class Jobs:
         return facts
 
     def _forget_results(self, task: Task) -> None:
-        """Delete what an earlier request of this task has made."""
+        """Delete the results of an earlier request for this task."""
         folder = self.store.folder_of(task)
         for path in folder.iterdir() if folder.is_dir() else ():
             if path.name.startswith("result"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
     def status(self, task: Task) -> Status:
-        """A task's status, as clients see it."""
+        """Return a task's status as clients see it."""
         live = self.workers.live.get(task.id)
         numbers = live.numbers if live else {}
         message, preview = task.message, self.store.preview_of(task)
@@ -191,7 +191,7 @@ class Jobs:
         )
 
     async def clean(self) -> None:
-        """Delete what is old, every hour, as long as the server runs."""
+        """Delete old tasks every hour while the server runs."""
         while self.settings.keep_days:
             for task in self.store.old(time.time() - self.settings.keep_days * 86400):
                 await asyncio.to_thread(self.store.remove_files, task)
@@ -200,7 +200,7 @@ class Jobs:
 
 
 def plain_id(task_id: str) -> str:
-    """A UUID, with or without its dashes, as 32 hex digits; raises `ProblemError`."""
+    """Return a UUID, with or without dashes, as 32 hex digits; raise `ProblemError` if it is not a UUID."""
     plain = task_id.replace("-", "").lower()
     if not re.fullmatch("[0-9a-f]{32}", plain):
         raise ProblemError(404, f"{task_id[:80]!r} is not a task id, which must be a UUID.")
@@ -208,9 +208,9 @@ def plain_id(task_id: str) -> str:
 
 
 def allowed(path: str, folders: tuple[Path, ...]) -> Path:
-    """The real path of a file below one of the folders, links followed; raises `ProblemError`.
+    """Return the real path, with links resolved, of a file below one of the folders.
 
-    A file outside these folders is reported like one that does not exist.
+    Raise the same `ProblemError` for a file outside these folders as for one that does not exist.
     """
     refused = ProblemError(422, f"source: {path[:200]!r} is not a file in a folder that this server allows.")
     try:
@@ -224,7 +224,7 @@ def allowed(path: str, folders: tuple[Path, ...]) -> Path:
 
 
 def _format(kind: str, task: Task, asked: str | None, about: Mapping[str, Any]) -> str:
-    """The suffix of the result; raises `ProblemError`."""
+    """Return the suffix of the result; raise `ProblemError` for an unknown format."""
     known = about["written"][kind]
     if asked is None:
         return task.suffix if task.suffix in known else {KINDS[0]: ".mp4", KINDS[1]: ".png"}[kind]
@@ -235,7 +235,7 @@ def _format(kind: str, task: Task, asked: str | None, about: Mapping[str, Any]) 
 
 
 def _check_texts(request: Mapping[str, Any]) -> None:
-    """Raise `ProblemError` for text that no command line can hold."""
+    """Raise `ProblemError` for text that a command line cannot contain."""
     try:
         text = json.dumps(request, ensure_ascii=False, allow_nan=False)
         text.encode()

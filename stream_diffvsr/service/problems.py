@@ -1,4 +1,4 @@
-"""Answers to requests that fail: RFC 9457 problems."""
+"""Responses to failed requests: problems as defined in RFC 9457."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONTENT_TYPE = "application/problem+json"
 
 
 class Problem(BaseModel):
-    """RFC 9457."""
+    """A problem as defined in RFC 9457."""
 
     type: str = "about:blank"
     title: str = Field(examples=["Unprocessable Content"])
@@ -29,7 +29,7 @@ class Problem(BaseModel):
 
 
 class ProblemError(StreamDiffVSRError):
-    """A request that is refused, with the sentence that says why."""
+    """A request is refused; the message gives the reason."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
         self.status, self.headers = status, {name.replace("_", "-"): text for name, text in headers.items()}
@@ -37,14 +37,14 @@ class ProblemError(StreamDiffVSRError):
 
 
 def problem_response(status: int, detail: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The response of a problem."""
+    """Return the response that reports a problem."""
     readable = detail.encode("utf-8", "replace").decode()
     problem = Problem(title=http.HTTPStatus(status).phrase, status=status, detail=readable)
     return JSONResponse(problem.model_dump(), status, headers=headers, media_type=CONTENT_TYPE)
 
 
 def sentence_of(errors: Sequence[Mapping[str, Any]], skip: int = 0) -> str:
-    """What pydantic found wrong, in a sentence."""
+    """Summarise pydantic's validation errors in one sentence."""
     places = [".".join(map(str, each["loc"][skip:])) or "request" for each in errors]
     return "; ".join(f"{place}: {each['msg']}" for place, each in zip(places, errors, strict=True))[:1000]
 
@@ -53,7 +53,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     "4XX": {"description": "Why the request was refused.", "model": Problem},
     "5XX": {"description": "What went wrong.", "model": Problem},
 }
-"""For the description of every route."""
+"""The error responses in the description of every route."""
 
 
 def install_handlers(app: FastAPI) -> None:

@@ -15,17 +15,17 @@ log = logging.getLogger(__name__)
 
 URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<key>[^\x00-\x1f]{1,1024})")
 TRIES, PAUSE = 3, 2.0
-"""How often a transfer begins again, and the seconds before it does, doubled each time."""
+"""The number of attempts at a transfer, and the seconds before the second one, doubled each time."""
 CHUNK = 8 * 2**20
 
 
 def is_url(text: str) -> bool:
-    """Whether a source or target is meant to be in S3."""
+    """Whether a source or target is an S3 address."""
     return text.startswith("s3://")
 
 
 def check_url(url: str) -> None:
-    """Raise `ProblemError` for what is no place in S3, and where obstore is not installed."""
+    """Raise `ProblemError` for an invalid S3 address, or if obstore is not installed."""
     if not URL.fullmatch(url):
         raise ProblemError(422, f"{url[:200]!r} is not of the form s3://bucket/key.")
     if importlib.util.find_spec("obstore") is None:
@@ -35,7 +35,7 @@ def check_url(url: str) -> None:
 
 
 async def exists(url: str) -> int:
-    """The size of an object in bytes; raises `ProblemError` where it cannot be read."""
+    """Return the size of an object in bytes; raise `ProblemError` if it cannot be read."""
     import obstore
 
     store, key = _place(url)
@@ -46,7 +46,7 @@ async def exists(url: str) -> int:
 
 
 async def fetch(url: str, target: Path, max_bytes: int) -> None:
-    """Download an object; the file is there only when it is whole. Raises `ProblemError`."""
+    """Download an object to a file that appears only once it is complete; raise `ProblemError` on failure."""
     import obstore
 
     from ..files import atomic
@@ -68,7 +68,7 @@ async def fetch(url: str, target: Path, max_bytes: int) -> None:
 
 
 async def deliver(source: Path, url: str) -> None:
-    """Upload a file, in parts where it is large; the object is there only when it is whole."""
+    """Upload a file, in parts if it is large; the object appears only once it is complete."""
     import obstore
 
     async def once() -> None:
@@ -82,7 +82,7 @@ async def deliver(source: Path, url: str) -> None:
 
 
 async def _again(once: Any, failed: str) -> None:
-    """Do a transfer, from its beginning each time it fails."""
+    """Run a transfer, starting again from the beginning if it fails."""
     for attempt in range(TRIES):
         try:
             return await once()
@@ -97,7 +97,7 @@ async def _again(once: Any, failed: str) -> None:
 
 
 def _place(url: str) -> tuple[Any, str]:
-    """obstore's store of a bucket, and the key."""
+    """Return obstore's store for the bucket, and the key."""
     from obstore.store import S3Store
 
     found = URL.fullmatch(url)

@@ -1,4 +1,4 @@
-"""What goes over the wire, for the checks and for the description of the API."""
+"""The models of requests and responses, for validation and for the API's description."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ STATES = Literal["uploaded", "queued", "running", "finished", "failed", "cancell
 
 
 class Upscaling(BaseModel):
-    """What shall become of a file."""
+    """A request to upscale a file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -41,7 +41,7 @@ class Upscaling(BaseModel):
 
 
 class Status(BaseModel):
-    """How a task stands."""
+    """The status of a task."""
 
     task_id: str = Field(examples=["0f8e4a4cb3d94f6a9d1c5be9d2d0a7b1"])
     kind: Literal["videos", "images"]
@@ -73,13 +73,13 @@ class Status(BaseModel):
 
 
 class Tasks(BaseModel):
-    """A page of the list, the newest first."""
+    """A page of the list of tasks, newest first."""
 
     tasks: list[Status]
 
 
 class Model(BaseModel):
-    """A model that can be named."""
+    """A model that requests can name."""
 
     name: str = Field(examples=["v1"])
     family: str = Field(examples=["diffvsr"])
@@ -90,13 +90,13 @@ class Model(BaseModel):
 
 
 class Models(BaseModel):
-    """All models."""
+    """All available models."""
 
     models: list[Model]
 
 
 class Device(BaseModel):
-    """A device with its memory in bytes."""
+    """A device and its memory in bytes."""
 
     name: str = Field(examples=["cuda:0"])
     title: str = Field(examples=["NVIDIA H100"])
@@ -107,7 +107,7 @@ class Device(BaseModel):
 
 
 class Capabilities(BaseModel):
-    """What this server can do."""
+    """The devices, limits, formats and options of this server."""
 
     version: str
     devices: list[Device]
@@ -126,7 +126,7 @@ class Capabilities(BaseModel):
 
 
 class Login(BaseModel):
-    """What the page sends once."""
+    """The page's login request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     token: str = Field(max_length=1000)

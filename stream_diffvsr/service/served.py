@@ -1,4 +1,4 @@
-"""Files as answers: ranges, ETags, and a type that no browser takes for a page."""
+"""File responses with ranges, ETags, and media types that no browser displays as a page."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ NOT_SHOWN = ("image/svg+xml",)
 def serve(
     request: Request, path: Path, name: str = "", *, download: bool = False, kind: str = ""
 ) -> Response:
-    """A file, or the part of it that is asked for; `name` is what a browser saves it as, `kind` its type.
+    """Return a file or the requested part; browsers save it as `name`, and `kind` is its media type.
 
-    Raises `ProblemError` where it is not there. A file that is replaced meanwhile is read to its old end.
+    Raise `ProblemError` if it does not exist. A file that is replaced meanwhile is read to its old end.
     """
     try:
         stat = path.stat()
@@ -39,6 +39,6 @@ def serve(
 
 
 def media_type(path: Path) -> str:
-    """The type of pictures and videos; for everything else that of plain bytes."""
+    """Return the media type of a picture or video, or that of plain bytes for anything else."""
     guessed = TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
     return guessed if guessed.startswith(SHOWN) and guessed not in NOT_SHOWN else "application/octet-stream"

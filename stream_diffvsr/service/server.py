@@ -1,4 +1,4 @@
-"""Start the server and run it until it is told to end."""
+"""Starting the server and running it until it is told to stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> None:
-    """Serve, logging the page's address when it can be opened. Raises `VideoError`."""
+    """Serve, logging the page's address once it can be opened; raise `VideoError` if the root is in use."""
     import uvicorn
     from filelock import FileLock, Timeout
 
@@ -45,6 +45,6 @@ def run(settings: Settings) -> None:
                 access_log=False,
                 server_header=False,
                 timeout_graceful_shutdown=5,
-                timeout_keep_alive=75,  # not just when a client that polls every few seconds asks again
+                timeout_keep_alive=75,  # longer than clients wait between polls
             )
         ).run()

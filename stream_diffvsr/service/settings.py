@@ -1,4 +1,4 @@
-"""What `stream-diffvsr serve` can be told, by a flag or by an environment variable."""
+"""The settings of `stream-diffvsr serve`, from flags or environment variables."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ..errors import IncompatibleInputError
 from ..options import check_options, option, rules
 
 PREFIX = "STREAM_DIFFVSR_"
-"""Of the environment variables; the rest is the option's name in capitals."""
+"""The prefix of the environment variables; the option's name in capitals follows."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GIGABYTE = 10**9
 
 
 def parse_folders(text: str) -> tuple[Path, ...]:
-    """Folders separated as in PATH."""
+    """Split a list of folders that are separated as in PATH."""
     return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Frozen; wrong values raise `IncompatibleInputError`."""
+    """The settings of a server; invalid values raise `IncompatibleInputError`."""
 
     host: str = option("127.0.0.1", "Address to listen on. Any except this machine's own needs --token.")
     port: int = option(8000, "Port to listen on. 0: any free one.", low=0, high=65535)
@@ -78,7 +78,7 @@ class Settings:
 
 
 def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The settings that environment variables name; raises `IncompatibleInputError`."""
+    """Read settings from environment variables; raise `IncompatibleInputError` for invalid values."""
     found = {}
     for name, rule in rules(Settings).items():
         variable = PREFIX + name.upper()
@@ -94,7 +94,7 @@ def from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def to_environment(settings: Settings) -> dict[str, str]:
-    """The variables from which `from_environment` makes the same settings."""
+    """Return the environment variables from which `from_environment` reads the same settings."""
     values = {name: getattr(settings, name) for name in rules(Settings)}
     values["allow"] = os.pathsep.join(map(str, settings.allow))
     return {PREFIX + name.upper(): str(value) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""The list of jobs: one SQLite table, and a folder for each."""
+"""The list of jobs: one SQLite table, and a folder for each job."""
 
 from __future__ import annotations
 
@@ -15,38 +15,38 @@ from typing import Any
 KINDS = ("videos", "images")
 WAITING, RUNNING = "queued", "running"
 OVER = ("finished", "failed", "cancelled")
-"""A task is 'uploaded' before a job is asked of it."""
+"""The final states. A task is 'uploaded' until a job is requested for it."""
 TASK_ID = re.compile(r"[0-9a-f]{32}")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A file and the job that is done with it."""
+    """A file and the job to run on it."""
 
     id: str
-    """32 hex digits; the name of its folder."""
+    """32 hex digits, which also name the task's folder."""
     kind: str
     """One of KINDS."""
     name: str
-    """What the caller calls the file; shown, never used as a path."""
+    """The caller's name for the file, which is displayed but never used as a path."""
     suffix: str
-    """Of the file, with its dot, small letters."""
+    """The file's suffix in lower case, with the dot."""
     source: str = ""
-    """Where the file is, if it was not uploaded: a path, or s3://bucket/key."""
+    """The location of a file that was not uploaded: a path, or s3://bucket/key."""
     state: str = "uploaded"
     request: Mapping[str, Any] = field(default_factory=dict)
-    """The job as it was asked for."""
+    """The job as requested."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What is known of the source and of what will be written."""
+    """Facts about the source and the planned result."""
     message: str = ""
     done: int = 0
     total: int | None = None
     deaths: int = 0
-    """How often its process died since it last got further."""
+    """How often the process has died since it last made progress."""
     created: float = 0.0
     queued: float = 0.0
     ended: float = 0.0
-    """Seconds since 1970; 0: not yet."""
+    """These three in seconds since 1970; 0 for not yet."""
 
 
 COLUMNS = tuple(each.name for each in fields(Task))
@@ -65,31 +65,31 @@ class Store:
         self.database.execute(f"CREATE TABLE IF NOT EXISTS tasks ({', '.join(COLUMNS)}, PRIMARY KEY (id))")
 
     def folder_of(self, task: Task) -> Path:
-        """Where the files of a task are."""
+        """Return the folder with the files of a task."""
         return self.folder / task.id
 
     def source_of(self, task: Task) -> Path:
-        """The file that is upscaled."""
+        """Return the path of the file to upscale."""
         local = task.source and not task.source.startswith("s3://")
         return Path(task.source) if local else self.folder_of(task) / f"source{task.suffix}"
 
     def result_of(self, task: Task) -> Path:
-        """The file that the job writes; whole only when the task is finished."""
+        """Return the path of the job's result, which is complete only when the task is finished."""
         return self.folder_of(task) / f"result{task.request.get('suffix', task.suffix)}"
 
     def preview_of(self, task: Task) -> Path:
-        """The picture of the newest frame that the command writes."""
+        """Return the path of the picture that the command writes of its newest frame."""
         return self.folder_of(task) / "result_preview.jpg"
 
     def add(self, task: Task) -> Task:
-        """Keep a new task."""
+        """Store a new task, and return it with its time of creation."""
         task = replace(task, created=time.time())
         marks = ", ".join("?" for _ in COLUMNS)
         self.database.execute(f"INSERT INTO tasks VALUES ({marks})", _row(task))
         return task
 
     def change(self, task: Task, **changes: Any) -> Task:
-        """The task with changes, which are kept."""
+        """Store changes to a task, and return the changed task."""
         task = replace(task, **changes)
         values = dict(zip(COLUMNS, _row(task), strict=True))
         names = ", ".join(f"{name} = ?" for name in changes)
@@ -99,30 +99,30 @@ class Store:
         return task
 
     def get(self, task_id: str) -> Task | None:
-        """A task by its id."""
+        """Return the task with that id, or None."""
         found = self._select("WHERE id = ?", task_id)
         return found[0] if found else None
 
     def newest(self, kind: str, limit: int, offset: int = 0) -> list[Task]:
-        """Tasks of a kind, the newest first."""
+        """Return tasks of a kind, newest first."""
         return self._select("WHERE kind = ? ORDER BY created DESC LIMIT ? OFFSET ?", kind, limit, offset)
 
     def waiting(self) -> list[Task]:
-        """Jobs that wait, the next one first."""
+        """Return the waiting jobs, the next one first."""
         return self._select("WHERE state = ? ORDER BY queued", WAITING)
 
     def running(self) -> list[Task]:
-        """Jobs that run, or ran when the server died."""
+        """Return the jobs that are running, or were when the server died."""
         return self._select("WHERE state = ?", RUNNING)
 
     def old(self, before: float) -> list[Task]:
-        """Tasks that ended, or never began, before a given time."""
+        """Return tasks that ended, or were uploaded but never queued, before a given time."""
         return self._select(
             f"WHERE state IN {(*OVER, 'uploaded')} AND MAX(created, queued, ended) < ?", before
         )
 
     def remove(self, task: Task) -> None:
-        """Delete a task; its files are deleted first, so that none is left behind."""
+        """Delete a task, whose files must be deleted first so that none are left behind."""
         self.database.execute("DELETE FROM tasks WHERE id = ?", (task.id,))
 
     def remove_files(self, task: Task) -> None:
@@ -130,7 +130,7 @@ class Store:
         shutil.rmtree(self.folder_of(task), ignore_errors=True)
 
     def remove_leftovers(self) -> None:
-        """Delete folders without a task: uploads that broke off."""
+        """Delete folders without a task, which interrupted uploads left behind."""
         for folder in self.folder.iterdir():
             if TASK_ID.fullmatch(folder.name) and self.get(folder.name) is None:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -14,25 +14,25 @@ from starlette.requests import ClientDisconnect, Request
 from .problems import ProblemError
 
 FILE = "file"
-"""Name of the form's field."""
+"""The name of the form field."""
 HEADER_BYTES = 16 * 1024
-"""Most that the headers of one part may take."""
+"""The maximum size of the headers of one part."""
 
 
 class Upload:
-    """The first field called 'file' of a multipart form, written to `target` as it comes in."""
+    """Writes the first field named 'file' of a multipart form to `target` as it arrives."""
 
     def __init__(self, target: Path, max_bytes: int) -> None:
         self.target, self.max_bytes = target, max_bytes
         self.name: str | None = None
-        """The file's name as the sender calls it; None until it has come."""
+        """The file name that the sender gave; None until it has arrived."""
         self.size = 0
         self._wanted = self._whole = False
         self._key = self._value = b""
         self._headers: dict[bytes, bytes] = {}
 
     async def receive(self, request: Request) -> None:
-        """Read the request to its end. Raises `ProblemError`; the file is whole and on the disk otherwise."""
+        """Write the whole request's file to the disk; raise `ProblemError` if it is refused or incomplete."""
         kind, parameters = parse_options_header(request.headers.get("content-type"))
         if kind != b"multipart/form-data" or not parameters.get(b"boundary"):
             raise ProblemError(415, f"Send multipart/form-data with the file in a field called '{FILE}'.")

@@ -1,4 +1,4 @@
-"""Runs the jobs: one process of the command per device, restarted as often as needed."""
+"""Workers that run the jobs: one process of the command per device, restarted after crashes."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from .store import RUNNING, WAITING, Store, Task
 log = logging.getLogger(__name__)
 
 GRACE = 20.0
-"""Seconds in which a process that was asked to end may put together what is done."""
+"""Seconds that a process has to assemble its finished part after it is asked to stop."""
 PAUSE = 2.0
-"""Seconds before a job that died is tried again."""
+"""Seconds before a crashed job is tried again."""
 LAST_LINES = 5
 BAD_INPUT = 2
-"""Exit code of the command for what cannot work however often it is tried."""
+"""The command's exit code for jobs that fail however often they are tried."""
 SAVE_EVERY = 1.0
-"""Seconds between two writings of a job's progress."""
+"""The minimum number of seconds between two writes of a job's progress."""
 LOG = "log.txt"
 
 
 @dataclass
 class RunningJob:
-    """A job that runs."""
+    """A running job."""
 
     task: Task
     device: str
@@ -44,13 +44,13 @@ class RunningJob:
     cancelled: bool = False
     over: asyncio.Event = field(default_factory=asyncio.Event)
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    """The newest line of progress."""
+    """The most recent progress message, parsed."""
     doing: str = ""
-    """What it does besides making frames."""
+    """A description of what the job is doing other than upscaling; '' for nothing."""
 
 
 class Workers:
-    """All of them; what runs is in `live`, by task id."""
+    """The workers of all devices; the running jobs are in `live`, by task id."""
 
     def __init__(self, store: Store, settings: Settings, checks: Checks) -> None:
         self.store, self.settings, self.checks = store, settings, checks
@@ -61,14 +61,14 @@ class Workers:
         self._stopping = False
 
     async def start(self) -> None:
-        """Continue what an earlier server left, then work until `stop`."""
+        """Queue the jobs that an earlier server left unfinished, then run jobs until `stop`."""
         end_orphans(self.store.folder)
         for task in self.store.running():
             self.store.change(task, state=WAITING)
         self._tasks.append(asyncio.create_task(self._begin()))
 
     async def _begin(self) -> None:
-        """One loop for each device."""
+        """Start one loop for each device."""
         wanted = self.settings.devices
         if self.settings.ray:
             self.devices = ["ray"]
@@ -80,7 +80,7 @@ class Workers:
         self._tasks += [asyncio.create_task(self._work(device)) for device in self.devices]
 
     async def stop(self) -> None:
-        """End the processes; their jobs go on when the server starts again."""
+        """Stop the processes; their jobs continue when the server starts again."""
         self._stopping = True
         await asyncio.gather(*(self._end(live) for live in list(self.live.values())))
         for each in self._tasks:
@@ -88,12 +88,12 @@ class Workers:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def wake(self) -> None:
-        """There is a new job."""
+        """Notify the workers of a new job."""
         async with self._wake:
             self._wake.notify_all()
 
     async def cancel(self, task: Task) -> Task:
-        """Stop a job, or take it from the queue; returns it as it then is."""
+        """Stop a job, or remove it from the queue; return its updated task."""
         live = self.live.get(task.id)
         if live is None:
             return (
@@ -107,7 +107,7 @@ class Workers:
         return self.store.get(task.id) or task
 
     async def _end(self, live: RunningJob) -> None:
-        """Interrupt a process, as Ctrl-C would; one that does not listen is killed."""
+        """Interrupt a process as Ctrl-C would, and kill it if it does not stop in time."""
         process = live.process
         if process is None or process.returncode is not None:
             return
@@ -142,7 +142,7 @@ class Workers:
         log.info("job %s is %s", live.task.id, state)
 
     async def _run(self, live: RunningJob) -> None:
-        """A job from its source to its target."""
+        """Run a job: fetch its source, upscale it and deliver the result."""
         try:
             if await self._fetch(live) and await self._upscale(live) and await self._deliver(live):
                 self._over(live, "finished")
@@ -152,27 +152,27 @@ class Workers:
             self._over(live, "cancelled")
 
     async def _fetch(self, live: RunningJob) -> bool:
-        """Bring the source here, if it is elsewhere; False where the job was stopped meanwhile."""
+        """Download the source if it is in S3, and check it; return False if the job was stopped meanwhile."""
         task, source = live.task, self.store.source_of(live.task)
         if s3.is_url(task.source) and not source.is_file():
             live.doing = f"reading {task.source}"
             if not await self._transfer(live, s3.fetch(task.source, source, self.settings.max_bytes)):
                 return False
         if not task.facts:
-            # Only now it can be told what would have been refused when it was asked for.
+            # Sources in S3 can be checked only now; others were checked when the job was requested.
             facts = await self.checks.facts(await self._arguments(live))
             check_limits(facts, self.settings)
             live.task = self.store.change(task, facts=facts)
         return not live.cancelled
 
     async def _arguments(self, live: RunningJob) -> list[str]:
-        """What the command is told."""
+        """Return the arguments for the command."""
         task, about = live.task, await self.checks.about()
         source, result = self.store.source_of(task), self.store.result_of(task)
         return arguments(task.request, about, source, result, live.device, self.settings.ray)
 
     async def _deliver(self, live: RunningJob) -> bool:
-        """Bring the result to where it was asked for."""
+        """Upload the result if a target was requested; return False if the job was stopped meanwhile."""
         target = live.task.request.get("target")
         if not target:
             return True
@@ -180,7 +180,7 @@ class Workers:
         return await self._transfer(live, s3.deliver(self.store.result_of(live.task), target))
 
     async def _transfer(self, live: RunningJob, work: Any) -> bool:
-        """Await a transfer, which a cancelled job breaks off."""
+        """Await a transfer; if the job is stopped, abort the transfer and return False."""
         transfer = asyncio.ensure_future(work)
         while not transfer.done():
             await asyncio.wait([transfer], timeout=0.2)
@@ -193,7 +193,7 @@ class Workers:
         return True
 
     async def _upscale(self, live: RunningJob) -> bool:
-        """Run the command until it has done the job; False where it was stopped."""
+        """Run the command until the job is done; return False if it was stopped or failed."""
         if self._made(live.task):
             return True
         task, folder = live.task, self.store.folder_of(live.task)
@@ -217,12 +217,12 @@ class Workers:
         return False
 
     def _made(self, task: Task) -> bool:
-        """Whether the command had done its work before the server died."""
+        """Whether the command had finished before an earlier server died."""
         result = self.store.result_of(task)
         return result.is_file() and not result.with_name(f"{result.name}.parts").exists()
 
     async def _once(self, live: RunningJob, command: list[str], log_file: Path) -> int:
-        """One run of the command; returns its exit code."""
+        """Run the command once, and return its exit code."""
         with log_file.open("wb") as errors:
             live.process = process = await asyncio.create_subprocess_exec(
                 *command,
@@ -253,7 +253,7 @@ class Workers:
 
 
 def _numbers(line: bytes) -> dict[str, Any]:
-    """A line of progress; empty for any other."""
+    """Parse a progress message; return an empty dict for any other line."""
     with contextlib.suppress(ValueError):
         numbers = json.loads(line)
         if isinstance(numbers, dict) and numbers.keys() & {"done", "downloaded"}:
@@ -262,7 +262,7 @@ def _numbers(line: bytes) -> dict[str, Any]:
 
 
 def last_words(log_file: Path) -> str:
-    """The last lines of what a process said."""
+    """Return the last lines of a process's log."""
     with contextlib.suppress(OSError):
         lines = log_file.read_bytes()[-8192:].decode("utf-8", "replace").splitlines()
         told = [line.removeprefix("stream-diffvsr: ") for line in lines if line.strip()][-LAST_LINES:]
@@ -272,7 +272,7 @@ def last_words(log_file: Path) -> str:
 
 
 def end_orphans(folder: Path) -> None:
-    """Kill what a server that died has left running: processes of the command that write below `folder`."""
+    """Kill processes that a crashed server left running: those of the command that write below `folder`."""
     import psutil
 
     begin, found = f"--output={folder}", []

@@ -1,1 +1,1 @@
-"""Fine-tuning on one's own footage: clips, how they are degraded, the loop, and what it reports."""
+"""Fine-tuning on your own footage: clips, their degradation, the training loop and its reports."""

@@ -1,4 +1,4 @@
-"""What is trained on: videos and folders of pictures, looked at first, cut at scenes, a part held out."""
+"""The training footage: videos and folders of pictures, divided into scenes, with a part held out."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..media.read import Span, open_source
 from ..tensors import SCALE, from_pixels
 
 KEPT = 2 * 2**30
-"""Bytes of frames that stay in memory; those of later scenes are read again whenever they are needed."""
+"""Bytes of frames to keep in memory; frames of later scenes are read again whenever they are needed."""
 
 LOOKED_AT = 320
-"""Frames are compared at about this width to find scenes."""
+"""The approximate width at which frames are compared to find scenes."""
 
 Window = tuple[Tensor, Tensor]
 """LQ frames (T, 3, h, w) and true ones (T, 3, 4h, 4w), in model range."""
@@ -30,7 +30,7 @@ Window = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """Frames `first` to `end` (not included) of a clip, without a cut."""
+    """Frames `first` to `end` (exclusive) of a clip, without a cut between them."""
 
     path: Path
     first: int
@@ -38,13 +38,13 @@ class Scene:
     size: tuple[int, int]
     """(height, width)"""
     kept: Tensor | None = None
-    """Its frames, (T, 3, H, W) uint8, where memory has room."""
+    """The scene's frames, (T, 3, H, W) uint8, or None if they are not kept in memory."""
 
     def __len__(self) -> int:
         return self.end - self.first
 
     def read(self, start: int, count: int, rows: slice, columns: slice) -> Tensor:
-        """Some of its frames, cropped: (count, 3, ., .) in [0, 1]."""
+        """Return `count` frames from `start` on, cropped: (count, 3, ., .) in [0, 1]."""
         if self.kept is not None:
             return self.kept[start : start + count, :, rows, columns].float() / 255
         first = self.first + start
@@ -52,14 +52,14 @@ class Scene:
         return torch.cat([frame.rgb[..., rows, columns] for frame in frames])
 
     def part(self, start: int, end: int) -> Scene:
-        """Frames of it as a scene of their own."""
+        """Return frames `start` to `end` (exclusive) as a separate scene."""
         kept = None if self.kept is None else self.kept[start:end]
         return replace(self, first=self.first + start, end=self.first + end, kept=kept)
 
 
 @dataclass(frozen=True)
 class Footage:
-    """Scenes to learn from, scenes to measure on, and a line for each clip."""
+    """Scenes to learn from, scenes to measure on, and a line of information about each clip."""
 
     train: Sequence[Scene]
     held: Sequence[Scene]
@@ -67,15 +67,15 @@ class Footage:
 
     @property
     def identity(self) -> str:
-        """Names which frames of which clips these are."""
+        """A hash that identifies the clips and frames."""
         facts = [(scene.path.name, scene.first, scene.end, scene.size) for scene in (*self.train, *self.held)]
         return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 
 
 def read_clips(paths: Iterable[Path], side: int, frames: int) -> Footage:
-    """Read every clip once; of each, scenes of at least `frames` frames and `side` pixels are used.
+    """Read every clip once, and use its scenes of at least `frames` frames and `side` pixels.
 
-    Raises `IncompatibleInputError` where nothing is left.
+    Raise `IncompatibleInputError` if no scene qualifies.
     """
     found: list[Scene] = []
     told: list[str] = []
@@ -104,7 +104,7 @@ def read_clips(paths: Iterable[Path], side: int, frames: int) -> Footage:
 
 
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
-    """Videos and folders of pictures; of any other folder, those in it."""
+    """Yield videos and folders of pictures; for any other folder, yield its contents."""
     for path in paths:
         inside = sorted(path.iterdir()) if path.is_dir() else []
         if any(each.suffix.lower() in pictures.SUFFIXES for each in inside) or not inside:
@@ -114,7 +114,7 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _scenes(path: Path, room: int) -> Iterator[Scene]:
-    """Cut as jobs cut, by a reduced copy of each frame."""
+    """Yield the scenes of a clip, cut by the same rule as in jobs, from a reduced copy of each frame."""
     before, kept, first, size, index, rule = None, list[Tensor](), 0, (0, 0), -1, SceneCut()
 
     def scene(end: int) -> Scene:
@@ -137,7 +137,7 @@ def _scenes(path: Path, room: int) -> Iterator[Scene]:
 
 
 def _hold_out(scenes: Sequence[Scene], frames: int) -> tuple[list[Scene], list[Scene]]:
-    """Every sixth scene; with fewer than four scenes the last fifth of each that is long enough."""
+    """Hold out every sixth scene or, with fewer than four scenes, the last fifth of each long enough one."""
     if len(scenes) >= 4:
         held = [scene for index, scene in enumerate(scenes) if index % 6 == 3]
         return [scene for scene in scenes if scene not in held], held
@@ -148,7 +148,7 @@ def _hold_out(scenes: Sequence[Scene], frames: int) -> tuple[list[Scene], list[S
 
 
 def crop(scene: Scene, rng: np.random.Generator, side: int, frames: int) -> Tensor:
-    """A random place and time of a scene: (frames, 3, side, side) in [0, 1], or less where it is smaller."""
+    """Return a random crop of a scene, (frames, 3, side, side) in [0, 1], or smaller if the scene is."""
     sides = [min(side, length // SCALE * SCALE) for length in scene.size]
     places = [int(rng.integers(length - own + 1)) for length, own in zip(scene.size, sides, strict=True)]
     rows, columns = (slice(at, at + own) for at, own in zip(places, sides, strict=True))

@@ -1,13 +1,11 @@
-"""Turns good frames into ones like a user's: a list of steps, each with a chance and ranges, drawn per
-sequence.
+"""Degrading good frames to look like a user's: a list of steps with chances and ranges, drawn per sequence.
 
     - blur: {chance: 0.5, sigma: [0.3, 1.2]}
     - reduce: {method: [bicubic, area]}
     - video: {chance: 0.9, codec: [h264, hevc, mpeg2], quality: [22, 34]}
 
-One number is fixed, two numbers are a range, and one of a list of words is drawn. Everything is drawn from
-one
-generator, so that a seed gives the same frames again. `docs/training.md` has the table of steps.
+A single number is fixed, two numbers are a range, and one word is drawn from a list of words. All draws use
+the same generator, so a seed always produces the same frames. `docs/training.md` has the table of steps.
 """
 
 from __future__ import annotations
@@ -30,14 +28,14 @@ Rng = np.random.Generator
 
 
 def blur(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
-    """Gaussian, `sigma` in pixels of the picture as it is at this step."""
+    """Blur with a Gaussian; `sigma` is in pixels at the size the picture has in this step."""
     from torchvision.transforms.functional import gaussian_blur
 
     return gaussian_blur(x, [2 * round(3 * sigma) + 1] * 2, [max(sigma, 0.01)] * 2)
 
 
 def reduce(x: Tensor, rng: Rng, *, method: str) -> Tensor:
-    """To a quarter of width and height."""
+    """Reduce to a quarter of the width and height."""
     if method == "area":
         return F.avg_pool2d(x, SCALE)
     size = [side // SCALE for side in x.shape[-2:]]
@@ -45,13 +43,12 @@ def reduce(x: Tensor, rng: Rng, *, method: str) -> Tensor:
 
 
 def noise(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
-    """Sensor noise, independent in every pixel; `sigma` on a scale of 255."""
+    """Add sensor noise, independent in every pixel; `sigma` is on a scale of 255."""
     return x + torch.from_numpy(rng.normal(0, sigma / 255, x.shape).astype(np.float32))
 
 
 def grain(x: Tensor, rng: Rng, *, sigma: float, size: float) -> Tensor:
-    """Film grain: grey clumps `size` pixels wide, strongest in the middle tones; `sigma` on a scale of
-    255."""
+    """Add film grain: grey clumps `size` pixels wide, strongest in mid-tones; `sigma` on a scale of 255."""
     shape = (len(x), 1, *x.shape[-2:])
     clumps = blur(torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)), rng, sigma=size)
     luma = x.mean(1, keepdim=True).clamp(0, 1)
@@ -59,7 +56,7 @@ def grain(x: Tensor, rng: Rng, *, sigma: float, size: float) -> Tensor:
 
 
 def chroma_bleed(x: Tensor, rng: Rng, *, shift: float, sigma: float) -> Tensor:
-    """As on VHS: colours blurred by `sigma` pixels along the rows, and `shift` pixels late."""
+    """Blur colours by `sigma` pixels along the rows and shift them right by `shift` pixels, as on VHS."""
     luma = (x * x.new_tensor((0.299, 0.587, 0.114)).view(3, 1, 1)).sum(1, keepdim=True)
     reach = round(3 * sigma)
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1) / max(sigma, 0.01)) ** 2)
@@ -71,14 +68,14 @@ def chroma_bleed(x: Tensor, rng: Rng, *, shift: float, sigma: float) -> Tensor:
 
 
 def interlace(x: Tensor, rng: Rng) -> Tensor:
-    """Remains of interlacing: every second row comes from the next frame."""
+    """Add traces of interlacing: take every second row from the next frame."""
     woven = x.clone()
     woven[:-1, :, 1::2] = x[1:, :, 1::2]
     return woven
 
 
 def jpeg(x: Tensor, rng: Rng, *, quality: float) -> Tensor:
-    """Each frame by itself; `quality` 1 to 100."""
+    """Compress each frame as a JPEG of `quality` 1 to 100."""
     from PIL import Image
 
     def packed(frame: np.ndarray) -> np.ndarray:
@@ -93,11 +90,11 @@ CODECS = {"h264": "libx264", "hevc": "libx265", "mpeg2": "mpeg2video"}
 
 
 def video(x: Tensor, rng: Rng, *, codec: str, quality: float) -> Tensor:
-    """Through a codec; `quality` as the crf of H.264, 18 (good) to 40 (bad)."""
+    """Compress with a video codec; `quality` is like the crf of H.264, 18 (good) to 40 (bad)."""
     import av
 
     height, width = x.shape[-2:]
-    # x265 of PyAV's wheel writes beyond its memory below 64 pixels of width.
+    # The x265 in PyAV's wheels writes out of bounds if the width is below 64 pixels.
     right = max(width % 2, 64 - width) if codec == "hevc" else width % 2
     x = F.pad(x, (0, right, 0, height % 2), mode="replicate")
     options = {"crf": f"{quality:.1f}", "preset": "veryfast"}
@@ -112,7 +109,7 @@ def video(x: Tensor, rng: Rng, *, codec: str, quality: float) -> Tensor:
             "yuv420p",
             1,
         )
-        if codec == "mpeg2":  # its quantiser goes from 2 to 31
+        if codec == "mpeg2":  # its quantiser ranges from 2 to 31
             stream.qmin = stream.qmax = int(min(max((quality - 14) / 1.5, 2), 31))
         for frame in _to_bytes(x):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
@@ -141,7 +138,7 @@ STEPS: Mapping[str, tuple[Callable[..., Tensor], Mapping[str, tuple[float, float
     "jpeg": (jpeg, {"quality": (1.0, 100.0)}),
     "video": (video, {"codec": tuple(CODECS), "quality": (0.0, 51.0)}),
 }
-"""Each step, with what its parameters may be: limits, or words."""
+"""The function of each step, and the limits or words allowed for its parameters."""
 
 PRESETS: Mapping[str, Recipe] = {
     "clean": [("reduce", {"method": ["bicubic", "area", "bilinear"]})],
@@ -169,7 +166,7 @@ PRESETS: Mapping[str, Recipe] = {
 
 
 def open_recipe(name: str) -> Recipe:
-    """A preset by name, or a YAML file; raises `IncompatibleInputError`."""
+    """Return a preset by name, or read a YAML file; raise `IncompatibleInputError` if it is invalid."""
     if name in PRESETS:
         return PRESETS[name]
     import yaml
@@ -188,7 +185,7 @@ def open_recipe(name: str) -> Recipe:
 
 
 def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
-    """Refuse unknown steps and settings; raises `IncompatibleInputError`."""
+    """Check steps and their settings, and return them; raise `IncompatibleInputError` for invalid ones."""
     for name, given in steps:
         if name not in STEPS or not isinstance(given or {}, dict):
             raise IncompatibleInputError(
@@ -210,7 +207,7 @@ def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
 
 
 def _fits(value: Any, known: Sequence[Any]) -> bool:
-    """Whether a value, or all of a list, is within limits, or among words."""
+    """Whether a value, or each value of a list, is within the limits or among the words in `known`."""
     values = value if isinstance(value, list) else [value]
     if not known or not values or isinstance(known[0], str):
         return bool(known and values) and all(each in known for each in values)
@@ -219,7 +216,7 @@ def _fits(value: Any, known: Sequence[Any]) -> bool:
 
 
 def degrade(truth: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """A sequence (T, 3, 4h, 4w) in [0, 1] -> (T, 3, h, w) in steps of 1 / 255."""
+    """Degrade a sequence (T, 3, 4h, 4w) in [0, 1] to (T, 3, h, w) in steps of 1 / 255."""
     x = truth
     for name, given in recipe:
         drawn = {key: _draw(value, rng) for key, value in given.items()}

@@ -1,6 +1,6 @@
-"""The loop: sequences through the engine's own frame code, with gradients, on the model's own results.
+"""The training loop, which runs the engine's frame code with gradients, each frame after the previous result.
 
-What a step sees depends only on seed, step and device, so a run that was killed and resumed ends with the
+The data of a step depends only on seed, step and device, so a run that was killed and resumed ends with the
 same weights.
 """
 
@@ -39,26 +39,26 @@ from .tuned import Tuned
 log = logging.getLogger(__name__)
 
 MARGIN = 64
-"""True pixels around a crop that are degraded with it, so that codecs and filters see more than the crop."""
+"""True pixels around a crop that are degraded with it, so that codecs and filters see its surroundings."""
 HELD_SCENES, HELD_FRAMES, HELD_SIDE = 4, 8, 256
-"""What is measured of the part held out."""
+"""The number of held-out scenes measured, the frames of each, and the side of their crops."""
 SAVED_SECONDS = 60.0
-"""After so long the state of a run is kept again."""
+"""Seconds after which the state of a run is saved again."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a step tells."""
+    """The progress after a step."""
 
     step: int
     steps: int
     loss: float
     figures: Figures | None = None
-    """Where the step was measured."""
+    """The measured quality; None if the step was not measured."""
 
 
 def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.random.Generator) -> Window:
-    """A random sequence to learn from; long scenes are taken more often."""
+    """Draw a random sequence to learn from; long scenes are chosen more often."""
     lengths = np.array([len(scene) for scene in footage.train], float)
     scene = footage.train[rng.choice(len(lengths), p=lengths / lengths.sum())]
     truth = crop(scene, rng, options.size + 2 * MARGIN, options.frames)
@@ -67,7 +67,7 @@ def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.rand
 
 
 def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
-    """Sequences of the held-out part, always the same."""
+    """Return sequences of the held-out part, which are always the same."""
     found = []
     for index, scene in enumerate(footage.held[:HELD_SCENES]):
         rng = np.random.default_rng((seed, 1, index))
@@ -77,7 +77,7 @@ def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
 
 
 def centre_crop(lq: Tensor, truth: Tensor, side: int) -> Window:
-    """The middle of degraded frames, and of the true ones, to model range."""
+    """Crop degraded and true frames to their centre, and convert them to model range."""
     top, left = (max(0, (length - side // SCALE) // 2) for length in lq.shape[-2:])
     small = side // SCALE
     lq = lq[..., top : top + small, left : left + small]
@@ -86,7 +86,7 @@ def centre_crop(lq: Tensor, truth: Tensor, side: int) -> Window:
 
 
 def distance(difference: Tensor, kind: str) -> Tensor:
-    """L1, smooth at zero, or L2 times 10, which is about as large."""
+    """Return L1, smoothed at zero, or L2 times 10, which has a similar size."""
     return 10 * difference.square().mean() if kind == "l2" else (difference.square() + 1e-6).sqrt().mean()
 
 
@@ -103,7 +103,7 @@ class Run(Trainer):
         folder: Path,
         told: Mapping[str, str],
     ) -> None:
-        """`output` is the LoRA to be written, `folder` is for the state, the figures and the pictures."""
+        """Prepare a run that writes a LoRA to `output`, and its state, figures and pictures to `folder`."""
         self.base, self.footage, self.recipe = base, footage, recipe
         self.options, self.told = options, dict(told)
         self.tuned = Tuned(base, options)
@@ -125,13 +125,13 @@ class Run(Trainer):
     # One step
 
     def sequences(self, step: int) -> Iterator[Window]:
-        """What this device learns from in a step."""
+        """Yield the sequences that this device learns from in a step."""
         for index in range(self.options.batch):
             seed = (self.options.seed, 0, step, self.accelerator.process_index, index)
             yield window(self.footage, self.recipe, self.options, np.random.default_rng(seed))
 
     def gradients(self, step: int) -> float:
-        """Add up the gradients of a step; returns its loss."""
+        """Add up the gradients of a step, and return its loss."""
         losses = [
             self._sequence(lqs.to(self.base.device), truths.to(self.base.device), step)
             for lqs, truths in self.sequences(step)
@@ -139,7 +139,7 @@ class Run(Trainer):
         return sum(losses) / len(losses)
 
     def _sequence(self, lqs: Tensor, truths: Tensor, step: int) -> float:
-        """Gradients of a sequence, frame by frame: the one before is given and not learned through."""
+        """Add up a sequence's gradients, none of which flow through the previous frame; return its loss."""
         options, pipe, state, total = UpscaleOptions(seed=step * 1000), self.base, StreamDiffVSRState(), 0.0
         masked = pipe.traits.occlusion == "mask"
         schedule, prompts = pipe.prepared(options, torch.float32)
@@ -164,14 +164,14 @@ class Run(Trainer):
             state = StreamDiffVSRState(previous_hq=hq.detach(), previous_lq=lq, frame_index=index + 1)
         return total
 
-    # The whole
+    # The whole run
 
     def rehearse(self) -> float:
-        """Seconds per step, measuring included, from trial steps that change nothing."""
+        """Return the seconds per step, including measuring, from trial steps that change nothing."""
         if self.step == 0 and self.accelerator.is_main_process:
             self._measure_base()
         seconds = 0.0
-        for _ in range(2):  # the first fills caches
+        for _ in range(2):  # the first one fills caches
             started = time.perf_counter()
             self.gradients(self.step)
             seconds = time.perf_counter() - started
@@ -191,7 +191,7 @@ class Run(Trainer):
         return figures
 
     def __iter__(self) -> Iterator[Progress]:
-        """Go on to the last step, or until the time is over; the best step is kept in `best_file`."""
+        """Train to the last step or the time limit, yielding progress; keep the best step in `best_file`."""
         main, started = self.accelerator.is_main_process, time.monotonic()
         kept, end = started, 60 * (self.options.minutes or math.inf)
         if main and self.step == 0:
@@ -211,7 +211,7 @@ class Run(Trainer):
             yield Progress(self.step, self.steps, loss, figures)
 
     def _judge(self) -> Figures:
-        """Measure what would be loaded now, and keep it where it is the best."""
+        """Measure the current weights as they would be loaded, and keep them if they are the best so far."""
         now = self.report.folder / "now.safetensors"
         self.tuned.save(now, {**self.told, "step": str(self.step)})
         figures = self._measure(self.tuned.pipe(now))
@@ -221,14 +221,14 @@ class Run(Trainer):
         now.unlink(missing_ok=True)
         return figures
 
-    # Kept and resumed
+    # Saving and resuming
 
     @property
     def state_file(self) -> Path:
         return self.report.folder / "state.safetensors"
 
     def settings(self) -> dict[str, Any]:
-        """What a run that is resumed must have in common with the one before."""
+        """Return the settings that a resumed run must share with the original one."""
         own = {name: value for name, value in asdict(self.options).items() if name != "every"}
         return {**own, "base": self.base.model, "clips": self.footage.identity, "recipe": repr(self.recipe)}
 
@@ -237,7 +237,7 @@ class Run(Trainer):
         return {**super().facts(), **best}
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """As `Trainer.resume`; files of the run forget what came later."""
+        """Resume as `Trainer.resume` does, and remove later rows from the files of the run."""
         facts = super().resume(path)
         self.best_step = facts["best_step"]
         self.best, self.begun = Figures(**facts["best"]), Figures(**facts["begun"])

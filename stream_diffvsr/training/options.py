@@ -1,4 +1,4 @@
-"""How a model is fine-tuned: one table, of which the command makes its flags."""
+"""The options of fine-tuning: one table, from which the command derives its flags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..options import check_options, option
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Everything that the result depends on beside base and clips."""
+    """Everything that the result depends on besides the base model and the clips."""
 
     what: str = option(
         "lora",
@@ -79,5 +79,5 @@ class TrainOptions:
 
     @property
     def learning_rate(self) -> float:
-        """That of the option, or the usual one."""
+        """The learning rate: the option `rate` if given, otherwise the default for `what`."""
         return (1e-3 if self.what == "lora" else 1e-4) if self.rate is None else self.rate

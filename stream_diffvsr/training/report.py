@@ -1,4 +1,4 @@
-"""What a run reports: losses and figures as CSV, a chart, and pictures before and after."""
+"""The reports of a run: losses and figures as CSV, a chart, and pictures before and after."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ LOG, MEASURES, CHART = "log.csv", "measures.csv", "chart.png"
 
 @dataclass(frozen=True)
 class Figures:
-    """Means over the held-out part."""
+    """Mean quality over the held-out part."""
 
     psnr: float
-    """Of luminance, dB."""
+    """PSNR of the luminance in dB."""
     ssim: float
     warping_error: float
 
@@ -39,9 +39,9 @@ class Figures:
 
 
 def measured(pipe: StreamDiffVSRPipeline, held: Sequence[Window]) -> tuple[Figures, list[Tensor]]:
-    """Figures of a model, and the last frame of each sequence, (1, 3, H, W) in [0, 1]."""
+    """Return a model's figures, and the last frame of each sequence, (1, 3, H, W) in [0, 1]."""
     every, last = [], []
-    options = UpscaleOptions(memory_plan="whole")  # training itself takes more
+    options = UpscaleOptions(memory_plan="whole")  # training itself needs more memory
     for lqs, truths in held:
         results = [to_pixels(each.hq).cpu() for each in pipe.stream(lqs.split(1), options)]
         every += measure(zip(results, to_pixels(truths).split(1), strict=True))
@@ -51,7 +51,7 @@ def measured(pipe: StreamDiffVSRPipeline, held: Sequence[Window]) -> tuple[Figur
 
 
 class Report:
-    """The files of a run."""
+    """Writes the report files of a run."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.started = folder, time.monotonic()
@@ -59,12 +59,12 @@ class Report:
         self.seconds_of_measuring = 0.0
 
     def log(self, step: int, loss: float, rate: float) -> None:
-        """A row for a step."""
+        """Append a row for a step to the log."""
         row = {"step": step, "loss": f"{loss:.6f}", "rate": f"{rate:.3e}"}
         self._append(LOG, {**row, "seconds": f"{time.monotonic() - self.started:.1f}"})
 
     def add(self, step: int, figures: Figures, frames: list[Tensor], held: Sequence[Window]) -> None:
-        """Figures and pictures of a step; those of step 0 are the base's."""
+        """Add the figures and pictures of a step; those of step 0 belong to the base model."""
         self._append(MEASURES, {"step": step, **asdict(figures)})
         self.before = frames if step == 0 else self.before
         if step:
@@ -72,7 +72,7 @@ class Report:
             self._chart()
 
     def back_to(self, step: int) -> None:
-        """Forget what came after the step from which a run is resumed."""
+        """Delete the rows after the step from which a run is resumed."""
         for name in (LOG, MEASURES):
             rows = [row for row in self._rows(name) if int(row["step"]) <= step]
             (self.folder / name).unlink(missing_ok=True)
@@ -95,7 +95,7 @@ class Report:
             return list(csv.DictReader(file))
 
     def _pictures(self, step: int, frames: list[Tensor], held: Sequence[Window]) -> None:
-        """Columns: bicubic, the base, now, the truth."""
+        """Write a picture with the columns bicubic, base model, current model and truth."""
         before = self.before or [torch.zeros_like(frame) for frame in frames]
         rows = [
             torch.cat([to_pixels(upsample(lqs[-1:])), base, now, to_pixels(truths[-1:])], dim=3)
@@ -122,13 +122,13 @@ class Report:
 
 
 def stack_rows(rows: Sequence[Tensor]) -> Tensor:
-    """Pictures (1, 3, ., .) below one another, filled up with black at the right."""
+    """Stack pictures (1, 3, ., .) vertically, padded with black at the right."""
     width = max(row.shape[-1] for row in rows)
     return torch.cat([F.pad(row, (0, width - row.shape[-1], 0, 0)) for row in rows], dim=2)
 
 
 def write_picture(path: Path, picture: Tensor) -> None:
-    """(1, 3, H, W) in [0, 1] as a PNG."""
+    """Write (1, 3, H, W) in [0, 1] as a PNG."""
     from PIL import Image
 
     array = (picture[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

@@ -1,4 +1,4 @@
-"""What is trained: low-rank changes beside fixed weights, or copies of the weights."""
+"""The trained parameters: low-rank changes to fixed weights, or copies of the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class LowRank(nn.Module):
-    """W -> W + B A, beginning with B = 0: exactly what the merged layer will be."""
+    """Changes W to W + B A, with B = 0 at first; this is exactly the weight of the merged layer."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class LowRank(nn.Module):
 
 
 class Tuned:
-    """A base, networks of the same layers that learn, and the parameters that do, by name.
+    """A base model, trainable networks with the same layers, and their trained parameters by name.
 
-    The base is never changed; what is not trained is shared with it.
+    The base is never changed; weights that are not trained are shared with it.
     """
 
     def __init__(self, base: StreamDiffVSRPipeline, options: TrainOptions) -> None:
@@ -55,10 +55,10 @@ class Tuned:
         if options.checkpointing:
             for network in (self.networks.unet, self.networks.controlnet.body):
                 network.enable_gradient_checkpointing()  # type: ignore[operator]
-                network.train()  # there is no dropout; older versions of diffusers ask for it
+                network.train()  # older versions of diffusers require it; there is no dropout
 
     def _copy(self, part: str) -> nn.Module:
-        """Layers of its own; weights too, where all of them learn."""
+        """Copy the layers of a network, and also its weights if all of them are trained."""
         network = getattr(self.base.torch_networks, part)
         weights = network.parameters() if self.options.what == "full" else ()
         return lora.copy_with(network, {id(x): nn.Parameter(x.detach().clone(), False) for x in weights})
@@ -79,7 +79,7 @@ class Tuned:
         return found
 
     def fill_cache(self) -> None:
-        """Compute each changed weight once: gradient checkpointing must find the same when it recomputes."""
+        """Compute each changed weight once, so that gradient checkpointing reuses it when it recomputes."""
         for layer in self._layers:
             _ = layer.weight
 
@@ -92,13 +92,13 @@ class Tuned:
         return {name: weight.requires_grad_() for name, weight in named if self._learns(name)}
 
     def pipe(self, saved: Path) -> StreamDiffVSRPipeline:
-        """The model as it is now, for measuring: a LoRA from the file that `save` wrote."""
+        """Return the current model for measuring; a LoRA is read from `saved`, which `save` wrote."""
         if self.options.what == "lora":
             return self.base.with_loras((saved, 1.0))
         return self.base.around(self.networks)
 
     def save(self, path: Path, told: Mapping[str, str]) -> None:
-        """Write the LoRA, or all that learns of the whole."""
+        """Write the LoRA, or with full training all trained weights."""
         if self.options.what == "full":
             tensors = {name: x.detach().cpu().contiguous() for name, x in self.parameters.items()}
             save_tensors(path, tensors, told)
@@ -109,7 +109,7 @@ class Tuned:
         lora.write_lora(path, changes, {**told, "base": self.base.model, "rank": rank, "alpha": rank})
 
     def save_folder(self, output: Path, saved: Path, folder: Path, told: Mapping[str, str]) -> None:
-        """Write a checkpoint with the weights that were `saved`, and all else of the base's `folder`."""
+        """Write a checkpoint with the weights in `saved` and everything else from the base's `folder`."""
         skip = shutil.ignore_patterns("*.safetensors.index*", "diffusion_pytorch_model*", ".*")
         shutil.copytree(folder, output, ignore=skip, copy_function=shutil.copyfile, dirs_exist_ok=True)
         best: dict[str, Any] = dict(read_tensors(saved)[0])
