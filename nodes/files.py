@@ -120,7 +120,7 @@ def is_state(file: Path) -> bool:
 
 
 def state_path(name: str) -> Path:
-    """Return the path for an entry of `saved_states`, or for any other path as text."""
+    """Return the path that an entry of `saved_states` stands for; any other text is itself a path."""
     for kind in ("output", "input"):
         if name.endswith(f" [{kind}]"):
             return host.folder(kind) / name.removesuffix(f" [{kind}]")

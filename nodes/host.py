@@ -31,7 +31,7 @@ LIVE_EVENT = "stream_diffvsr.live"
 SLOW_SECONDS = 2.0
 """A frame that takes longer than this shows its progress."""
 STEP_WORDS = {"denoise": "step"}
-"""The user's words for stages of the engine, where they differ."""
+"""Names that users see for stages of the engine, where they differ."""
 MODEL_KEY = "streamdiffvsr"
 
 
@@ -55,7 +55,7 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 @contextmanager
 def install_line() -> Generator[None, None, None]:
-    """Turn an error about a missing package into one that explains how to install it."""
+    """Explain how to install a package if it is missing."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -221,7 +221,7 @@ class Progress:
     def live(self, image: Tensor) -> None:
         """Show the newest frame (H, W, C) through this pack's script, at most five times a second.
 
-        This is for nodes that finally show a video: newer pages would keep ComfyUI's own preview instead.
+        This is for nodes that show a video when done: newer pages would keep ComfyUI's own preview instead.
         """
         instance, now = _page(), time.monotonic()
         if instance and self._node_id and now >= self._next_picture:
@@ -232,7 +232,7 @@ class Progress:
             self._next_picture = now + PREVIEW_SECONDS
 
     def step(self, stage: str, done: int, total: int) -> None:
-        """Check for cancellation and show the progress of a slow frame; this is the engine's `on_step`."""
+        """Check for cancellation and show the progress of a slow frame; used as the engine's `on_step`."""
         check_interrupt()
         if total > 1 and time.monotonic() - self._since >= SLOW_SECONDS:
             now = f"frame {self._done + 1}: {STEP_WORDS.get(stage, stage)} {done} of {total}"
@@ -292,7 +292,7 @@ def preview_picture(image: Tensor) -> Any:
 
 
 def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> int | None:
-    """Return the number of VideoHelperSuite's meta-batch, from 0, or None without a batch manager."""
+    """Return the number of the current VideoHelperSuite meta-batch, from 0; None without a batch manager."""
     seen, waiting = set(), [node_id]
     while prompt and waiting:
         current = waiting.pop()
@@ -320,7 +320,7 @@ def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str,
 
 
 def is_file_video(video: Any) -> bool:
-    """Whether a VIDEO equals its stream source (a file, or a file's bytes), without pending edits."""
+    """Whether a VIDEO is just its stream source (a file, or a file's bytes), without pending edits."""
     implementations = comfy_module("comfy_api.input_impl")
     known = implementations is None or isinstance(video, implementations.VideoFromFile)
     return known and not getattr(video, "has_pending_frame_edits", bool)()
@@ -333,7 +333,7 @@ def trim_window(video: Any) -> tuple[float, float]:
 
 
 def video_file(path: Path) -> Any:
-    """Return a VIDEO that refers to a file, or the path itself without ComfyUI."""
+    """Return a VIDEO that refers to a file; without ComfyUI, return the path as text."""
     implementations = comfy_module("comfy_api.input_impl")
     return implementations.VideoFromFile(str(path)) if implementations else str(path)
 
@@ -349,7 +349,7 @@ def shown_video(path: Path) -> dict[str, Any]:
 
 
 def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
-    """Describe a file in one of ComfyUI's folders as the page requests it, with / on every system."""
+    """Return the page's reference to a file in one of ComfyUI's folders, with / on every system."""
     inside = path.relative_to(root)
     subfolder = "" if len(inside.parts) == 1 else inside.parent.as_posix()
     return {"filename": inside.name, "subfolder": subfolder, "type": kind}
@@ -377,7 +377,7 @@ def image_model_path(name: str) -> str | None:
 
 
 def lora_files() -> list[tuple[str, Path]]:
-    """Return name and path of every LoRA that ComfyUI lists, for any model."""
+    """Return name and path of every LoRA that ComfyUI lists, whichever model it is for."""
     paths = comfy_module("folder_paths")
     names = paths.get_filename_list("loras") if paths else []
     found = ((name, paths.get_full_path("loras", name)) for name in names)

@@ -86,7 +86,7 @@ def choose_source(video_path: str, video: Any) -> Source:
 
 
 def video_source(video: Any) -> Source:
-    """Return the source for a VIDEO, first writing one in memory, or an edited one, to the temp folder."""
+    """Return the source for a VIDEO; one that is in memory or edited is written to the temp folder first."""
     from fractions import Fraction
 
     from . import temporary
@@ -188,7 +188,7 @@ def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]
 
 
 def run_under_free_name(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
-    """Run the job under the first name that is free or belongs to its cancelled run, and return the file."""
+    """Run the job under the first name that is free or that its cancelled run used; return the file."""
     with worker_pool(pipe, node_id) as pool:
         for job in jobs:
             begun = job.output.with_name(job.output.name + ".parts").exists()
@@ -217,7 +217,7 @@ def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, N
 def run_with_progress(
     pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None
 ) -> bool:
-    """Run a job with progress and cancelling; return False if the job `begun` there is a different one."""
+    """Run a job, showing progress and allowing cancellation; return False if another job was begun there."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
@@ -281,7 +281,7 @@ WORDS = {
     "so write to a folder, or give --target": "so give all pictures the same size, or make a video of each",
     "or suffix": "or another ending of output_path",
 }
-"""The command's terms that the nodes name differently."""
+"""Terms of the command line, each with the nodes' term for the same thing."""
 
 
 @contextlib.contextmanager

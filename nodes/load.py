@@ -117,7 +117,8 @@ def checkpoints() -> list[str]:
 def is_complete(candidate: Candidate, files_identity: str) -> bool:
     """Whether a folder is a complete checkpoint; it is inspected again only when its files change.
 
-    If the packages needed to check are missing, assume that it is; running it then reports what to install.
+    If packages needed for the check are missing, the folder is assumed complete; running the model then
+    reports which to install.
     """
     from ..stream_diffvsr.load import FAMILIES
 
@@ -207,5 +208,5 @@ def shared_pipe(
         folders = [str(folder) for folder in host.model_folders()]
         model = {"source": located(source), "dtype": str(dtype).removeprefix("torch."), "flow": flow}
         remember(pipe, Known(source, {**model, "extra_folders": folders}))
-        _open[(source_identity(source), *settings)] = pipe  # a new identity, if just downloaded
+        _open[(source_identity(source), *settings)] = pipe  # the identity changes with a download
     return pipe

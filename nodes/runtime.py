@@ -168,7 +168,7 @@ def workers_on(devices: str) -> Devices | None:
 
 
 def with_runtime(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upscaler:
-    """Return a copy of `pipe` with the given runtime; it shares the weights, except those in 8 bits."""
+    """Return a copy of `pipe` with the given runtime; it shares the weights, unless they are in 8 bits."""
     from ..stream_diffvsr.families.diffvsr.fastest import with_runtime
     from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
     from ..stream_diffvsr.runtimes.choose import open_runtime

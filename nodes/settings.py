@@ -94,7 +94,7 @@ def settings_widgets() -> dict[str, Widget]:
 
 @dataclass(frozen=True)
 class SettingsValue:
-    """The value that the settings socket passes on; if it is empty, all defaults apply."""
+    """The value passed through a settings socket; if it is empty, all defaults apply."""
 
     engine: dict[str, Any] = field(default_factory=dict)
     """Values for fields of the family's options."""

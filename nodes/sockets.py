@@ -14,7 +14,7 @@ STATE = "STREAM_DIFFVSR_STATE"
 SETTINGS = "STREAM_DIFFVSR_SETTINGS"
 
 SINCE = "frames_since"
-"""Name of a state's tensor with the frames since the last border, (N, 3, h, w); absent at a border."""
+"""Key of a state's tensor with the frames since the last border, (N, 3, h, w); absent at a border."""
 
 CATEGORY = "StreamDiffVSR"
 ADVANCED = "StreamDiffVSR/Advanced"

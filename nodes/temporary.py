@@ -1,4 +1,4 @@
-"""Temporary files, without loss of quality, for videos that exist only in memory."""
+"""Lossless temporary files for videos that exist only in memory."""
 
 from __future__ import annotations
 

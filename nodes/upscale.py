@@ -230,9 +230,9 @@ def upscale(
     the state.
 
     A model that processes frames in chunks finishes the batch as if the video ended there. Its state is the
-    one at the last chunk border plus the frames since then, which the next batch upscales again. All frames
-    except those at the end of a batch therefore equal a single run over all frames. Without `finish`, the
-    frames since that border are left out of the result.
+    one at the last chunk border plus the frames since then, which the next batch upscales again. Except at
+    the end of each batch, the result therefore equals that of a single run over all frames. Without
+    `finish`, the frames since that border are left out of the result.
     """
     from ..stream_diffvsr.jobs.job import Speed
 
@@ -301,7 +301,7 @@ class MetaBatch:
 
     @property
     def last(self) -> bool:
-        """Whether this is the last batch; False if it is unknown, as no manager is linked to the node."""
+        """Whether this is the last batch; False if unknown because no manager is linked to the node."""
         return self.number is None or getattr(self.holder, "has_closed_inputs", False)
 
     def finishes(self, pipe: Upscaler, images: Tensor, linked: bool) -> bool:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 COLOUR_FIXES = ("model", "none", "lab", "wavelet", "adain")
 LEVELS = 5
-"""Levels of the low-pass filter. Each doubles its reach, so 5 keep structures of about 30 pixels or more."""
+"""Levels of the low-pass filter. Each doubles the reach, so 5 keep colours of about 30 pixels or more."""
 
 
 def adain(hq: Tensor, lq_up: Tensor) -> Tensor:
@@ -21,7 +21,10 @@ def adain(hq: Tensor, lq_up: Tensor) -> Tensor:
 
 
 def lab(hq: Tensor, lq_up: Tensor) -> Tensor:
-    """Match the broad hue and saturation of (1, 3, H, W) to `lq_up`; keep brightness and finer colours."""
+    """Match the broad hue and saturation of `hq` to `lq_up`, both (1, 3, H, W).
+
+    Brightness and finer colours are kept.
+    """
     (light, colour), (_, wanted) = (_to_lab(x).split((1, 2), 1) for x in (hq, lq_up))
     return _from_lab(torch.cat([light, colour + _low_pass(wanted - colour)], 1))
 
@@ -62,7 +65,7 @@ def _mix(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _matrices(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the matrix from linear sRGB to XYZ relative to white, whose rows sum to 1, and TO_LAB."""
+    """Return two matrices: linear sRGB to XYZ relative to white, with rows that sum to 1, and TO_LAB."""
     xyz, to_lab = (torch.tensor(rows, dtype=x.dtype, device=x.device) for rows in (TO_XYZ, TO_LAB))
     return xyz / xyz.sum(1, keepdim=True), to_lab
 
@@ -89,8 +92,8 @@ def _from_lab(lab: Tensor) -> Tensor:
 def apply_fidelity(hq: Tensor, lq_up: Tensor, colour_fix: str, strength: float) -> Tensor:
     """Fix the colours of the model's result, then blend it with the enlarged LQ frame.
 
-    All are (1, 3, H, W) in [0, 1]. A `strength` of 1 keeps the result, 0 returns `lq_up`, and more than 1
-    extrapolates.
+    All pictures are (1, 3, H, W) in [0, 1]. A `strength` of 1 keeps the result, 0 returns `lq_up`, and more
+    than 1 extrapolates.
     """
     fix = {"lab": lab, "wavelet": wavelet, "adain": adain}.get(colour_fix)
     hq = fix(hq, lq_up).clamp(0, 1) if fix else hq

@@ -152,7 +152,7 @@ def atomic(path: Path) -> Generator[BinaryIO, None, None]:
 
 
 def keep_json(path: Path, value: object) -> None:
-    """Write a small file that saves work later; only log a failure."""
+    """Write a small JSON file that saves work later; failures are only logged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:

@@ -1,4 +1,4 @@
-"""Measuring free memory and the memory of tensors, and recognising errors about running out of it."""
+"""Measuring free memory and the memory of tensors, and recognising out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MESSAGES = (
 )
 
 LIBRARIES = ("cv2", "onnxruntime")
-"""Libraries whose errors are not a `RuntimeError`."""
+"""Libraries whose out-of-memory errors are not of type `RuntimeError`."""
 
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -67,7 +67,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _cgroup_free() -> list[int]:
-    """Return the bytes left below a container's memory limit as a list, which is empty if there is none."""
+    """Return the bytes left under a container's memory limit, as a list that is empty without a limit."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),

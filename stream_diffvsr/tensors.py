@@ -8,10 +8,10 @@
 | flow     | (1, 2, 4h, 4w)    | pixels; channel 0 is dx; points to a pixel's previous position          |
 | warped   | (1, 3, 4h, 4w)    | the previous hq warped by flow; 0 (mid grey) outside the picture        |
 | latents  | (1, 4, h', w')    | from noise to result; h', w' are h, w padded to multiples of 4          |
-| features | list of (1, C, ., .) | features of warped, pooled 4x4, coarse to fine, for the decoder's TPM |
+| features | list of (1, C, ., .) | from warped, pooled 4x4, coarse to fine, for the decoder's TPM       |
 | pixels   | (1, 3, H, W)      | [0, 1], clamped                                                         |
 
-All are float32, RGB.
+All tensors are float32, and pictures are RGB.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .errors import IncompatibleInputError
 
 SCALE = 4
-"""The side of the square that one LQ pixel becomes."""
+"""The upscaling factor: one LQ pixel becomes a square with this side."""
 
 LATENT_MULTIPLE = 4
 """Frames are padded to multiples of this, since the TPM pools 4x4 at latent size too."""
@@ -43,7 +43,7 @@ def from_pixels(pixels: Tensor) -> Tensor:
 
 
 def upsample(lq: Tensor, scale: float = SCALE) -> Tensor:
-    """Enlarge bicubically like the reference: a = -0.75, no antialiasing, no clamping; 1 is a no-op."""
+    """Enlarge bicubically like the reference (a = -0.75, no antialiasing or clamping); scale 1 is a no-op."""
     return lq if scale == 1 else F.interpolate(lq, scale_factor=scale, mode="bicubic", align_corners=False)
 
 

@@ -1,4 +1,4 @@
-"""Splitting pictures into bands of rows, which changes no result, or into overlapping, blended tiles."""
+"""Splitting pictures into bands of rows, which keeps results exact, or into overlapping, blended tiles."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def spans(length: int, size: int, overlap: int, multiple: int = 1) -> list[slice
 
 
 def feather(parts: list[slice], length: int) -> list[Tensor]:
-    """Return the weight of each position in each span; all are positive, and each position's add up to 1."""
+    """Return the weight of each position in each span; weights are positive and sum to 1 per position."""
     position = torch.arange(length) + 0.5
     far = torch.full_like(position, length)
     weights = torch.zeros(len(parts), length)

@@ -1,4 +1,4 @@
-"""Measuring the time of frames and of the networks that compute them."""
+"""Timing of frames and of the networks that compute them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..tensors import upsample
 from ..upscaler import Session, Upscaler
 
 STAGES = {"flow": "flow", "controlnet": "control", "unet": "denoise", "vae": "decode"}
-"""Names under which Stream-DiffVSR's networks are reported, besides `rest`; other networks keep theirs."""
+"""Stage names for Stream-DiffVSR's networks; other networks keep theirs. Any other time is `rest`."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def _parts(model: Upscaler, name: str, network: nn.Module) -> Iterable[nn.Module
 
 
 def moving_picture(count: int, height: int, width: int) -> list[Tensor]:
-    """Return LQ frames of a smooth random pattern that drifts."""
+    """Return LQ frames that show a smooth, drifting random pattern."""
     generator = torch.Generator().manual_seed(0)
     wide = upsample(torch.rand((1, 3, height // 4 + 2, width // 4 + count + 2), generator=generator) * 2 - 1)
     return [wide[..., :height, index : index + width].clamp(-1, 1).contiguous() for index in range(count)]
@@ -203,7 +203,7 @@ def _unsettled(state: StreamDiffVSRState) -> StreamDiffVSRState:
 def _stages(
     clock: Clock, pipe: StreamDiffVSRPipeline, lq: Tensor, state: Any, options: UpscaleOptions
 ) -> dict[str, float]:
-    """Measure the stages of the same frame in another run; the clock in the networks costs a little time."""
+    """Time the stages by running the frame again; the clock in the networks adds a little time."""
     with clock.watching(pipe):
         total, _ = _time(clock, pipe, lq, state, options)
     return {**clock.spent, "rest": total - sum(clock.spent.values())}
@@ -212,7 +212,7 @@ def _stages(
 def count_operations(
     pipe: StreamDiffVSRPipeline, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
 ) -> dict[str, float]:
-    """Count the operations of one frame by stage, in 1e9; a multiply-add is two."""
+    """Count the operations of one frame by stage, in 1e9; a multiply-add is two operations."""
     pipe = copy.copy(pipe)
     pipe.built = None  # another runtime does the same work, but torch's counter cannot see it
     eager = replace(options, compile_mode="off")
@@ -245,7 +245,7 @@ def measure_sequence(
 ) -> Result:
     """Upscale a moving picture with a model of any family, which may process several frames at once.
 
-    The first two chunks are for warming up; `rounds` more are measured.
+    The first two chunks are warm-up; `rounds` more are measured.
     """
     clock, session = Clock(model.device), model.session(options)
     frames = cycle(moving_picture(8, height, width))

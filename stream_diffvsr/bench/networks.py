@@ -28,7 +28,7 @@ from ..upscaler import Upscaler
 from ..weights.networks import empty
 
 RANDOM, RANDOM_FLASHVSR, RANDOM_SWIFTVR = "random", "random-flashvsr", "random-swiftvr"
-"""Names of released architectures with random weights: their speed is that of the trained ones."""
+"""Names of released architectures with random weights, which run as fast as trained ones."""
 
 TOKENS, TEXT = 512, 4096
 """The size of a prompt's embedding in FlashVSR and SwiftVR, which are based on Wan."""
@@ -72,7 +72,7 @@ class RandomPrompts:
 def open_measured(
     model: str | Path, device: str, dtype: str, flow: str, attention: str = "auto", blocks: int = BLOCKS
 ) -> Upscaler:
-    """Open the model to measure; `blocks` is for the transformers of random-flashvsr and random-swiftvr."""
+    """Open the model to measure; `blocks` is the transformer depth of random-flashvsr and random-swiftvr."""
     if model not in (RANDOM, RANDOM_FLASHVSR, RANDOM_SWIFTVR):
         return load_pipeline(model, device=device, dtype=dtype, flow=flow, attention=attention)
     chosen = resolve_device(device)
@@ -121,7 +121,7 @@ def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: in
 
 
 def random_network(name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """Build a checkpoint's network with random weights of typical size; even a large one takes seconds."""
+    """Build a checkpoint's network with random weights of typical size; large ones also take only seconds."""
     return randomized(empty(lambda: from_config(name, config)), device, dtype)
 
 
@@ -166,7 +166,7 @@ class PlainControl(Control):
 
 
 def reference_way(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """Return a pipeline that runs the same weights like the reference: in float32, nothing precomputed."""
+    """Return a pipeline that runs the same weights as the reference does: in float32, nothing precomputed."""
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     for network in stages.values():
         network.float()

@@ -14,7 +14,7 @@ from .settings import Settings, from_environment
 def main() -> int:
     """Serve until told to stop, and return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # It would log every malformed form, which the caller is told about anyway.
+    # It warns about every malformed form, but the caller gets an error for these anyway.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
         run(Settings(**from_environment(os.environ)))

@@ -91,7 +91,7 @@ FILE_ANSWER: dict[int | str, dict[str, Any]] = {
 
 
 def create(settings: Settings) -> FastAPI:
-    """Create the application, which runs the jobs while it is up."""
+    """Create the application, which also runs the jobs."""
     settings.root.mkdir(parents=True, exist_ok=True)
     store, checks = Store(settings.root.resolve()), Checks()
     workers = Workers(store, settings, checks)
@@ -170,7 +170,7 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
         "/{task_id}", summary="Cancel, and keep or delete the files", operation_id=f"{kind}_delete"
     )
     async def delete(task_id: str, remove: bool = False) -> Status:
-        """With `remove`, delete the task and its files; otherwise keep the finished part for continuing."""
+        """With `remove`, delete the task and its files; otherwise keep the finished part, ready to resume."""
         found = await jobs.workers.cancel(task(task_id))
         if remove:
             await asyncio.to_thread(store.remove_files, found)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 PYTHON_MODULE = "stream_diffvsr.cli.main"
 CHECKS = "stream_diffvsr.cli.checks"
 ANY_SIZE = 8
-"""How many times the maximum pixels of an input frame an output frame may have."""
+"""The maximum pixels of an output frame, as a multiple of those of an input frame."""
 PATIENCE = 60.0
 """Seconds allowed for inspecting a file."""
 IDLE = 120.0

@@ -1,4 +1,4 @@
-"""Checks on every request's sender and origin, and headers that restrict what browsers may do."""
+"""Checks of every request's sender and origin, and headers that restrict browsers."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Guard:
         await problems.problem_response(*refusal, headers)(scope, receive, guarded)
 
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
-        """Return the status and message to refuse a request with, or None to accept it."""
+        """Return the status and message with which to refuse a request, or None to accept it."""
         headers, path = Headers(scope=scope), scope["path"]
         host = headers.get("host", "")
         # Without a token, only this machine is served: any other name may be a DNS rebinding attack.

@@ -235,7 +235,7 @@ def _format(kind: str, task: Task, asked: str | None, about: Mapping[str, Any]) 
 
 
 def _check_texts(request: Mapping[str, Any]) -> None:
-    """Raise `ProblemError` for text that a command line cannot contain."""
+    """Raise `ProblemError` for text that cannot be stored or passed on a command line."""
     try:
         text = json.dumps(request, ensure_ascii=False, allow_nan=False)
         text.encode()

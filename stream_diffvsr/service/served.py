@@ -21,7 +21,7 @@ def serve(
 ) -> Response:
     """Return a file or the requested part; browsers save it as `name`, and `kind` is its media type.
 
-    Raise `ProblemError` if it does not exist. A file that is replaced meanwhile is read to its old end.
+    Raise `ProblemError` if it does not exist. If it is replaced meanwhile, the old file is sent to its end.
     """
     try:
         stat = path.stat()

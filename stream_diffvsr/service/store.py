@@ -46,7 +46,7 @@ class Task:
     created: float = 0.0
     queued: float = 0.0
     ended: float = 0.0
-    """These three in seconds since 1970; 0 for not yet."""
+    """These three times are in seconds since 1970; 0 means not yet."""
 
 
 COLUMNS = tuple(each.name for each in fields(Task))
@@ -78,7 +78,7 @@ class Store:
         return self.folder_of(task) / f"result{task.request.get('suffix', task.suffix)}"
 
     def preview_of(self, task: Task) -> Path:
-        """Return the path of the picture that the command writes of its newest frame."""
+        """Return the path of the command's preview picture, which shows the newest frame."""
         return self.folder_of(task) / "result_preview.jpg"
 
     def add(self, task: Task) -> Task:
@@ -122,7 +122,7 @@ class Store:
         )
 
     def remove(self, task: Task) -> None:
-        """Delete a task, whose files must be deleted first so that none are left behind."""
+        """Delete a task; its files must be deleted first, so that none are left behind."""
         self.database.execute("DELETE FROM tasks WHERE id = ?", (task.id,))
 
     def remove_files(self, task: Task) -> None:

@@ -32,7 +32,7 @@ class Upload:
         self._headers: dict[bytes, bytes] = {}
 
     async def receive(self, request: Request) -> None:
-        """Write the whole request's file to the disk; raise `ProblemError` if it is refused or incomplete."""
+        """Read the whole request and save its file; raise `ProblemError` if it is refused or incomplete."""
         kind, parameters = parse_options_header(request.headers.get("content-type"))
         if kind != b"multipart/form-data" or not parameters.get(b"boundary"):
             raise ProblemError(415, f"Send multipart/form-data with the file in a field called '{FILE}'.")

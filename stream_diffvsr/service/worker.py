@@ -28,7 +28,7 @@ PAUSE = 2.0
 """Seconds before a crashed job is tried again."""
 LAST_LINES = 5
 BAD_INPUT = 2
-"""The command's exit code for jobs that fail however often they are tried."""
+"""The command's exit code for a job that would fail however often it is tried."""
 SAVE_EVERY = 1.0
 """The minimum number of seconds between two writes of a job's progress."""
 LOG = "log.txt"
@@ -46,7 +46,7 @@ class RunningJob:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """The most recent progress message, parsed."""
     doing: str = ""
-    """A description of what the job is doing other than upscaling; '' for nothing."""
+    """The job's current activity other than upscaling, in words; '' if there is none."""
 
 
 class Workers:

@@ -1,6 +1,6 @@
-"""The training loop, which runs the engine's frame code with gradients, each frame after the previous result.
+"""The training loop, which runs the engine's frame code with gradients, on the model's own previous results.
 
-The data of a step depends only on seed, step and device, so a run that was killed and resumed ends with the
+The data of a step depend only on seed, step and device, so a run that was killed and resumed ends with the
 same weights.
 """
 

@@ -95,7 +95,7 @@ class Report:
             return list(csv.DictReader(file))
 
     def _pictures(self, step: int, frames: list[Tensor], held: Sequence[Window]) -> None:
-        """Write a picture with the columns bicubic, base model, current model and truth."""
+        """Write a picture with columns for bicubic, the base model, the current model and the truth."""
         before = self.before or [torch.zeros_like(frame) for frame in frames]
         rows = [
             torch.cat([to_pixels(upsample(lqs[-1:])), base, now, to_pixels(truths[-1:])], dim=3)

@@ -98,7 +98,7 @@ class Tuned:
         return self.base.around(self.networks)
 
     def save(self, path: Path, told: Mapping[str, str]) -> None:
-        """Write the LoRA, or with full training all trained weights."""
+        """Write the LoRA or, in full training, all trained weights."""
         if self.options.what == "full":
             tensors = {name: x.detach().cpu().contiguous() for name, x in self.parameters.items()}
             save_tensors(path, tensors, told)
