@@ -33,7 +33,7 @@ class Trainer(ABC):
     warm = 10
     """Steps in which the learning rate rises."""
     clip = 1.0
-    """Largest norm of a step's gradients."""
+    """The norm to which a step's gradients are clipped."""
 
     def __init__(
         self,
@@ -71,26 +71,26 @@ class Trainer(ABC):
 
     @abstractmethod
     def gradients(self, step: int) -> float:
-        """Add up the gradients of a step in this process; returns its loss."""
+        """Add up the gradients of a step in this process, and return its loss."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """What a resumed run must have in common with the run before, as JSON values."""
+        """Return the settings that a resumed run must share with the original one, as JSON values."""
 
     def facts(self) -> dict[str, Any]:
-        """What else is kept of a run, as JSON values."""
+        """Return what else is saved of a run, as JSON values."""
         return {"step": self.step, "steps": self.steps}
 
     def fall(self) -> float:
-        """Factor on the learning rate at this step, from 1 to 0; by default along a cosine."""
+        """Return the factor on the learning rate at this step, from 1 to 0; by default along a cosine."""
         return 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps)))
 
     def rate_now(self) -> float:
-        """The learning rate at this step."""
+        """Return the learning rate at this step."""
         return self.rate * min(1.0, (self.step + 1) / self.warm) * self.fall()
 
     def update(self) -> float:
-        """Do one step; returns its loss."""
+        """Train for one step, and return its loss."""
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate_now() * group["haste"]
         self.optimiser.zero_grad()
@@ -111,13 +111,13 @@ class Trainer(ABC):
         return loss
 
     def agree_on(self, steps: int) -> None:
-        """Set the number of steps to the first process's, so that no process waits for one that has ended."""
+        """Set `steps` to the first process's number, so that all processes end after the same step."""
         from accelerate.utils import broadcast_object_list
 
         self.steps = broadcast_object_list([steps])[0]
 
     def keep(self, path: Path) -> None:
-        """Write all that the following steps depend on, whole or not at all."""
+        """Save everything that the following steps depend on, atomically."""
         tensors = {f"weights.{name}": weight for name, weight in self.parameters.items()}
         tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
         for name, weight in self.parameters.items():
@@ -127,7 +127,7 @@ class Trainer(ABC):
         save_tensors(path, plain, {"run": json.dumps({**self.facts(), "settings": self.settings()})})
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """Continue from what `keep` wrote, and return its facts.
+        """Restore the state that `keep` saved, and return its facts.
 
         Raises `IncompatibleInputError` if that was a different run.
         """
@@ -147,7 +147,7 @@ class Trainer(ABC):
                 weight.copy_(tensors[f"weights.{name}"])
                 keys = [key for key in MOMENTS if f"{key}.{name}" in tensors]
                 moments = {key: tensors[f"{key}.{name}"].clone() for key in keys}
-                # torch counts the steps on the CPU, whatever the device.
+                # torch keeps the step counter on the CPU, whatever the device.
                 moments = {key: x if key == "step" else x.to(weight.device) for key, x in moments.items()}
                 if moments:
                     self.optimiser.state[weight] = moments
@@ -157,6 +157,6 @@ class Trainer(ABC):
 
 
 def of_state(path: Path, kind: str) -> dict[str, Tensor]:
-    """Tensors of one kind ('weights' or 'average') by name, from what `Trainer.keep` wrote."""
+    """Return the tensors of one kind ('weights' or 'average') by name from a file of `Trainer.keep`."""
     tensors, _ = read_tensors(path)
     return {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{kind}.")}
