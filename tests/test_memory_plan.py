@@ -186,7 +186,7 @@ def test_estimates_have_each_stage_and_their_sum(dtype):
 
 
 def test_estimates_read_a_checkpoint(checkpoint):
-    small, large = (estimate_memory(size, size, AUTO, torch.float32, checkpoint) for size in (32, 64))
+    small, large = (estimate_memory(size, size, AUTO, torch.float32, checkpoint) for size in (96, 192))
     assert small["weights"] == large["weights"] < 2**25
     assert large["unet"] == pytest.approx(4 * small["unet"], rel=2e-2)
 

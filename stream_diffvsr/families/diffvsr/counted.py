@@ -6,7 +6,7 @@ amount in every run, so a process on a CPU may occupy up to twice as much; `plan
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain
 from typing import Any
@@ -109,7 +109,14 @@ class Needs:
     @cached_property
     def _weights(self) -> list[Tensor]:
         networks = self._meta.stages().values()
-        return [x for network in networks for x in chain(network.parameters(), network.buffers())]
+        own = [x for network in networks for x in chain(network.parameters(), network.buffers())]
+        return [*own, *(folded.summed_weights(networks) if self.device.type == "cpu" else ())]
+
+    def _peak(self, call: Callable[[], object], known: Iterable[Tensor]) -> int:
+        """Count a call in the way in which it runs, besides the weights and `known`."""
+        on_cpu = self._meta.stages().values() if self.device.type == "cpu" else ()
+        with folded.folded(on_cpu):
+            return count_bytes(call, [*self._weights, *known])
 
     def _calls(self, plan: Plan) -> TorchCalls:
         return TorchCalls(self._meta, plan, self.dtype, FixedPlacement(META), lambda stage: 0)
@@ -126,13 +133,11 @@ class Needs:
             return round(estimator.bytes_per_pixel * height * width * (SCALE * scale) ** 2) + result
         frames = [torch.empty(1, 3, height, width, device=META) for _ in range(2)]
         calls = self._calls(Plan(flow=method))
-        return (
-            count_bytes(lambda: calls.flow(frames[0], frames[1], scale), [*self._weights, *frames]) + result
-        )
+        return self._peak(lambda: calls.flow(frames[0], frames[1], scale), frames) + result
 
     def _embedding(self, height: int, width: int, rows: int | None) -> int:
         warped = torch.empty(1, 3, SCALE * height, SCALE * width, device=META)
-        return count_bytes(lambda: self._calls(Plan(rows=rows)).embed(warped), [*self._weights, warped])
+        return self._peak(lambda: self._calls(Plan(rows=rows)).embed(warped), [warped])
 
     def _denoising(self, height: int, width: int, tile: int | None, overlap: int) -> int:
         config: Any = self._meta.unet.config
@@ -159,12 +164,13 @@ class Needs:
                 on_step=ignore_progress,
             )
 
-        return count_bytes(one_step, [*self._weights, warped, latents, lq, prompt, embedding])
+        return self._peak(one_step, [warped, latents, lq, prompt, embedding])
 
     def _decoding(self, height: int, width: int, rows: int | None) -> int:
         channels = self._meta.vae.latent_channels
         warped = torch.empty(1, 3, SCALE * height, SCALE * width, device=META)
         latents = torch.empty(1, channels, height, width, device=META)
         calls = self._calls(Plan(rows=rows))
-        known = [*self._weights, warped, latents]
-        return count_bytes(lambda: calls.decode(latents, calls.features(warped), None), known)
+        trust = torch.empty(1, 1, SCALE * height, SCALE * width, device=META)
+        known = [warped, latents, trust]
+        return self._peak(lambda: calls.decode(latents, calls.features(warped), trust), known)

@@ -64,15 +64,21 @@ def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
     return _kept.bytes_beside((layer for network in networks for _, layer in _pairs(network)), SHARE)
 
 
+def summed_weights(networks: Iterable[nn.Module]) -> list[Tensor]:
+    """Return the summed weights of the networks' convolutions, computing those that are missing."""
+    return [_kept(layer) for network in networks for _, layer in _pairs(network)]
+
+
 def summed(weight: Tensor) -> Tensor:
     """Sum weights (out, in, 3, 3) to (in, out, 4, 4), transposed, or, for many channels, (4 out, in, 2, 2).
 
     The latter stacks the weights for even and odd rows and, within these, even and odd columns.
     """
+    spread, sums = SPREAD.to(weight.device), SUMS.to(weight.device)
     if weight.shape[1] <= NARROW:
-        parts = torch.einsum("ay,bx,oiyx->ioab", SPREAD, SPREAD, weight)
+        parts = torch.einsum("ay,bx,oiyx->ioab", spread, spread, weight)
     else:
-        parts = torch.einsum("oiyx,pay,qbx->pqoiab", weight, SUMS, SUMS).flatten(0, 2)
+        parts = torch.einsum("oiyx,pay,qbx->pqoiab", weight, sums, sums).flatten(0, 2)
     # Use the memory layout of the network's other convolutions.
     last = weight.is_contiguous(memory_format=torch.channels_last)
     return parts.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
@@ -90,7 +96,7 @@ def convolved(layer: nn.Conv2d, x: Tensor) -> Tensor:
         if (row, column) == (0, 0):
             last = part.is_contiguous(memory_format=torch.channels_last)
             form = torch.channels_last if last else torch.contiguous_format
-            out = torch.empty(size, memory_format=form)
+            out = torch.empty(size, memory_format=form, device=x.device)
         out[..., row::2, column::2] = part
     return out
 
