@@ -1,6 +1,6 @@
-"""ComfyUI-Stream-DiffVSR: what ComfyUI reads when it loads the pack."""
+"""ComfyUI-Stream-DiffVSR: the entry point that ComfyUI imports when it loads the node pack."""
 
-# Test runners import this file by itself, as a folder that is no package; then there is nothing to register.
+# Test runners import this file on its own, outside a package; then there is nothing to register.
 if __package__:
     from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
     from .stream_diffvsr import __version__

@@ -1,9 +1,9 @@
-"""What each approximation costs in accuracy and saves in time, on a real clip.
+"""Measure how much accuracy each approximation costs and how much time it saves, on a real clip.
 
     python benchmarks/approximations.py VIDEO [--model nano] [--frames 8] [--shrink 2] [--json FILE]
 
-Every row is compared with `exact` on the same frames, each sequence going on from its own results, so
-that errors add up as they would in a video. Time is the processor's, in turns frame by frame.
+Every row is compared with `exact` on the same frames. Each setting continues from its own results, so that
+errors add up as they would in a video. Processor time is measured, with all settings alternating per frame.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ROWS = {
 
 
 def frames_of(video: Path, count: int, shrink: float) -> list[torch.Tensor]:
-    """The first LQ frames of a file, made smaller by averaging."""
+    """Return the first frames of a file as LQ frames, reduced by averaging."""
     import av
 
     with av.open(str(video)) as container:
@@ -51,13 +51,13 @@ def frames_of(video: Path, count: int, shrink: float) -> list[torch.Tensor]:
 
 
 def now(device: torch.device) -> float:
-    """Seconds; of the processor on a CPU, which other programs do not lengthen."""
+    """Return a time in seconds; on a CPU, processor time, which other programs do not affect."""
     synchronize(device)
     return time.process_time() if device.type == "cpu" else time.perf_counter()
 
 
 def rows_of(load: Callable[..., Any]) -> dict[str, tuple[Any, UpscaleOptions]]:
-    """A pipeline and options for each row; int8 where torchao is installed."""
+    """Return a pipeline and options for each row; int8 is included if torchao is installed."""
     pipe = load()
     rows = {name: (pipe, UpscaleOptions(**fields)) for name, fields in ROWS.items()}
     if importlib.util.find_spec("torchao"):
@@ -68,7 +68,7 @@ def rows_of(load: Callable[..., Any]) -> dict[str, tuple[Any, UpscaleOptions]]:
 def compare(
     rows: dict[str, tuple[Any, UpscaleOptions]], frames: list[torch.Tensor]
 ) -> list[dict[str, float | str]]:
-    """Error and time of each row."""
+    """Return the error and the time of each row."""
     states, times = dict.fromkeys(rows), []
     errors, largest = {name: [] for name in rows}, {name: [] for name in rows}
     for lq in frames:

@@ -1,10 +1,10 @@
-"""Frames of this checkout and of another one in turns: how many times as fast this one is.
+"""Measure how many times as fast this checkout is as another one.
 
     uv run python benchmarks/beside.py OTHER_CHECKOUT --model nano --size 160x90 --threads 1 2
 
-Both are alive at once and compute the same frames in alternation, so that what else the machine does slows
-both. What counts is processor time, as the median over pairs of other / this; the differences of pictures
-tell whether both still compute the same. Both run in this interpreter, with the packages that it has.
+Both run at once and compute the same frames alternately, so that other load on the machine slows both alike.
+The ratio is the median over pairs of processor time, other / this; the difference between their pictures
+shows whether both still compute the same. Both use this interpreter and its packages.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 
 CYCLE = 8
-"""Different frames, which then come again."""
+"""Number of different frames; after these, they repeat."""
 
 
 class Child:
-    """A checkout in a process of its own."""
+    """A checkout that runs in a separate process."""
 
     def __init__(self, checkout: Path, threads: int, *settings: str) -> None:
-        spin = os.environ.get("GOMP_SPINCOUNT", "2000")  # as the command has it
+        spin = os.environ.get("GOMP_SPINCOUNT", "2000")  # as the command sets it
         told = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": spin}
         command = [sys.executable, __file__, "--child", str(checkout), *settings]
         self.process = subprocess.Popen(
@@ -37,7 +37,7 @@ class Child:
         )
 
     def frame(self) -> tuple[float, float, float]:
-        """One more frame: milliseconds of processor time and of the clock, and a sum of the picture."""
+        """Compute one more frame; return milliseconds of processor and wall time, and the mean |hq|."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write("\n")
@@ -54,21 +54,21 @@ class Child:
 
 
 def child(args: argparse.Namespace) -> None:
-    """Answer every line with a frame."""
+    """Compute a frame for each line of standard input, and print its figures as JSON."""
     import torch
 
     from stream_diffvsr import UpscaleOptions
     from stream_diffvsr.bench import networks
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    # Older checkouts have another name for it.
+    # Older checkouts call this function `open_model`.
     opened = getattr(networks, "open_measured", None) or networks.open_model
     pipe = opened(args.model, "cpu", "float32", "auto")
     if args.runtime != "torch":
         from stream_diffvsr.families.diffvsr.fastest import with_runtime
 
         pipe = with_runtime(pipe, args.runtime, "auto", "float32", "none")
-    # Older checkouts do not have it: both do the same work.
+    # Older checkouts lack this option; turned off, both checkouts do the same work.
     known = "occlusion" in {field.name for field in dataclasses.fields(UpscaleOptions)}
     options = UpscaleOptions(**({"occlusion": "off"} if known else {}))
     width, height = map(int, args.size.split("x"))
@@ -88,7 +88,7 @@ def child(args: argparse.Namespace) -> None:
 
 
 def compare(args: argparse.Namespace, threads: int) -> dict[str, float]:
-    """Medians over the pairs; ratios are other / this."""
+    """Return medians over the pairs; ratios are other / this."""
     common = "--model", args.model, "--size", args.size
     this = Child(HERE, threads, *common, "--runtime", args.runtime)
     other = Child(args.other.resolve(), threads, *common)

@@ -1,11 +1,11 @@
-"""What only a GPU can show, in one run of at most nine minutes.
+"""Run the tests and measurements that need a GPU, in nine minutes at most.
 
     uv run python benchmarks/gpu.py -o gpu.json
     uv run python benchmarks/gpu.py -o trial.json --device cpu --size tiny
 
 It runs the tests marked cuda, then measures every family at 720p, 1080p and 1440p with random weights of the
-real sizes, the most important cases first; what no time is left for is named. Each case stands by itself: one
-that fails is told with its reason. `benchmarks/table.py` makes the table of docs/speed.md from the file.
+real sizes, the most important cases first. Cases that fail or for which no time is left are listed with the
+reason, without affecting others. `benchmarks/table.py` makes the table of docs/speed.md from the file.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ WHEELS = (
     "torch", "torchvision", "triton", "diffusers", "transformers", "torchao", "onnxruntime-gpu",
     "onnxruntime", "onnx", "onnxscript", "tensorrt-cu12", "tensorrt-cu13", "sageattention", "flash-attn",
 )  # fmt: skip
-"""What has a say in the figures; those that are missing leave out their cases."""
+"""Packages that affect the figures; cases that need a missing one are left out."""
 
 ANSWER = "answer: "
-"""Begins the lines of the process that measures."""
+"""Prefix of the lines in which the measuring process reports its results."""
 
 SIZES = {"720p": (180, 320), "1080p": (270, 480), "1440p": (360, 640)}
 """LQ (height, width)."""
@@ -58,13 +58,13 @@ TINY_SIZE = (16, 16)
 
 @dataclass(frozen=True)
 class Case:
-    """One model, as it is to be run."""
+    """A model and the settings with which to measure it."""
 
     family: str
     sizes: tuple[str, ...] = tuple(SIZES)
     dtype: str = "float16"
     compiled: str = "off"
-    """'auto' and 'max': our `compile_mode`; 'repeated': diffusers' `compile_repeated_blocks`."""
+    """'off', 'auto' and 'max' are our `compile_mode`; 'repeated' is diffusers' `compile_repeated_blocks`."""
     quantize: str = "none"
     runtime: str = "torch"
     provider: str = "auto"
@@ -93,13 +93,13 @@ CASES = (
     Case("flashvsr", ("1080p",), "bfloat16", compiled="repeated"),
     Case("diffvsr", ("720p",), "float32"),
     Case("diffvsr", ("720p",), compiled="max"),
-    Case("diffvsr", ("720p",), runtime="onnx", provider="tensorrt"),  # builds engines for minutes
+    Case("diffvsr", ("720p",), runtime="onnx", provider="tensorrt"),  # takes minutes to build engines
 )
-"""The most important first."""
+"""All cases, the most important first."""
 
 
 def opened(case: Case, args: argparse.Namespace) -> Any:
-    """The model of a case, not yet as it is to be run."""
+    """Open the model of a case, not yet quantised, compiled or moved to another runtime."""
     if args.size == "real":
         return open_measured(REAL[case.family], args.device, case.dtype, "auto", case.attention)
     own = {"diffvsr": {"flow": "none"}, "flashvsr": {"version": "v1.1"}, "swiftvr": {}}[case.family]
@@ -108,7 +108,7 @@ def opened(case: Case, args: argparse.Namespace) -> Any:
 
 
 def report(case: Case, args: argparse.Namespace, best: dict[str, float]) -> dict[str, Any]:
-    """What `stream-diffvsr bench --json` would say of a case."""
+    """Measure a case, and return a report like that of `stream-diffvsr bench --json`."""
     tiny, model = args.size == "tiny", opened(case, args)
     other = reference_way(model) if case.against_plain else None
     if case.quantize != "none":
@@ -136,14 +136,14 @@ def report(case: Case, args: argparse.Namespace, best: dict[str, float]) -> dict
 
 
 def _compile_repeated(model: Any) -> None:
-    """As diffusers compiles a model: each kind of block that it names as repeated, with sizes left open."""
+    """Compile a model as diffusers does: each kind of block that it lists as repeated, with dynamic sizes."""
     network = model.networks["unet" if isinstance(model, StreamDiffVSRPipeline) else "transformer"]
     network.compile_repeated_blocks(dynamic=True)
 
 
 def correctness(seconds: float) -> str:
-    """What pytest says of the tests marked cuda."""
-    # By its own command: `python -m pytest` would take this folder for a package.
+    """Run the tests marked cuda, and return pytest's summary line."""
+    # Run pytest's own command: `python -m pytest` would take this folder for a package.
     command = [Path(sys.executable).parent / "pytest", "-q", "-m", "cuda"]
     try:
         run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
@@ -153,7 +153,7 @@ def correctness(seconds: float) -> str:
 
 
 def wheels() -> dict[str, str]:
-    """Versions of what is installed, and 'missing'."""
+    """Return the version of each package in `WHEELS`, or 'missing'."""
     found = {}
     for name in WHEELS:
         try:
@@ -164,10 +164,10 @@ def wheels() -> dict[str, str]:
 
 
 def measured(args: argparse.Namespace, until: float) -> Iterator[tuple[Case, dict[str, Any] | str]]:
-    """Each case with its report, or with the reason why there is none.
+    """Yield each case with its report, or with the reason why there is none.
 
-    They run in a process of their own, which ends with the time, whatever it is at; one that dies at a case
-    is followed by another with the rest.
+    The cases run in a child process, which is killed when the time is up. If it dies during a case, a new
+    process continues with the next one.
     """
     waiting = list(range(len(CASES)))
     while waiting and time.monotonic() < until:
@@ -188,7 +188,7 @@ def measured(args: argparse.Namespace, until: float) -> Iterator[tuple[Case, dic
 
 
 def answer(args: argparse.Namespace) -> None:
-    """Run these cases, and write a line for each."""
+    """Run the cases given by `--cases`, and print a line for each."""
     best: dict[str, dict[str, float]] = {}
     for case in (CASES[index] for index in args.cases):
         log.info("%s ...", case)
@@ -196,7 +196,7 @@ def answer(args: argparse.Namespace) -> None:
             if case.dtype not in best:
                 best[case.dtype] = best_rates(torch.device(args.device), getattr(torch, case.dtype))
             made: dict[str, Any] | str = report(case, args, best[case.dtype])
-        except Exception as error:  # each case stands by itself
+        except Exception as error:  # one failure must not stop the other cases
             made = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
         print(ANSWER + json.dumps([CASES.index(case), made]), flush=True)
         release_caches(torch.device(args.device))

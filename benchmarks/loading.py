@@ -1,12 +1,12 @@
-"""What loading costs: memory and time, on a checkpoint of the released size with random weights.
+"""Measure the memory and time that loading takes, on a checkpoint of released size with random weights.
 
     python benchmarks/loading.py write FOLDER [--dtype float16]      4.1 GB in float32, 2.1 GB in float16
     python benchmarks/loading.py measure FOLDER [--dtype float32]    dtype of the networks in memory
 
-`measure` loads twice, each time in a fresh process: the first time the embedding of the empty prompt is
-missing and the text encoder runs, the second time it is there. Memory is anonymous memory (what is not the
-file cache) above the state after imports, sampled every few milliseconds; time is from there too, beside the
-time of reading the same files once.
+`measure` loads twice, each time in a fresh process: first without the embedding of the empty prompt, so that
+the text encoder runs, then with it. Memory is anonymous memory (without the file cache) beyond that in use
+after imports, sampled every few milliseconds. Time also excludes imports, and is reported beside the time it
+takes to read the same files once.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ CONFIGS = {"unet": UNET, "controlnet": CONTROLNET, "vae": VAE, "text_encoder": T
 
 
 def write(folder: Path, dtype: str) -> None:
-    """A checkpoint folder in the released layout."""
+    """Write a checkpoint folder in the released layout."""
     for name, config in CONFIGS.items():
         write_network(folder / name, name, config, dtype)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
@@ -118,7 +118,7 @@ def write_network(folder: Path, name: str, config: dict[str, Any], dtype: str) -
     write_json(folder / "config.json", config)
     shapes = shapes_of(build(Component(name, config, folder / "config.json", folder, ())))
     generator = torch.Generator().manual_seed(0)
-    # Small values: nothing overflows in float16, whatever the text encoder makes of them.
+    # Small values, so that nothing overflows in float16, not even in the text encoder.
     weights = {
         key: (torch.randn(shape, generator=generator) * 0.02).to(getattr(torch, dtype))
         for key, shape in shapes.items()
@@ -135,7 +135,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def measure(folder: Path, dtype: str, device: str) -> None:
-    """Load in two fresh processes, without and with the embedding, and print what each took."""
+    """Load in two fresh processes, without and with the embedding, and print the figures of each."""
     (folder / "prompt_embeddings.safetensors").unlink(missing_ok=True)
     for label in ("text encoder used", "embedding there"):
         command = [sys.executable, __file__, "once", str(folder), "--dtype", dtype, "--device", device]
@@ -145,14 +145,14 @@ def measure(folder: Path, dtype: str, device: str) -> None:
 
 
 def once(folder: Path, dtype: str, device: str) -> None:
-    """Load here, and print memory and time as JSON."""
+    """Load in this process, and print memory and time as JSON."""
     import accelerate  # noqa: F401
     import diffusers
     import transformers
 
     from stream_diffvsr import load_pipeline
 
-    # Both import their parts when these are first named.
+    # Both packages import their parts lazily, on first access.
     _ = diffusers.UNet2DConditionModel, diffusers.ControlNetModel, diffusers.DDIMScheduler
     _ = transformers.CLIPTextModel
     files = [path for name in NETWORKS for path in (folder / name).glob("*.safetensors")]
@@ -184,7 +184,7 @@ def once(folder: Path, dtype: str, device: str) -> None:
 
 
 def read(files: list[Path]) -> float:
-    """Seconds to read the files once, when they are in the system's cache."""
+    """Return the seconds it takes to read the files once from the system's cache."""
     for _ in range(2):
         start = time.perf_counter()
         buffer = bytearray(1 << 22)
@@ -197,14 +197,14 @@ def read(files: list[Path]) -> float:
 
 
 def anonymous() -> int:
-    """Anonymous memory of this process in bytes, as Linux counts it."""
+    """Return this process's anonymous memory in bytes, as Linux counts it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
 
 
 @contextmanager
 def peak_of_anonymous() -> Iterator[list[int]]:
-    """The highest anonymous memory during the block, in the list's only place."""
+    """Yield a list whose only item is the peak of anonymous memory during the block, in bytes."""
     peak, end = [anonymous()], threading.Event()
 
     def watch() -> None:

@@ -1,10 +1,10 @@
-"""RAFT's correlations looked up where a real clip moves: in the volume, and in two ways without it.
+"""Time RAFT's correlation lookups on the motion of a real clip: in the volume, and in two ways without it.
 
     python benchmarks/lookup.py CLIP --frames 2
 
-Places are the motion of the clip's first frames, by DIS, at an eighth of 1280x720, where RAFT looks: at the
-flow's own places, and halfway there, as during its updates. Features are random, 256 wide.
-Times are processor seconds of this process, the mean over all lookups.
+The positions follow the motion of the clip's first frames, found by DIS, at an eighth of 1280x720, RAFT's
+resolution: once along the whole flow, and once along half of it, as during RAFT's updates. Features are
+random, with 256 channels. Times are processor seconds of this process, averaged over all lookups.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def recorded_places(clip: Path, count: int) -> Any:
-    """Places (1, 2, h, w) in the previous frame, x first, of each pixel of the current one."""
+    """Yield the positions (1, 2, h, w), x first, in the previous frame of the current frame's pixels."""
     import av
 
     with av.open(str(clip)) as container:
@@ -70,7 +70,7 @@ def recorded_places(clip: Path, count: int) -> Any:
 
 
 class Gather(LinearCorrelation):
-    """The plain way: every pixel has a window of its own."""
+    """The straightforward implementation, with a separate window for every pixel."""
 
     def _squares(self, corner: Tensor) -> Any:
         numbers = torch.arange(len(corner), device=corner.device)

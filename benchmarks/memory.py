@@ -1,15 +1,15 @@
-"""Predicted and measured peaks, one fresh process per line.
+"""Compare predicted and measured memory peaks, with a fresh process for each line.
 
     python benchmarks/memory.py --model random --dtype float32 64x64 128x128 320x180 480x270
     python benchmarks/memory.py --model nano --plan banded 960x540
 
 Sizes are those of the LQ frame, width x height. `random` is the released architecture with random weights.
-Two frames are made, the second one guided; one denoising step, since more steps need no more memory. Peaks
-are above the state after imports: resident memory on a CPU, the allocator's on CUDA.
+Two frames are upscaled, the second one guided, in one denoising step, since more steps need no more memory.
+Peaks exclude the memory in use after imports: resident memory on a CPU, the allocator's on CUDA.
 
-On a CPU, glibc is told to give large pieces back to the system as soon as they are free: so the peak is that
-of what is in use, and the same in every run. `--kept` measures what a process takes that does not ask
-for it: freed memory stays in holes, up to as much again, and differently from run to run.
+On a CPU, glibc is configured to return large blocks to the system as soon as they are freed, so that the peak
+shows only memory in use, and is the same in every run. `--kept` measures a process without this setting:
+freed memory remains in gaps, up to as much again, and the amount varies from run to run.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 MEGABYTE = 2**20
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-"""Environment in which glibc keeps no piece of that size once it is free."""
+"""Environment in which glibc returns freed blocks of at least that size to the system."""
 
 
 def main() -> int:
@@ -74,7 +74,7 @@ def row(size: str, found: dict[str, Any]) -> str:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Make two frames of one size, and see what they took."""
+    """Upscale two frames of one size; return memory, time, plan and flow."""
     import diffusers  # noqa: F401
     import torch
     import torchvision  # noqa: F401
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
     width, height = (int(side) for side in args.sizes[0].split("x"))
     options = UpscaleOptions(num_inference_steps=1, memory_plan=args.plan, flow_scale=args.flow_scale)
-    # Something moves, smoothly, as flow estimators expect.
+    # A smooth picture that moves, as flow estimators expect.
     picture = torch.nn.functional.interpolate(
         torch.rand(1, 3, height // 8 + 3, width // 8 + 3), size=(height, width + 2), mode="bicubic"
     )
@@ -108,7 +108,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[dict[str, int]]:
-    """Bytes above what was in use at the beginning, in 'measured' at the end."""
+    """Yield a dict that receives the block's peak as 'measured', in bytes above the usage at its start."""
     import torch
 
     found: dict[str, int] = {}

@@ -1,10 +1,10 @@
-"""The table of docs/memory.md: what each model needs, counted without computing anything.
+"""Make the table of docs/memory.md: the memory each model needs, counted without computing anything.
 
     python benchmarks/memory_table.py [--write]
 
-Frames become 4 times as large. Networks have their real sizes and lie on torch's meta device. The plan
-'offload' holds no weights of the transformer beside the activations; its largest block comes and
-goes. GB: 2^30 bytes.
+Frames are upscaled by 4. Networks have their real sizes and are on torch's meta device. For the plan
+'offload', only the largest block of the transformer is counted, since its blocks are loaded one at a time.
+GB: 2^30 bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from stream_diffvsr import UpscaleOptions
 from stream_diffvsr.load import estimate_memory
 
 SIZES = {"854x480": (120, 214), "1280x720": (180, 320), "1920x1080": (270, 480), "2560x1440": (360, 640)}
-"""LQ (height, width) by the result's size."""
+"""LQ sizes (height, width) by output size."""
 
 
 def diffvsr(model: str, dtype: torch.dtype, plan: str) -> Callable[[int, int], int]:
@@ -38,7 +38,7 @@ def chunked(model: Any, offload: bool) -> Callable[[int, int], int]:
 
 
 def rows() -> Iterator[tuple[str, str, str, Callable[[int, int], int]]]:
-    """Model, number format, plan, and bytes of an LQ height and width."""
+    """Yield model, number format, plan, and a function from LQ height and width to bytes."""
     half, full = torch.float16, torch.float32
     for model in ("nano", "v1"):
         for dtype in (half, full):

@@ -1,11 +1,11 @@
-"""The table of docs/models.md: what a frame of each family costs, counted without computing anything.
+"""Make the table of docs/models.md: the cost of a frame in each family, counted without computing anything.
 
     python benchmarks/operations.py [--write]
 
-Frames become 4 times as large, and are further on in a sequence, so that memories are full. Networks have
-their real sizes and lie on torch's meta device; a multiplication with its addition is two operations. What
-FlashVSR's windows attend to is counted by formula, since the pictures decide which windows those are. Memory
-is that of 16-bit networks with everything that is held beside them, when nothing is split or moved away.
+Frames are upscaled by 4, and come late enough in a sequence that the model's memory is full. Networks have
+their real sizes and are on torch's meta device; a multiply-add counts as two operations. FlashVSR's sparse
+attention is counted by a formula, since the windows it attends to depend on the picture. Memory is that of
+16-bit networks and everything kept beside them, with nothing split or offloaded.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ from stream_diffvsr.upscaler import FixedPlacement, ignore_progress
 from stream_diffvsr.weights.folders import NANO
 
 SIZES = {"1280x720": (180, 320), "1920x1080": (270, 480), "2560x1440": (360, 640)}
-"""LQ (height, width) by the result's size."""
+"""LQ sizes (height, width) by output size."""
 META = torch.device("meta")
 TESTS = Path(__file__).parents[1] / "tests"
 Row = Callable[[int, int], tuple[float, float]]
-"""LQ height and width -> operations per frame and bytes."""
+"""A function from LQ height and width to operations per frame and bytes."""
 
 
 def counted(call: Callable[[], object]) -> int:
@@ -66,7 +66,7 @@ def weights(networks: dict[str, nn.Module]) -> int:
 
 
 def diffvsr(configs: dict[str, dict[str, Any]], flow: str, steps: int, model: str) -> Row:
-    """A guided frame: motion, the embedding of the warped frame, the steps, and the decoder."""
+    """Count a guided frame: flow, the embedding of the warped frame, the denoising steps, and the decoder."""
     networks = without_weights(configs, open_flow(flow, untrained_flow), torch.float16)
     networks.flow.to(META)
     schedule = Schedule.prepare(configs["scheduler"], steps, None, torch.device("cpu"))
@@ -100,13 +100,13 @@ def diffvsr(configs: dict[str, dict[str, Any]], flow: str, steps: int, model: st
 
 
 def chunks(model: Any, beside: Callable[[int, int], float]) -> Row:
-    """A chunk that is not a scene's first, by its frames; `beside` are operations that nothing counts."""
+    """Count a scene's second chunk, per frame; `beside` returns operations that torch does not count."""
 
     def row(height: int, width: int) -> tuple[float, float]:
         options = model.Options()
 
         def chunk(memory: Any) -> tuple[int, int, Any]:
-            """The operations, the frames, and the memory after them."""
+            """Return the number of operations, the number of frames, and the model's memory after them."""
             frames = [torch.empty(1, 3, height, width, device=META)] * model.whole(memory, options)
             with FlopCounterMode(display=False) as counter:
                 hq, after = model.chunk(frames, memory, options, ignore_progress)
@@ -121,14 +121,14 @@ def chunks(model: Any, beside: Callable[[int, int], float]) -> Row:
 
 
 def real(cls: type, networks: dict[str, nn.Module], dtype: torch.dtype) -> Any:
-    """An upscaler of such networks."""
+    """Return an upscaler with the given networks and an empty prompt embedding on the meta device."""
     networks = {name: each.to(dtype).requires_grad_(False) for name, each in networks.items()}
     prompt = torch.empty((1, 512, 4096), device=META, dtype=dtype)
     return cls(networks=networks, prompt=prompt, device=META, dtype=dtype, model="")
 
 
 def real_flashvsr(dtype: torch.dtype = torch.bfloat16) -> FlashVSR:
-    """FlashVSR v1.1 with its tiny decoder."""
+    """Return FlashVSR v1.1 with its tiny decoder."""
     shapes = json.loads((TESTS / "golden_flashvsr" / "real_shapes.json").read_text())
     shapes = {part: {key: tuple(shape) for key, shape in each.items()} for part, each in shapes.items()}
     model = real(FlashVSR, flashvsr.build(shapes, "v1.1"), dtype)
@@ -137,7 +137,7 @@ def real_flashvsr(dtype: torch.dtype = torch.bfloat16) -> FlashVSR:
 
 
 def real_swiftvr(dtype: torch.dtype = torch.bfloat16) -> SwiftVR:
-    """SwiftVR as published."""
+    """Return SwiftVR in its published size."""
     golden = TESTS / "golden_swiftvr"
     files = json.loads((golden / "state_dict_manifest.json").read_text())["files"]
     autoencoder = {key: tuple(shape) for key, shape in files["reae.safetensors"]["tensors"].items()}
@@ -151,7 +151,7 @@ def flashvsr_row(sparse_ratio: float) -> Row:
     head, heads = config.attention_head_dim, config.num_attention_heads
 
     def attention(height: int, width: int) -> float:
-        """Of a chunk: each pair of latents attends to itself and to the pairs before."""
+        """Return the operations of a chunk: each pair of latents attends to itself and to earlier pairs."""
         size = padded_size(SCALE * height, SCALE * width, MULTIPLE)
         selection = Selection.of(*size, sparse_ratio, options.local_range)
         entries = min(selection.count, (options.kv_ratio + 1) * int(selection.near.sum()))

@@ -1,11 +1,12 @@
-"""Damaged media files through reading, side streams and whole jobs: none crashes, hangs or fails unsaid.
+"""Test reading, side streams and whole jobs with damaged media files, to find crashes, hangs and bad errors.
 
     uv run python benchmarks/soak.py [--files 1000] [--seed 0] [--every 5] [--keep FOLDER]
 
-Each file is a small one of some format with flipped bits, a cut, a piece that is moved, repeated or zeroed.
-A child process opens it, reads its frames and makes its sound ready; with every fifth file it runs a whole
-job. Expected are a result that can be read, or an error of one sentence; a file that takes longer than 30 s
-or ends the process is a fault. Exit code 1 if there is any; `--keep` keeps the files that made them.
+Each file is small, in one of many formats, with flipped bits, a cut, or a piece that is moved, repeated or
+zeroed. A child process opens it, reads its frames and prepares its side streams; for every fifth file it runs
+a whole job. The outcome must be a readable result or an error of one sentence; a file that takes longer than
+30 s or ends the process is a fault. The exit code is 1 after any fault; `--keep` keeps the files that caused
+one.
 """
 
 from __future__ import annotations
@@ -81,13 +82,13 @@ def main() -> int:
 
 
 class Child:
-    """The process that reads; another one after a crash or a hang."""
+    """The child process that handles the files, restarted after a crash or a hang."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
     def do(self, file: Path, whole: bool) -> str:
-        """What came of a file, in a line."""
+        """Handle a file, and return the outcome in one line."""
         if self.process is None:
             command = [sys.executable, __file__, "--worker"]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
@@ -104,7 +105,7 @@ class Child:
         return f"FAULT: {'took too long' if code is None else f'the process ended with {code}'}"
 
     def _line(self, seconds: float) -> str:
-        """Its next line; empty where none came in time, or it ended."""
+        """Return the process's next line, or an empty one if it ended or sent none in time."""
         assert self.process is not None and self.process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
@@ -122,7 +123,7 @@ class Child:
 
 
 def work() -> int:
-    """Read names from standard input, and say of each what came of it."""
+    """Read file names from standard input, and print the outcome of each."""
     import torch
 
     from stream_diffvsr import load_pipeline
@@ -150,7 +151,7 @@ def outcome_of(pipe, file: Path, whole: bool) -> str:
 
 
 def read(file: Path) -> str:
-    """Its frames, and its sound and subtitles for three containers."""
+    """Read a file's frames, and prepare its sound and subtitles for three containers."""
     from stream_diffvsr.media import pictures
     from stream_diffvsr.media.read import FolderSource, VideoSource, open_source
     from stream_diffvsr.media.sides import make_sides
@@ -170,7 +171,7 @@ def read(file: Path) -> str:
 
 
 def job(pipe, file: Path) -> str:
-    """A whole job; the output must be readable, with as many frames as were told."""
+    """Run a whole job; its output must be readable and have as many frames as the job reported."""
     from stream_diffvsr import UpscaleOptions
     from stream_diffvsr.jobs.run import VideoJob, run
     from stream_diffvsr.media import pictures
@@ -186,7 +187,7 @@ def job(pipe, file: Path) -> str:
 
 
 def make(folder: Path) -> list[Path]:
-    """Small files without damage, of each format that this FFmpeg writes."""
+    """Write a small undamaged file in each format that this FFmpeg can write, and return their paths."""
     from PIL import Image
 
     made = []
@@ -211,7 +212,7 @@ def picture(index: int, width: int, height: int) -> np.ndarray:
 
 
 def write(path: Path, codec: str, sound: str | None) -> None:
-    """Six frames of 25 a second, with sound beside them."""
+    """Write a video of six frames at 25 per second, with sound unless `sound` is None."""
     side = 256 if path.suffix == ".mxf" else 16
     with av.open(str(path), "w") as out:
         video = out.add_stream(codec, rate=25)
@@ -219,7 +220,7 @@ def write(path: Path, codec: str, sound: str | None) -> None:
         video.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
         audio = None if sound is None else out.add_stream(sound, rate=48000, layout="stereo")
         if sound == "wmav2":
-            audio.codec_context.bit_rate = 128_000  # it has no default that it takes
+            audio.codec_context.bit_rate = 128_000  # its own default is rejected
         for index in range(6):
             out.mux(video.encode(av.VideoFrame.from_ndarray(picture(index, side, side), format="rgb24")))
         out.mux(video.encode(None))
@@ -235,7 +236,7 @@ def write(path: Path, codec: str, sound: str | None) -> None:
 
 
 def damaged(data: bytes, chance: random.Random) -> bytes:
-    """With one to three kinds of damage."""
+    """Return the data with one to three kinds of damage."""
     found = bytearray(data)
     for _ in range(chance.randint(1, 3)):
         kind, length = chance.randrange(6), max(2, len(found))
@@ -254,7 +255,7 @@ def damaged(data: bytes, chance: random.Random) -> bytes:
         elif kind == 4:
             found[place : place + size] = bytes(len(found[place : place + size]))
         else:
-            # Where the boxes and headers are.
+            # At the start, where boxes and headers are.
             for _ in range(chance.randint(1, 8)):
                 found[chance.randrange(min(len(found), 400))] = chance.randrange(256)
         if len(found) < 2:

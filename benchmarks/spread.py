@@ -1,10 +1,10 @@
-"""How scenes spread over many workers: a simulation without frames, for docs/cluster.md.
+"""Simulate how scenes are spread over many workers, without any frames, for docs/cluster.md.
 
     uv run python benchmarks/spread.py LIST.csv [LIST.csv ...]
 
-Scene lengths come from lists that `stream-diffvsr scenes --cuts-out` wrote, repeated at random to two hours
-of 24 frames a second. Scenes are handed out as `jobs.spread` does: the longest that is known first, one per
-idle worker, each known when the pass that reads ahead has reached its end.
+Scene lengths are drawn at random from lists written by `stream-diffvsr scenes --cuts-out`, up to two hours at
+24 frames per second. As in `jobs.spread`, each idle worker gets the longest known scene; a scene is known once
+the pass that reads ahead has reached its end.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 FRAMES = 2 * 60 * 60 * 24
 WORKERS = (1, 2, 4, 8, 16, 32, 64)
 START, SCENE = 60.0, 0.6
-"""Seconds until a worker has its model, and that a scene costs beside its frames: its way, files, digest."""
+"""Seconds until a worker has loaded its model; seconds of overhead per scene: transfer, files, digest."""
 
 
 def film(lengths: list[int], frames: int = FRAMES) -> list[int]:
-    """Scenes of a film, drawn from those that were measured."""
+    """Return the scene lengths of a film, drawn from the measured ones."""
     draw, found = random.Random(0), [0]
     while sum(found) < frames:
         found.append(draw.choice(lengths))
@@ -30,7 +30,10 @@ def film(lengths: list[int], frames: int = FRAMES) -> list[int]:
 
 
 def hours(scenes: list[int], workers: int, frame: float, reading: float) -> float:
-    """Time until all is done, by `frame` seconds a frame of one worker, `reading` frames a second ahead."""
+    """Return the hours until all scenes are done.
+
+    A worker needs `frame` seconds per frame, and the pass that reads ahead covers `reading` frames a second.
+    """
     known: list[tuple[float, int]] = []
     at = 0.0
     for length in scenes:

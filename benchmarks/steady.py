@@ -1,9 +1,9 @@
-"""What `steady` of single-image models does: warping error and PSNR, with noise and without.
+"""Measure the effect of `steady` on single-image models: warping error and PSNR, with and without noise.
 
     uv run python benchmarks/steady.py TRAIN.mp4 TEST.mp4
 
-No such weights come with this repository, so a small Compact network (4x) is trained for a minute on frames
-of the first file; then a moving texture and the second file are upscaled.
+This repository contains no weights of such models, so a small Compact network (4x) is first trained for a
+minute on frames of the first file; then a moving texture and the second file are upscaled.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from stream_diffvsr.tensors import from_pixels, to_pixels, upsample
 
 SIDE, FRAMES, STEPS = 176, 12, 600
 NOISES = (0.0, 2 / 255, 6 / 255)
-"""Standard deviations of the noise, in [0, 1], that is added to the low-quality frames."""
+"""Standard deviations, in [0, 1], of the noise added to the low-quality frames."""
 
 
 def clip(path: Path, count: int, side: int = SIDE) -> Tensor:
-    """The middle of the first frames, (N, 3, side, side) in [0, 1]."""
+    """Return the middle of a file's first frames, (N, 3, side, side) in [0, 1]."""
     with av.open(str(path)) as file:
         frames = [frame.to_ndarray(format="rgb24") for frame, _ in zip(file.decode(video=0), range(count))]  # noqa: B905
     whole = torch.stack([torch.from_numpy(frame) for frame in frames]).movedim(3, 1) / 255
@@ -40,7 +40,7 @@ def clip(path: Path, count: int, side: int = SIDE) -> Tensor:
 
 
 def texture(count: int, side: int = SIDE) -> Tensor:
-    """A texture with detail of all sizes that moves by fractions of a pixel, over a still one."""
+    """Return frames of a still texture, and in a disc, another that moves by fractions of a pixel."""
     layers = [
         F.interpolate(torch.rand(2, 3, n, n), size=3 * side, mode="bicubic") for n in (12, 48, 144, 288)
     ]
@@ -60,13 +60,13 @@ def texture(count: int, side: int = SIDE) -> Tensor:
 
 
 def reduced(frames: Tensor, noise: float) -> Tensor:
-    """Low-quality frames in model range."""
+    """Return the frames at a quarter of their size, with noise, in model range."""
     small = F.interpolate(frames, scale_factor=0.25, mode="bicubic", antialias=True)
     return from_pixels((small + noise * torch.randn_like(small)).clamp(0, 1))
 
 
 def trained(frames: Tensor) -> Compact:
-    """A small network that sharpens, and noise with it, as such models do."""
+    """Train a small network that sharpens the picture, and noise along with it, as such models do."""
     network = Compact(num_feat=24, num_conv=6, upscale=4)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)

@@ -1,4 +1,4 @@
-"""The table of docs/speed.md, from what `stream-diffvsr bench --json FILE` or `benchmarks/gpu.py` wrote.
+"""Make the table of docs/speed.md from files of `stream-diffvsr bench --json FILE` or `benchmarks/gpu.py`.
 
 python benchmarks/table.py FILE... [--write]
 """
@@ -30,7 +30,7 @@ HEAD = (
 
 
 def rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
-    """One for each size of a report."""
+    """Yield a row for each size in a report."""
     best = max(report["limits"].values())
     for result in report["results"]:
         yield (
@@ -55,7 +55,7 @@ def table(reports: list[dict[str, Any]]) -> str:
 
 
 def write(page: str, name: str, made: str) -> None:
-    """Put a table into a page of docs, between the comments that name it."""
+    """Insert a table into a page of docs, between the comments that bear its name."""
     path, begin, end = DOCS / page, f"<!-- {name} -->", f"<!-- end of {name} -->"
     head, rest = path.read_text(encoding="utf-8").split(begin)
     path.write_text(f"{head}{begin}\n{made}\n{end}{rest.split(end)[1]}", encoding="utf-8")

@@ -1,10 +1,10 @@
-"""What --split-scenes changes, by the length of --warm-up: the table in docs/cluster.md.
+"""Make the table of docs/cluster.md that shows the effect of --split-scenes for several --warm-up lengths.
 
     uv run python benchmarks/warm_up.py CLIP [CLIP ...]
 
-Each clip, reduced to about 160 pixels across, is upscaled whole, and again from K frames before frame 30. The
-first frames of the second run are compared with those of the first: PSNR, and the mean step that a viewer
-sees where two parts meet, beside the step that the whole run makes there.
+Each clip, reduced to a width of 160 pixels, is upscaled as a whole, and again from K frames before frame 30.
+From frame 30 on, the second run is compared with the first by PSNR; the mean step that a viewer sees where
+the two parts meet is shown beside the step that the first run has there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WARM_UPS = (0, 2, 8, 24)
 
 
 def frames_of(path: Path) -> list[Tensor]:
-    """LQ frames in model range."""
+    """Return a clip's first frames, reduced to LQ size, in model range."""
     found = []
     for frame in open_source(path).frames(Span(end=CUT + SHOWN - 1)):
         height = round(frame.rgb.shape[-2] * WIDTH / frame.rgb.shape[-1] / 2) * 2
@@ -34,7 +34,7 @@ def frames_of(path: Path) -> list[Tensor]:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Of pictures in [0, 1], in dB."""
+    """Return the PSNR of two pictures in [0, 1], in dB."""
     return float(-10 * torch.log10((a - b).square().mean()))
 
 

@@ -1,9 +1,9 @@
-"""Workers of one thread each against one process with all threads, in turns: for docs/cluster.md.
+"""Compare workers of one thread each with one process that has all threads, for docs/cluster.md.
 
     uv run --extra ray python benchmarks/workers.py [--workers 2] [--rounds 3] [--size 160x90]
 
-Upscales a clip of 8 scenes with nano. The rate is that between the first progress and the last; what starting
-costs is the time until the first.
+Both upscale a clip of 8 scenes with nano, alternately. The rate is measured from the first progress message
+to the last, and the start-up time until the first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCENES, LENGTH = 8, 8
 
 
 def clip(path: Path, width: int, height: int) -> None:
-    """Scenes of moving stripes, every second one inverted."""
+    """Write a clip with scenes of a moving pattern, alternately dark and bright."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=24, width=width, height=height, pix_fmt="yuv420p")
         y, x = np.mgrid[:height, :width]
@@ -35,7 +35,7 @@ def clip(path: Path, width: int, height: int) -> None:
 
 
 def timed(source: Path, folder: Path, *options: str) -> tuple[float, float]:
-    """Seconds until the first progress, and frames per second from then on."""
+    """Run a job; return the seconds until its first progress message, and frames per second from then on."""
     output = folder / "out.mkv"
     output.unlink(missing_ok=True)
     start, seen = time.perf_counter(), []

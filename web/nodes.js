@@ -4,15 +4,15 @@ import { app } from "../../scripts/app.js";
 const CONTROL = ["fixed", "increment", "decrement", "randomize"];
 const LIVE = "live picture";
 
-// Queueing again shall mean the same job. The nodes declare that (control_after_generate: "fixed"), but
-// older pages start every seed with "randomize" all the same.
+// Queueing a workflow again should run the same job. The nodes request this (control_after_generate:
+// "fixed"), but older frontends still set every seed to "randomize".
 function keepSeed(node) {
   for (const widget of node.widgets ?? []) {
     if (String(widget.options?.values) === String(CONTROL)) widget.value = "fixed";
   }
 }
 
-// A node in a subgraph is told by the way to it, as in 5:12.
+// Find a node by its id; for a node in a subgraph, this is a path such as 5:12.
 function nodeOf(id) {
   let graph = app.graph.rootGraph ?? app.graph;
   const way = String(id).split(":");
@@ -20,8 +20,8 @@ function nodeOf(id) {
   return graph?.getNodeById(Number(way.at(-1)));
 }
 
-// The newest frame of a running video node, in a widget of its own: pages put the finished video, which
-// core shows by itself, behind the pictures that core knows of, or leave it out.
+// Show the newest frame of a running video node, in a separate widget: if core's own picture preview were
+// used, frontends would put the finished video, which core displays, after it or leave it out.
 function showLive(node, jpeg) {
   let widget = node.widgets?.find((each) => each.name === LIVE);
   if (!widget) {
@@ -55,7 +55,7 @@ app.registerExtension({
       api.addEventListener(kind, ({ detail }) => hideLive(nodeOf(detail.node ?? detail.node_id)));
     }
   },
-  // Called for a node that is made; a saved workflow puts its own values in afterwards.
+  // Called when a node is created, before the values of a saved workflow are restored.
   nodeCreated(node) {
     if (node.comfyClass?.startsWith("StreamDiffVSR_")) keepSeed(node);
   },
