@@ -3,8 +3,8 @@
     uv run python benchmarks/spread.py LIST.csv [LIST.csv ...]
 
 Scene lengths are drawn at random from lists written by `stream-diffvsr scenes --cuts-out`, up to two hours at
-24 frames per second. As in `jobs.spread`, each idle worker gets the longest known scene; a scene is known once
-the pass that reads ahead has reached its end.
+24 frames per second. As in `jobs.spread`, each idle worker gets the longest known scene, and a scene is known
+once the pass that reads ahead has reached its end.
 """
 
 from __future__ import annotations

@@ -40,7 +40,10 @@ def clip(path: Path, count: int, side: int = SIDE) -> Tensor:
 
 
 def texture(count: int, side: int = SIDE) -> Tensor:
-    """Return frames of a still texture, and in a disc, another that moves by fractions of a pixel."""
+    """Return frames of a still texture and, inside a disc, another one that moves by fractions of a pixel.
+
+    Both have detail of all sizes.
+    """
     layers = [
         F.interpolate(torch.rand(2, 3, n, n), size=3 * side, mode="bicubic") for n in (12, 48, 144, 288)
     ]

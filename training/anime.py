@@ -1,4 +1,4 @@
-"""Generated scenes in the manner of drawn animation, as clips: flat colours, dark lines, soft backgrounds.
+"""Generate clips that resemble drawn animation: flat colours, dark lines, soft backgrounds.
 
 python -m training.anime FOLDER [--scenes 24] [--seed 0]
 """
@@ -16,7 +16,7 @@ SIDE, FRAMES, OVERSAMPLE = 256, 12, 2
 
 
 def colours(rng: np.random.Generator, count: int) -> np.ndarray:
-    """A palette around one hue, in RGB."""
+    """Return a palette around one hue, in RGB."""
     hue = rng.uniform(0, 180)
     hsv = np.stack(
         [(hue + rng.normal(0, 30, count)) % 180, rng.uniform(40, 200, count), rng.uniform(70, 250, count)], 1
@@ -25,7 +25,7 @@ def colours(rng: np.random.Generator, count: int) -> np.ndarray:
 
 
 def outline(rng: np.random.Generator, radius: float) -> np.ndarray:
-    """A closed smooth curve, or a polygon, around the origin: (N, 2)."""
+    """Return a smooth closed curve or a polygon around the origin, as points (N, 2)."""
     if rng.random() < 0.3:
         angle = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 7)))
         return np.stack([np.cos(angle), np.sin(angle)], 1) * radius * rng.uniform(0.5, 1.2, (len(angle), 1))
@@ -35,7 +35,7 @@ def outline(rng: np.random.Generator, radius: float) -> np.ndarray:
 
 
 class Figure:
-    """A shape with a shadow, a line around it and strokes inside, which moves as one."""
+    """A shape that moves as one piece with its shading, its outline and the strokes inside it."""
 
     def __init__(self, rng: np.random.Generator, palette: np.ndarray, side: int) -> None:
         self.points = outline(rng, side * rng.uniform(0.04, 0.3))
@@ -69,7 +69,7 @@ class Figure:
 
 
 def scene(rng: np.random.Generator) -> np.ndarray:
-    """(T, SIDE, SIDE, 3) uint8."""
+    """Return the frames of a random scene, (T, SIDE, SIDE, 3) uint8."""
     side, palette = SIDE * OVERSAMPLE, colours(rng, 9)
     slope = np.linspace(0, 1, side)[:, None, None]
     sky = np.broadcast_to(palette[0] * (1 - slope) + palette[1] * slope, (side, side, 3))
@@ -87,7 +87,7 @@ def scene(rng: np.random.Generator) -> np.ndarray:
 
 
 def write(path: Path, frames: np.ndarray) -> None:
-    """Without loss, as FFV1."""
+    """Write the frames losslessly, as FFV1."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("ffv1", rate=24)
         stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "bgr0"

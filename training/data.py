@@ -1,7 +1,7 @@
-"""Training pictures and sequences: generated scenes and freely licensed photographs.
+"""Training pictures: generated scenes and freely licensed photographs.
 
-Everything is drawn from one numpy generator, so a seed gives the same data again. Pictures are uint8
-RGB arrays until they become a batch.
+Everything is drawn from one numpy generator, so the same seed always produces the same data. Pictures are
+uint8 RGB arrays until they become a batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PHOTOGRAPHS = (
     "coins.png", "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "retina.jpg", "rocket.jpg",
     "text.png",
 )  # fmt: skip
-# How often each is taken, where it is not 1: scenes with faces, fur and objects teach most.
+# Sampling weights other than 1: photographs with faces, fur and objects teach the network most.
 WEIGHTS = {"astronaut.png": 4, "chelsea.png": 3, "coffee.png": 3, "rocket.jpg": 2, "camera.png": 2,
            "clock_motion.png": 0.5, "cell.png": 0.5, "retina.jpg": 0.5, "text.png": 0.5}  # fmt: skip
 
@@ -39,7 +39,7 @@ LETTERS = np.array(list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz012
 
 
 def photographs() -> tuple[list[np.ndarray], np.ndarray]:
-    """The pictures that ship inside the scikit-image package, and how often to take each."""
+    """Return the photographs from the scikit-image package, and the probability of choosing each."""
     folder = Path(skimage.__file__).parent / "data"
     pictures = [cv2.imread(str(folder / name), cv2.IMREAD_COLOR)[..., ::-1].copy() for name in PHOTOGRAPHS]
     weights = np.array([WEIGHTS.get(name, 1.0) for name in PHOTOGRAPHS])
@@ -47,7 +47,10 @@ def photographs() -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def noise_texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Noise whose spectrum falls as a power of frequency, zero mean and unit spread: cloth, stone, clouds."""
+    """Return noise with mean 0 and deviation 1, like cloth, stone or clouds.
+
+    Its spectrum falls as a power of frequency.
+    """
     y, x = np.meshgrid(np.fft.fftfreq(size), np.fft.rfftfreq(size), indexing="ij")
     stretch = rng.uniform(0.3, 3)
     radius = np.sqrt((x * stretch) ** 2 + (y / stretch) ** 2) + 1 / size
@@ -57,7 +60,7 @@ def noise_texture(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def pattern_texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Stripes, checks or dots: the fine regular detail that aliases."""
+    """Return stripes, checks or dots in -1..1: fine regular detail, which is prone to aliasing."""
     y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     angle, period = rng.uniform(0, np.pi), np.exp(rng.uniform(np.log(6), np.log(60)))
     u = np.cos(angle) * x + np.sin(angle) * y
@@ -76,7 +79,7 @@ def colour(rng: np.random.Generator, palette: np.ndarray) -> np.ndarray:
 
 
 def fill(rng: np.random.Generator, size: int, palette: np.ndarray) -> np.ndarray:
-    """One surface: a colour, mostly with shading and a texture."""
+    """Return a surface: a colour, usually with shading and a texture."""
     surface = np.ones((size, size, 1), np.float32) * colour(rng, palette)
     if rng.random() < 0.6:
         y, x = np.meshgrid(np.linspace(-1, 1, size), np.linspace(-1, 1, size), indexing="ij")
@@ -92,7 +95,7 @@ def fill(rng: np.random.Generator, size: int, palette: np.ndarray) -> np.ndarray
 
 
 def shape_mask(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A filled ellipse, polygon, stroke or word in 0..255, antialiased by OpenCV."""
+    """Return a mask (0..255) of a filled ellipse, polygon, stroke or word, antialiased by OpenCV."""
     mask = np.zeros((size, size), np.uint8)
     centre = rng.integers(0, size, 2)
     radius = min(size / 2.5, 10 / (rng.random() + 1e-3) ** 0.8)
@@ -122,7 +125,7 @@ def paint(
     surfaces: list[np.ndarray],
     palette: np.ndarray,
 ) -> None:
-    """One shape onto the canvas, touching only its bounding box."""
+    """Paint a shape onto the canvas in place, processing only its bounding box."""
     x, y, width, height = cv2.boundingRect(mask)
     box = np.s_[y : y + height, x : x + width]
     top = colour(rng, palette)
@@ -133,7 +136,7 @@ def paint(
 
 
 def scene(rng: np.random.Generator, palette: np.ndarray, size: int = 1024) -> np.ndarray:
-    """Shapes that cover one another, from far (blurred) to near, drawn at twice the size it is kept at."""
+    """Return a picture of overlapping shapes, the far ones sometimes blurred, drawn at twice the size."""
     surfaces = [fill(rng, size, palette) for _ in range(6)]
     canvas = surfaces[0].copy()
     count = int(rng.integers(60, 400))
@@ -147,7 +150,7 @@ def scene(rng: np.random.Generator, palette: np.ndarray, size: int = 1024) -> np
 
 
 class Pictures:
-    """The pool from which crops are taken."""
+    """The photographs and generated scenes from which crops are taken."""
 
     def __init__(self, seed: int, scenes: int, cache: Path | None = None) -> None:
         rng = np.random.default_rng(seed)
@@ -162,7 +165,7 @@ class Pictures:
             np.save(cache, np.stack(self.scenes))
 
     def keep(self, names: Sequence[str]) -> None:
-        """Of the photographs, only these, all equally often."""
+        """Keep only these photographs, with equal weights."""
         self.photographs = [self.photographs[PHOTOGRAPHS.index(name)] for name in names]
         self.weights = np.full(len(names), 1 / len(names))
 
@@ -173,7 +176,7 @@ class Pictures:
 
 
 def crop(rng: np.random.Generator, picture: np.ndarray, size: int) -> np.ndarray:
-    """A square of the picture; where there is next to nothing in it, mostly another one."""
+    """Return a square of the picture; if it has almost no detail, try again, up to three times in all."""
     for _ in range(3):
         piece = square(rng, picture, size)
         if piece[::4, ::4].std() > 12:
@@ -182,7 +185,7 @@ def crop(rng: np.random.Generator, picture: np.ndarray, size: int) -> np.ndarray
 
 
 def square(rng: np.random.Generator, picture: np.ndarray, size: int) -> np.ndarray:
-    """A square of the picture, reduced by up to 2.5 so that it becomes sharper, turned and mirrored."""
+    """Return a square of the picture, randomly turned, mirrored, and reduced by up to 2.5 to sharpen it."""
     height, width = picture.shape[:2]
     side = int(min(size * max(1.0, rng.uniform(0.6, 2.5)), height, width))
     top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
@@ -195,7 +198,7 @@ def square(rng: np.random.Generator, picture: np.ndarray, size: int) -> np.ndarr
 
 
 def recolour(rng: np.random.Generator, pictures: np.ndarray) -> np.ndarray:
-    """Gain, offset, gamma and channel order, the same for all frames; uint8 (..., 3) -> float32 0..1."""
+    """Vary gain, offset, gamma and channel order alike for all frames; uint8 (..., 3) -> float32 0..1."""
     values = pictures.astype(np.float32) / 255
     values = values[..., rng.permutation(3)] if rng.random() < 0.3 else values
     values = values ** np.exp(rng.normal(0, 0.25))
@@ -205,7 +208,7 @@ def recolour(rng: np.random.Generator, pictures: np.ndarray) -> np.ndarray:
 
 
 def reduce(truth: Tensor, rng: np.random.Generator) -> Tensor:
-    """(N, 3, H, W) in 0..1 -> a quarter of the size, mostly antialiased bicubic."""
+    """Reduce frames (N, 3, H, W) in 0..1 to a quarter of their size, mostly by antialiased bicubic."""
     kind, size = rng.random(), (truth.shape[-2] // 4, truth.shape[-1] // 4)
     if kind > 0.95:
         blurred = F.interpolate(truth, scale_factor=0.8, mode="bicubic", antialias=True)
@@ -223,7 +226,7 @@ def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
 
 
 def spoil(lq: Tensor, rng: np.random.Generator, share: float) -> Tensor:
-    """8-bit LQ frames of one sequence; a `share` of them noisy or compressed."""
+    """Round a sequence of LQ frames to 8 bits; with probability `share`, also compress it; rarely add noise."""
     if rng.random() < share * 0.3:
         lq = lq + torch.from_numpy(rng.normal(0, rng.uniform(0.002, 0.02), lq.shape).astype(np.float32))
     frames = (lq.clamp(0, 1) * 255).round().byte()
@@ -240,7 +243,7 @@ def to_model(values: Tensor) -> Tensor:
 def still_batch(
     pool: Pictures, rng: np.random.Generator, count: int, size: int, spoiled: float = 0.25
 ) -> tuple[Tensor, Tensor]:
-    """-> (lq (N,3,s/4,s/4), truth (N,3,s,s)) in model range."""
+    """Return LQ pictures (N,3,s/4,s/4) and their truth (N,3,s,s), in model range."""
     lqs, truths = [], []
     for _ in range(count):
         picture = recolour(rng, crop(rng, pool.pick(rng), size))

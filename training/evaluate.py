@@ -1,4 +1,4 @@
-"""Measures nano on clips that it never saw in training.
+"""Measure nano on clips that were not used in training.
 
 python -m training.evaluate CHECKPOINT.safetensors CLIP... [--frames 12] [--crf 28] [--sheet OUT.png]
 """
@@ -26,7 +26,7 @@ LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
 
 
 def read(path: Path, frames: int) -> Tensor:
-    """The first frames of the largest video stream, cropped to multiples of 4; (T, 3, H, W) in 0..1."""
+    """Return the largest stream's first frames, (T, 3, H, W) in 0..1, cropped to multiples of 4."""
     with av.open(str(path)) as container:
         stream = max(container.streams.video, key=lambda s: s.width * s.height)
         arrays = []
@@ -45,7 +45,7 @@ def reduced(truth: Tensor) -> Tensor:
 
 
 def compressed(lq: Tensor, crf: int) -> Tensor:
-    """The frames after H.264."""
+    """Return the frames after compression with H.264."""
     height, width = lq.shape[-2:]
     even = F.pad(lq, (0, width % 2, 0, height % 2), mode="replicate")
     return h264(even, crf, preset="medium")[..., :height, :width]
@@ -60,7 +60,7 @@ def luma(picture: Tensor) -> Tensor:
 
 
 def psnr(result: Tensor, truth: Tensor) -> float:
-    """Mean over frames of luminance PSNR, both in 0..1."""
+    """Return the luminance PSNR, averaged over the frames; both inputs are in 0..1."""
     error = (luma(result) - luma(truth)).square().mean((1, 2))
     return float((-10 * torch.log10(error)).mean())
 
@@ -73,7 +73,7 @@ def lanczos(lq: Tensor) -> Tensor:
 
 
 def warping_error(result: Tensor, truth: Tensor) -> float:
-    """Mean absolute difference between each frame and the previous one moved by the truth's flow, x255."""
+    """Return the mean absolute difference, x255, of frames to previous ones moved along the truth's flow."""
     flow = dis_flow(to_model(truth[1:]), to_model(truth[:-1]))
     moved, inside = true_warp(result[:-1], flow)
     reference, _ = true_warp(truth[:-1], flow)
@@ -94,7 +94,7 @@ def four_steps():
 
 
 def sheet(pictures: list[Tensor], path: Path) -> None:
-    """Details side by side, enlarged twice."""
+    """Write a picture with details of all pictures side by side, enlarged by 2."""
     rows = []
     height, width = pictures[0].shape[-2:]
     side = min(128, height // 2)

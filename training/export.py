@@ -1,4 +1,4 @@
-"""Writes a training checkpoint as the folder that the engine opens:
+"""Export a training checkpoint as a folder that the engine can open:
 
 python -m training.export training/runs/temporal.safetensors
 """
@@ -20,7 +20,7 @@ from training.networks import CONTROLNET, SCHEDULER, UNET, VAE
 
 NANO = Path(__file__).parents[1] / "stream_diffvsr" / "nano"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-# The oldest version whose classes know all these settings.
+# The oldest version whose classes support all these settings.
 WRITTEN_FOR = {"_diffusers_version": "0.30.0"}
 
 INDEX = {

@@ -1,9 +1,9 @@
-"""Measures nano, and makes every table and picture that shows it:
+"""Measure nano, and make the tables and pictures of its results:
 
     python -m training.figures [CLIP_OR_FOLDER ...] [--frames 8] [--write]
 
-Generated scenes are always measured, along their true motion; clips that are named, too, along DIS flow
-of the truth. With --write they go into docs/, else they are only shown.
+Generated scenes are always measured, along their true motion; clips given as arguments are also measured,
+along the DIS flow of the truth. With --write, the results go into docs/; otherwise, they are only printed.
 """
 
 from __future__ import annotations
@@ -41,22 +41,22 @@ PAGE, PICTURES = ROOT / "docs" / "nano.md", ROOT / "docs"
 BEGIN, END = "<!-- nano's figures: python -m training.figures --write -->", "<!-- end of nano's figures -->"
 
 SEED, SCENES, GENERATED, SIDE = 2026, 8, 3, 256
-"""Of the generated clips; training draws other scenes."""
+"""Settings of the generated clips; training uses other scenes."""
 SLOWEST = 0.25
-"""Mean flow in pixels: where nothing moves, bicubic's warping error is nothing to compare with."""
+"""Minimum mean flow in pixels: if nothing moves, bicubic's warping error is too small for a comparison."""
 UNGUIDED = UpscaleOptions(controlnet_conditioning_scale=0.0, use_tpm=False)
 CRF = 28
 SAME = 0.06
-"""Along true motion, the previous frame shows the same where the truth differs by no more."""
+"""Maximum difference of the truth along its motion at which two frames are taken to show the same thing."""
 
 Method = Callable[[Tensor], Tensor]
 Figures = dict[str, dict[str, float]]
-"""By method, by measure."""
+"""Values by method, then by measure."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames (T, 3, H, W) in 0..1, and their backward flow with the pixels it holds for."""
+    """Frames (T, 3, H, W) in 0..1, their backward flow, and masks of the pixels where it is valid."""
 
     name: str
     truth: Tensor
@@ -65,7 +65,7 @@ class Clip:
 
 
 def generated() -> Iterator[Clip]:
-    """Scenes that nano never saw, moving, zooming and covering one another; `stability` looks at stills."""
+    """Yield moving scenes, not used in training, with zoom and occlusion; `stability` tests still ones."""
     rng, pool = np.random.default_rng(SEED), Pictures(SEED, SCENES)
     pool.photographs, pool.weights = pool.scenes, np.full(len(pool.scenes), 1 / len(pool.scenes))
     drawn = (moving_clip(pool, rng, FRAMES, SIDE) for _ in count())
@@ -84,7 +84,7 @@ def same(now: Tensor, before: Tensor, flow: Tensor) -> Tensor:
 
 
 def named(paths: list[Path], frames: int) -> Iterator[Clip]:
-    """Clips that the user names, single or in folders."""
+    """Yield the clips that the user names, as files or in folders."""
     for path in (each for name in paths for each in (sorted(name.iterdir()) if name.is_dir() else [name])):
         if path.is_dir():
             continue
@@ -97,7 +97,7 @@ def named(paths: list[Path], frames: int) -> Iterator[Clip]:
 
 
 def methods(pipe: StreamDiffVSRPipeline) -> dict[str, Method]:
-    """LQ frames (T, 3, h, w) in 0..1 -> (T, 3, 4h, 4w) in 0..1, 8 bit."""
+    """Return methods by name, each from LQ frames (T, 3, h, w) to 8-bit ones (T, 3, 4h, 4w), both in 0..1."""
 
     def ours(options: UpscaleOptions) -> Method:
         return lambda lq: eight_bit(
@@ -113,7 +113,7 @@ def methods(pipe: StreamDiffVSRPipeline) -> dict[str, Method]:
 
 
 def measured(result: Tensor, clip: Clip) -> dict[str, float]:
-    """Means over the frames; warping error in squared grey levels of 255."""
+    """Return means over the frames; the warping error is in squared grey levels of 255."""
     frames = [picture_measures(a, b, 0) for a, b in zip(result.split(1), clip.truth.split(1), strict=True)]
     means = {name: mean(each[name] for each in frames) for name in frames[0]}
     pairs = zip(result[1:].split(1), result[:-1].split(1), clip.flows, clip.seen, strict=True)
@@ -131,7 +131,7 @@ COLUMNS = {
 
 
 def mean_figures(rows: dict[str, Figures]) -> Figures:
-    """Over the clips."""
+    """Return the means over the clips."""
     every = list(rows.values())
     return {
         who: {key: mean(figures[who][key] for figures in every) for key in every[0][who]} for who in every[0]
@@ -139,7 +139,7 @@ def mean_figures(rows: dict[str, Figures]) -> Figures:
 
 
 def table(rows: dict[str, Figures]) -> str:
-    """A Markdown table; each cell has one figure per method, in the order that its heading names."""
+    """Return a Markdown table; each cell has one figure per method, in the order given in its heading."""
     rows = {**rows, "mean": mean_figures(rows)}
     heads = [f"{name}: {', '.join(who)}" for name, (_, _, who) in COLUMNS.items()]
     lines = ["| clip | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
@@ -151,7 +151,7 @@ def table(rows: dict[str, Figures]) -> str:
 
 
 def gains(rows: dict[str, Figures]) -> str:
-    """What the rows come to, in a sentence."""
+    """Return two sentences that summarise the rows."""
     by_clip = [f["nano"]["psnr_y"] - max(f["bicubic"]["psnr_y"], f["Lanczos"]["psnr_y"])
                for f in rows.values()]  # fmt: skip
     steady = [f["nano"]["warping"] / f["unguided"]["warping"] - 1 for f in rows.values()]
@@ -165,7 +165,7 @@ def gains(rows: dict[str, Figures]) -> str:
 
 
 def rows_of(pipe: StreamDiffVSRPipeline, clips: list[Clip], crf: int | None) -> dict[str, Figures]:
-    """By clip; `crf` None is without H.264."""
+    """Return the figures by clip; with `crf` None, without H.264."""
     rows: dict[str, Figures] = {}
     for clip in clips:
         lq = reduced(clip.truth) if crf is None else compressed(reduced(clip.truth), crf)
@@ -175,7 +175,7 @@ def rows_of(pipe: StreamDiffVSRPipeline, clips: list[Clip], crf: int | None) -> 
 
 
 def report(pipe: StreamDiffVSRPipeline, groups: dict[str, list[Clip]]) -> str:
-    """Sentences for each group of clips and a table of all, clean and compressed."""
+    """Return a summary of each group of clips and a table of all clips, clean and compressed."""
     parts = []
     for title, crf in (("Clean", None), (f"Through H.264 at crf {CRF}", CRF)):
         rows = {group: rows_of(pipe, clips, crf) for group, clips in groups.items() if clips}
@@ -186,7 +186,7 @@ def report(pipe: StreamDiffVSRPipeline, groups: dict[str, list[Clip]]) -> str:
 
 
 def labelled(picture: Tensor, words: str) -> Image.Image:
-    """(3, H, W) in 0..1 with a line of text in a corner."""
+    """Return a picture (3, H, W) in 0..1 as an image with a line of text in a corner."""
     image = Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy())
     pen, font = ImageDraw.Draw(image), ImageFont.load_default(16)
     box = pen.textbbox((8, 6), words, font=font)
@@ -205,7 +205,7 @@ def beside(images: list[Image.Image]) -> Image.Image:
 
 
 def still(pipe: StreamDiffVSRPipeline, clips: list[Clip], path: Path) -> None:
-    """The last frame of generated clips, enlarged twice: bicubic, nano, truth."""
+    """Write a picture of the last frames of generated clips, enlarged by 2: bicubic, nano, truth."""
     rows = []
     for clip in clips:
         lq = reduced(clip.truth)
@@ -223,7 +223,7 @@ def still(pipe: StreamDiffVSRPipeline, clips: list[Clip], path: Path) -> None:
 
 
 def loop(pipe: StreamDiffVSRPipeline, path: Path) -> None:
-    """The demo's clip, forth and back: bicubic and nano."""
+    """Write an animation of the demo's clip, forwards and backwards: bicubic and nano."""
     lq = reduced(torch.cat([draw(index / FRAMES) for index in range(FRAMES)]))
     shown = {name: methods(pipe)[name](lq)[..., 60:360, 20:420] for name in ("bicubic", "nano")}
     frames = [beside([labelled(pictures[index], name) for name, pictures in shown.items()])
@@ -232,7 +232,7 @@ def loop(pipe: StreamDiffVSRPipeline, path: Path) -> None:
 
 
 def insert(text: str, path: Path) -> None:
-    """Between the marks of a file."""
+    """Replace the text between the marks of a file."""
     content = path.read_text(encoding="utf-8")
     head, _, rest = content.partition(BEGIN)
     _, _, tail = rest.partition(END)

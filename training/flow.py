@@ -1,10 +1,10 @@
-"""Trains nano's own flow network on pairs of frames with known motion:
+"""Train nano's own flow network on pairs of frames with known motion:
 
     python -m training.flow --steps 6000
     python -m training.flow_evaluate training/runs/flow.safetensors
     python -m training.flow_export training/runs/flow.safetensors
 
-One thread, no GPU needed. Started again, it continues where it stopped.
+Uses one thread and needs no GPU. When started again, it resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ LOG = Path(__file__).parent / "flow_log.csv"
 CONFIG = {"features": 24, "radius": 3, "widths": [48, 40, 32], "refinement": [24, 24], "hidden": 16}
 
 HIDDEN_WEIGHT = 0.4
-"""Of what only the current frame shows; what both show counts 1."""
+"""Weight of pixels visible only in the current frame; pixels visible in both have weight 1."""
 
 LEVEL_WEIGHTS = (1.0, 0.5, 0.2, 0.12, 0.08, 0.06, 0.05)
-"""From the LQ size downwards."""
+"""Weights of the levels, from LQ size downwards."""
 
 LARGE_SHARE = 0.25
-"""Of batches at the full size; the others are three quarters as wide."""
+"""Share of batches with frames of full size; in the others, both sides are three quarters as long."""
 
 POWER, OFFSET = 0.7, 0.01
-"""The loss is (end-point error in LQ pixels + OFFSET) ** POWER: small motions count beside large ones."""
+"""The loss is (end-point error in LQ pixels + OFFSET) ** POWER, so that small motions matter too."""
 
 
 def level_loss(flow: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
-    """One level against the truth at its size; `flow` in the level's pixels."""
+    """Return the loss of one level's flow, in the level's pixels, against the truth reduced to its size."""
     scale = truth.shape[-1] / flow.shape[-1]
     size = flow.shape[-2:]
     truth, weight = F.adaptive_avg_pool2d(truth, size), F.adaptive_avg_pool2d(weight, size)
@@ -55,7 +55,7 @@ def level_loss(flow: Tensor, truth: Tensor, weight: Tensor) -> Tensor:
 
 
 def flow_loss(network: FlowNetwork, batch: tuple[Tensor, Tensor, Tensor, Tensor]) -> Tensor:
-    """The loss over all levels."""
+    """Return the loss summed over all levels."""
     current, previous, truth, seen = batch
     weight = HIDDEN_WEIGHT + (1 - HIDDEN_WEIGHT) * seen
     flows = network.flows(current, previous)

@@ -1,7 +1,8 @@
-"""Pairs of frames with known motion, for the flow network: layers that move each on its own.
+"""Pairs of frames with known motion, for the flow network: layers that move independently.
 
-The flow comes first: a layer's previous frame is drawn from a picture, the current one from the same picture
-at p + flow(p), so that it is exact for any motion, also a bending one. Frames are drawn at twice the LQ size.
+The flow is chosen first: a layer's previous frame is sampled from a picture, and its current frame from the
+same picture at p + flow(p), so that the flow is exact for any motion, even a non-rigid one. Frames are drawn
+at twice the LQ size.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from training.sequences import h264
 
 OVERSAMPLE = 2
 MARGIN = 48
-"""Things that pass in front may begin so many (oversampled) pixels outside the frame."""
+"""Distance, in oversampled pixels, outside the frame at which foreground objects may begin."""
 
 FASTEST = 24.0
-"""Pan between two frames in LQ pixels."""
+"""Maximum pan between two frames, in LQ pixels."""
 
 
 UNSEEN = ("chelsea.png", "coffee.png", "rocket.jpg")
-"""Photographs that are kept for measuring."""
+"""Photographs reserved for evaluation."""
 
 
 class Pool:
-    """Pictures of known motion: generated scenes and photographs, each also at half size."""
+    """The pictures from which layers are made: generated scenes and photographs, each also at half size."""
 
     def __init__(self, pictures: Pictures, *, measuring: bool = False) -> None:
         named = zip(PHOTOGRAPHS, pictures.photographs, strict=True)
@@ -48,32 +49,32 @@ def with_halves(pictures: list[np.ndarray]) -> list[np.ndarray]:
 
 @dataclass(frozen=True)
 class Layer:
-    """What is seen where nothing is in front of it: both frames (H, W, 3), where it is, how it moves."""
+    """One layer of a pair, before others cover it: its frames (H, W, 3), its masks and its motion."""
 
     current: np.ndarray
     previous: np.ndarray
     here: np.ndarray
-    """(H, W) in 0..1, in the current frame."""
+    """Its mask in the current frame, (H, W) in 0..1."""
     there: np.ndarray
-    """The same in the previous frame."""
+    """Its mask in the previous frame, (H, W) in 0..1."""
     flow: np.ndarray
-    """(H, W, 2) in oversampled pixels."""
+    """Its backward flow, (H, W, 2) in oversampled pixels."""
 
 
 def grid(height: int, width: int) -> np.ndarray:
-    """Each pixel's position, (H, W, 2), x first."""
+    """Return each pixel's position, (H, W, 2), x first."""
     return np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float32)
 
 
 def pan(rng: np.random.Generator, slowest: float = 0.03) -> np.ndarray:
-    """Oversampled pixels; as many slow ones as fast ones."""
+    """Return a random pan in oversampled pixels; the logarithm of its speed is uniformly distributed."""
     speed = np.exp(rng.uniform(np.log(slowest), np.log(FASTEST))) * OVERSAMPLE
     heading = rng.choice(4) * np.pi / 2 if rng.random() < 0.3 else rng.uniform(0, 2 * np.pi)
     return speed * np.array([np.cos(heading), np.sin(heading)])
 
 
 def motion(rng: np.random.Generator, places: np.ndarray) -> np.ndarray:
-    """The camera's: a pan, often a turn and a zoom, sometimes bent; a fifth stand still."""
+    """Return flow of the camera: a pan, often with a turn and zoom, often bent; in a fifth of cases, none."""
     height, width = places.shape[:2]
     if rng.random() < 0.2:
         return np.zeros_like(places)
@@ -88,13 +89,13 @@ def motion(rng: np.random.Generator, places: np.ndarray) -> np.ndarray:
 
 
 def bend(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """A smooth field of unit spread."""
+    """Return a smooth random field with a standard deviation of about 1."""
     coarse = rng.standard_normal((*rng.integers(3, 13, 2), 2)).astype(np.float32)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
 def own_motion(rng: np.random.Generator, camera: np.ndarray) -> np.ndarray:
-    """Of something in front: with the camera and a bit, entirely its own, or none."""
+    """Return flow of a foreground object: the camera's plus a small pan, an independent one, or none."""
     kind = rng.random()
     if kind < 0.15:
         return np.zeros_like(camera)
@@ -112,7 +113,7 @@ def sample(picture: np.ndarray, places: np.ndarray, border: int = cv2.BORDER_REF
 def surface(
     pool: Pool, rng: np.random.Generator, flow: np.ndarray, places: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """A picture before and after the motion, turned, scaled, now and then out of focus."""
+    """Return a picture after and before the motion; it is turned, scaled and sometimes out of focus."""
     picture = pool.pick(rng)
     scale, turn = rng.uniform(0.5, 1.3), rng.choice(4) * np.pi / 2 + rng.normal(0, 0.3)
     linear = scale * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]], np.float32)
@@ -127,7 +128,7 @@ def surface(
 
 
 def outline(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Something's shape in the previous frame and MARGIN around it, in 0..1."""
+    """Return the mask of a foreground object in the previous frame, with MARGIN around it, in 0..1."""
     mask = np.zeros((height + 2 * MARGIN, width + 2 * MARGIN), np.uint8)
     centre = rng.uniform(0, 1, 2) * (width + MARGIN, height + MARGIN) + MARGIN / 2
     size = min(height, width) * np.exp(rng.uniform(np.log(0.06), np.log(0.6)))
@@ -153,7 +154,7 @@ def outline(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def front(pool: Pool, rng: np.random.Generator, camera: np.ndarray) -> Layer:
-    """Something that passes in front."""
+    """Return the layer of a foreground object."""
     places = grid(*camera.shape[:2])
     flow = own_motion(rng, camera)
     mask = outline(rng, *camera.shape[:2])
@@ -167,7 +168,7 @@ def front(pool: Pool, rng: np.random.Generator, camera: np.ndarray) -> Layer:
 
 
 def layers(pool: Pool, rng: np.random.Generator, height: int, width: int) -> list[Layer]:
-    """From the background to the nearest."""
+    """Return the layers of a pair, from the background to the nearest."""
     places = grid(height, width)
     camera = motion(rng, places)
     full = np.ones((height, width), np.float32)
@@ -177,7 +178,11 @@ def layers(pool: Pool, rng: np.random.Generator, height: int, width: int) -> lis
 
 
 def composed(shown: list[Layer]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """-> both frames (2, H, W, 3) in 0..255, current first; flow (H, W, 2); seen in both (H, W)."""
+    """Compose layers into a pair of frames.
+
+    Returns the frames (2, H, W, 3) in 0..255, current first, the flow (H, W, 2), and a mask (H, W) of the
+    pixels visible in both.
+    """
     height, width = shown[0].here.shape
     frames = np.zeros((2, height, width, 3), np.float32)
     nearest = np.zeros((2, height, width), np.int32)
@@ -194,7 +199,7 @@ def composed(shown: list[Layer]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def lighting(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
-    """Both frames recoloured alike; now and then the light changes between them."""
+    """Recolour both frames alike; in a fifth of the cases, also change the light between them."""
     values = recolour(rng, frames.clip(0, 255).astype(np.uint8))
     if rng.random() < 0.2:
         values[0] = values[0] * np.float32(rng.normal(1, 0.05)) + np.float32(rng.normal(0, 0.02))
@@ -202,7 +207,7 @@ def lighting(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
 
 
 def spoiled(lq: Tensor, rng: np.random.Generator) -> Tensor:
-    """Mostly clean 8-bit frames; else grain, JPEG, or H.264, where that leaves the motion in."""
+    """Return 8-bit frames, mostly clean, else with grain, JPEG or H.264, if H.264 preserves the motion."""
     kind = rng.random()
     if kind < 0.15:
         lq = lq + torch.from_numpy(rng.normal(0, rng.uniform(0.002, 0.03), lq.shape).astype(np.float32))
@@ -218,7 +223,10 @@ def change(frames: Tensor) -> float:
 
 
 def pair(pool: Pool, rng: np.random.Generator, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """-> frames (2, 3, h, w) in 0..1, current first; flow (2, h, w) in LQ pixels; seen (1, h, w)."""
+    """Return a pair of LQ frames (2, 3, h, w) in 0..1, current first, its flow and its mask.
+
+    The flow (2, h, w) is in LQ pixels; the mask (1, h, w) marks pixels visible in both frames.
+    """
     frames, flow, seen = composed(layers(pool, rng, OVERSAMPLE * height, OVERSAMPLE * width))
     fine = torch.from_numpy(lighting(rng, frames)).permute(0, 3, 1, 2)
     lq = F.interpolate(fine, size=(height, width), mode="bicubic", antialias=True)
@@ -230,7 +238,10 @@ def pair(pool: Pool, rng: np.random.Generator, height: int, width: int) -> tuple
 def pair_batch(
     pool: Pool, rng: np.random.Generator, count: int, height: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> current, previous (N, 3, h, w) in model range; flow (N, 2, h, w) in LQ pixels; seen (N, 1, h, w)."""
+    """Return a batch of pairs: current and previous frames (N, 3, h, w) in model range, flow and masks.
+
+    The flow (N, 2, h, w) is in LQ pixels; the masks (N, 1, h, w) mark pixels visible in both frames.
+    """
     frames, flows, seen = (
         torch.stack(values)
         for values in zip(*(pair(pool, rng, height, width) for _ in range(count)), strict=True)

@@ -1,8 +1,8 @@
-"""Compares nano's own flow network with OpenCV's DIS on motion and pictures that it never saw.
+"""Compare nano's own flow network with OpenCV's DIS on motion and pictures not used in training.
 
 python -m training.flow_evaluate [CHECKPOINT.safetensors] [--clips CLIP.mp4 ...] [--pairs 60]
 
-Without a checkpoint it measures the network that ships. Errors are in pixels of the 4x frames.
+Without a checkpoint, the bundled network is measured. Errors are in pixels of the 4x frames.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from training.rollout import lq_up, true_warp
 from training.sequences import h264, moving_clip
 
 SEED, SCENES = 977, 30
-"""Of the scenes for measuring; training draws others."""
+"""Seed and number of the scenes for evaluation; training uses other scenes."""
 
 SPEEDS = {"still": 0.0, "below 1": 1.0, "1 to 5": 5.0, "above 5": float("inf")}
-"""Upper ends of mean motion in LQ pixels."""
+"""Classes of speed, with the highest mean motion of each in LQ pixels."""
 
 
 def load(checkpoint: Path | None) -> FlowNetwork:
@@ -40,12 +40,12 @@ def load(checkpoint: Path | None) -> FlowNetwork:
         return open_bundled()
     network = FlowNetwork(**CONFIG)
     network.load_state_dict(of_state(checkpoint, "average"))
-    # As it will be kept: in half precision.
+    # Round to half precision, in which the network is exported.
     return network.half().float().requires_grad_(False)
 
 
 def motions(pool: Pool, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Layers that move each on its own: LQ frames, true flow at 4x, seen in both."""
+    """Yield pairs of independently moving layers: LQ frames, true flow at 4x, and the mask seen in both."""
     rng = np.random.default_rng((SEED, 1))
     for _ in range(count):
         current, previous, flow, seen = pair_batch(pool, rng, 1, 90, 160)
@@ -54,7 +54,7 @@ def motions(pool: Pool, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Te
 
 
 def clips(pictures: Pictures, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The same of the sequences that the rest of nano is trained on."""
+    """Yield the same for sequences like those on which nano's other networks are trained."""
     rng = np.random.default_rng((SEED, 2))
     for _ in range(count):
         frames, flows = moving_clip(pictures, rng, 2, 384)
@@ -75,7 +75,7 @@ def mean_over(values: Tensor, weight: Tensor) -> float:
 def end_point_errors(
     estimators: dict[str, FlowEstimator], pairs: Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
 ) -> None:
-    """Mean end-point error over all pixels, over what both frames show, and of slow and fast pairs."""
+    """Print the mean end-point error over all pixels, over those visible in both frames, and by speed."""
     rows: dict[str, list[tuple[float, float]]] = {name: [] for name in estimators}
     speeds = []
     for current, previous, truth, seen in pairs:
@@ -98,7 +98,7 @@ def end_point_errors(
 
 
 def picture_errors(estimators: dict[str, FlowEstimator], clip: Path, frames: int) -> None:
-    """How far the truth's previous frame, moved by the flow of the LQ frames, is from the current one."""
+    """Print the mean difference of the truth's current frame and its previous one moved by the LQ flow."""
     truth = read(clip, frames)
     lq = to_model(reduced(truth))
     figures: dict[str, list[float]] = {"standing": [], **{name: [] for name in estimators}}
@@ -114,7 +114,7 @@ def picture_errors(estimators: dict[str, FlowEstimator], clip: Path, frames: int
 
 
 def stills(estimators: dict[str, FlowEstimator], pool: Pool, count: int) -> None:
-    """Mean length of the flow between a frame and itself under new grain, of up to 2 in 255."""
+    """Print the mean length of the flow between a frame and itself with different grain, up to 2 in 255."""
     rng = np.random.default_rng((SEED, 3))
     lengths: dict[str, list[float]] = {name: [] for name in estimators}
     for _ in range(count):
@@ -127,7 +127,7 @@ def stills(estimators: dict[str, FlowEstimator], pool: Pool, count: int) -> None
 
 
 def end_use(estimators: dict[str, FlowEstimator], clip: Path, frames: int, side: int = 256) -> None:
-    """nano's own results in the middle of a clip with either flow: PSNR in dB, warping error of 255."""
+    """Print figures of nano's results in the middle of a clip with either flow: PSNR, warping error x255."""
     truth = read(clip, frames)
     top, left = (max(0, (length - side) // 8 * 4) for length in truth.shape[-2:])
     truth = truth[..., top : top + side, left : left + side]

@@ -1,4 +1,4 @@
-"""Writes the flow network as the engine opens it, in half precision:
+"""Export the flow network in the form that the engine opens, in half precision:
 
 python -m training.flow_export training/runs/flow.safetensors
 """
@@ -17,7 +17,7 @@ from training.flow import CONFIG
 
 
 def export(checkpoint: Path, path: Path) -> None:
-    """The moving average of the weights, and the configuration beside it."""
+    """Write the moving average of the weights, and the configuration beside it."""
     average = of_state(checkpoint, "average")
     path.parent.mkdir(parents=True, exist_ok=True)
     config = json.dumps(CONFIG, indent=2, sort_keys=True) + "\n"

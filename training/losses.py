@@ -12,16 +12,16 @@ def charbonnier(difference: Tensor) -> Tensor:
 
 
 SQUARES = 5.0
-"""Weight of squared differences beside absolute ones: PSNR and warping error are made of squares."""
+"""Weight of squared differences relative to absolute ones; PSNR and warping error use squares."""
 
 
 def distance(difference: Tensor) -> Tensor:
-    """What a result is judged by: large differences more than in proportion."""
+    """Return a distance in which large differences weigh more than in proportion."""
     return charbonnier(difference) + SQUARES * difference.square().mean()
 
 
 def fidelity(result: Tensor, truth: Tensor) -> Tensor:
-    """Distance of colours and, once more, of luminance, which the eye weighs most."""
+    """Return the distance of colours plus that of luminance, to which the eye is most sensitive."""
     difference = result - truth
     luma = (difference * difference.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1)
     return distance(difference) + distance(luma)

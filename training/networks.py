@@ -1,8 +1,8 @@
-"""The networks of nano: their configurations, and the values they start from.
+"""The networks of nano: their configurations and initial weights.
 
-All of them start as an interpolation: the U-Net hands the LQ picture through as latents, the decoder
-enlarges it bilinearly. Training therefore only has to find what interpolation lacks, and nothing that
-was drawn at random stands between input and result on the first step.
+Together, they start as an interpolation: the U-Net passes the LQ picture through as latents, and the decoder
+enlarges it bilinearly. Training therefore only has to learn what interpolation lacks, and on the first step
+no random weights affect the result.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from stream_diffvsr.families.diffvsr.vae import TemporalAutoencoderTiny, TemporalBlock
 
-# With one group and a large epsilon, group normalisation is almost a fixed scale: brightness survives,
-# and a tile is treated like the whole picture.
+# With one group and a large epsilon, group normalisation is almost a fixed scale: it preserves brightness,
+# and treats a tile like the whole picture.
 NORM_EPS = 100.0
 
 WIDTHS = (24, 32, 48)
@@ -56,7 +56,7 @@ VAE: dict[str, Any] = {
     "latent_channels": 4,
     "latent_magnitude": 3,
     "latent_shift": 0.5,
-    # No block at full size: that is where a block costs most and gives least.
+    # No blocks at full size, where a block costs most and improves the result least.
     "num_decoder_blocks": [5, 1, 0],
     "num_encoder_blocks": [0, 1, 5],
     "out_channels": 3,
@@ -67,7 +67,7 @@ VAE: dict[str, Any] = {
 }
 
 # The networks predict the clean latents themselves, and the last of the four steps starts almost
-# without noise: a small network need not cancel noise exactly.
+# without noise, so that a small network need not cancel noise exactly.
 SCHEDULER: dict[str, Any] = {
     "beta_end": 0.02,
     "beta_schedule": "scaled_linear",
@@ -84,7 +84,7 @@ SCHEDULER: dict[str, Any] = {
 
 
 class Nano(nn.Module):
-    """All weights of the checkpoint in one module, so that one file holds a training run."""
+    """All weights of the checkpoint in one module, so that a training run fits in one file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def scheduler(**changes: Any) -> DDIMScheduler:
 
 @torch.no_grad()
 def start_norms(network: nn.Module) -> None:
-    """Group normalisation as the identity less a mean; attention without effect."""
+    """Initialise group normalisation as the identity minus a mean, and attention to have no effect."""
     for name, module in network.named_modules():
         if isinstance(module, nn.GroupNorm) and module.eps == NORM_EPS:
             module.weight.fill_(NORM_EPS**0.5)
@@ -114,11 +114,11 @@ def start_norms(network: nn.Module) -> None:
 
 @torch.no_grad()
 def start_unet(unet: UNet2DConditionModel) -> None:
-    """Output = LQ picture in three channels, by way of the outermost skip connection.
+    """Initialise the U-Net to output the LQ picture in three channels, through the outermost skip connection.
 
-    Each colour travels as a pair of channels of opposite sign: a pair has no mean that normalisation
-    could take away, and silu(v) - silu(-v) = v exactly.
-    The noise is not looked at before training finds a use for the latents.
+    Each colour is carried by a pair of channels of opposite sign: the mean of a pair is zero, so that
+    normalisation removes nothing, and silu(v) - silu(-v) = v exactly. The weights of the noisy latents start
+    at zero, so that noise has no effect until training finds a use for the latents.
     """
     start_norms(unet)
     last = unet.up_blocks[-1].resnets[-1]
@@ -142,21 +142,21 @@ def start_unet(unet: UNet2DConditionModel) -> None:
 
 
 CORRECTION = 0.4
-"""How far an untrained ControlNet moves the LQ frame towards what the previous result says of it."""
+"""Share of the way that an untrained ControlNet moves the LQ frame towards the warped previous result."""
 
 
 @torch.no_grad()
 def start_control(controlnet: ControlNetModel) -> None:
-    """First residual = a share of (warped frame, reduced to a quarter) - LQ frame; none to the others.
+    """Initialise the first residual as a share of (warped frame reduced to a quarter) - (LQ frame).
 
-    It arrives in the channels by which the LQ frame travels through the U-Net, and therefore moves the
-    latents towards what was shown a frame ago: guidance begins as a filter along the motion.
+    The other residuals start at 0. The first is added to the channels that carry the LQ frame through the
+    U-Net, so it moves the latents towards the previous result: guidance starts as a filter along the motion.
     """
     start_norms(controlnet)
     embedding = controlnet.controlnet_cond_embedding
     forward, level = torch.tensor([0.0, 0.5, 0.5]), torch.tensor([0.0, 1.0, 0.0])
     smooth = torch.tensor([0.25, 0.5, 0.25])
-    # Three half steps bring the reduced picture's pixels to the middles of the LQ frame's.
+    # Three half steps align the reduced picture's pixels with the centres of the LQ frame's pixels.
     lines = [forward, forward, forward, level, smooth]
     for conv, line in zip([embedding.conv_in, *embedding.blocks], lines, strict=True):
         pass_pairs(conv, torch.outer(line, line), first=conv is embedding.conv_in)
@@ -170,7 +170,7 @@ def start_control(controlnet: ControlNetModel) -> None:
 
 
 def pass_pairs(conv: nn.Conv2d, kernel: Tensor, first: bool = False) -> None:
-    """Three colours through a convolution, each as a pair of channels of opposite sign."""
+    """Make a convolution pass three colours through, each as a pair of channels of opposite sign."""
     conv.weight[:6] = 0
     assert conv.bias is not None
     conv.bias[:6] = 0
@@ -185,7 +185,7 @@ def pass_pairs(conv: nn.Conv2d, kernel: Tensor, first: bool = False) -> None:
 
 @torch.no_grad()
 def start_vae(vae: TemporalAutoencoderTiny) -> None:
-    """The decoder as bilinear enlargement (nearest x2, then a 1-2-1 filter, twice)."""
+    """Initialise the decoder as bilinear enlargement (nearest x2, then a 1-2-1 filter, twice)."""
     for module in vae.modules():
         if isinstance(module, TemporalBlock):
             module.conv[4].weight.zero_()

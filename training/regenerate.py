@@ -1,9 +1,9 @@
-"""Makes every table and picture that shows nano again, once its weights have changed:
+"""Regenerate every table and picture of nano's results after its weights have changed:
 
     python -m training.regenerate CLIP_OR_FOLDER ...
 
-Each part of a text between two marks is what a command printed; the opening mark has the part's name.
-Pictures of ComfyUI's page are made where COMFYUI_PATH is set, as for the tests.
+Each part of a text between two marks is the output of a command; the opening mark contains the part's name.
+Pictures of ComfyUI's page are made if COMFYUI_PATH is set, as for the tests.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FRAMES = 16
-"""Of each clip that is measured."""
+"""Number of frames measured in each clip."""
 
 Part = tuple[Path, str, Sequence[str]]
-"""A text, the name of its part, and what makes it."""
+"""A text file, the name of the part in it, and the command that prints it."""
 
 
 def videos(paths: Sequence[Path]) -> Iterator[str]:
-    """The files themselves, and those right in the folders."""
+    """Yield the given files, and the files directly in the given folders."""
     for path in paths:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         yield from (str(file) for file in files if file.is_file())
@@ -44,13 +44,13 @@ def parts(clips: Sequence[str]) -> list[Part]:
 
 
 def printed(command: Sequence[str]) -> str:
-    """By a Python of the same environment; its failure ends this run, before anything is written."""
+    """Return a script's output, run by this Python; if it fails, stop before its part is written."""
     done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return done.stdout.strip()
 
 
 def insert(text: str, path: Path, name: str) -> None:
-    """Between the marks of a file: tables as they are, other lines as they were printed."""
+    """Replace the text between the marks of a file; text that is not a table becomes a code block."""
     begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     head, found, rest = path.read_text(encoding="utf-8").partition(begin)
     _, closed, tail = rest.partition(end)

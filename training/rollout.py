@@ -1,4 +1,4 @@
-"""What the engine computes per frame, for whole batches of sequences and with gradients."""
+"""The engine's computation of a frame, for whole batches of sequences and with gradients."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def lq_up(lq: Tensor) -> Tensor:
 
 
 def to_grey(picture: Tensor) -> np.ndarray:
-    """(3, H, W) in model range -> uint8 luminance."""
+    """Convert a picture (3, H, W) in model range to uint8 luminance."""
     array = ((picture / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     return cv2.cvtColor(np.ascontiguousarray(array), cv2.COLOR_RGB2GRAY)
 
 
 def dis_flow(current: Tensor, previous: Tensor) -> Tensor:
-    """Backward flow (N, 2, H, W): where each pixel of `current` lies in `previous`."""
+    """Return the backward flow (N, 2, H, W) by DIS: where each pixel of `current` was in `previous`."""
     estimator = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     flows = [estimator.calc(to_grey(now), to_grey(before), None)
              for now, before in zip(current, previous, strict=True)]  # fmt: skip
@@ -43,13 +43,16 @@ def flow_network() -> BundledFlow:
 
 @torch.no_grad()
 def bundled_flow(current: Tensor, previous: Tensor) -> Tensor:
-    """The same by nano's own network."""
+    """Return the backward flow (N, 2, H, W) by nano's own network."""
     pairs = zip(current.split(1), previous.split(1), strict=True)
     return torch.cat([flow_network()(now, before) for now, before in pairs])
 
 
 def true_warp(previous: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Any number of frames moved along true flow, and where that found something; for measuring."""
+    """Return frames moved along true flow, and a mask of where it points inside the picture.
+
+    For losses and measurements; unlike in `warp`, zero flow is the identity.
+    """
     height, width = previous.shape[-2:]
     y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     grid_x = (2 * (x + flow[:, 0]) + 1) / width - 1
@@ -60,7 +63,7 @@ def true_warp(previous: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def predict(model: Nano, timestep: Tensor, lq: Tensor, latents: Tensor, warped: Tensor | None) -> Tensor:
-    """The clean latents, as the U-Net and its ControlNet see them from this step."""
+    """Return the clean latents that the U-Net and its ControlNet predict in this step."""
     prompt = model.prompt.expand(len(lq), -1, -1)
     sample = torch.cat([latents, lq], 1)
     down, middle = None, None
@@ -84,10 +87,11 @@ def denoise(
     warped: Tensor | None,
     step: int | None = None,
 ) -> Tensor:
-    """What the network takes for the clean latents in one step of the schedule; None: in the last of all.
+    """Return the clean latents that the network predicts in one step of the schedule.
 
-    `warped` None means a first frame, without ControlNet. With a `step`, that step alone has gradients, and
-    the first step leads to it directly: what comes out hardly changes in between.
+    With `step` None, all steps are computed, and the last prediction is returned. Otherwise, only that step
+    has gradients; its input is computed from the first step alone, as predictions hardly change in between.
+    `warped` None means a first frame, without ControlNet.
     """
     if step is None:
         return list(predictions(model, schedule, lq, latents, warped))[-1]
@@ -101,7 +105,7 @@ def denoise(
 def predictions(
     model: Nano, schedule: DDIMScheduler, lq: Tensor, latents: Tensor, warped: Tensor | None
 ) -> Iterator[Tensor]:
-    """The clean latents as each step sees them; the scheduler's result is the last of them."""
+    """Yield the clean latents that each step predicts; the last of them is the scheduler's result."""
     for timestep in schedule.timesteps:
         output = predict(model, timestep, lq, latents, warped)
         latents = schedule.step(output, timestep, latents, return_dict=False)[0]
@@ -109,16 +113,16 @@ def predictions(
 
 
 def jump(schedule: DDIMScheduler, clean: Tensor, latents: Tensor, step: int) -> Tensor:
-    """DDIM's update (eta 0) from the first step of the schedule to a later one."""
+    """Return DDIM's update (eta 0) from the first step of the schedule to a later one."""
     here, there = (schedule.alphas_cumprod[schedule.timesteps[index]] for index in (0, step))
     noise = (latents - here.sqrt() * clean) / (1 - here).sqrt()
     return there.sqrt() * clean + (1 - there).sqrt() * noise
 
 
 def decode(model: Nano, latents: Tensor, warped: Tensor | None) -> Tensor:
-    """(N, 4, h, w) -> (N, 3, 4h, 4w), unclamped; the encoder that finds the features learns nothing here.
+    """Decode latents (N, 4, h, w) to unclamped frames (N, 3, 4h, 4w).
 
-    `warped` None means without TPM.
+    The encoder that computes the features of `warped` is not trained. `warped` None means without TPM.
     """
     with torch.no_grad():
         features = None if warped is None else model.vae.features(warped)
@@ -134,7 +138,7 @@ def pad(picture: Tensor, multiple: int) -> Tensor:
 def upscale(
     model: Nano, schedule: DDIMScheduler, frames: Tensor, *, guided: bool = True, seed: int = 0
 ) -> Tensor:
-    """One sequence of any size, as the engine does it; (T, 3, h, w) -> (T, 3, 4h, 4w)."""
+    """Upscale one sequence of any size as the engine does; (T, 3, h, w) -> (T, 3, 4h, 4w)."""
     results: list[Tensor] = []
     for index in range(len(frames)):
         lq = frames[index : index + 1]

@@ -1,4 +1,4 @@
-"""Short sequences with known content: pictures that pan, turn and zoom, with things passing in front."""
+"""Short sequences with known motion: pictures that pan, turn and zoom, with objects passing in front."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OVERSAMPLE = 2
 
 
 def path(rng: np.random.Generator, frames: int) -> np.ndarray:
-    """Shift x, y (pixels of the result), turn (radians) and log zoom for each frame."""
+    """Return a camera path: shift x and y (output pixels), rotation (radians) and log zoom for each frame."""
     speed = 0.0 if rng.random() < 0.3 else np.exp(rng.uniform(np.log(0.1), np.log(8)))
     heading = rng.uniform(0, 2 * np.pi)
     step = np.array([speed * np.cos(heading), speed * np.sin(heading), 0.0, 0.0])
@@ -28,7 +28,7 @@ def path(rng: np.random.Generator, frames: int) -> np.ndarray:
 
 
 def placed(size: int, scale: float, start: np.ndarray, move: np.ndarray) -> np.ndarray:
-    """Affine map from a pixel of the (oversampled) frame to a pixel of the picture."""
+    """Return the affine map from a pixel of the (oversampled) frame to a pixel of the picture."""
     turn, zoom = start[2] + move[2], scale / OVERSAMPLE * np.exp(move[3])
     linear = zoom * np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
     centre = np.full(2, size * OVERSAMPLE / 2)
@@ -39,7 +39,10 @@ def placed(size: int, scale: float, start: np.ndarray, move: np.ndarray) -> np.n
 def layer(
     rng: np.random.Generator, picture: np.ndarray, frames: int, size: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """One picture under a moving camera, at OVERSAMPLE times `size`; backward flow (T-1, 2, size, size)."""
+    """Return frames of a picture under a moving camera, and their backward flow (T-1, 2, size, size).
+
+    The frames have OVERSAMPLE times `size`.
+    """
     height, width = picture.shape[:2]
     scale = rng.uniform(1.0, max(1.05, min(2.2, min(height, width) / size)))
     margin = min(size * scale * 0.75, min(height, width) / 2 - 1)
@@ -54,7 +57,7 @@ def layer(
 
 
 def motion(now: np.ndarray, before: np.ndarray, size: int) -> np.ndarray:
-    """Where each pixel of the result was a frame ago, from the two affine maps of its layer."""
+    """Return the backward flow (2, size, size) that follows from the affine maps of a layer's two frames."""
     inverse = cv2.invertAffineTransform(before)
     y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     # A pixel of the result is the mean of a square of OVERSAMPLE pixels.
@@ -66,7 +69,7 @@ def motion(now: np.ndarray, before: np.ndarray, size: int) -> np.ndarray:
 
 
 def stencil(rng: np.random.Generator, size: int) -> np.ndarray:
-    """The outline of something that passes in front: (2 size, 2 size, 3) in 0..255."""
+    """Return the mask of an object that passes in front, (2 size, 2 size, 3) in 0..255."""
     mask = np.zeros((2 * size, 2 * size, 3), np.uint8)
     angles = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(3, 12)))
     reach = size * rng.uniform(0.15, 0.6) * rng.uniform(0.5, 1, len(angles))
@@ -76,14 +79,17 @@ def stencil(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def clip(pool: Pictures, rng: np.random.Generator, frames: int, size: int) -> np.ndarray:
-    """(T, size, size, 3) in 0..1."""
+    """Return the frames of a random clip, (T, size, size, 3) in 0..1."""
     return moving_clip(pool, rng, frames, size)[0]
 
 
 def moving_clip(
     pool: Pictures, rng: np.random.Generator, frames: int, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(T, size, size, 3) in 0..1, and its backward flow (T-1, 2, size, size); a cut has no true flow."""
+    """Return a clip, (T, size, size, 3) in 0..1, and its backward flow, (T-1, 2, size, size).
+
+    At a cut, the flow is meaningless.
+    """
     shown, flows = layer(rng, pool.pick(rng), frames, size)
     if rng.random() < 0.45:
         front, front_flows = layer(rng, pool.pick(rng), frames, size)
@@ -105,7 +111,7 @@ def moving_clip(
 
 
 def h264(lq: Tensor, crf: int, preset: str = "veryfast") -> Tensor:
-    """(T, 3, h, w) in 0..1 with even sides, after H.264."""
+    """Return frames (T, 3, h, w) in 0..1, whose sides must be even, after compression with H.264."""
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=25, options={"crf": str(crf), "preset": preset})
@@ -123,9 +129,9 @@ def h264(lq: Tensor, crf: int, preset: str = "veryfast") -> Tensor:
 def sequence_batch(
     pool: Pictures, rng: np.random.Generator, count: int, frames: int, size: int, compressed: float = 0.4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> (lq (T,N,3,s/4,s/4), truth (T,N,3,s,s)) in model range, and the true flow (T-1,N,2,s,s).
+    """Return LQ frames (T,N,3,s/4,s/4) and truth (T,N,3,s,s) in model range, and true flow (T-1,N,2,s,s).
 
-    A share `compressed` went through H.264; of the rest some are noisy or JPEG.
+    A share `compressed` of the sequences goes through H.264; some of the others get noise or go through JPEG.
     """
     lqs, truths, flows = [], [], []
     for _ in range(count):

@@ -1,10 +1,10 @@
-"""What recursion does to nano over a long time:
+"""Test whether nano stays stable over a long sequence, although each frame builds on the previous result:
 
     python -m training.stability [--source nano] [--frames 510] [--repeats 100]
 
-A camera goes round and round over a picture, so that frames 450 to 500 show what frames 10 to 60 showed: the
-error, as a multiple of bicubic's on the same frames, must be the same within 3 %. And one frame is repeated:
-the mean colour must stay within 0.5/255, and the picture must come to rest. Exits with 1 if any of it fails.
+A camera circles over a picture, so that frames 450 to 500 show the same as frames 10 to 60: their error, as a
+multiple of bicubic's, must not be more than 3 % higher. In addition, one frame is repeated: its mean colour
+must stay within 0.5/255, and the picture must settle. The exit code is 1 if any of these tests fails.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from stream_diffvsr.media.sizes import enlarge, resize
 
 WIDTH, HEIGHT = 256, 192
 ROUND = 440
-"""Frames until the camera is back."""
+"""Frames until the camera is back at its start."""
 EARLY, LATE = slice(10, 60), slice(10 + ROUND, 60 + ROUND)
 GROWTH, DRIFT, RESTLESS = 0.03, 0.5, 0.1
 
 
 def camera(picture: Tensor, index: int) -> Tensor:
-    """What the camera sees of a picture (1, 3, H, W) in frame `index`, at subpixel positions."""
+    """Return the part of a picture (1, 3, H, W) that the camera shows in frame `index`, at subpixel positions."""
     height, width = picture.shape[-2:]
     angle = math.tau * index / ROUND
     left = (width - WIDTH) * (0.5 + 0.45 * math.sin(angle))
@@ -43,12 +43,12 @@ def camera(picture: Tensor, index: int) -> Tensor:
 
 
 def reduced(truth: Tensor) -> Tensor:
-    """A quarter of the size, in 8 bit."""
+    """Return the frame at a quarter of its size, rounded to 8 bits."""
     return (resize(truth, (truth.shape[-2] // 4, truth.shape[-1] // 4)).clamp(0, 1) * 255).round() / 255
 
 
 def relative_errors(pipe: StreamDiffVSRPipeline, frames: int) -> Iterator[float]:
-    """Mean squared error of each frame as a multiple of bicubic's."""
+    """Yield the mean squared error of each frame as a multiple of bicubic's."""
     picture = draw(0.0)
     truths = (camera(picture, index) for index in range(frames))
     state = None
@@ -61,13 +61,13 @@ def relative_errors(pipe: StreamDiffVSRPipeline, frames: int) -> Iterator[float]
 
 
 def growth(errors: list[float]) -> float:
-    """By which share the late frames' error exceeds the early ones' of the same content."""
+    """Return the share by which the error of late frames exceeds that of early ones with the same content."""
     early, late = (sum(errors[part]) / len(errors[part]) for part in (EARLY, LATE))
     return late / early - 1
 
 
 def standstill(pipe: StreamDiffVSRPipeline, repeats: int) -> tuple[float, float]:
-    """The same frame again and again: most that the mean colour is off by, and the last change, of 255."""
+    """Upscale one frame repeatedly; return the largest error of the mean colour and the last change, x255."""
     lq = from_pixels(reduced(camera(draw(0.0), 0)))
     hqs = [result.hq * 127.5 for result in pipe.stream(lq for _ in range(repeats))]
     colours = torch.cat([hq.mean((2, 3)) for hq in hqs])

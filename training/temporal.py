@@ -1,4 +1,4 @@
-"""Loss of the temporal stage: several frames in a row on the model's own results."""
+"""The loss of the temporal stage: several consecutive frames, each building on the model's own results."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from training.rollout import bundled_flow, decode, denoise, dis_flow, lq_up, tru
 
 COLOUR = 0.2
 VISIBLE = 0.15
-"""Where the truth itself, moved along the flow, is farther off than this, something was covered."""
+"""Difference of the truth along the flow above which a pixel is taken to be occluded."""
 GUIDED = 0.75
-"""Share of later frames that are guided; the others keep the model good without guidance."""
+"""Share of later frames that are guided; the others keep the model usable without guidance."""
 TPM = 0.5
-"""Share of guided frames that the decoder's TPM has a part in; a user may turn it off."""
+"""Share of guided frames decoded with TPM; the others are not, since a user may turn it off."""
 ALONE = 0.3
-"""Weight of steadiness where a frame has no guidance: what depends on how pixels happen to lie flickers."""
+"""Weight of steadiness for unguided frames, which flicker where results depend on pixel alignment."""
 BEGINNING = 8.0
-"""Weight of steadiness from an unguided frame to a guided one: a step that every sequence has."""
+"""Weight of steadiness from an unguided frame to a guided one, a change that every sequence begins with."""
 LEARNING = 0.6
-"""Share of frames with gradients; the others only lead to what later frames are guided by."""
+"""Share of frames with gradients; the others only produce the results that guide later frames."""
 
 
 def sampling(rng: np.random.Generator) -> tuple[DDIMScheduler, int]:
-    """Mostly the checkpoint's own four steps; else other counts and spacings that a user may choose.
+    """Return a schedule and the step to train, mostly the last one, whose result is used.
 
-    The second value is the step that learns: mostly the last, whose result is used.
+    The schedule is mostly the checkpoint's own with four steps, else another that a user may choose.
     """
     schedule, count = scheduler(), 4
     if rng.random() < 0.2:
@@ -42,7 +42,7 @@ def sampling(rng: np.random.Generator) -> tuple[DDIMScheduler, int]:
 
 
 def spoiled_previous(truth: Tensor, lq: Tensor, rng: np.random.Generator) -> Tensor:
-    """A previous frame that the model might have made, or worse: how errors are kept from piling up."""
+    """Return a previous frame such as the model might produce, or worse, to keep errors from accumulating."""
     mix = rng.uniform(0, 1)
     frame = mix * truth + (1 - mix) * lq_up(lq)
     kind = rng.random()
@@ -60,7 +60,7 @@ def spoiled_previous(truth: Tensor, lq: Tensor, rng: np.random.Generator) -> Ten
 
 
 def guiding_flow(lq: Tensor, before: Tensor, true: Tensor, rng: np.random.Generator) -> Tensor:
-    """What an estimator might find: mostly one in use, else the true motion, as it is or disturbed."""
+    """Return flow to guide by: mostly that of DIS or nano's network, else true flow, exact or disturbed."""
     kind = rng.random()
     if kind < 0.3:
         return dis_flow(lq_up(lq), lq_up(before))
@@ -73,9 +73,9 @@ def guiding_flow(lq: Tensor, before: Tensor, true: Tensor, rng: np.random.Genera
 
 
 def unsteadiness(result: Tensor, previous: Tensor, truth: Tensor, before: Tensor, flow: Tensor) -> Tensor:
-    """What is seen as flicker: how far the frame is from the previous one, moved along the true motion.
+    """Return the distance of a frame to the previous one moved along the true motion, seen as flicker.
 
-    Only where the truth itself does not change.
+    Only pixels where the truth itself does not change are included.
     """
     moved, inside = true_warp(before, flow)
     seen = inside & ((moved - truth).abs().amax(1, keepdim=True) < VISIBLE)
@@ -84,17 +84,17 @@ def unsteadiness(result: Tensor, previous: Tensor, truth: Tensor, before: Tensor
 
 
 def emphasis(guided: bool, guided_before: bool) -> float:
-    """How much the step from one frame to the next counts."""
+    """Return the weight of the change from one frame to the next."""
     if not guided:
         return ALONE
     return 1.0 if guided_before else BEGINNING
 
 
 def control_loss(model: Nano, batch: tuple[Tensor, Tensor, Tensor], rng: np.random.Generator) -> Tensor:
-    """How far the ControlNet's picture of the previous result, moved along, is from the LQ frame.
+    """Return the distance between the ControlNet's embedding of the warped previous result and the LQ frame.
 
-    Before guidance is learned as a whole: otherwise it begins with what the picture's reduction gets wrong,
-    and is unlearned for that. Only the embedding learns.
+    This stage comes before guidance is trained as a whole: otherwise, guidance would start with the errors of
+    an untrained reduction, and training would turn it off. Only the embedding is trained.
     """
     lqs, truths, flows = batch
     schedule, _ = sampling(rng)
@@ -116,7 +116,7 @@ def frame_loss(result: Tensor, truth: Tensor) -> Tensor:
 def temporal_loss(
     model: Nano, batch: tuple[Tensor, Tensor, Tensor], rng: np.random.Generator, steadiness: float
 ) -> Tensor:
-    """Mean loss over the frames of a batch of sequences; gradients stay within each frame."""
+    """Return the mean loss over the frames of a batch of sequences; gradients stay within each frame."""
     lqs, truths, flows = batch
     spoiled = rng.random() < 0.3
     previous = spoiled_previous(truths[0], lqs[0], rng) if spoiled else None

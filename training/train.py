@@ -1,12 +1,12 @@
-"""Trains nano, one command per stage:
+"""Train nano, with one command per stage:
 
     python -m training.train autoencoder --steps 4500
     python -m training.train temporal --steps 1200 --start training/runs/autoencoder.safetensors
     python -m training.export training/runs/temporal.safetensors
 
-`torchrun --nproc_per_node 2 -m training.train ...` shares each batch among two processes. On a
-machine that does other work, two processes of one thread each are faster than one with two threads, which
-would wait for each other in every layer. A run that is started again continues where it stopped.
+`torchrun --nproc_per_node 2 -m training.train ...` splits each batch between two processes. On a machine with
+other load, two processes of one thread each are faster than one process with two threads, which would wait
+for each other in every layer. A run that is started again resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from training.temporal import control_loss, temporal_loss
 RUNS = Path(__file__).parent / "runs"
 LOG = Path(__file__).parent / "log.csv"
 HASTE = 2.0
-"""Factor on the rate of what brings in the previous frame: it starts late, behind weights that are small."""
+"""Factor on the learning rate of weights that use the previous frame, whose gradients are small at first."""
 
 
 def plain_latents(lq: Tensor) -> Tensor:
-    """What the U-Net starts with: the LQ picture and an empty fourth channel."""
+    """Return the latents that the U-Net outputs at first: the LQ picture and an empty fourth channel."""
     return torch.cat([lq, torch.zeros_like(lq[:, :1])], 1)
 
 
@@ -85,7 +85,7 @@ class Stage(Trainer):
             lq, truth = still_batch(self.pool, rng, count, args.size)
             loss = fidelity(self.model.vae.decode(plain_latents(lq)), truth)
         else:
-            # The same choices in all processes, so that none waits for one that has more to compute.
+            # All processes make the same choices, so that none waits for one with more to compute.
             choices = np.random.default_rng((args.seed, step))
             frames = 2 if args.stage == "control" else args.frames
             batch = sequence_batch(self.pool, rng, count, frames, args.size)
@@ -98,7 +98,7 @@ class Stage(Trainer):
 
 
 def fit(run: Trainer, path: Path, log: Path, every: int = 50) -> None:
-    """Train to the last step; a row of the log, and the state, after every so many."""
+    """Train to the last step; append to the log and save the state after `every` steps."""
     if path.exists():
         run.resume(path)
     losses, started = [], time.time()
@@ -135,7 +135,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
 
 def exported(folder: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint folder, named as in `Nano`."""
+    """Return the weights of a checkpoint folder, named as in `Nano`."""
     weights = {f"{part}.{name}": value.float() for part in ("unet", "controlnet", "vae")
                for name, value in load_file(folder / part / WEIGHTS).items()}  # fmt: skip
     prompt = load_file(folder / "prompt_embeddings.safetensors")
@@ -143,7 +143,7 @@ def exported(folder: Path) -> dict[str, Tensor]:
 
 
 def start_from(model: Nano, checkpoint: Path, fresh_control: bool) -> None:
-    """Begin with what an earlier run has trained; the autoencoder's stage trains nothing else."""
+    """Load the weights of an earlier run; from the autoencoder stage, use only the autoencoder's."""
     weights = exported(checkpoint) if checkpoint.is_dir() else of_state(checkpoint, "average")
     if checkpoint.stem == "autoencoder":
         weights = {k: v for k, v in weights.items() if k.startswith("vae.")}
