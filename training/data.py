@@ -226,7 +226,7 @@ def jpeg(picture: np.ndarray, quality: int) -> np.ndarray:
 
 
 def spoil(lq: Tensor, rng: np.random.Generator, share: float) -> Tensor:
-    """Round a sequence of LQ frames to 8 bits; with probability `share`, also compress it; rarely add noise."""
+    """Round LQ frames of a sequence to 8 bits; with probability `share`, compress them; rarely, add noise."""
     if rng.random() < share * 0.3:
         lq = lq + torch.from_numpy(rng.normal(0, rng.uniform(0.002, 0.02), lq.shape).astype(np.float32))
     frames = (lq.clamp(0, 1) * 255).round().byte()

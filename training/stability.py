@@ -31,7 +31,7 @@ GROWTH, DRIFT, RESTLESS = 0.03, 0.5, 0.1
 
 
 def camera(picture: Tensor, index: int) -> Tensor:
-    """Return the part of a picture (1, 3, H, W) that the camera shows in frame `index`, at subpixel positions."""
+    """Return the part of a picture (1, 3, H, W) shown in frame `index`, sampled at subpixel positions."""
     height, width = picture.shape[-2:]
     angle = math.tau * index / ROUND
     left = (width - WIDTH) * (0.5 + 0.45 * math.sin(angle))
