@@ -1,10 +1,10 @@
-"""Measure how many times as fast this checkout is as another one.
+"""Compare the speed of this checkout with that of another one.
 
     uv run python benchmarks/beside.py OTHER_CHECKOUT --model nano --size 160x90 --threads 1 2
 
-Both run at once and compute the same frames alternately, so that other load on the machine slows both alike.
-The ratio is the median over pairs of processor time, other / this; the difference between their pictures
-shows whether both still compute the same. Both use this interpreter and its packages.
+Both run at once and compute the same frames alternately, so that other load slows both equally. The ratio is
+the median over pairs of processor time, other / this; the difference between their pictures shows whether
+both still compute the same. Both use this interpreter and its packages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Child:
         )
 
     def frame(self) -> tuple[float, float, float]:
-        """Compute one more frame; return milliseconds of processor and wall time, and the mean |hq|."""
+        """Compute one more frame; return its processor and wall time in milliseconds, and the mean |hq|."""
         assert self.process.stdin and self.process.stdout
         try:
             self.process.stdin.write("\n")
@@ -68,7 +68,7 @@ def child(args: argparse.Namespace) -> None:
         from stream_diffvsr.families.diffvsr.fastest import with_runtime
 
         pipe = with_runtime(pipe, args.runtime, "auto", "float32", "none")
-    # Older checkouts lack this option; turned off, both checkouts do the same work.
+    # Older checkouts lack this option; with it off, both checkouts do the same work.
     known = "occlusion" in {field.name for field in dataclasses.fields(UpscaleOptions)}
     options = UpscaleOptions(**({"occlusion": "off"} if known else {}))
     width, height = map(int, args.size.split("x"))

@@ -46,7 +46,7 @@ ANSWER = "answer: "
 """Prefix of the lines in which the measuring process reports its results."""
 
 SIZES = {"720p": (180, 320), "1080p": (270, 480), "1440p": (360, 640)}
-"""LQ (height, width)."""
+"""LQ sizes (height, width) by output size."""
 REAL = {"diffvsr": "random", "flashvsr": "random-flashvsr", "swiftvr": "random-swiftvr"}
 TINY = {
     "diffvsr": ROOT / "tests" / "golden" / "checkpoint",

@@ -4,9 +4,9 @@
     python benchmarks/loading.py measure FOLDER [--dtype float32]    dtype of the networks in memory
 
 `measure` loads twice, each time in a fresh process: first without the embedding of the empty prompt, so that
-the text encoder runs, then with it. Memory is anonymous memory (without the file cache) beyond that in use
-after imports, sampled every few milliseconds. Time also excludes imports, and is reported beside the time it
-takes to read the same files once.
+the text encoder runs, then with it. Memory is the anonymous memory (without the file cache) added after
+imports, sampled every few milliseconds. Time also excludes imports, and is reported beside the time it takes
+to read the same files once.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from typing import Any
 MEGABYTE = 2**20
 
 GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-"""Environment in which glibc returns freed blocks of at least that size to the system."""
+"""Environment in which glibc returns freed blocks of at least 64 KiB to the system."""
 
 
 def main() -> int:

@@ -66,7 +66,7 @@ def weights(networks: dict[str, nn.Module]) -> int:
 
 
 def diffvsr(configs: dict[str, dict[str, Any]], flow: str, steps: int, model: str) -> Row:
-    """Count a guided frame: flow, the embedding of the warped frame, the denoising steps, and the decoder."""
+    """Return a row for a guided frame: flow, the warped frame's embedding, denoising steps, and decoder."""
     networks = without_weights(configs, open_flow(flow, untrained_flow), torch.float16)
     networks.flow.to(META)
     schedule = Schedule.prepare(configs["scheduler"], steps, None, torch.device("cpu"))
@@ -100,7 +100,7 @@ def diffvsr(configs: dict[str, dict[str, Any]], flow: str, steps: int, model: st
 
 
 def chunks(model: Any, beside: Callable[[int, int], float]) -> Row:
-    """Count a scene's second chunk, per frame; `beside` returns operations that torch does not count."""
+    """Return a row for a scene's second chunk; `beside` returns operations that torch does not count."""
 
     def row(height: int, width: int) -> tuple[float, float]:
         options = model.Options()

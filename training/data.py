@@ -47,7 +47,7 @@ def photographs() -> tuple[list[np.ndarray], np.ndarray]:
 
 
 def noise_texture(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Return noise with mean 0 and deviation 1, like cloth, stone or clouds.
+    """Return noise with mean 0 and standard deviation 1, like cloth, stone or clouds.
 
     Its spectrum falls as a power of frequency.
     """
@@ -243,7 +243,7 @@ def to_model(values: Tensor) -> Tensor:
 def still_batch(
     pool: Pictures, rng: np.random.Generator, count: int, size: int, spoiled: float = 0.25
 ) -> tuple[Tensor, Tensor]:
-    """Return LQ pictures (N,3,s/4,s/4) and their truth (N,3,s,s), in model range."""
+    """Return LQ pictures (N,3,s/4,s/4) and the true ones (N,3,s,s), in model range."""
     lqs, truths = [], []
     for _ in range(count):
         picture = recolour(rng, crop(rng, pool.pick(rng), size))

@@ -54,11 +54,11 @@ class Layer:
     current: np.ndarray
     previous: np.ndarray
     here: np.ndarray
-    """Its mask in the current frame, (H, W) in 0..1."""
+    """The mask in the current frame, (H, W) in 0..1."""
     there: np.ndarray
-    """Its mask in the previous frame, (H, W) in 0..1."""
+    """The mask in the previous frame, (H, W) in 0..1."""
     flow: np.ndarray
-    """Its backward flow, (H, W, 2) in oversampled pixels."""
+    """The backward flow, (H, W, 2) in oversampled pixels."""
 
 
 def grid(height: int, width: int) -> np.ndarray:
@@ -74,7 +74,7 @@ def pan(rng: np.random.Generator, slowest: float = 0.03) -> np.ndarray:
 
 
 def motion(rng: np.random.Generator, places: np.ndarray) -> np.ndarray:
-    """Return flow of the camera: a pan, often with a turn and zoom, often bent; in a fifth of cases, none."""
+    """Return the camera's flow: a pan, often with a turn and zoom, often bent; in a fifth of cases, zero."""
     height, width = places.shape[:2]
     if rng.random() < 0.2:
         return np.zeros_like(places)
@@ -95,7 +95,7 @@ def bend(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 
 
 def own_motion(rng: np.random.Generator, camera: np.ndarray) -> np.ndarray:
-    """Return flow of a foreground object: the camera's plus a small pan, an independent one, or none."""
+    """Return a foreground object's flow: the camera's plus a small pan, an independent one, or zero."""
     kind = rng.random()
     if kind < 0.15:
         return np.zeros_like(camera)
@@ -113,7 +113,7 @@ def sample(picture: np.ndarray, places: np.ndarray, border: int = cv2.BORDER_REF
 def surface(
     pool: Pool, rng: np.random.Generator, flow: np.ndarray, places: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a picture after and before the motion; it is turned, scaled and sometimes out of focus."""
+    """Return the current and previous view of a picture: turned, scaled and sometimes out of focus."""
     picture = pool.pick(rng)
     scale, turn = rng.uniform(0.5, 1.3), rng.choice(4) * np.pi / 2 + rng.normal(0, 0.3)
     linear = scale * np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]], np.float32)
@@ -207,7 +207,7 @@ def lighting(rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
 
 
 def spoiled(lq: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return 8-bit frames, mostly clean, else with grain, JPEG or H.264, if H.264 preserves the motion."""
+    """Return 8-bit frames, mostly clean; some get grain, JPEG, or H.264 if that preserves the motion."""
     kind = rng.random()
     if kind < 0.15:
         lq = lq + torch.from_numpy(rng.normal(0, rng.uniform(0.002, 0.03), lq.shape).astype(np.float32))

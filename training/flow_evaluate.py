@@ -45,7 +45,7 @@ def load(checkpoint: Path | None) -> FlowNetwork:
 
 
 def motions(pool: Pool, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yield pairs of independently moving layers: LQ frames, true flow at 4x, and the mask seen in both."""
+    """Yield pairs of independently moving layers: LQ frames, true flow at 4x, mask of pixels seen in both."""
     rng = np.random.default_rng((SEED, 1))
     for _ in range(count):
         current, previous, flow, seen = pair_batch(pool, rng, 1, 90, 160)
@@ -98,7 +98,7 @@ def end_point_errors(
 
 
 def picture_errors(estimators: dict[str, FlowEstimator], clip: Path, frames: int) -> None:
-    """Print the mean difference of the truth's current frame and its previous one moved by the LQ flow."""
+    """Print the mean difference between true frames and previous ones moved along the LQ frames' flow."""
     truth = read(clip, frames)
     lq = to_model(reduced(truth))
     figures: dict[str, list[float]] = {"standing": [], **{name: [] for name in estimators}}
@@ -127,7 +127,7 @@ def stills(estimators: dict[str, FlowEstimator], pool: Pool, count: int) -> None
 
 
 def end_use(estimators: dict[str, FlowEstimator], clip: Path, frames: int, side: int = 256) -> None:
-    """Print figures of nano's results in the middle of a clip with either flow: PSNR, warping error x255."""
+    """Print PSNR and warping error (x255) of nano's results with each flow, in the middle of a clip."""
     truth = read(clip, frames)
     top, left = (max(0, (length - side) // 8 * 4) for length in truth.shape[-2:])
     truth = truth[..., top : top + side, left : left + side]

@@ -57,7 +57,7 @@ def layer(
 
 
 def motion(now: np.ndarray, before: np.ndarray, size: int) -> np.ndarray:
-    """Return the backward flow (2, size, size) that follows from the affine maps of a layer's two frames."""
+    """Return the backward flow (2, size, size) between two frames of a layer, from their affine maps."""
     inverse = cv2.invertAffineTransform(before)
     y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
     # A pixel of the result is the mean of a square of OVERSAMPLE pixels.
@@ -129,9 +129,10 @@ def h264(lq: Tensor, crf: int, preset: str = "veryfast") -> Tensor:
 def sequence_batch(
     pool: Pictures, rng: np.random.Generator, count: int, frames: int, size: int, compressed: float = 0.4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return LQ frames (T,N,3,s/4,s/4) and truth (T,N,3,s,s) in model range, and true flow (T-1,N,2,s,s).
+    """Return LQ frames (T,N,3,s/4,s/4), true ones (T,N,3,s,s), and true flow (T-1,N,2,s,s).
 
-    A share `compressed` of the sequences goes through H.264; some of the others get noise or go through JPEG.
+    All frames are in model range. A share `compressed` of the sequences goes through H.264; some others get
+    noise or go through JPEG.
     """
     lqs, truths, flows = [], [], []
     for _ in range(count):

@@ -61,13 +61,13 @@ def relative_errors(pipe: StreamDiffVSRPipeline, frames: int) -> Iterator[float]
 
 
 def growth(errors: list[float]) -> float:
-    """Return the share by which the error of late frames exceeds that of early ones with the same content."""
+    """Return the relative increase in error from early frames to late ones with the same content."""
     early, late = (sum(errors[part]) / len(errors[part]) for part in (EARLY, LATE))
     return late / early - 1
 
 
 def standstill(pipe: StreamDiffVSRPipeline, repeats: int) -> tuple[float, float]:
-    """Upscale one frame repeatedly; return the largest error of the mean colour and the last change, x255."""
+    """Upscale one frame repeatedly; return the largest drift of the mean colour and the last change, x255."""
     lq = from_pixels(reduced(camera(draw(0.0), 0)))
     hqs = [result.hq * 127.5 for result in pipe.stream(lq for _ in range(repeats))]
     colours = torch.cat([hq.mean((2, 3)) for hq in hqs])

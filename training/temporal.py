@@ -15,11 +15,11 @@ from training.rollout import bundled_flow, decode, denoise, dis_flow, lq_up, tru
 
 COLOUR = 0.2
 VISIBLE = 0.15
-"""Difference of the truth along the flow above which a pixel is taken to be occluded."""
+"""Difference between the truth and its warped predecessor above which a pixel is taken to be occluded."""
 GUIDED = 0.75
 """Share of later frames that are guided; the others keep the model usable without guidance."""
 TPM = 0.5
-"""Share of guided frames decoded with TPM; the others are not, since a user may turn it off."""
+"""Share of guided frames decoded with TPM; the others are decoded without, as a user may turn it off."""
 ALONE = 0.3
 """Weight of steadiness for unguided frames, which flicker where results depend on pixel alignment."""
 BEGINNING = 8.0
@@ -60,7 +60,7 @@ def spoiled_previous(truth: Tensor, lq: Tensor, rng: np.random.Generator) -> Ten
 
 
 def guiding_flow(lq: Tensor, before: Tensor, true: Tensor, rng: np.random.Generator) -> Tensor:
-    """Return flow to guide by: mostly that of DIS or nano's network, else true flow, exact or disturbed."""
+    """Return flow for guidance: mostly from DIS or nano's network, else true flow, exact or disturbed."""
     kind = rng.random()
     if kind < 0.3:
         return dis_flow(lq_up(lq), lq_up(before))
@@ -73,7 +73,7 @@ def guiding_flow(lq: Tensor, before: Tensor, true: Tensor, rng: np.random.Genera
 
 
 def unsteadiness(result: Tensor, previous: Tensor, truth: Tensor, before: Tensor, flow: Tensor) -> Tensor:
-    """Return the distance of a frame to the previous one moved along the true motion, seen as flicker.
+    """Return the visible flicker: the distance of a frame to the previous one moved along the true motion.
 
     Only pixels where the truth itself does not change are included.
     """

@@ -98,7 +98,7 @@ class Stage(Trainer):
 
 
 def fit(run: Trainer, path: Path, log: Path, every: int = 50) -> None:
-    """Train to the last step; append to the log and save the state after `every` steps."""
+    """Train to the last step; every `every` steps, append a row to the log and save the state."""
     if path.exists():
         run.resume(path)
     losses, started = [], time.time()
