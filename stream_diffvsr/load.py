@@ -52,11 +52,11 @@ class Family:
     """How to recognise and check the files of a model family, and which options it has."""
 
     recognise: Callable[[Path], bool]
-    """Function that returns whether a folder or file is meant to be a model of this family."""
+    """Function that returns whether a folder or file looks like a model of this family."""
     problem: Callable[[Path], StreamDiffVSRError | None]
-    """Function that returns why a model cannot be opened, or None if it can."""
+    """Function that returns the error that prevents a model from being opened, or None."""
     needed: Callable[[Collection[str], Path], Collection[str]]
-    """Function that returns which of the published files a folder needs to be complete."""
+    """Function that returns the names of the published files that a folder needs to be complete."""
     options: type
     presets: Mapping[str, Mapping[str, Any]]
     title: str
@@ -97,11 +97,11 @@ FAMILIES = {
         image_options.OWN,
     ),
 }
-"""The families by name, in the order in which they are tried on a path."""
+"""The families by name, in the order in which `family_of` tries them."""
 
 
 WAN = ("flashvsr", "swiftvr")
-"""Families with a transformer that attends to large parts of a clip."""
+"""Families whose transformer attends to large parts of a clip."""
 
 
 class Found(NamedTuple):
@@ -110,7 +110,7 @@ class Found(NamedTuple):
     name: str
     path: Path
     problem: str | None
-    """Why the folder is ignored, or None if it is complete."""
+    """Reason for ignoring the folder, or None if it is complete."""
 
 
 @overload
@@ -167,21 +167,22 @@ def load_pipeline(
     or the file of a single-image model. `dtype` is the number format of the networks; frames, flow, warp,
     state and scheduler arithmetic are always float32.
 
-    The following arguments are for Stream-DiffVSR only. `flow` is the motion estimator. `quantize` 'int8' or
-    'fp8' runs linear layers in 8 bits, an approximation that requires torchao ('fp8' also requires a GPU
-    that supports it). `runtime` is the library that runs the networks: 'torch', 'openvino', 'onnx', or
-    'auto' for the fastest exact one installed, which is measured once. `provider` is the runtime's device:
-    'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda' or 'tensorrt' for ONNX Runtime. `loras`
-    are (file, strength) pairs of LoRAs made by 'stream-diffvsr train', with strengths from -2 to 2 (1: as
-    trained).
+    The following arguments are for Stream-DiffVSR only. `flow` is the motion estimator. Setting `quantize`
+    to 'int8' or 'fp8' runs linear layers in 8 bits, which is an approximation and requires torchao ('fp8'
+    also requires a GPU that supports it). `runtime` is the library that runs the networks: 'torch',
+    'openvino', 'onnx', or 'auto' for the fastest exact one installed, as measured on first use. `provider` is
+    the runtime's device: 'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda' or 'tensorrt' for
+    ONNX Runtime. `loras` are (file, strength) pairs of LoRAs made by 'stream-diffvsr train', with strengths
+    from -2 to 2 (1 means as trained).
 
-    For FlashVSR only, `version` is 'v1' or 'v1.1'; it is required if the folder does not have the published
-    name. For FlashVSR and SwiftVR, `attention` is 'auto' or 'sdpa' (PyTorch's own); SwiftVR on CUDA also
-    accepts 'sage' (an approximation) and 'flash', which require their packages.
+    For FlashVSR only, `version` is 'v1' or 'v1.1'; it is required unless the name of the folder or of one of
+    its files reveals it. For FlashVSR and SwiftVR, `attention` is 'auto' or 'sdpa' (PyTorch's own
+    implementation); SwiftVR on CUDA also accepts 'sage' (an approximation) and 'flash', which require their
+    packages.
 
     `on_progress(done_bytes, total_bytes)` is called during a download; if it raises an exception, the
-    download stops, and the next one resumes from there. Raises `ModelNotFoundError`, `CheckpointError` or
-    `IncompatibleInputError`.
+    download stops, and the next download resumes from there. Raises `ModelNotFoundError`, `CheckpointError`
+    or `IncompatibleInputError`.
     """
     folders, loras = list(extra_folders), tuple(loras)
     family = family_named(source, folders)
@@ -227,7 +228,7 @@ def _refuse_what_is_not_there(
     """Raise `IncompatibleInputError` for a loader setting that the family does not support."""
     if family not in WAN and attention != "auto":
         raise IncompatibleInputError(
-            f"{FAMILIES[family].title} has no large self-attention: leave attention at 'auto', not "
+            f"{FAMILIES[family].title} has no large self-attention: leave attention at 'auto' instead of "
             f"{attention!r}"
         )
     own = {"flow": ("diffvsr", flow, "auto"), "quantize": ("diffvsr", quantize, "none")}
@@ -263,20 +264,20 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
 
     The search covers `extra_folders` (in ComfyUI, its model folders), the folders in the environment variable
     STREAM_DIFFVSR_MODELS, the user's data folder, the models folders of a ComfyUI installation that contains
-    this package, and huggingface_hub's cache. Each folder may be a checkpoint or contain checkpoints. A
-    released name such as 'v1' refers to the first complete folder of that name. Nothing is loaded, and
-    damaged folders raise no error.
+    this package, and huggingface_hub's cache. Each of these folders may itself be a checkpoint or contain
+    checkpoints. A released name such as 'v1' refers to the first complete folder with that name. No weights
+    are loaded, and damaged folders do not raise errors.
     """
     return [
         Found(each.name, each.path, reason_ignored(each)) for each in candidates(extra_folders, family_of)
     ]
 
 
-UNTOLD = "it could be v1 or v1.1: name the folder flashvsr-v1 or flashvsr-v1.1."
+UNTOLD = "its version could be v1 or v1.1: rename the folder to flashvsr-v1 or flashvsr-v1.1."
 
 
 def reason_ignored(candidate: Candidate) -> str | None:
-    """Return why a folder is ignored, or None; if the check raises an `ImportError`, return its message."""
+    """Return why a folder is ignored, or None if it is not; this may be the message of an `ImportError`."""
     try:
         error = FAMILIES[candidate.family].problem(candidate.path)
     except ImportError as missing:
@@ -297,7 +298,7 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
         if among := inside(Path(source), family_of):
             named = " or ".join(map(str, among))
             raise ModelNotFoundError(
-                "checkpoint", Path(source), f"This folder contains several checkpoints: name {named}."
+                "checkpoint", Path(source), f"This folder contains several checkpoints: choose {named}."
             )
         return Path(source)
     if image.recognise(Path(source)):
@@ -311,16 +312,16 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
         raise ModelNotFoundError(
             f"checkpoint {str(source)!r}",
             Path(source).absolute(),
-            f"Name a folder, a model file ({', '.join(image.SUFFIXES)}), or one of {names}.",
+            f"Choose a folder, a model file ({', '.join(image.SUFFIXES)}), or one of {names}.",
         )
     return found[0].path
 
 
 def _is_damaged(candidate: Candidate) -> bool:
-    """Return whether a folder has a problem; log the problem, since the search skips such a folder."""
+    """Return whether a folder has a problem; log the problem, since the search skips the folder."""
     error = FAMILIES[candidate.family].problem(candidate.path)
     if error is not None:
-        log.info("%s is ignored as %s: %s", candidate.path, candidate.name, error)
+        log.info("%s cannot be used as %s: %s", candidate.path, candidate.name, error)
     return error is not None
 
 
@@ -370,12 +371,12 @@ def estimate_memory(
     dtype: torch.dtype = torch.float16,
     model: str | Path = "v1",
 ) -> dict[str, int]:
-    """Return the bytes by stage for an LQ frame of `height` x `width`, counted without reading any weights.
+    """Return the bytes that each stage needs for an LQ frame of `height` x `width`, without reading weights.
 
-    Keys: 'weights', 'frames', the activations of 'flow', 'controlnet', 'unet' and 'vae', and 'peak', the
-    maximum needed at any moment. In float32, 'peak' includes the copies of weights that a CPU keeps in a
-    faster form. With `memory_plan` 'auto', the counts are for a frame that is not split.
-    `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
+    The keys are 'weights' and 'frames'; 'flow', 'controlnet', 'unet' and 'vae' for the activations of these
+    stages; and 'peak' for the maximum needed at any moment. In float32, 'peak' includes the copies of weights
+    that are kept in a faster form on a CPU. With `memory_plan` 'auto', the counts are for a frame that is not
+    split. `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
     """
     options = options or UpscaleOptions()
     configs, flow = CONFIGS, "raft_large"

@@ -35,7 +35,7 @@ class Rule:
     help: str
     """Help text for the user, without the default."""
     kind: type
-    """bool, int, float or str."""
+    """One of bool, int, float and str."""
     low: float | None = None
     high: float | None = None
     """Inclusive limits; None means no limit."""
@@ -45,11 +45,11 @@ class Rule:
     expert: bool = False
     """Whether beginners can ignore the option."""
     step: float | None = None
-    """Increment of the widget's arrows."""
+    """Amount by which the widget's arrows change the value."""
     usual: tuple[float, float] | None = None
-    """Limits of the widget, if the value's own limits are wider or missing."""
+    """Limits of the widget, for an option whose own limits are wider or missing."""
     unset: Any = None
-    """Widget value that represents None, since widgets cannot hold None."""
+    """Widget value that represents None, since the value of a widget cannot be None."""
     multiline: bool = False
     """Whether the widget accepts several lines of text."""
     parse: Callable[[str], Any] | None = None
@@ -62,7 +62,7 @@ class Rule:
     unset_help: str = ""
     """Meaning of the default None, for the help text and the tooltip."""
     hidden: bool = False
-    """Whether only jobs set the option: it has no flag, and schemas include it only if they name it."""
+    """Whether only jobs set the option; it has no flag, and a schema includes it only on explicit request."""
 
 
 def option(
@@ -91,7 +91,7 @@ def defaults(cls: type) -> dict[str, Any]:
 def check_options(options: Any) -> None:
     """Check every value against its rule; call this from `__post_init__`.
 
-    Raises `IncompatibleInputError` with the option's name, the allowed values and the value given.
+    Raises `IncompatibleInputError` with the option's name, its allowed values and the given value.
     """
     for name, rule in rules(type(options)).items():
         if rule.parse:
@@ -137,7 +137,9 @@ def from_json(cls: type[Made], values: Mapping[str, Any]) -> Made:
     """
     table = rules(cls)
     if unknown := sorted(values.keys() - table.keys()):
-        raise IncompatibleInputError(f"there is no option {', '.join(unknown)}; there are {', '.join(table)}")
+        raise IncompatibleInputError(
+            f"there is no option {', '.join(unknown)}; the options are {', '.join(table)}"
+        )
     return cls(**{name: _from_text(name, table[name], value) for name, value in values.items()})
 
 
@@ -175,9 +177,9 @@ def json_schema(cls: type, only: Iterable[str] | None = None) -> dict[str, Any]:
 def add_flags(parser: argparse.ArgumentParser, *classes: type, titles: Sequence[str]) -> dict[str, Any]:
     """Add a flag for every option, in groups with these `titles`, and return the groups by title.
 
-    An option without a group is added to the parser itself or, if it is for experts, to a final group. A
-    flag that is not given sets no attribute; `given_options` collects the others. An option that several
-    classes share becomes one flag, with the help text of the first class and the choices of all of them.
+    An option without a group is added to the parser itself or, if it is for experts, to a final group. An
+    unused flag sets no attribute; `given_options` collects the values of the used flags. An option that
+    several classes share becomes one flag, with the help text of the first class and the choices of all.
     """
     groups: dict[str, Any] = {title: parser.add_argument_group(title) for title in (*titles, EXPERTS)}
     made: dict[str, argparse.Action] = {}
@@ -223,14 +225,14 @@ def _from_argument(name: str, rule: Rule, text: str) -> Any:
 
 
 def given_options(args: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """Return the options of a class that were given on the command line."""
+    """Return the options of a class that were set on the command line."""
     return {name: value for name, value in vars(args).items() if name in rules(cls)}
 
 
 def with_preset(
     presets: Mapping[str, Mapping[str, Any]], name: str, own: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return option values of a family: those of a preset, overridden by `own`."""
+    """Return a family's option values: those of the preset called `name`, overridden by those in `own`."""
     if name not in presets:
         raise IncompatibleInputError(f"preset must be one of {', '.join(presets)}, not {name!r}")
     return {**presets[name], **own}
@@ -242,7 +244,7 @@ def widgets(cls: type, names: Iterable[str]) -> dict[str, tuple[Any, dict[str, A
 
 
 def from_widgets(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert widget values to fields of `cls`; an optional field at its `unset` value becomes None."""
+    """Convert widget values to fields of `cls`; an optional field becomes None if its value is `unset`."""
     table = rules(cls)
     return {
         name: None

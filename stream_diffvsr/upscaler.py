@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 OnStep = Callable[[str, int, int], None]
-"""Callback between the parts of a frame, with (stage, parts done, total parts); it may raise to cancel."""
+"""Called between the parts of a frame with (stage, parts done, total parts); it may raise to cancel the work."""
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
-    """Do nothing; used where no `on_step` is given."""
+    """Do nothing; used if the caller passes no `on_step`."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Info:
     first: int = 1
     """Number of frames needed before the first results are returned."""
     chunk: int = 1
-    """Number of frames needed for each further step."""
+    """Number of further frames needed for each later step."""
     look_ahead: int = 0
     """Number of later frames that a frame's result may depend on."""
 
@@ -60,7 +60,7 @@ class Info:
 
 @dataclass(frozen=True)
 class Provenance:
-    """How the frames up to a state were made; an exact continuation needs the same values."""
+    """Record of how the frames up to a state were made; an exact continuation needs the same values."""
 
     model: str = ""
     """Fingerprint of the weights, or '' if unknown."""
@@ -71,7 +71,7 @@ class Provenance:
     details: Mapping[str, str] = field(default_factory=dict)
     """Further facts recorded by the family, such as its memory plan."""
     parts: str = field(default="", compare=False)
-    """Readable description of how a frame is split into parts; '' for whole frames. Not saved."""
+    """Readable description of how a frame is split into parts, or '' if it is not split; never saved."""
 
     def differences(self, now: Provenance) -> str:
         """Describe what changed between these frames and `now`; return '' if nothing recorded changed."""
@@ -92,7 +92,7 @@ class Provenance:
         """Parse the output of `to_texts`; raise `ValueError` if it is invalid."""
         options = json.loads(texts.get("options", "{}"))
         if not isinstance(options, dict):
-            raise ValueError("options that are no JSON object")
+            raise ValueError("its options are not a JSON object")
         model, number_format, runtime = (texts.get(name, "") for name in ("model", "dtype", "runtime"))
         known = ("options", "model", "dtype", "runtime")
         details = {name: text for name, text in texts.items() if name not in known}
@@ -121,7 +121,7 @@ class State:
 
     @property
     def has_previous(self) -> bool:
-        """Whether the state has a sequence to continue."""
+        """Whether the state contains data about previous frames."""
         return bool(self.tensors)
 
     @property
@@ -145,7 +145,7 @@ class State:
     def load(cls, path: str | Path) -> Self:
         """Read a file written by `save` into newly allocated CPU memory.
 
-        Raises `ModelNotFoundError` if the file is missing, and `CheckpointError` if it is not a state.
+        Raises `ModelNotFoundError` if the file is missing, and `CheckpointError` if it is not a saved state.
         """
         from .files import read_tensors
 
@@ -155,7 +155,7 @@ class State:
         tensors, texts = read_tensors(path)
         kind, index = texts.pop("format", ""), texts.pop("frame_index", "")
         if kind not in FORMATS or not (index.isdecimal() and len(index) < 19):
-            raise CheckpointError(f"{path} is not a saved state: save one with state.save().")
+            raise CheckpointError(f"{path} is not a saved state: create one with state.save().")
         family = texts.pop("family", "diffvsr" if tensors else "")
         # Cloned, since a newer state could not replace the file while this one keeps it memory-mapped.
         own = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -168,7 +168,7 @@ class State:
 
 
 FORMATS = ("stream-diffvsr-state-2", "stream-diffvsr-state-1")
-"""Format names in saved states; files of the second, older format may contain a `flow`, which is ignored."""
+"""Format names in saved states; files in the second, older format may contain a `flow`, which is ignored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,32 +176,32 @@ class Upscaled:
     """One finished frame."""
 
     index: int
-    """Frame number in the whole video, from 0."""
+    """Number of the frame in the whole video, counted from 0."""
     hq: Tensor
-    """(1, 3, H, W) float32, model range, not clamped; `to_pixels` converts it to a picture."""
+    """(1, 3, H, W) float32 in model range, not clamped; `to_pixels` converts it to a picture."""
 
 
 class Session(Protocol):
-    """A model at work on one sequence, to be used by one thread at a time.
+    """One sequence that a model is processing; only one thread at a time may use it.
 
     Several sessions of one upscaler may be interleaved, since they share only the weights.
     """
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Process the next frame, (1, 3, h, w) float32 in model range, and return the results now ready."""
+        """Process the next frame, (1, 3, h, w) float32 in model range, and return any finished results."""
         ...
 
     def finish(self) -> list[Upscaled]:
-        """Return the remaining results, so that N frames yield N results. Push no frames afterwards."""
+        """Return the remaining results, so that N frames yield N results. Do not push frames afterwards."""
         ...
 
     def state(self) -> State | None:
-        """Return the state after the results returned so far, or None if it cannot be continued exactly."""
+        """Return the state after the results returned so far, or None if it has no exact continuation."""
         ...
 
 
 class Placement(Protocol):
-    """A policy that decides where each network runs, called before every stage."""
+    """A policy that decides where each network runs; it is consulted before every stage."""
 
     @property
     def fixed(self) -> bool:
@@ -209,7 +209,7 @@ class Placement(Protocol):
         ...
 
     def acquire(self, stage: str, activation_bytes: int) -> torch.device:
-        """Move the network of `stage` to a device with memory for its activations; return the device."""
+        """Move a stage's network to a device with enough memory for its activations; return the device."""
         ...
 
 
@@ -265,13 +265,13 @@ class Upscaler(Protocol):
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
         """Return how frames of an LQ size (height, width) would be made now, including the memory plan.
 
-        A job determines this once: a state with this provenance and no tensors starts a sequence in the same
+        A job calls this once: a state with this provenance and without tensors starts a sequence in the same
         way.
         """
         ...
 
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
-        """Return the bytes that an LQ frame of `size` (height, width) needs besides the weights."""
+        """Return how many bytes an LQ frame of `size` (height, width) needs in addition to the weights."""
         ...
 
 
@@ -279,7 +279,7 @@ def stream(session: Session, frames: Iterable[Tensor], finish: bool = True) -> I
     """Push frames to a session and yield its results; this is the only loop over frames.
 
     Evaluation is lazy: frame n + 1 is requested only after the results of frame n have been consumed. Pass
-    `finish=False` if more frames will follow; results that depend on these are then left out.
+    `finish=False` if more frames will follow; results that depend on those frames are then left out.
     """
     for lq in frames:
         yield from session.push(lq)

@@ -168,7 +168,9 @@ def test_an_explicit_folder_comes_first(checkpoint: Path, machine: Path, monkeyp
 def test_a_folder_of_checkpoints_is_none(checkpoint: Path, machine: Path):
     copy(checkpoint, machine / "m" / "v1")
     copy(checkpoint, machine / "m" / "mine")
-    with pytest.raises(ModelNotFoundError, match=r"contains several checkpoints: name .*/m/mine or .*/m/v1"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"contains several checkpoints: choose .*/m/mine or .*/m/v1"
+    ):
         load_pipeline(machine / "m", device="cpu", flow="none")
 
 

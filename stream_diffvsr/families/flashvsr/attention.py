@@ -29,17 +29,17 @@ Pair = tuple[Tensor, Tensor]
 """Rotated keys and values of a pair, each (heads, windows, 128, head size)."""
 
 TRAINED_AREA = (768, 1280)
-"""Height and width of the picture whose number of windows is the unit of `sparse_ratio`."""
+"""Height and width of the picture for which `sparse_ratio` is defined; it is rescaled for other sizes."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which windows may attend to each other, for one size of picture."""
+    """The windows that may attend to each other in pictures of one size."""
 
     near: Tensor
-    """(n, n) bool: key windows within reach of each query window."""
+    """(n, n) bool: whether each key window is within reach of each query window."""
     count: int
-    """Approximate number of entries to select from the map of a pair's windows against all key windows."""
+    """Approximate number of entries to select from the attention map of a pair's windows to all key windows."""
 
     @classmethod
     def of(cls, height: int, width: int, sparse_ratio: float, local_range: int) -> Selection:
@@ -66,7 +66,7 @@ class Reach:
 
 
 def to_windows(x: Tensor) -> Tensor:
-    """Reorder (latents, rows, columns, ...) to (tokens, ...), window by window, each 2 x 8 x 8."""
+    """Reorder (latents, rows, columns, ...) to (tokens, ...), grouped by windows of 2 x 8 x 8 tokens."""
     return rearrange(x, "(p t) (r a) (c b) ... -> (p r c t a b) ...", t=LATENTS, a=SIDE, b=SIDE)
 
 
@@ -86,10 +86,11 @@ def neighbours(rows: int, columns: int, local_range: int) -> Tensor:
 
 
 def select(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
-    """Select the key windows whose means get the most attention: (heads, query windows, key windows) bool.
+    """Select the key windows whose mean keys get the most attention.
 
-    `q`, `k`: (heads, windows, 128, head size). For each head and each pair of queries, a single threshold
-    applies to the whole map, so a query window may get many key windows, or none.
+    `q` and `k` are (heads, windows, 128, head size); the result is (heads, query windows, key windows) bool.
+    For each head and each pair of queries, a single threshold applies to the whole map, so a query window may
+    get many key windows, or none.
     """
     n = len(selection.near)
     means = q.mean(2, dtype=torch.float32), k.mean(2, dtype=torch.float32)
@@ -103,9 +104,9 @@ def select(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
-    """Compute exact attention of each window's queries to its selected windows; 0 if it has none.
+    """Compute exact attention of each window's queries to its selected windows, or 0 if it has none.
 
-    `q`, `k` and `v`: (heads, windows, 128, head size); `selected`: the result of `select`.
+    `q`, `k` and `v` are (heads, windows, 128, head size); `selected` is the result of `select`.
     """
     flex = _flex(q.device, q.dtype, q.shape[-1]) if q.is_cuda else None
     if flex is not None:
@@ -114,7 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
 
 
 def gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
-    """Compute `attend` one query window at a time, gathering copies of its keys and values."""
+    """Compute the result of `attend` one query window at a time, from copies of its keys and values."""
     if q.is_meta:  # the selection is unknown, so assume everything: an upper bound on memory
         copies = k.clone(), v.clone()
         return torch.empty_like(q) if copies else q
@@ -136,14 +137,17 @@ def gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
 
 
 def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
-    """Compute `attend` with FlexAttention, whose blocks are the windows."""
+    """Compute the result of `attend` with FlexAttention, using the windows as its blocks."""
     from torch.nn.attention.flex_attention import BlockMask
 
     counts = selected.sum(-1, dtype=torch.int32)[None]
     order = selected.byte().sort(dim=-1, descending=True, stable=True).indices.to(torch.int32)[None]
 
     def among(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        """Whether two tokens may attend; called only where FlexAttention, uncompiled, skips no blocks."""
+        """Return whether a query may attend to a key.
+
+        This is called only if FlexAttention is not compiled, in which case it skips no blocks.
+        """
         return selected[head, query // TOKENS, key // TOKENS]
 
     none = torch.zeros_like(counts)
@@ -154,7 +158,7 @@ def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, s
 
 @cache
 def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., Any] | None:
-    """Return FlexAttention compiled for a device, tried once; None if it is missing or fails to compile."""
+    """Return FlexAttention compiled for a device, or None if it is missing or does not compile; cached."""
     try:
         from torch.nn.attention.flex_attention import flex_attention
 
@@ -163,7 +167,7 @@ def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., 
         _by_blocks(compiled, x, x, x, torch.ones(1, 2, 2, dtype=torch.bool, device=device))
     except Exception as error:  # compilers fail with all kinds of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log.warning("FlexAttention does not compile here (%s): the same windows are gathered instead", reason)
+        log.warning("FlexAttention does not compile here (%s); the same windows are gathered instead", reason)
         return None
     return compiled
 

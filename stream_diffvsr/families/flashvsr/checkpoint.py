@@ -22,7 +22,7 @@ from .transformer import prepare
 TRANSFORMER, PROJECTION, TINY, FULL, PROMPT = "transformer", "projection", "tiny", "full", "prompt"
 
 RENAMED = "FlashVSR1_1.safetensors"
-"""The name that copies use for the transformer of v1.1: the only file name that reveals the version."""
+"""Name of v1.1's transformer file in copies of the weights; no other file name reveals the version."""
 
 FILES = {
     TRANSFORMER: (
@@ -39,7 +39,7 @@ FILES = {
     FULL: ("Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"),
     PROMPT: ("posi_prompt.pth", "posi_prompt.safetensors", "Prompt.safetensors"),
 }
-"""File names by part: the published name first, then the names of copies."""
+"""File names by part: the published name first, then the names used in copies of the weights."""
 
 HEAD = 128
 """Channels per head, unless the folder's config.json specifies the number of heads."""
@@ -59,7 +59,7 @@ def version_of(folder: Path) -> str | None:
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder appears to hold FlashVSR: it has a file named like its transformer or projection."""
+    """Return whether a folder has a file with the name of FlashVSR's transformer or projection."""
     return find(folder, TRANSFORMER) is not None or find(folder, PROJECTION) is not None
 
 
@@ -73,7 +73,7 @@ def problem(folder: Path) -> StreamDiffVSRError | None:
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Return those of the published `names` needed to run the model; the prompt is published elsewhere."""
+    """Return the published `names` that are needed to run the model; the prompt is published elsewhere."""
     chosen = [next((name for name in FILES[part] if name in names), None) for part in FILES]
     return [name for name in chosen if name]
 
@@ -93,15 +93,15 @@ def open_flashvsr(
     device: torch.device,
     dtype: torch.dtype,
 ) -> FlashVSR:
-    """Load a folder, moving each weight directly to its device and number format.
+    """Load a folder, placing each weight directly on its device in its number format.
 
-    `version`: 'v1' or 'v1.1', which the published files do not reveal. Raises `IncompatibleInputError`,
+    `version` is 'v1' or 'v1.1'; the published files do not reveal it. Raises `IncompatibleInputError`,
     `ModelNotFoundError` or `CheckpointError`.
     """
     if version not in VERSIONS:
         raise IncompatibleInputError(
-            f"version must be 'v1' or 'v1.1', not {version!r}: FlashVSR's files do not say which they are "
-            "(or call the folder flashvsr-v1 or flashvsr-v1.1)"
+            f"version must be 'v1' or 'v1.1', not {version!r}, since FlashVSR's files do not reveal it; "
+            "alternatively, rename the folder to flashvsr-v1 or flashvsr-v1.1"
         )
     folder = Path(folder)
     if version_of(folder) not in (None, version):
@@ -124,11 +124,13 @@ def read_prompt(folder: Path) -> Tensor:
     tensors = list(read_weights(path).values())
     if len(tensors) != 1 or tensors[0].ndim not in (2, 3):
         raise CheckpointError(
-            f"{path} holds something other than the embedding of one prompt; fetch it again."
+            f"{path} does not contain the embedding of exactly one prompt; download it again."
         )
     prompt = tensors[0] if tensors[0].ndim == 3 else tensors[0][None]
     if not bool(torch.isfinite(prompt).all()):
-        raise CheckpointError(f"{path} holds NaN, which would make every frame black; fetch it again.")
+        raise CheckpointError(
+            f"{path} contains NaN or infinite values, which would make every frame black; download it again."
+        )
     return prompt
 
 
@@ -209,14 +211,16 @@ def _read(folder: Path, version: str) -> dict[str, _Part]:
             heads = config.get("num_heads") or width // HEAD
             network = build({name: shapes}, version, width // heads)[name]
         except (KeyError, IndexError, TypeError, ValueError, ZeroDivisionError) as error:
-            raise CheckpointError(f"{path} is not FlashVSR's {name} ({error!r}); fetch it again.") from error
+            raise CheckpointError(
+                f"{path} is not FlashVSR's {name} ({error!r}); download it again."
+            ) from error
         _compare(path, name, shapes, network)
         parts[name] = _Part(network, path, lambda values, name=name, own=own: converted(name, own(values)))
     return parts
 
 
 def _own(name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Return a filter for the entries of one network, since copies may store two networks in one file."""
+    """Return a filter that keeps one network's entries, since copies may store two networks in one file."""
 
     def own(values: Mapping[str, Any]) -> dict[str, Any]:
         if name == TRANSFORMER:
@@ -228,7 +232,7 @@ def _own(name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
 
 
 def _compare(path: Path, name: str, shapes: Shapes, network: nn.Module) -> None:
-    """Check that all names and shapes match; the error names the first that differs."""
+    """Check that all names and shapes match; the error states the first difference."""
     got = {
         key: tuple(value.shape)
         for key, value in converted(
@@ -256,6 +260,6 @@ def _required(folder: Path, part: str) -> Path:
             else "It is published with FlashVSR's weights."
         )
         raise ModelNotFoundError(
-            f"FlashVSR's {part}", folder / FILES[part][0], f"{where} Known names: {names}."
+            f"FlashVSR's {part}", folder / FILES[part][0], f"{where} Its name may be {names}."
         )
     return path

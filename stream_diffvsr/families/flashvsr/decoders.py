@@ -27,9 +27,9 @@ class TinyDecoder(nn.Module):
         self.decoder = nn.ModuleList(layers)
 
     def forward(self, latent: Tensor, frames: Tensor, memory: Memory) -> Iterator[Tensor]:
-        """Yield the 4 pictures (1, 3, H, W) of a latent (1, 16, 1, H/8, W/8), in model range, not clamped.
+        """Yield the 4 pictures (1, 3, H, W) of a latent (1, 16, 1, H/8, W/8), in model range but not clamped.
 
-        `frames`: (4, 3, H, W), the LQ frames of these pictures. `memory` is updated in place.
+        `frames` (4, 3, H, W) are the LQ frames of these pictures; `memory` is updated in place.
         """
         n, c, h, w = frames.shape
         condition = F.pixel_unshuffle(frames.transpose(0, 1).reshape(1, c * n, h, w), CONDITION)

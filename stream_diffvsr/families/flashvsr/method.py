@@ -1,4 +1,4 @@
-"""FlashVSR: upscales frames in chunks, denoising each chunk's latents in a single transformer step.
+"""FlashVSR, which upscales frames in chunks and denoises a chunk's latents in a single transformer step.
 
     lq frames -> scaled, padded -> projection ---- tokens ----+
     noise, by latent ----------------------------> transformer (windows; keys of earlier chunks) -> latents
@@ -35,7 +35,7 @@ from .state import AHEAD, CHUNK, FAMILY, FIRST, LATENTS, Memory
 from .transformer import denoise
 
 MULTIPLE = 128
-"""Sides are padded to multiples of this: 8 tokens of 2 latent pixels of 8 pixels each."""
+"""Sides are padded to multiples of this: 8 tokens, each of 2 latent pixels, each of 8 pixels."""
 
 
 class FlashVSR(ChunkUpscaler):
@@ -58,7 +58,7 @@ class FlashVSR(ChunkUpscaler):
     ) -> None:
         """Wrap loaded networks.
 
-        `networks`: transformer, projection, and tiny, full or both; `prompt`: (1, tokens, width).
+        `networks` contains transformer, projection, and tiny, full or both; `prompt` is (1, tokens, width).
         """
         super().__init__(networks=networks, prompt=prompt, device=device, dtype=dtype, model=model)
         transformer: Any = networks["transformer"]
@@ -87,15 +87,16 @@ class FlashVSR(ChunkUpscaler):
     ) -> ChunkSession:
         """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`.
 
-        Frame 25 of a scene completes the first 21 results, then every 8 frames complete 8 more. `noise`:
-        (1, 16, latents, H/8, W/8), used for the scene's latents instead of seeded noise; H and W are the
+        Frame 25 of a scene completes the first 21 results; after that, every 8 frames complete 8 more.
+        `noise` (1, 16, latents, H/8, W/8) replaces the seeded noise of the scene's latents; H and W are the
         sides of the result, padded to multiples of 128.
         """
         options = options or FlashVSROptions()
         if options.decoder not in self.networks:
             have = [name for name in ("tiny", "full") if name in self.networks]
             raise IncompatibleInputError(
-                f"the model's folder has the decoder {' and '.join(map(repr, have))}, not {options.decoder!r}"
+                f"the model's folder contains the decoder {' and '.join(map(repr, have))}, "
+                f"not {options.decoder!r}"
             )
         if noise is not None:
             if noise.ndim != 5 or noise.shape[:2] != (1, self.channels) or not noise.is_floating_point():
@@ -156,13 +157,13 @@ class FlashVSR(ChunkUpscaler):
     def _noise(
         self, given: Tensor | None, memory: Memory, count: int, size: tuple[int, int], seed: int
     ) -> Tensor:
-        """Return noise (1, 16, count, H/8, W/8) float32; each latent's is seeded by its first frame."""
+        """Return noise (1, 16, count, H/8, W/8) float32, seeded for each latent by that latent's first frame."""
         height, width = size[0] // 8, size[1] // 8
         end = memory.latents + count
         if given is not None:
             if given.shape[2] < end or tuple(given.shape[3:]) != (height, width):
                 needed = f"noise needs at least {end} latents of {height} x {width}"
-                raise IncompatibleInputError(f"{needed}, got the shape {tuple(given.shape)}")
+                raise IncompatibleInputError(f"{needed}, but its shape is {tuple(given.shape)}")
             return given[:, :, memory.latents : end].float()
         drawn = []
         for latent in range(memory.latents, end):
@@ -198,7 +199,7 @@ class FlashVSR(ChunkUpscaler):
         return hq, decoder
 
     def _finished(self, picture: Tensor, lq: Tensor, options: FlashVSROptions) -> Tensor:
-        """Crop a picture and match its colours to its LQ frame; float32, on the upscaler's device."""
+        """Crop a picture, in float32 on the upscaler's device, and match its colours to its LQ frame."""
         height, width = result_size(lq, options)
         hq = picture[..., :height, :width].to(self.device, torch.float32)
         if options.colour_fix == "adain":
@@ -206,7 +207,7 @@ class FlashVSR(ChunkUpscaler):
         return self._checked(hq)
 
     def _four(self, frames: Sequence[Tensor], options: FlashVSROptions) -> Tensor:
-        """Enlarge, pad and stack the frames of a push to (4, 3, H, W); a single frame is used four times."""
+        """Enlarge, pad and stack a push's frames to (4, 3, H, W); a single frame is used for all four."""
         size = result_size(frames[0], options)
         padded = padded_size(*size, MULTIPLE)
         large = [pad_to(enlarge(lq, size), *padded).to(self.dtype) for lq in frames]

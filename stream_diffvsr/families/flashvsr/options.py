@@ -9,7 +9,7 @@ from ...options import check_options, option
 DECODERS = ("tiny", "full")
 
 PRESETS: dict[str, dict[str, float]] = {"exact": {}, "balanced": {}, "fast": {"sparse_ratio": 1.5}}
-"""exact and balanced use the published defaults, fast the faster setting that was published with them."""
+"""exact and balanced use the published defaults; fast uses the faster setting published with them."""
 
 OWN = "FlashVSR"
 """Title of the group of flags that only this family has."""
@@ -19,42 +19,42 @@ OWN = "FlashVSR"
 class FlashVSROptions:
     """Settings of one sequence, checked on creation; the defaults are as published."""
 
-    scale: float = option(4.0, "How many times larger each side of the result is.", low=1, high=4, step=0.5)
+    scale: float = option(4.0, "Factor by which each side is enlarged.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "Extra factor for the width.", low=0.25, high=4, hidden=True)
     seed: int = option(0, "Noise seed.", low=0, high=2**64 - 1)
     decoder: str = option(
         "tiny",
-        "tiny: fast, and also sees the input frames. full: Wan's own decoder.",
+        "tiny: a fast decoder that also sees the input frames. full: Wan's own decoder.",
         choices=DECODERS,
         group=OWN,
     )
     colour_fix: str = option(
         "adain",
-        "adain: gives each frame the mean and contrast of its input frame, per channel. none: leaves "
-        "colours as they are.",
+        "adain: matches the mean and contrast of each colour channel to those of the input frame. none: "
+        "leaves colours as they are.",
         choices=("adain", "none"),
         group=OWN,
     )
     sparse_ratio: float = option(
-        2.0, "How much each window attends to: 1.5 is faster, 2 has less flicker.",
+        2.0, "How much each window attends to; 1.5 is faster, but 2 causes less flicker.",
         low=0.01, high=10, step=0.1, expert=True, group=OWN,
     )  # fmt: skip
     kv_ratio: int = option(
         3,
-        "How many earlier pairs of latents are kept in memory and attended to.",
+        "Number of earlier pairs of latents to keep in memory and attend to.",
         low=1,
         high=8,
         expert=True,
         group=OWN,
     )
     local_range: int = option(
-        11, "Size of the area that a window may attend to, in windows of 128 pixels; 9 is sharper.",
+        11, "Size of the area that a window may attend to, in windows of 128 pixels; 9 gives sharper results.",
         low=1, high=99, expert=True, group=OWN,
     )  # fmt: skip
     memory_plan: str = option(
         "auto",
-        "offload: keeps the transformer and the keys of earlier pairs in system memory between uses; the "
-        "same picture with less memory. auto: does so if memory runs out.",
+        "offload: keeps the transformer and the keys of earlier pairs in system memory between uses, for "
+        "the same picture with less memory. auto: does so only if memory runs out.",
         choices=("auto", "whole", "offload"),
         expert=True,
         group="memory",

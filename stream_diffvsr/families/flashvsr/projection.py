@@ -30,10 +30,10 @@ class ChannelNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """Two convolutions over time and space and a linear layer; parameters are named as published.
+    """Two convolutions over time and space, then a linear layer; parameters are named as published.
 
-    Each convolution also sees two time steps before its input. In v1 these are the last two of the same push,
-    so nothing is carried over; in v1.1 they are the last two of the previous push.
+    Each convolution also sees two time steps before its input. In v1, these are the last two of the same
+    push, so nothing is carried over; in v1.1, they are the last two of the previous push.
     """
 
     def __init__(self, first: int, second: int, width: int, version: str) -> None:
@@ -48,7 +48,7 @@ class Projection(nn.Module):
     def forward(self, frames: Tensor, past: Past) -> tuple[Tensor, Past]:
         """Project a push (4, 3, H, W) to the tokens (H/16, W/16, width) of one latent.
 
-        Also return the `past` of the next push.
+        Also return the `past` for the next push.
         """
         x = F.pixel_unshuffle(frames, UNSHUFFLE).transpose(0, 1)[None]
         kept = []

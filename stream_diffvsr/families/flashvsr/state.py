@@ -16,27 +16,27 @@ from .transformer import Pairs
 FAMILY = "flashvsr"
 
 FIRST, CHUNK, AHEAD = 25, 8, 4
-"""Frames of a scene's first chunk, new frames of each later one, and frames read but not yet decoded."""
+"""Numbers of frames in a scene's first chunk, new frames in later ones, and frames read but not decoded."""
 
 LATENTS = 6
-"""Latents of the first chunk; later chunks have 2."""
+"""Number of latents in the first chunk; later chunks have 2."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory after whole chunks; immutable, so a chunk that fails does not affect it."""
+    """The memory between chunks; it is immutable, so a chunk that fails does not affect it."""
 
     start: int = 0
-    """Index in the video of the scene's first frame."""
+    """Index of the scene's first frame in the video."""
     latents: int = 0
-    """Number of the scene's latents done so far."""
+    """Number of the scene's latents processed so far."""
     projection: Past = ()
     pairs: Pairs = ()
     decoder: DecoderMemory = field(default_factory=dict)
 
     @property
     def index(self) -> int:
-        """The number of frames of the video done so far."""
+        """The number of frames of the video finished so far."""
         return self.start + frames_before(self.latents)
 
     @property

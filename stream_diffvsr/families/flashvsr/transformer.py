@@ -1,4 +1,4 @@
-"""Denoising of one chunk by the transformer, in one step."""
+"""Denoising of one chunk by the transformer in a single step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..wan.transformer import THETA, TIMESTEP, conditioning, cos_sin, rotation_a
 from .attention import Pair, Reach, Selection, SparseAttention, from_windows, to_windows
 
 Pairs = tuple[tuple[Pair, ...], ...]
-"""Pairs by block, the oldest first."""
+"""The pairs of each block, oldest first."""
 
 
 def prepare(transformer: Any) -> Any:
@@ -38,10 +38,11 @@ def denoise(
 ) -> tuple[Tensor, Pairs]:
     """Return the clean latents of a chunk, and the pairs that the next chunk attends to.
 
-    `noise`: (1, 16, f, h, w) float32, f even; `tokens`: (f, h/2, w/2, width), from the low-quality frames;
-    `prompt`: (1, tokens, text width); `position`: index in the scene of the first latent; `past`: pairs of
-    earlier chunks, empty at the scene's start; `kept`: number of pairs above which the oldest is dropped;
-    `offload`: whether pairs are kept in system memory between uses.
+    `noise` is (1, 16, f, h, w) float32 with an even f; `tokens` is (f, h/2, w/2, width), made from the
+    low-quality frames; `prompt` is (1, tokens, text width); `position` is the index of the first latent in
+    the scene; `past` contains the pairs of earlier chunks and is empty at the scene's start; `kept` is the
+    number of pairs above which the oldest is dropped; `offload` is whether pairs are kept in system memory
+    between uses.
     """
     x = transformer.patch_embedding(noise.to(tokens.dtype))
     rows, columns = x.shape[-2:]

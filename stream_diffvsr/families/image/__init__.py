@@ -1,1 +1,1 @@
-"""Single-image models of spandrel's architectures, run frame by frame and optionally steadied over time."""
+"""Single-image models that spandrel supports, run frame by frame and optionally stabilised over time."""

@@ -26,7 +26,7 @@ OTHER_USE = {
     "GFPGAN": "needs aligned faces",
     "RestoreFormer": "needs aligned faces",
 }
-"""spandrel's architectures that cannot upscale or restore a whole frame, each with the reason."""
+"""Architectures in spandrel that cannot upscale or restore a whole frame, with the reason for each."""
 
 
 def recognise(path: Path) -> bool:
@@ -35,9 +35,10 @@ def recognise(path: Path) -> bool:
 
 
 def architecture(path: str | Path) -> str:
-    """Detect a model file's architecture by names and shapes, without reading weights or running anything.
+    """Detect a file's architecture from its weights' names and shapes, without reading their values.
 
-    Raises `ModelNotFoundError`, or `CheckpointError` if the file contains no model of this family.
+    Raises `ModelNotFoundError` if the file is missing, or `CheckpointError` if it contains no model of this
+    family.
     """
     path = Path(path)
     _check_name(path)
@@ -45,7 +46,7 @@ def architecture(path: str | Path) -> str:
 
 
 def problem(path: Path) -> StreamDiffVSRError | None:
-    """Return why a file cannot be opened, or None if its names and shapes are those of a model."""
+    """Return why a file cannot be opened, or None if the names and shapes of its weights fit a model."""
     try:
         architecture(path)
     except (CheckpointError, ModelNotFoundError) as error:
@@ -58,7 +59,8 @@ def open_image_model(
 ) -> ImageModel:
     """Load a model file; if the model does not support half precision, log a warning and use float32.
 
-    Raises `ModelNotFoundError`, `CheckpointError` or, for a wrong device or dtype, `IncompatibleInputError`.
+    Raises `ModelNotFoundError`, `CheckpointError` or, for an invalid device or dtype,
+    `IncompatibleInputError`.
     """
     from spandrel import MAIN_REGISTRY, ImageModelDescriptor
 
@@ -73,17 +75,18 @@ def open_image_model(
         except Exception as error:  # each architecture infers its settings from the weights differently
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
             raise CheckpointError(
-                f"{path} looks like {name}, but does not fit it ({reason}): it is damaged, or newer."
+                f"{path} looks like {name} but cannot be loaded as such ({reason}): the file is damaged, or "
+                "newer than spandrel."
             ) from error
         channels = descriptor.input_channels, descriptor.output_channels
         if not isinstance(descriptor, ImageModelDescriptor) or channels not in CHANNELS:
             raise CheckpointError(
-                f"{path} ({name}) takes {channels[0]} channels and gives {channels[1]}; choose a model "
+                f"{path} ({name}) takes {channels[0]} channels and returns {channels[1]}; choose a model "
                 "for colour or grey pictures."
             )
         if descriptor.scale not in SCALES:
             raise CheckpointError(
-                f"{path} ({name}) enlarges {descriptor.scale} times; choose one of 1 to 8 times."
+                f"{path} ({name}) has scale {descriptor.scale}; choose a model with a scale from 1 to 8."
             )
         if {torch.float16: descriptor.supports_half, torch.bfloat16: descriptor.supports_bfloat16}.get(
             dtype, True
@@ -103,7 +106,7 @@ def _check_name(path: Path) -> None:
 
 
 def _read(path: Path, device: str) -> dict[str, Any]:
-    """Read the weights by name, without any wrappers from training; on 'meta', without their values."""
+    """Return the weights by name, without wrappers added in training; on 'meta', without their values."""
     from spandrel import canonicalize_state_dict
 
     if path.suffix.lower() != ".safetensors":
@@ -127,5 +130,6 @@ def _architecture(path: Path, weights: dict[str, Any]) -> str:
                 )
             return each.architecture.name
     raise CheckpointError(
-        f"{path} contains no super-resolution or restoration model that spandrel knows; choose another file."
+        f"{path} contains no super-resolution or restoration model that spandrel supports; choose another "
+        "file."
     )

@@ -1,4 +1,4 @@
-"""A single-image model as an `Upscaler`: frame by frame, in tiles if memory runs out."""
+"""A single-image model as an `Upscaler`, which works frame by frame, and in tiles if memory runs out."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ FAMILY = "image"
 HQ, LQ = "previous_hq", "previous_lq"
 
 TILES = "tiles"
-"""Key in a state's details for the side of the tiles in output pixels, or 'whole'."""
+"""Key in a state's details; its value is the side of the tiles in output pixels, or 'whole'."""
 
 WHOLE = "whole"
 LADDER = (2048, 1024, 512, 256)
 """Tile sides in output pixels, tried in this order when memory runs out."""
 
 ROUGH = 512
-"""Values per pixel of the frame and of its result that a model is assumed to need if they cannot be counted:
-a few feature maps of 64 channels at once, doubled as a margin."""
+"""Assumed number of values per pixel of the frame and of its result, for models whose memory cannot be
+counted: enough for a few feature maps of 64 channels at once, doubled as a margin."""
 
 MEGABYTE = 2**20
 
@@ -82,7 +82,7 @@ class ImageModel:
     ) -> ImageSession:
         """Start a sequence, or continue that of `state`; `noise` must be None for these models."""
         if noise is not None:
-            raise IncompatibleInputError("single-image models draw no noise, so none can be given")
+            raise IncompatibleInputError("single-image models use no noise, so noise must be None")
         return ImageSession(self, options or ImageOptions(), state or State(), on_step or ignore_progress)
 
     def stream(
@@ -102,7 +102,7 @@ class ImageModel:
         return self._provenance(options, options.tile_size)
 
     def bytes_needed(self, size: tuple[int, int], options: ImageOptions | None = None) -> int:
-        """Return the bytes that an LQ frame of `size` (height, width) needs besides the weights.
+        """Return how many bytes an LQ frame of `size` (height, width) needs in addition to the weights.
 
         They are counted on the meta device or, if the model's code does not run there, estimated as `ROUGH`
         values per pixel of the frame and of its result.
@@ -157,7 +157,7 @@ class ImageModel:
         fallen = int(recorded) if options.tile_size is None and recorded.isdecimal() else None
         tile = options.tile_size or fallen
         if changes := old.differences(self._provenance(options, tile)):
-            log.warning("not an exact continuation of frame %d: %s", before.index, changes)
+            log.warning("this is not an exact continuation of frame %d: %s", before.index, changes)
         return tile
 
     def _compute(
@@ -197,11 +197,11 @@ class ImageModel:
         lower = [each for each in LADDER if each < (tile or longest)]
         if options.tile_size is not None or not lower:
             need = self.bytes_needed((lq.shape[-2], lq.shape[-1]), options)
-            remedy = f"it ran out ({message}); use smaller frames, a smaller tile_size or dtype float16"
+            remedy = f"memory ran out ({message}); use smaller frames, a smaller tile_size or dtype float16"
             raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
         log.warning(
-            "out of memory (%s): computing this frame and all later ones in tiles of %d output pixels, "
-            "an approximation",
+            "out of memory (%s): this frame and all later frames are computed in tiles of %d output pixels, "
+            "which is an approximation",
             message,
             lower[0],
         )
@@ -229,20 +229,20 @@ class ImageModel:
         try:
             return count_bytes(frame, [*network.state_dict().values(), *flow.state_dict().values()])
         except Exception as error:  # some models read values, which do not exist on the meta device
-            log.debug("the memory of this model cannot be counted: %r", error)
+            log.debug("the memory that this model needs cannot be counted: %r", error)
             scale = self.network.scale
             height, width = (min(side, (tile or side * scale) // scale + 1) for side in size)
             return ROUGH * self.dtype.itemsize * height * width * (1 + scale**2)
 
 
 class ImageSession:
-    """A `Session` of a single-image model: results are returned at once; every frame is a chunk border."""
+    """A `Session` of a single-image model, in which every frame is a chunk and is returned immediately."""
 
     def __init__(self, upscaler: ImageModel, options: ImageOptions, state: State, on_step: OnStep) -> None:
         self._upscaler, self._options, self._state, self._on_step = upscaler, options, state, on_step
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Upscale the next frame (1, 3, h, w) and return its one result in a list."""
+        """Upscale the next frame (1, 3, h, w) and return a list that contains only its result."""
         result, self._state = self._upscaler.process(lq, self._state, self._options, self._on_step)
         return [result]
 
@@ -251,5 +251,5 @@ class ImageSession:
         return []
 
     def state(self) -> State:
-        """Return the state after the last frame; with `steady` 0 it has a frame number but no pictures."""
+        """Return the state after the last frame; if `steady` is 0, it has a frame number but no pictures."""
         return self._state

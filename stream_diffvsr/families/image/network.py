@@ -1,4 +1,4 @@
-"""A single call for all single-image models, regardless of the sizes and channels that each supports."""
+"""A uniform way to call all single-image models, regardless of the sizes and channels that each supports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ImageNetwork(nn.Module):
     """Wrapper around spandrel's descriptor of a model, with the model's network as the only submodule.
 
     A model for grey pictures processes red, green and blue one after another. A model with an alpha channel
-    receives an opaque one, and its alpha output is dropped.
+    receives an opaque alpha channel, and its alpha output is dropped.
     """
 
     def __init__(self, descriptor: ImageModelDescriptor[nn.Module]) -> None:
@@ -32,8 +32,8 @@ class ImageNetwork(nn.Module):
     def upscale(self, lq: Tensor, tile: int | None, overlap: int, on_step: OnStep) -> Tensor:
         """Upscale (1, 3, h, w) float32 in model range to (1, 3, scale h, scale w) float32 within [-1, 1].
 
-        `tile` and `overlap` are in pixels of the result; with `tile` None, the whole frame is computed at
-        once. Values outside the range are clamped first, as these models require.
+        `tile` and `overlap` are in pixels of the result; if `tile` is None, the whole frame is computed at
+        once. Input values outside the range are clamped first, as these models require.
         """
         if tile is None:
             hq = self(lq)
@@ -54,7 +54,7 @@ class ImageNetwork(nn.Module):
         return hq
 
     def forward(self, lq: Tensor) -> Tensor:
-        """Upscale in one piece: repeat the last row and column up to a supported size, then crop."""
+        """Upscale a frame whole: repeat its last row and column up to a supported size; crop the result."""
         height, width = lq.shape[-2:]
         right, down = self.descriptor.size_requirements.get_padding(width, height)
         dtype = next(self.model.parameters()).dtype

@@ -20,21 +20,21 @@ class ImageOptions:
 
     steady: float = option(
         0.0,
-        "How strongly each result is blended with the previous one, aligned to it, where both show the "
-        "same thing. 0: each frame by itself, as the model makes it. Higher values: less flicker, slightly "
-        "softer.",
+        "How strongly each result is blended with the previous result, aligned by motion, where both show "
+        "the same thing. 0 leaves each frame as the model makes it; higher values reduce flicker but make "
+        "the picture slightly softer.",
         low=0, high=1, step=0.05, group=OWN,
     )  # fmt: skip
     tile_size: int | None = option(
         None,
-        "Size, in output pixels, of the tiles in which a frame is computed; tiles need less memory and "
+        "Size, in output pixels, of the tiles in which a frame is computed; tiles need less memory but "
         "change the picture slightly.",
         kind=int, low=64, high=2**20, unset=0, group="memory", expert=True, metavar="N",
-        unset_help="the whole frame at once, in tiles only if memory runs out",
+        unset_help="the whole frame at once, or tiles if memory runs out",
     )  # fmt: skip
     tile_overlap: int = option(
         64,
-        "Overlap of the tiles in output pixels, below half of the tile size.",
+        "Overlap of the tiles in output pixels; must be less than half of the tile size.",
         low=0, high=2**20, group="memory", expert=True, metavar="N",
     )  # fmt: skip
 

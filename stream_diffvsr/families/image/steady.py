@@ -1,4 +1,4 @@
-"""Stabilise a result with the previous one: a recursive mean along the motion where both frames agree."""
+"""Stabilise results over time: average them recursively along the motion, where consecutive frames agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ MATCH = 0.12
 """Difference between the two LQ frames, in model range, at which trust falls to about a third."""
 
 AGREE_PIXELS, AGREE_SHARE = 0.5, 0.05
-"""How far forward and backward flow may disagree: LQ pixels, plus a share of both lengths, all squared."""
+"""Limits on the disagreement of forward and backward flow: its square must be below the square of the first,
+in LQ pixels, plus the second times the sum of the squared lengths of both."""
 
 WINDOW = 5
 """Side, in LQ pixels, of the window in which differences are averaged and trust is smoothed."""

@@ -1,1 +1,1 @@
-"""SwiftVR: one-step restoration of latents, with self-attention in shifted windows; no noise."""
+"""SwiftVR: one-step restoration of latents with self-attention in shifted windows and without noise."""

@@ -1,4 +1,4 @@
-"""SwiftVR's autoencoder: four frames become one latent with a sixteenth of their height and width."""
+"""SwiftVR's autoencoder, which turns four frames into one latent with 1/16 of their height and width."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Decoder(nn.Module):
         self.decoder = nn.ModuleList([*layers, conv(widths[-1], PIXELS, True)])
 
     def forward(self, latent: Tensor, memory: Memory) -> Iterator[Tensor]:
-        """Yield the 4 pictures (1, 3, H, W) of a latent (1, C, H/16, W/16), nominally in [0, 1], not clamped.
+        """Yield the 4 pictures (1, 3, H, W) of a latent (1, C, H/16, W/16), nominally in [0, 1] but unclamped.
 
         Latent n decodes to frames 4n - 3 to 4n; `memory` is updated in place.
         """
@@ -52,8 +52,9 @@ class Decoder(nn.Module):
 def converted(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert the decoder's published weights to the names and layers used here.
 
-    Where one picture becomes two, the published network repeats it and convolves over time across just these
-    two, padded with zeros. For each of the two, this equals a 1x1 convolution with the sum of two taps.
+    Where one picture becomes two, the published network repeats it and applies a convolution over time to
+    just these two, padded with zeros. For each of the two, this equals a 1x1 convolution whose weights are
+    the sum of two taps.
     """
     kept = {}
     for name, value in values.items():

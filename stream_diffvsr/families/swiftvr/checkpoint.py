@@ -40,7 +40,7 @@ def find(folder: Path, part: str) -> Path | None:
 
 
 def recognise(folder: Path) -> bool:
-    """Whether a folder appears to hold SwiftVR: it has a file named like its autoencoder or its prompt."""
+    """Return whether a folder has a file with the name of SwiftVR's autoencoder or prompt."""
     return find(folder, AUTOENCODER) is not None or find(folder, PROMPT) is not None
 
 
@@ -54,13 +54,13 @@ def problem(folder: Path) -> StreamDiffVSRError | None:
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Return those of the published `names` needed to run the model."""
+    """Return the published `names` that are needed to run the model."""
     chosen = [next((name for name in FILES[part] if name in names), None) for part in FILES]
     return [name for name in chosen if name]
 
 
 def open_swiftvr(folder: str | Path, device: torch.device, dtype: torch.dtype) -> SwiftVR:
-    """Load a folder, moving each weight directly to its device and number format.
+    """Load a folder, placing each weight directly on its device in its number format.
 
     Raises `ModelNotFoundError` or `CheckpointError`.
     """
@@ -102,15 +102,17 @@ def build(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, nn.Module]:
 def read_prompt(folder: Path) -> Tensor:
     """Return the prompt's embedding, (1, tokens, width), including rows of zeros.
 
-    Raises `CheckpointError` if it is missing from the file or damaged.
+    Raises `CheckpointError` if the embedding is damaged or missing from the file.
     """
     path = _required(folder, PROMPT)
     prompt = read_weights(path).get(PROMPT_KEY)
     if prompt is None or prompt.ndim < 2 or not prompt.numel():
-        raise CheckpointError(f"{path} holds no embedding named {PROMPT_KEY!r}; fetch it again.")
+        raise CheckpointError(f"{path} contains no embedding named {PROMPT_KEY!r}; download it again.")
     prompt = prompt.reshape(-1, *prompt.shape[-2:])[:1]
     if not bool(torch.isfinite(prompt).all()):
-        raise CheckpointError(f"{path} holds NaN, which would make every frame black; fetch it again.")
+        raise CheckpointError(
+            f"{path} contains NaN or infinite values, which would make every frame black; download it again."
+        )
     return prompt
 
 
@@ -124,7 +126,7 @@ def _read(folder: Path) -> tuple[dict[str, nn.Module], Tensor]:
         got = {name: tuple(value.shape) for name, value in converted(meta).items()}
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{paths[AUTOENCODER]} or {paths[CONFIG]} is not SwiftVR's ({error!r}); fetch both again."
+            f"{paths[AUTOENCODER]} or {paths[CONFIG]} is not SwiftVR's ({error!r}); download both again."
         ) from error
     check_keys(paths[AUTOENCODER], got, shapes_of(networks["encoder"]) | shapes_of(networks["decoder"]))
     check_keys(paths[TRANSFORMER], read_shapes(paths[TRANSFORMER]), shapes_of(networks[TRANSFORMER]))
@@ -133,7 +135,8 @@ def _read(folder: Path) -> tuple[dict[str, nn.Module], Tensor]:
     if ends != (shapes["encoder.17.weight"][0], prompt.shape[-1]):
         raise CheckpointError(
             f"{folder} mixes parts of several models: the transformer takes {ends[0]} channels and a prompt "
-            f"of width {ends[1]}, its files give {shapes['encoder.17.weight'][0]} and {prompt.shape[-1]}."
+            f"of width {ends[1]}, but the other files have {shapes['encoder.17.weight'][0]} and "
+            f"{prompt.shape[-1]}."
         )
     return networks, prompt
 

@@ -1,13 +1,13 @@
-"""SwiftVR: restores the latents of a clip of frames in a single transformer step.
+"""SwiftVR, which restores the latents of a clip of frames in a single transformer step.
 
     lq frames -> bilinear, padded -> encoder, 4 frames at a time -> latents z
     z, and a few of the previous clip -> transformer (windows, a fixed prompt) -> velocity v
     z - v -> decoder, picture by picture -> hq
 
 No noise is used. The decoder lags 3 frames behind: latents 0 to n decode to frames 0 to 4n. With protocol
-"file", a scene's first clip has 28 frames and later ones have 24; the last is padded at its front to 7
-latents, with latents of the previous clip or zeros. With protocol "session", every clip has 24 frames, except
-for a shorter one at the end.
+"file", a scene's first clip has 28 frames and later clips have 24; the last clip is padded at its front to 7
+latents, with latents of the previous clip or zeros. With protocol "session", every clip has 24 frames, but
+the last may be shorter.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .state import AHEAD, FAMILY, Memory
 from .transformer import denoise
 
 MULTIPLE = 32
-"""Sides are padded to multiples of this: tokens of 2 latent pixels of 16 pixels each."""
+"""Sides are padded to multiples of this: a token of 2 latent pixels, each of 16 pixels."""
 
 
 class SwiftVR(ChunkUpscaler):
@@ -72,11 +72,11 @@ class SwiftVR(ChunkUpscaler):
     ) -> ChunkSession:
         """Begin a scene at frame `state.index`, or continue one; see `ChunkSession`.
 
-        By default, frame 28 of a scene completes the first 25 results, then every 24 frames complete 24 more.
-        `noise` must be None.
+        By default, frame 28 of a scene completes the first 25 results; after that, every 24 frames complete
+        24 more. `noise` must be None.
         """
         if noise is not None:
-            raise IncompatibleInputError("SwiftVR draws no noise, so none can be given")
+            raise IncompatibleInputError("SwiftVR uses no noise, so noise must be None")
         return super().session(options, state, on_step)
 
     def whole(self, memory: Memory, options: SwiftVROptions) -> int:
@@ -86,7 +86,7 @@ class SwiftVR(ChunkUpscaler):
     def filled(self, frames: list[Tensor], memory: Memory, options: SwiftVROptions) -> list[Tensor]:
         """Repeat the last frame until the number of new frames is one more than a multiple of 4.
 
-        A sequence can only end with such a number.
+        A sequence can end only with such a number of frames.
         """
         new = len(frames) - memory.ahead
         frames = [*frames, *[frames[-1]] * ((1 - new) % GROUP)]
@@ -107,7 +107,8 @@ class SwiftVR(ChunkUpscaler):
     ) -> tuple[list[Tensor], Memory]:
         """Compute a chunk.
 
-        If its new frames are one more than a multiple of 4, the scene ends and the last frame stands for 4.
+        If the number of its new frames is one more than a multiple of 4, the scene ends here and its last
+        frame stands for 4.
         """
         new = list(frames[memory.ahead :])
         last = len(new) % GROUP == 1

@@ -11,10 +11,10 @@ GROUP = 4
 """Frames per latent."""
 
 CLIP = 24
-"""Frames per chunk, as published; also the maximum, since it determines the look-ahead."""
+"""Frames per chunk, as published; this is also the maximum, since it determines the look-ahead."""
 
 PRESETS: dict[str, dict[str, int]] = {"exact": {}, "balanced": {}, "fast": {}}
-"""All presets use the published settings, since none would be faster."""
+"""All presets use the published settings, since no other settings would be faster."""
 
 OWN = "SwiftVR"
 """Title of the group of flags that only this family has."""
@@ -24,19 +24,19 @@ OWN = "SwiftVR"
 class SwiftVROptions:
     """Settings of one sequence, checked on creation; the defaults are as published."""
 
-    scale: float = option(4.0, "How many times larger each side of the result is.", low=1, high=4, step=0.5)
+    scale: float = option(4.0, "Factor by which each side is enlarged.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "Extra factor for the width.", low=0.25, high=4, hidden=True)
     protocol: str = option(
         "file",
-        "file: reads 4 more frames first and fills up the last clip, as for the published results. "
-        "session: uses equal clips from the start and waits for 4 frames fewer.",
+        "file: reads 4 extra frames at the start and fills up the last clip, as for the published results. "
+        "session: uses clips of equal length from the start and waits for 4 fewer frames.",
         choices=("file", "session"),
         expert=True,
         group=OWN,
     )
     clip_len: int = option(
-        CLIP, "Frames restored together, a multiple of 4. With fewer, results come sooner and need less "
-        "memory, but quality is lower.",
+        CLIP, "Number of frames restored together; must be a multiple of 4. With fewer frames, results come "
+        "sooner and need less memory, but quality is lower.",
         low=GROUP, high=CLIP, step=GROUP, expert=True, group=OWN,
     )  # fmt: skip
     overlap: int | None = option(
@@ -46,7 +46,8 @@ class SwiftVROptions:
     )  # fmt: skip
     memory_plan: str = option(
         "auto",
-        "offload: keeps the transformer in system memory between uses. auto: does so if memory runs out.",
+        "offload: keeps the transformer in system memory between uses. auto: does so only if memory runs "
+        "out.",
         choices=("auto", "whole", "offload"),
         expert=True,
         group="memory",

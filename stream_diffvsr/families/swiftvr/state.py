@@ -14,17 +14,17 @@ from ..wan.taehv import Memory as Past
 FAMILY = "swiftvr"
 
 AHEAD = 3
-"""Frames that the encoder has seen but that have no result yet."""
+"""Number of frames that the encoder has seen but that have no result yet."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory after whole chunks; immutable, so a chunk that fails does not affect it."""
+    """The memory between chunks; it is immutable, so a chunk that fails does not affect it."""
 
     start: int = 0
-    """Index in the video of the scene's first frame."""
+    """Index of the scene's first frame in the video."""
     latents: int = 0
-    """Number of the scene's latents done so far."""
+    """Number of the scene's latents processed so far."""
     encoder: Past = field(default_factory=dict)
     decoder: Past = field(default_factory=dict)
     lq: Tensor | None = None
@@ -32,7 +32,7 @@ class Memory:
 
     @property
     def index(self) -> int:
-        """The number of frames of the video done so far."""
+        """The number of frames of the video finished so far."""
         return self.start + frames_before(self.latents)
 
     @property

@@ -1,7 +1,7 @@
 """Restoration of one chunk's latents by the transformer, with self-attention in shifted windows.
 
-A window covers 16 x 16 tokens (512 x 512 pixels) of all latents of the chunk. Windows keep their size and
-overlap at the far edge; there is no wrapping around and no masking.
+A window covers 16 x 16 tokens (512 x 512 pixels) in all of the chunk's latents. Windows keep their size, so
+they overlap at the far edge; they do not wrap around, and no masks are used.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class WindowAttention:
         self.attend: Attend = attention("auto")
 
     def corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Return the corners of the windows in writing order: where windows overlap, the last one wins.
+        """Return the windows' corners in the order of writing; where windows overlap, the last one wins.
 
-        The order is from bottom right to top left, or, in shifted layers, from top left to bottom right.
+        The order is from bottom right to top left or, in shifted layers, from top left to bottom right.
         """
         height, width = self.window
         down, across = (height // 2, width // 2) if self.shifted else (0, 0)
@@ -104,8 +104,8 @@ def denoise(
 ) -> Tensor:
     """Restore low-quality latents, (1, C, f, h, w), and return them in float32; h and w are even.
 
-    Their positions in time start at 0 wherever the chunk is in the scene, since attention depends only on
-    differences within the chunk.
+    Positions in time start at 0 wherever the chunk is in the scene, since attention depends only on
+    differences between positions within the chunk.
     """
     x = transformer.patch_embedding(latents)
     count, rows, columns = x.shape[-3:]

@@ -14,16 +14,16 @@ from torch.overrides import TorchFunctionMode
 from ...errors import IncompatibleInputError
 
 ATTENTIONS = ("auto", "sdpa", "sage", "flash")
-"""auto and sdpa are PyTorch's own; sage approximates in 8 bits; flash differs only by rounding."""
+"""auto and sdpa use PyTorch's own attention; sage is an 8-bit approximation; flash differs only by rounding."""
 
 PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps queries, keys and values, each (1, heads, tokens, head size), to a result of the same shape."""
+"""Function from queries, keys and values, each (1, heads, tokens, head size), to a result of that shape."""
 
 
 class FusedAttention(TorchFunctionMode):
-    """Makes attention on the meta device allocate no query-by-key map, as on CPUs and CUDA."""
+    """Keeps attention on the meta device from allocating a query-by-key map, which CPUs and CUDA avoid too."""
 
     def __torch_function__(
         self,

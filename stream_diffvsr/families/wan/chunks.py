@@ -39,11 +39,11 @@ MEGABYTE = 2**20
 
 
 class Memory(Protocol):
-    """The memory after whole chunks; immutable, so a chunk that fails does not affect it."""
+    """The memory between chunks; it is immutable, so a chunk that fails does not affect it."""
 
     @property
     def index(self) -> int:
-        """The number of frames of the video done so far."""
+        """The number of frames of the video finished so far."""
         ...
 
     @property
@@ -92,7 +92,7 @@ class ChunkUpscaler(ABC):
         self._lock = Lock()
 
     def use_attention(self, name: str) -> None:
-        """Use one of `ATTENTIONS` for self-attention from now on; states record which.
+        """Use one of `ATTENTIONS` for self-attention from now on; states record the choice.
 
         Call this only before the first frame. Raises the same errors as `attention.check_attention`.
         """
@@ -126,7 +126,7 @@ class ChunkUpscaler(ABC):
         on_step: OnStep,
         noise: Tensor | None,
     ) -> tuple[list[Tensor], Any]:
-        """Return the results of frames from `memory.index` on, and the new memory."""
+        """Return the results for the frames from `memory.index` on, and the new memory."""
 
     def session(
         self,
@@ -158,7 +158,7 @@ class ChunkUpscaler(ABC):
         return Provenance(info.model, info.number_format, info.runtime, settings, parts=parts)
 
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
-        """Return the bytes that LQ frames of `size` (height, width) need besides the weights.
+        """Return how many bytes LQ frames of `size` (height, width) need in addition to the weights.
 
         They are counted over a scene's first two chunks, on the meta device.
         """
@@ -195,7 +195,7 @@ class ChunkUpscaler(ABC):
                     plan = "offload" if self.offloaded else options.memory_plan
                     size = frames[0].shape[-2], frames[0].shape[-1]
                     need = self.bytes_needed(size, replace(options, memory_plan=plan))
-                    remedy = f"it ran out ({message}); {self.remedy}"
+                    remedy = f"memory ran out ({message}); {self.remedy}"
                     raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
                 log.warning(
                     "out of memory (%s): from now on, blocks that are not running are kept in system memory",
@@ -208,7 +208,7 @@ class ChunkUpscaler(ABC):
         return [*chain.from_iterable(held), self.prompt]
 
     def _acquire(self, stage: str, lq: Tensor, options: Any) -> Any:
-        """Bring a network to the device and return it."""
+        """Move a network to its device if necessary, and return the network."""
         if not self.placement.fixed:
             self.placement.acquire(stage, self.bytes_needed((lq.shape[-2], lq.shape[-1]), options))
         return self.networks[stage]
@@ -225,7 +225,7 @@ class ChunkUpscaler(ABC):
     def _offload(self) -> bool:
         """Keep idle transformer blocks and their memory in system memory; return whether anything changed.
 
-        A host that places networks itself has to move the blocks itself.
+        A host program that places the networks must also move the blocks.
         """
         if self.offloaded or self.device.type != "cuda":
             return False
@@ -259,7 +259,7 @@ class ChunkUpscaler(ABC):
 
 
 class ChunkSession:
-    """One sequence: collects frames until a chunk is complete, and fills up the last chunk.
+    """One sequence, which collects frames until a chunk is complete, and fills up the last chunk.
 
     To continue from a state, push the frames from `state.index` on, including those that the state's last
     chunk already saw when it looked ahead.
@@ -276,14 +276,14 @@ class ChunkSession:
         self._upscaler, self._options, self._on_step, self._noise = upscaler, options, on_step, noise
         self._memory: Memory = upscaler.Memory.of(state, upscaler.device, upscaler.dtype)
         self._frames: list[Tensor] = []
-        """Frames pushed so far, from the first one without a result on."""
+        """Frames that have been pushed but have no result yet."""
         self._size = size_of(state) if state and state.has_previous else None
         self._finished = False
         if state and state.has_previous:
             self._check(state)
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Add the next frame, (1, 3, h, w) float32; return the results of a chunk if it is now complete."""
+        """Add the next frame, (1, 3, h, w) float32; return the results of the chunk that it completes, if any."""
         if self._finished:
             raise IncompatibleInputError("the sequence has ended: begin a new session for further frames")
         check_frame(lq)
@@ -313,7 +313,7 @@ class ChunkSession:
         return [result for result in results if result.index < last]
 
     def state(self) -> State | None:
-        """Return the state after a whole chunk or before the first frame; None in between and at the end."""
+        """Return the state before the first frame or after a whole chunk; None within chunks or at the end."""
         if self._finished or len(self._frames) > self._memory.ahead:
             return None
         provenance = self._upscaler.provenance(self._size or (0, 0), self._options)
@@ -324,7 +324,7 @@ class ChunkSession:
         return [Upscaled(memory.index + offset, each) for offset, each in enumerate(hq)], after
 
     def _check(self, state: State) -> None:
-        """Refuse a state that does not fit; log a warning if it was made under other conditions."""
+        """Refuse a state that does not fit; log a warning if it was made under different conditions."""
         before, now = state.provenance, self._upscaler.provenance(size_of(state), self._options)
         if before.model not in ("", now.model):
             raise IncompatibleInputError(
@@ -334,7 +334,7 @@ class ChunkSession:
             old, new = before.options.get(name, now.options[name]), now.options[name]
             if old != new:
                 raise IncompatibleInputError(
-                    f"{name} must be {old!r}, as for the state's frames, not {new!r}"
+                    f"{name} must be {old!r}, as it was for the state's frames, not {new!r}"
                 )
         if differences := before.differences(now):
-            log.warning("not an exact continuation of frame %d: %s", state.index, differences)
+            log.warning("this is not an exact continuation of frame %d: %s", state.index, differences)

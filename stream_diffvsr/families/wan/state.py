@@ -42,7 +42,7 @@ def packed(
 def unpacked(
     state: State, family: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[int, int, dict[str, Numbered]]:
-    """Return the start, the latents, and the tensors by kind, of a state made by `packed`.
+    """Return the start, the number of latents, and the tensors by kind of a state made by `packed`.
 
     Raises `IncompatibleInputError` if the state belongs to another family.
     """

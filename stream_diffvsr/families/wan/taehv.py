@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Memory = dict[int, Tensor]
-"""The last inputs of layers with memory, by place in the network; empty at the start."""
+"""The last inputs of layers with memory, by their position in the network; empty at the start."""
 
 
 class MemoryBlock(nn.Module):
@@ -27,7 +27,7 @@ class MemoryBlock(nn.Module):
     def remembering(self, x: Tensor, memory: Memory, index: int) -> Tensor:
         """Process consecutive pictures (pictures, C, h, w).
 
-        `memory[index]` holds the features of the previous picture and is updated.
+        `memory[index]` contains the features of the previous picture and is updated.
         """
         before = memory.get(index)
         earlier = torch.zeros_like(x[:1]) if before is None else before
@@ -36,7 +36,7 @@ class MemoryBlock(nn.Module):
 
 
 class Pool(nn.Module):
-    """Merges the features of several consecutive pictures, the oldest first, into those of one."""
+    """Merges the features of several consecutive pictures, the oldest first, into those of one picture."""
 
     def __init__(self, channels: int, pictures: int) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Pool(nn.Module):
 
 
 class Grow(nn.Module):
-    """Splits the features of one picture into those of several, the earliest first.
+    """Splits the features of one picture into those of several pictures, the earliest first.
 
     Each is enlarged by 2 afterwards. Published networks enlarge first, which yields the same numbers for four
     times the work.
@@ -89,7 +89,7 @@ def blocks(channels: int) -> list[nn.Module]:
 def enlarging(channels: Sequence[int]) -> list[nn.Module]:
     """Return the middle of a decoder, which turns one picture into 4 with sides 8 times as long.
 
-    `channels`: the number of channels at each of its four sizes.
+    `channels` are the numbers of channels at its four sizes.
     """
     layers: list[nn.Module] = []
     for now, then, pictures in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
@@ -98,7 +98,7 @@ def enlarging(channels: Sequence[int]) -> list[nn.Module]:
 
 
 def decoded(layers: Sequence[nn.Module], x: Tensor, memory: Memory, start: int = 0) -> Iterator[Tensor]:
-    """Yield the pictures of (1, C, h, w), finishing each before beginning the next; update `memory`."""
+    """Yield the pictures decoded from (1, C, h, w), finishing each before the next; update `memory`."""
     for index, layer in enumerate(layers[start:], start):
         if isinstance(layer, Grow):
             x = layer(x)

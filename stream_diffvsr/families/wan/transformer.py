@@ -1,4 +1,4 @@
-"""Diffusers' `WanTransformer3DModel`, run block by block, with the self-attention of the family."""
+"""Diffusers' `WanTransformer3DModel`, run block by block with the family's own self-attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import StreamDiffVSRError
 
 TIMESTEP = 1000.0
-"""The timestep of the only step."""
+"""The timestep of the single denoising step."""
 
 THETA = 10_000.0
 
@@ -29,7 +29,7 @@ def transformer(config: Mapping[str, Any]) -> nn.Module:
         from diffusers import WanTransformer3DModel
     except ImportError as error:
         raise StreamDiffVSRError(
-            f"this model needs diffusers {DIFFUSERS} or newer, and an older one is installed: "
+            f"this model needs diffusers {DIFFUSERS} or newer, but an older version is installed: "
             "run pip install -U diffusers."
         ) from error
     known = inspect.signature(WanTransformer3DModel.__init__).parameters
@@ -39,9 +39,9 @@ def transformer(config: Mapping[str, Any]) -> nn.Module:
 
 
 def conditioning(transformer: Any, prompt: Tensor, sinusoid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the embeddings of the time: (1, width) and (1, 6, width) for the blocks; and of the prompt.
+    """Return the time's embeddings, (1, width) and, for the blocks, (1, 6, width), and the prompt's embedding.
 
-    `sinusoid`: sinusoidal encoding of the time, (1, frequencies), cosines first.
+    `sinusoid` is the sinusoidal encoding of the time, (1, frequencies), with the cosines first.
     """
     embed = transformer.condition_embedder
     time = embed.time_embedder(sinusoid.to(prompt.device, prompt.dtype))
@@ -58,8 +58,8 @@ def run(
 ) -> Tensor:
     """Run tokens (1, tokens, width) through all blocks; return (tokens, channels of a patch).
 
-    `conditions`: the result of `conditioning`; `attention`: one object per block, passed to its
-    self-attention as the rotary embedding.
+    `conditions` is the result of `conditioning`; `attention` contains one object per block, which is passed
+    to the block's self-attention as the rotary embedding.
     """
     time, modulation, prompt = conditions
     for index, (block, own) in enumerate(zip(transformer.blocks, attention, strict=True), 1):
