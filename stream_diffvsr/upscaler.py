@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 OnStep = Callable[[str, int, int], None]
-"""Called between the parts of a frame with (stage, parts done, total parts); it may raise to cancel the work."""
+"""Called between a frame's parts with (stage, parts done, total parts); it may raise to cancel the work."""
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:

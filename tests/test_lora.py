@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_told_in_a_sentence(guided: StreamDiffVSRPipeline, 
         "not finite in unet.conv_in",
         spoiled(whole, bad, key, torch.full((3, 7, 3, 3), torch.nan)),
     )
-    refused(CheckpointError, "lacks one of its parts", spoiled(whole, bad, key))
+    refused(CheckpointError, "lacks one of its matrices", spoiled(whole, bad, key))
     refused(
         CheckpointError, "does not fit .* unet.conv_in", spoiled(whole, bad, key, torch.zeros(3, 9, 3, 3))
     )

@@ -443,7 +443,7 @@ def test_a_configuration_that_makes_no_sense(folder: Path, name: str, key: str):
 def test_a_tokenizer_that_makes_no_sense(folder: Path, decoder: object):
     path = folder / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
-    assert "fetch the folder again" in str(problem(folder))
+    assert "download the folder again" in str(problem(folder))
 
 
 def split(part: Path, stem: str = "diffusion_pytorch_model") -> list[Path]:

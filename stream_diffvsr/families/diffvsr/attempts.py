@@ -1,4 +1,4 @@
-"""Compute one frame, repeating it with less memory or, if half precision overflows, in float32."""
+"""Compute one frame; repeat it with less memory if that runs out, or in float32 if half precision overflows."""
 
 from __future__ import annotations
 
@@ -40,8 +40,9 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
     """Return the frame's hq in newly allocated memory, and the memory plan and number format that worked.
 
     If memory runs out and the plan is 'auto', the frame is repeated with the same noise and flow but a plan
-    that needs less. A frame that is not finite in half precision is repeated in float32. Both are logged.
-    Raises `VRAMError` if no plan is left, and `CheckpointError` if float32 is not finite either.
+    that needs less memory. A frame that is not finite in half precision is repeated in float32. Both are
+    logged. Raises `VRAMError` if no plan is left, and `CheckpointError` if the frame is not finite in float32
+    either.
     """
     plan, dtype, index = frame.plan, pipe.dtype, frame.state.frame_index
     tried: list[str] = []
@@ -81,12 +82,12 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
             if dtype == torch.float32:
                 raise CheckpointError(
                     f"frame {index} contains NaN or infinite values even in float32: the weights are "
-                    "damaged, or the previous frame was far out of range."
+                    "damaged, or the previous frame was far outside the valid range."
                 )
             if OVERFLOWED not in frame.state.provenance.details:
                 name = str(dtype).removeprefix("torch.")
                 log.warning(
-                    "frame %d overflowed in %s; it and any later such frame is recomputed in float32",
+                    "frame %d overflowed in %s; it is recomputed in float32, as are later frames that overflow",
                     index,
                     name,
                 )
@@ -101,10 +102,11 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
             raise _no_memory(
                 pipe.planner.bytes_needed(frame.size, frame.options, plan),
                 pipe.device,
-                f"it ran out in {stage}, tried: {'; '.join(tried)}; {REMEDIES[stage]}, or memory_plan 'auto'",
+                f"memory ran out in {stage}; plans tried: {'; '.join(tried)}; {REMEDIES[stage]}, or use "
+                "memory_plan 'auto'",
             )
         log.warning(
-            "out of memory in %s (%s); repeating this frame, and continuing, with %s", stage, message, lower
+            "out of memory in %s (%s); this and later frames are computed with %s", stage, message, lower
         )
         plan = lower
 
@@ -120,7 +122,7 @@ def outside_the_networks(
     return _no_memory(
         pipe.planner.minimum_bytes(lq.shape[-2:], options),
         pipe.device,
-        f"it ran out outside the networks ({message}), where memory_plan cannot help; "
+        f"memory ran out outside the networks ({message}), where memory_plan cannot help; "
         "use smaller frames or close other programs",
     )
 

@@ -1,4 +1,4 @@
-"""Run the convolutional parts over bands of rows, for the whole frame's result with a fraction of its memory.
+"""Run the convolutional parts over bands of rows: the whole frame's result for a fraction of its memory.
 
 These networks do not normalise over the picture, so a band needs only some rows around it. Only the TPM
 looks at the whole frame, through a pooled map. This map is first computed band by band, then mixed once, and
@@ -22,7 +22,7 @@ Layers = Sequence[nn.Module]
 
 
 def embed(control: Control, warped: Tensor, rows: int | None) -> Tensor:
-    """Run `Control.embed` in bands of `rows` rows, or at once if `rows` is None."""
+    """Run `Control.embed` in bands of `rows` rows, or on the whole frame if `rows` is None."""
     if rows is None:
         return control.embed(warped)
     layers = [layer for layer in control.embedding.modules() if isinstance(layer, nn.Conv2d)]
@@ -34,7 +34,7 @@ def embed(control: Control, warped: Tensor, rows: int | None) -> Tensor:
 
 
 def features(vae: TemporalAutoencoderTiny, warped: Tensor, rows: int | None) -> list[Tensor]:
-    """Run `TemporalAutoencoderTiny.features` in bands of `rows` rows, or at once if `rows` is None."""
+    """Run `TemporalAutoencoderTiny.features` in bands of `rows` rows, or without bands if `rows` is None."""
     if rows is None:
         return vae.features(warped)
     x, pooled = warped, []
@@ -51,7 +51,7 @@ def decode(
     trust: Tensor | None,
     rows: int | None,
 ) -> Tensor:
-    """Run `TemporalAutoencoderTiny.decode` in bands of `rows` rows, or at once if `rows` is None."""
+    """Run `TemporalAutoencoderTiny.decode` in bands of `rows` rows, or without bands if `rows` is None."""
     if rows is None:
         return vae.decode(latents, features, trust)
     x, remaining = vae.bound(latents), iter(features or ())
@@ -78,7 +78,7 @@ class Rows:
 
 
 def border_rows(layers: Iterable[nn.Module]) -> int:
-    """Return how many rows of input above and below a band its output depends on."""
+    """Return how many input rows above and below a band influence the band's output."""
     rows = 0
     for layer in reversed(list(layers)):
         if isinstance(layer, nn.Conv2d):
@@ -96,7 +96,7 @@ def scale_of(layers: Iterable[nn.Module]) -> int:
 
 
 def _encoder_segments(encoder: Encoder) -> list[Layers]:
-    """Cut the layers up to the last block after each halving, so that little is kept between segments."""
+    """Split the layers, up to the last block, after each halving, so that little is kept in between."""
     layers = list(encoder.layers)
     last = max(_blocks(layers))
     halvings = [index for index, layer in enumerate(layers) if _halves(layer)]
@@ -104,7 +104,7 @@ def _encoder_segments(encoder: Encoder) -> list[Layers]:
 
 
 def _decoder_segments(decoder: Decoder) -> list[Layers]:
-    """Cut the layers after each block but the last.
+    """Split the layers after each block except the last.
 
     Each segment then needs one mix, and only the picture itself is kept at full size.
     """

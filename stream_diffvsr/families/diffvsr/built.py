@@ -22,7 +22,7 @@ from .plan import Plan
 from .vae import TemporalAutoencoderTiny, TemporalBlock, reduce_like
 
 EXAMPLE = (5, 7)
-"""Height and width of an export's latents, in multiples of the U-Net's reduction; no other axis has these."""
+"""Sides of the latents for an export, in multiples of the U-Net's reduction; no other axis has these sizes."""
 
 
 @dataclass(eq=False)
@@ -46,7 +46,7 @@ class BuiltNetworks:
         placement: Placement,
         need: Callable[[str], int] = lambda stage: 0,
     ) -> Generator[TorchCalls, None, None]:
-        """Yield calls as `TorchNetworks.calls` does; if `dtype` differs from `own`, PyTorch computes them."""
+        """Yield calls as `TorchNetworks.calls` does; if `dtype` differs from `own`, they run in PyTorch."""
         if dtype != own:
             with self.networks.calls(plan, own, dtype, placement, need) as calls:
                 yield calls
@@ -65,7 +65,7 @@ class BuiltNetworks:
         return (name, form) in self._open
 
     def opened(self, name: str, form: str = "") -> Call:
-        """Return a graph ready to run, converting it if no earlier run did.
+        """Return a graph that is ready to run, converting it the first time.
 
         Raises `StreamDiffVSRError` if memory runs out.
         """
@@ -208,7 +208,7 @@ class BuiltCalls(TorchCalls):
 
 
 def block_scales(vae: TemporalAutoencoderTiny) -> list[int]:
-    """Return how many times larger than the latents each block of the decoder is."""
+    """Return the scale, relative to the latents, at which each block of the decoder works."""
     scales, scale = [], 1
     for layer in vae.decoder.layers:
         if isinstance(layer, TemporalBlock):

@@ -72,9 +72,9 @@ def check(folder: Path) -> None:
 
 
 def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Component]:
-    """Check the parts of all networks before any of them is loaded, and return them."""
+    """Check the parts of all networks before any of them is loaded, and return the parts."""
     if not folder.is_dir():
-        raise ModelNotFoundError("checkpoint", folder, "Name a checkpoint folder, 'nano' or 'v1'.")
+        raise ModelNotFoundError("checkpoint", folder, "Choose a checkpoint folder, 'nano' or 'v1'.")
     parts = [open_component(folder, name) for name in NETWORKS]
     for part in parts:
         check_component(part, needed_shapes)
@@ -89,8 +89,8 @@ def check_component(part: Component, needed_shapes: NeededShapes) -> None:
     foreign = name_foreign(part)
     if foreign:
         raise CheckpointError(
-            f"{part.path} is {foreign}, not Stream-DiffVSR's {part.name}: point to the folder of the "
-            "Stream-DiffVSR weights."
+            f"{part.path} is {foreign}, not Stream-DiffVSR's {part.name}: choose the folder that contains "
+            "the Stream-DiffVSR weights."
         )
     needed = needed_shapes(part)
     check_keys(part.path, named_for(part, part.shapes, needed), needed)
@@ -107,7 +107,7 @@ def check_text(folder: Path, needed_shapes: NeededShapes) -> None:
         if not (folder / name).is_dir():
             file = CONFIG if name == TEXT_ENCODER else "tokenizer_config.json"
             raise ModelNotFoundError(
-                f"{name} (nor {FILE} with the embedding of the empty prompt)", folder / name / file, REMEDY
+                f"{name} (or {FILE} with the embedding of the empty prompt)", folder / name / file, REMEDY
             )
     encoder = open_component(folder, TEXT_ENCODER)
     check_component(encoder, needed_shapes)
@@ -119,13 +119,13 @@ def check_width(needed: object, got: object, path: Path) -> None:
     """Check that prompt embeddings have the width that the U-Net's attention needs."""
     if needed != got:
         raise CheckpointError(
-            f"{path} is of width {got}, but the U-Net needs prompt embeddings of width {needed}: it belongs "
-            "to another model."
+            f"{path} has width {got}, but the U-Net needs prompt embeddings of width {needed}: the file "
+            "belongs to another model."
         )
 
 
 def default_flow(folder: Path) -> str:
-    """Return the flow estimator named by a checkpoint's index, by default RAFT large as in the reference."""
+    """Return the flow estimator named in a checkpoint's index, or RAFT large, as in the reference."""
     return read_index(folder).get("flow", "raft_large")
 
 
@@ -135,7 +135,7 @@ def traits(folder: Path) -> Traits:
     known = {each.name: index[each.name] for each in fields(Traits) if each.name in index}
     for name, value in known.items():
         if type(value) is not type(getattr(Traits(), name)):
-            raise CheckpointError(f"{folder / INDEX} has an invalid {name}: {value!r}.")
+            raise CheckpointError(f"{folder / INDEX} contains an invalid {name}: {value!r}.")
     return Traits(**known)
 
 
@@ -148,7 +148,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def remembered_shapes(part: Component) -> Shapes:
     """Return the shapes that a part's network needs, read from a small cache file after the first time.
 
-    Computing them imports diffusers, which takes seconds: too long each time a list of models is shown.
+    Computing them imports diffusers, which takes seconds; this would be too slow for every list of models.
     """
     content = json.dumps([part.name, part.config, version("diffusers"), version("transformers")])
     path = user_cache() / f"shapes-{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
@@ -201,7 +201,7 @@ def _prompt_width(shapes: Shapes) -> int:
 
 def _autoencoder(shapes: Shapes) -> str:
     if "decoder.conv_in.weight" in shapes:
-        return "the autoencoder of a plain Stable Diffusion (AutoencoderKL)"
+        return "the autoencoder of a plain Stable Diffusion model (AutoencoderKL)"
     if "decoder.layers.0.weight" in shapes and not any(".temporal_processor." in key for key in shapes):
         return "a tiny autoencoder without the Temporal Processor Module"
     return ""

@@ -72,7 +72,7 @@ def open_diffvsr(
     flow: str | Callable[[Tensor, Tensor], Tensor],
     flow_folders: Iterable[Path],
 ) -> StreamDiffVSRPipeline:
-    """Load a folder strictly, each weight straight to its device and number format.
+    """Load a folder strictly, placing each weight directly on its device in its number format.
 
     `flow_folders` are further folders to search for RAFT's weights. Raises `ModelNotFoundError` or
     `CheckpointError`.
@@ -102,7 +102,7 @@ def open_diffvsr(
 
 
 class _Networks(dict[str, torch.nn.Module]):
-    """Networks built without weights, which are first compared with their files and then filled."""
+    """Networks built without weights; they are compared with their files before the weights are loaded."""
 
     def shapes(self, part: Component) -> Shapes:
         self[part.name] = build(part)

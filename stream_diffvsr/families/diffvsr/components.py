@@ -1,4 +1,4 @@
-"""Find the files of a checkpoint folder's networks, build them without weights, and fill them strictly."""
+"""Find a checkpoint's files, build its networks without weights, and load the weights strictly."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ FORMS = (
     "{stem}.fp16.bin",
     "{stem}.pth",
 )
-"""File names of published weights, best first: full before half precision, one file before several."""
+"""File names of published weights, best first: full before half precision, and one file before several."""
 
-REMEDY = "Copy it there, or let 'stream-diffvsr download' fetch the released folder."
+REMEDY = "Copy it there, or get the released folder with 'stream-diffvsr download'."
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def require(path: Path, name: str) -> None:
     """Raise `ModelNotFoundError` unless the file exists."""
     if path.is_file():
         return
-    where = f" (a link to {path.readlink()}, which is not there)" if path.is_symlink() else ""
+    where = f" (a link to {path.readlink()}, which does not exist)" if path.is_symlink() else ""
     raise ModelNotFoundError(f"checkpoint part {name}{where}", path, REMEDY)
 
 
@@ -107,7 +107,7 @@ def _files(path: Path, name: str) -> tuple[Path, ...]:
         return (path,)
     places = read_json(path).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{path} lists no weight files; fetch the file again.")
+        raise CheckpointError(f"{path} lists no weight files; download it again.")
     # Only the names are used, so that an index cannot refer to files outside its folder.
     files = [path.parent / Path(str(file)).name for file in sorted(set(places.values()))]
     for file in files:
@@ -116,7 +116,7 @@ def _files(path: Path, name: str) -> tuple[Path, ...]:
 
 
 BUFFERS = (".position_ids",)
-"""Endings of keys that older files contain although these are not weights."""
+"""Endings of keys in older files that are not weights."""
 
 PREFIXES = {TEXT_ENCODER: "text_model."}
 """Prefixes of keys in files and in transformers 4, but not in transformers 5."""
@@ -137,7 +137,7 @@ def build(part: Component) -> nn.Module:
 
 
 def import_library(name: str) -> None:
-    """Import the library that builds a network; raise `ImportError` with the cause, which libraries hide.
+    """Import the library that builds a network; raise `ImportError` with the cause, which the library hides.
 
     diffusers and transformers import each other, torchvision and torchaudio, and any of these may fail.
     """
@@ -154,7 +154,7 @@ def import_library(name: str) -> None:
 
 
 def cause(error: BaseException) -> BaseException:
-    """Return the first error of a chain."""
+    """Return the error at the start of a chain of causes."""
     return cause(error.__cause__) if error.__cause__ else error
 
 
@@ -171,16 +171,17 @@ def from_config(name: str, config: dict[str, Any]) -> Any:
     if name == "unet":
         return UNet2DConditionModel.from_config(config)
     if config.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
-        raise ValueError("its picture must be in RGB order")
+        raise ValueError("the ControlNet's picture must be in RGB order")
     return ControlNetModel.from_config(config)
 
 
 def fill(network: Network, part: Component, device: torch.device, dtype: torch.dtype) -> Network:
-    """Fill a network with the weights of its part and put it in eval mode.
+    """Load the weights of a part into its network, and put the network in eval mode.
 
-    The files are memory-mapped and copied to the device one weight at a time, so a second copy of them never
-    exists. On a CPU, weights that already have the right type stay in the mapped file: they use no memory of
-    the process and are loaded when first used. Raises `CheckpointError` if the weights do not fit.
+    The files are memory-mapped and copied to the device one weight at a time, so there is never a second copy
+    of all weights. On a CPU, weights that already have the right type stay in the mapped file: they use none
+    of the process's memory and are loaded when first used. Raises `CheckpointError` if the weights do not
+    fit.
     """
     needed = shapes_of(network)
     weights = named_for(part, part.weights(), needed)
@@ -211,4 +212,4 @@ class Traits:
     occlusion: str = "off"
     """'mask' if the model was trained with guidance that fades out; see `UpscaleOptions.occlusion`."""
     centred_flow: bool = False
-    """Whether estimated, but not given, flow compensates for the shift of `warp`, as it did in training."""
+    """Whether estimated flow, but not the caller's, compensates for the shift of `warp`, as in training."""

@@ -1,4 +1,4 @@
-"""The ControlNet, with its image embedding, which is the same in every step, outside the denoising loop."""
+"""The ControlNet, with its image embedding outside the denoising loop, since it is the same in every step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Control(nn.Module):
     def forward(
         self, x: Tensor, timestep: Tensor, prompt: Tensor, embedding: Tensor, scale: float
     ) -> Residuals:
-        """Return the residuals, times `scale`, for the U-Net's own input (B, 7, h, w)."""
+        """Return the residuals, multiplied by `scale`, for the U-Net's input (B, 7, h, w)."""
         return self.body(
             x,
             timestep,

@@ -1,7 +1,7 @@
 """Count a frame's memory by running its network calls on torch's meta device, where nothing is computed.
 
-The counts are of memory in use. glibc also keeps freed memory in gaps between blocks in use, a different
-amount in every run, so a process on a CPU may occupy up to twice as much; `plan.py` allows for this.
+The counts are of memory in use. glibc also keeps freed memory in gaps between blocks in use; the amount
+differs from run to run, so a process on a CPU may occupy up to twice as much. `plan.py` allows for this.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .plan import Plan
 META = torch.device("meta")
 
 FRAMES = 3
-"""Number of output-sized pictures besides the networks: the previous hq, the warped one and the caller's."""
+"""Number of output-sized pictures besides the networks: the previous hq, the warped hq and the caller's."""
 
 LIBRARIES = 85 * 2**20
 """Bytes that the libraries allocate when they first compute, for code, threads and workspaces."""
@@ -36,7 +36,7 @@ ONE_STEP = UpscaleOptions(num_inference_steps=1)
 
 
 class Needs:
-    """Counts the bytes by stage for the networks of one checkpoint, once per size."""
+    """Counts the bytes that each stage of one checkpoint needs, once per frame size."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Needs:
     def __call__(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> dict[str, int]:
         """Return the bytes by stage for an LQ size (height, width).
 
-        Keys: 'weights' (including existing converted copies), 'frames', the activations of 'flow',
-        'controlnet' (embedding the warped frame), 'unet' (together with the ControlNet) and 'vae', and
-        'peak', the total at the worst moment.
+        The keys are 'weights' (including existing converted copies) and 'frames'; 'flow', 'controlnet'
+        (embedding the warped frame), 'unet' (together with the ControlNet) and 'vae' for the activations of
+        these stages; and 'peak' for the total at the worst moment.
         """
         height, width = padded_size(*size)
         scale = options.flow_scale
@@ -77,16 +77,16 @@ class Needs:
         return LIBRARIES + FRAMES * 3 * torch.float32.itemsize * SCALE**2 * height * width
 
     def _beside_weights(self) -> tuple[int, int]:
-        """Return the bytes of converted weights: those that exist, and those that the next frame will add."""
+        """Return the bytes of converted weights that already exist, and of those that the next frame adds."""
         networks = self.networks.stages().values() if self.device.type == "cpu" else ()
         each = packed.bytes_beside(networks), folded.bytes_beside(networks)
         return each[0][0] + each[1][0], each[0][1] + each[1][1]
 
     def most(self, size: Sequence[int]) -> int:
-        """Return an uncounted upper bound on the bytes besides the weights for an LQ size (height, width).
+        """Return, without counting, an upper bound on the bytes that an LQ size needs besides the weights.
 
-        The networks hold at most a few dozen pictures with the channels of their widest layer at once (20
-        with the released widths), and RAFT's volume needs a third of a byte per pair of LQ pixels.
+        At any time, the networks use at most a few dozen pictures with as many channels as their widest layer
+        (20 with the released widths), and RAFT's volume needs a third of a byte per pair of LQ pixels.
         """
         height, width = padded_size(*size)
         networks = self.networks.stages().values()

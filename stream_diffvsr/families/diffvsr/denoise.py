@@ -1,4 +1,4 @@
-"""Turn noise into latents by four DDIM steps, guided by the LQ frame, the prompt and the previous frame."""
+"""Turn noise into latents in four DDIM steps, guided by the LQ frame, the prompt and the previous frame."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .networks import Guidance, Networks
 from .options import UpscaleOptions
 
 UNET_MULTIPLE = 8
-"""Tiles of latents start at multiples of this, so that the U-Net's three halvings match the whole frame's."""
+"""Tiles of latents start at multiples of this, so that the U-Net's three halvings are as in the whole frame."""
 
 
 def noise(seed: int, frame_index: int, channels: int, height: int, width: int) -> Tensor:
     """Return the initial latents of one frame, (1, C, h, w) float32 on the CPU, the same on every machine.
 
-    Any 64-bit seed is accepted, as ComfyUI draws such seeds; torch's CPU generator uses the lower 32 bits.
+    Any 64-bit seed is accepted, since ComfyUI uses such seeds; torch's CPU generator uses the lower 32 bits.
     """
     generator = torch.Generator().manual_seed((seed + frame_index) % 2**64)
     return torch.randn((1, channels, height, width), generator=generator)
@@ -41,7 +41,7 @@ class Schedule:
     def prepare(
         cls, config: dict[str, Any], steps: int, spacing: str | None, device: torch.device
     ) -> Schedule:
-        """Prepare a schedule from the checkpoint's configuration; `spacing` None keeps its own spacing."""
+        """Prepare a schedule from the checkpoint's configuration; if `spacing` is None, keep its spacing."""
         from diffusers import DDIMScheduler
 
         override = {} if spacing is None else {"timestep_spacing": spacing}
@@ -64,7 +64,7 @@ class Schedule:
 def latent_tiles(height: int, width: int, size: int | None, overlap: int) -> list[Tile]:
     """Return tiles of latents (., ., height, width).
 
-    `size` and `overlap` are in HQ pixels; with `size` None, one tile covers everything.
+    `size` and `overlap` are in HQ pixels; if `size` is None, one tile covers everything.
     """
     if size is None:
         return tiles(height, width, max(height, width), 0)
@@ -86,10 +86,10 @@ def denoise(
 ) -> Tensor:
     """Turn noise (1, C, h, w) and an LQ frame (1, 3, h, w) into latents (1, C, h, w), all float32.
 
-    `guidance` is from the warped previous frame, or None without one. `prompts` is one embedding (1, 77, D)
-    or, for classifier-free guidance, two, the negative one first. The prediction is then u + g (c - u) from
-    two separate runs, so that it combines their results exactly and needs no more memory than one run.
-    Several tiles are blended.
+    `guidance` comes from the warped previous frame, or is None if there is no such frame. `prompts` contains
+    one embedding (1, 77, D) or, for classifier-free guidance, two, with the negative prompt's first. In that
+    case, the prediction is u + g (c - u) from two separate runs, so that it combines their results exactly
+    and needs no more memory than one run. If there are several tiles, they are blended.
     """
     scales = schedule.control_scales(options)
     done, total = 0, len(scales) * len(tiles)

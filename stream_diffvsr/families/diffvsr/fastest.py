@@ -22,7 +22,7 @@ from .pipeline import StreamDiffVSRPipeline
 log = logging.getLogger(__name__)
 
 SIDE, ROUNDS = 64, 3
-"""Side of the timed LQ frames, and number of runs; the best time is used, as disturbances only add to it."""
+"""Side of the timed LQ frames, and number of runs; the best time counts, since disturbances only add time."""
 
 EXACT = 1e-4
 """Maximum difference from PyTorch's result, in model range, for a runtime to count as exact."""
@@ -55,7 +55,9 @@ def fastest(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
     times = known or _measure(pipes)
     chosen = min(times, key=lambda name: times[name])
     told = ", ".join(f"{name} {1000 * seconds:.0f} ms" for name, seconds in times.items())
-    log.info("runtime %s, the fastest exact one here (a %dx%d frame: %s)", chosen, SIDE, SIDE, told)
+    log.info(
+        "using runtime %s, the fastest exact one here (times for a %dx%d frame: %s)", chosen, SIDE, SIDE, told
+    )
     if not known:
         keep_json(path, times)
     return pipes[chosen]

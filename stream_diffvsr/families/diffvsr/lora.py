@@ -3,7 +3,7 @@
 A file contains `PART.LAYER.lora_A.weight` (rank, in, ...) and `PART.LAYER.lora_B.weight` (out, rank, ...),
 with diffusers' names of parts and layers. A layer's weight becomes W + strength * alpha / rank * B A. The
 metadata contains the fingerprint of the weights that the LoRA was trained for (`base`), `rank`, `alpha`, and
-further information for people.
+further information for human readers.
 """
 
 from __future__ import annotations
@@ -97,16 +97,16 @@ def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
     found: dict[str, LowRank] = {}
     for name in {key.removesuffix(A).removesuffix(B): None for key in tensors}:
         if not {name + A, name + B} <= tensors.keys():
-            raise CheckpointError(f"{path} is damaged: {name} lacks one of its parts; copy it again.")
+            raise CheckpointError(f"{path} is damaged: {name} lacks one of its matrices; copy it again.")
         found[name] = tensors[name + A].float(), tensors[name + B].float()
     if bad := next((name for name, pair in found.items() if not all(map(is_finite, pair))), None):
-        raise CheckpointError(f"{path} holds values that are not finite in {bad}: train it again.")
+        raise CheckpointError(f"{path} contains values that are not finite in {bad}: train it again.")
     try:
         scale = float(told["alpha"]) / int(told["rank"])
         if not math.isfinite(scale):
             raise ValueError("alpha is not finite")
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} does not say its rank and alpha ({error}); copy it again.") from error
+        raise CheckpointError(f"{path} has no valid rank and alpha ({error}); copy it again.") from error
     return Lora(path.name, fingerprint([path]), told.get("base", ""), found, scale, float(strength))
 
 
@@ -134,14 +134,14 @@ def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> T
     for lora in loras:
         if lora.base != model:
             raise IncompatibleInputError(
-                f"{lora.name} was trained for another model ({lora.base[:8] or 'unknown'}) than this one "
+                f"{lora.name} was trained for another model ({lora.base[:8] or 'unknown'}), not for this one "
                 f"({model[:8]})",
             )
         for name, (a, b) in lora.changes.items():
             shape = known[name].weight.shape if name in known else torch.Size()
             fits = a.shape[1:] == shape[1:] and b.flatten(1).shape == (*shape[:1], len(a))
             if name not in known or not fits:
-                raise CheckpointError(f"{lora.name} does not fit this model's layers, as {name} shows.")
+                raise CheckpointError(f"{lora.name} does not fit this model's layers, for example {name}.")
             device = known[name].weight.device
             delta = lora.strength * lora.scale * low_rank_product((a.to(device), b.to(device)), shape)
             deltas[name] = deltas[name] + delta if name in deltas else delta
@@ -154,7 +154,7 @@ def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> T
 
 
 def copy_with(network: nn.Module, changed: Mapping[int, nn.Parameter]) -> nn.Module:
-    """Copy a network but share its weights, except those in `changed`, whose keys are ids of old weights."""
+    """Copy a network but share its weights, except those replaced by `changed`, by id of the old weight."""
     memo: dict[int, Any] = {
         id(x): changed.get(id(x), x) for x in chain(network.parameters(), network.buffers())
     }

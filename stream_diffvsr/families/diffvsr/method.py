@@ -37,7 +37,7 @@ class Frame:
     latents: Tensor | None = None
     """Initial latents (1, C, h', w') that replace the seeded noise."""
     flow: Tensor | None = None
-    """Flow given by the caller, (1, 2, 4h, 4w) in pixels; None if it is to be estimated."""
+    """Flow passed by the caller, (1, 2, 4h, 4w) in pixels, or None if it has to be estimated."""
     estimates: bool = True
     """Whether the pipeline can estimate flow."""
     masked: bool = False
@@ -104,8 +104,8 @@ def upscale(frame: Frame, networks: Networks, schedule: Schedule, prompts: Seque
 def _motion(frame: Frame, networks: Networks) -> tuple[Tensor | None, Tensor | None]:
     """Return the flow to the previous frame (1, 2, 4h, 4w) and the trust in it (1, 1, 4h, 4w).
 
-    Both are None if the sequence starts here or flow is unavailable. Without `masked`, the trust is None and
-    every pixel is trusted, as in the reference.
+    Both are None if the sequence starts here or flow is unavailable. Unless `masked` is set, the trust is
+    None and every pixel is trusted, as in the reference.
     """
     lq, previous = frame.lq, frame.state.previous_lq
     if previous is None or (frame.flow is None and not frame.estimates):

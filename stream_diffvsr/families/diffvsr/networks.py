@@ -1,6 +1,6 @@
 """The network calls that the method makes, and their implementation in PyTorch.
 
-Every other runtime is a class with the same calls. U-Net and ControlNet share one call, so that the
+Every other runtime is a class with the same calls. The U-Net and the ControlNet share one call, so that the
 ControlNet's residuals never leave the runtime.
 """
 
@@ -39,7 +39,7 @@ class Guidance:
     keep: bool = False
     """Whether to keep the ControlNet's residuals for later steps."""
     again: bool = False
-    """Whether to reuse the residuals kept in an earlier step."""
+    """Whether to reuse the residuals that an earlier step kept."""
 
     def cut(self, tile: Tile) -> Guidance:
         """Return the guidance for one tile of the latents."""
@@ -50,8 +50,8 @@ class Guidance:
 class Networks(Protocol):
     """The network calls, bound to one frame's size, memory plan and number format.
 
-    Pictures are float32, (1, ., height, width), on the caller's device. The type of what `embed` and
-    `features` return is up to the runtime.
+    Pictures are float32, (1, ., height, width), on the caller's device. The runtime decides which types
+    `embed` and `features` return.
     """
 
     stage: str
@@ -59,7 +59,7 @@ class Networks(Protocol):
     latent_channels: int
 
     def flow(self, current: Tensor, previous: Tensor, scale: float) -> Tensor:
-        """Return backward flow (1, 2, 4h, 4w) between two LQ frames, estimated at `scale` of that size."""
+        """Return backward flow (1, 2, 4h, 4w) between two LQ frames, estimated at `scale` times that size."""
         ...
 
     def embed(self, warped: Tensor) -> Any:
@@ -195,7 +195,7 @@ class TorchCalls:
     def _residuals(
         self, x: Tensor, timestep: Tensor, prompt: Tensor, guidance: Guidance | None, slot: int
     ) -> Residuals | None:
-        """Return the ControlNet's residuals, either kept or new ones; None without guidance."""
+        """Return the ControlNet's residuals, kept or newly computed, or None if there is no guidance."""
         if guidance is None:
             return None
         if guidance.again and slot in self._kept:

@@ -17,24 +17,25 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named sets of approximations; docs/speed.md lists the error and the time of each."""
 
 PRESET_HELP = (
-    "exact: the same results as the reference. balanced: computes the guidance by the previous frame "
-    "only in every second step. fast: computes it only once per frame, and estimates motion at half size."
+    "exact: produces the same results as the reference. balanced: computes the guidance by the previous "
+    "frame only in every second step. fast: computes it only once per frame, and estimates motion at half "
+    "size."
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
-    """How frames are upscaled. Frozen; invalid values raise `IncompatibleInputError` on creation."""
+    """Settings for upscaling frames. Frozen; invalid values raise `IncompatibleInputError` on creation."""
 
     num_inference_steps: int | None = option(
         None,
-        "Denoising steps per frame; more are slower and seldom better.",
+        "Number of denoising steps per frame; more steps are slower and seldom better.",
         kind=int,
         low=1,
         high=1000,
         usual=(1, 50),
         unset=0,
-        unset_help="as the model was trained (4 for the released one)",
+        unset_help="as the model was trained (4 for the released model)",
         flag="steps",
         metavar="N",
     )
@@ -49,8 +50,8 @@ class UpscaleOptions:
     )
     guidance_scale: float = option(
         0.0,
-        "Strength of classifier-free guidance. Up to 1 it is off, as the model was trained; above 1 the "
-        "U-Net takes twice the time.",
+        "Strength of classifier-free guidance. Up to 1, it is off, as in training; above 1, the U-Net takes "
+        "twice as long.",
         low=0,
         usual=(0.0, 20.0),
         step=0.1,
@@ -59,20 +60,20 @@ class UpscaleOptions:
     )
     prompt: str = option(
         "",
-        "Describes the picture. The model was trained with an empty prompt; any other needs its text "
-        "encoder.",
+        "Description of the picture. The model was trained with an empty prompt; any other prompt needs the "
+        "model's text encoder.",
         multiline=True,
         expert=True,
     )
     negative_prompt: str = option(
         "",
-        "What the picture should not show. Only used if guidance_scale is above 1.",
+        "Description of what the picture should not show. Used only if guidance_scale is above 1.",
         multiline=True,
         expert=True,
     )
     controlnet_conditioning_scale: float = option(
         1.0,
-        "How strongly the previous frame guides this one. Lower: less ghosting, more flicker.",
+        "How strongly the previous frame guides this one. Lower values cause less ghosting but more flicker.",
         low=0,
         usual=(0.0, 2.0),
         step=0.05,
@@ -99,21 +100,22 @@ class UpscaleOptions:
     )
     timestep_spacing: str | None = option(
         None,
-        "Which noise levels the steps use. The paper trained with 999, 749, 499, 249, which is trailing.",
+        "Noise levels that the steps use. The paper trained with 999, 749, 499 and 249, which is trailing.",
         kind=str,
         choices=("trailing", "leading", "linspace"),
         unset="checkpoint",
-        unset_help="as the checkpoint's scheduler file says, otherwise leading",
+        unset_help="as set in the checkpoint's scheduler file, otherwise leading",
         expert=True,
     )
     use_tpm: bool = option(
         True,
-        "Also show the previous frame to the decoder (Temporal Processor Module). Off: more flicker.",
+        "Also show the previous frame to the decoder (Temporal Processor Module). Without it, the video "
+        "flickers more.",
         expert=True,
     )
     flow_scale: float = option(
         1.0,
-        "Resolution of motion estimation, as a fraction of the output. Values below 1 are faster and "
+        "Resolution of motion estimation, as a fraction of the output. Values below 1 are faster but "
         "less accurate; the model was trained with 1.",
         choices=(1.0, 0.5, 0.25),
         group="speed",
@@ -121,16 +123,16 @@ class UpscaleOptions:
     )
     memory_plan: str = option(
         "auto",
-        "How memory is saved. whole: not at all. banded: needs less memory, the same picture. tiled: "
-        "needs the least memory, with the U-Net in tiles and a slightly different picture. auto: the "
-        "first of these that fits, and the next one if memory runs out.",
+        "How to save memory. whole: saves none. banded: needs less memory for the same picture. tiled: "
+        "needs the least memory, but runs the U-Net in tiles and changes the picture slightly. auto: uses "
+        "the first of these that fits, and the next one if memory runs out.",
         choices=("auto", "whole", "banded", "tiled"),
         group="memory",
         expert=True,
     )
     tile_size: int | None = option(
         None,
-        "Tile size in output pixels. Only used if the U-Net runs in tiles.",
+        "Tile size in output pixels. Used only if the U-Net runs in tiles.",
         kind=int,
         low=64,
         high=2**20,
@@ -141,7 +143,7 @@ class UpscaleOptions:
     )
     tile_overlap: int = option(
         64,
-        "Overlap of the tiles in output pixels, below half of the tile size.",
+        "Overlap of the tiles in output pixels; must be less than half of the tile size.",
         low=0,
         high=2**20,
         group="memory",
@@ -150,15 +152,16 @@ class UpscaleOptions:
     )
     compile_mode: str = option(
         "off",
-        "Use torch.compile. auto: the first frame takes a minute or more, later ones are faster. max: "
-        "tries more variants and starts even more slowly. If it does not work here, a warning is logged.",
+        "Whether to use torch.compile. auto: the first frame takes a minute or more, but later frames are "
+        "faster. max: tries more variants and starts even more slowly. If compilation does not work on this "
+        "machine, a warning is logged.",
         choices=("off", "auto", "max"),
         group="speed",
         expert=True,
     )
     control_every: int = option(
         1,
-        "Run the ControlNet every N steps and reuse its output in between, an approximation.",
+        "Run the ControlNet only every N steps and reuse its output in between, which is an approximation.",
         low=1,
         high=1000,
         group="speed",
@@ -167,8 +170,8 @@ class UpscaleOptions:
     )
     occlusion: str | None = option(
         None,
-        "Guidance where the previous frame does not show what is there now. mask: fades out. off: stays, "
-        "as in the paper.",
+        "How to treat guidance where the previous frame does not show what is there now. mask: fades it out. "
+        "off: keeps it, as in the paper.",
         kind=str,
         choices=("off", "mask"),
         unset="checkpoint",
@@ -189,5 +192,5 @@ class UpscaleOptions:
         return self.guidance_scale > 1
 
     def to_json(self) -> str:
-        """Return one line of JSON with sorted keys, for a state's metadata and a video's journal."""
+        """Return the options as one line of JSON with sorted keys, for states and the journals of videos."""
         return json.dumps(asdict(self), sort_keys=True)

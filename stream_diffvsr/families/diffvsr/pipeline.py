@@ -88,7 +88,7 @@ class StreamDiffVSRPipeline:
         self._lock = threading.Lock()
 
     def quantize(self, kind: str) -> None:
-        """Run the linear layers of U-Net and ControlNet in 'int8' or 'fp8' from now on, as an approximation.
+        """Run the U-Net's and ControlNet's linear layers in 'int8' or 'fp8' from now on, an approximation.
 
         Call this before the first frame. Raises `IncompatibleInputError` and `ModuleNotFoundError` as
         `quantized.check_quantize` does.
@@ -107,8 +107,8 @@ class StreamDiffVSRPipeline:
         """
         if self.built is not None or self.number_format != str(self.dtype).removeprefix("torch."):
             raise IncompatibleInputError(
-                "LoRAs must be added before quantize and runtime; this model already has "
-                f"{self.runtime}, {self.number_format}",
+                "LoRAs must be added before quantize and runtime are set; this model already uses "
+                f"{self.runtime} with {self.number_format}",
             )
         base = self.base or self
         told = (lora.read_lora(path, strength) for path, strength in loras)
@@ -118,7 +118,7 @@ class StreamDiffVSRPipeline:
         return other
 
     def around(self, networks: TorchNetworks) -> StreamDiffVSRPipeline:
-        """Return a copy of this pipeline with `networks`, which have the same layers with other weights."""
+        """Return a copy of this pipeline with `networks`, which have the same layers but other weights."""
         other = copy.copy(self)
         other.torch_networks = networks
         other.needs = Needs(networks, self.scheduler_config, self.dtype, self.device)
@@ -146,7 +146,7 @@ class StreamDiffVSRPipeline:
 
     @property
     def runtime_details(self) -> str:
-        """What the runtime's results depend on besides the weights; '' for PyTorch."""
+        """Description of what the runtime's results depend on besides the weights; '' for PyTorch."""
         return "" if self.built is None else self.built.runtime.details
 
     @property
@@ -180,7 +180,7 @@ class StreamDiffVSRPipeline:
         return Planner(self.needs, self.needs.most, self.flow.methods, self.device)
 
     def bytes_needed(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> int:
-        """Return the bytes besides the weights for an LQ frame (height, width) with nothing split."""
+        """Return how many bytes an unsplit LQ frame (height, width) needs in addition to the weights."""
         return self.planner.bytes_needed(size, options or UpscaleOptions(), Plan())
 
     def provenance(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> Provenance:
@@ -194,7 +194,7 @@ class StreamDiffVSRPipeline:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Sequence:
-        """Start a sequence, or continue that of `state`; `noise` (N, C, h', w') is for the first N frames."""
+        """Start a sequence, or continue that of `state`; the first N frames use `noise` (N, C, h', w')."""
         return Sequence(self, options or UpscaleOptions(), StreamDiffVSRState.of(state), on_step, noise)
 
     def stream(
@@ -205,7 +205,7 @@ class StreamDiffVSRPipeline:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Iterator[FrameResult]:
-        """Upscale frames one after another, requesting each only after the last result has been consumed."""
+        """Upscale frames one by one, requesting each only after the previous result has been consumed."""
         for result in upscaler.stream(self.session(options, state, on_step, noise), frames):
             assert isinstance(result, FrameResult)
             yield result
@@ -247,8 +247,9 @@ class StreamDiffVSRPipeline:
         of 4, replace the seeded noise. `flow` (1, 2, 4h, 4w) in pixels replaces the estimate, and is used
         even if the pipeline estimates none.
 
-        If memory runs out, `memory_plan` 'auto' repeats the frame with a plan that needs less, and records
-        it in the state. A frame that overflows in half precision is repeated in float32. Both are logged.
+        If memory runs out, `memory_plan` 'auto' repeats the frame with a plan that needs less memory, and
+        records that plan in the state. A frame that overflows in half precision is repeated in float32. Both
+        are logged.
         Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
         """
         options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
@@ -297,7 +298,7 @@ class StreamDiffVSRPipeline:
         check_frame(lq)
         if options.flow_scale != 1 and not self.flow.any_size:
             raise IncompatibleInputError(
-                f"with a callable as flow, flow_scale must be 1, not {options.flow_scale}"
+                f"flow_scale must be 1 if flow is a callable, not {options.flow_scale}"
             )
         state.check_fits(lq, self.model)
         height, width = lq.shape[-2:]
@@ -311,7 +312,8 @@ class StreamDiffVSRPipeline:
             now = self._provenance(options, plan, (height, width), {})
             if changes := state.provenance.differences(now):
                 log.warning(
-                    "settings changed since frame %d (%s); the result will not match an uninterrupted run",
+                    "settings changed since frame %d (%s); the result will not match that of an "
+                    "uninterrupted run",
                     state.frame_index,
                     changes,
                 )
@@ -341,7 +343,7 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Return a function from stages to bytes besides the weights, for placements that free memory."""
+        """Return a function that maps a stage to its bytes besides the weights, for moving placements."""
 
         def need(stage: str) -> int:
             needs = self.needs(frame.size, frame.options, plan)
@@ -365,7 +367,7 @@ class StreamDiffVSRPipeline:
 
 
 class Sequence:
-    """A `Session` of Stream-DiffVSR: results are returned at once, and every frame is a chunk border."""
+    """A `Session` of Stream-DiffVSR, in which every frame is a chunk and is returned immediately."""
 
     def __init__(
         self,
@@ -380,7 +382,7 @@ class Sequence:
         self._noise = [] if noise is None else list(noise.split(1))
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Upscale the next frame (1, 3, h, w) and return its one result in a list."""
+        """Upscale the next frame (1, 3, h, w) and return a list that contains only its result."""
         result = self._frame(lq, self._state, latents=self._noise[0] if self._noise else None)
         self._noise, self._state = self._noise[1:], result.state
         return [result]

@@ -16,7 +16,7 @@ from .options import UpscaleOptions
 log = logging.getLogger(__name__)
 
 BAND_ROWS = 128
-"""Rows of a band: few compared with a large picture, many compared with the rows computed twice."""
+"""Rows per band: few compared with a large picture, but many compared with the rows computed twice."""
 
 TILE_SIZE = 512
 """Side of a U-Net tile in HQ pixels if the options set none."""
@@ -30,16 +30,16 @@ SMALLEST_TILE = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """How one frame is computed. Without tiles, the result is exactly that of the whole frame."""
+    """A way to compute one frame. Without tiles, the result is exactly that of the whole frame."""
 
     flow: str = "whole"
-    """One of the estimator's `methods`: 'whole', 'linear' (RAFT without its volume) or 'tiled'."""
+    """One of the estimator's `methods`: 'whole', 'linear' (RAFT without a correlation volume) or 'tiled'."""
     rows: int | None = None
-    """Rows per band of decoder, features and control embedding; None means the whole frame at once."""
+    """Rows per band in the decoder, its features and the control embedding; None means no bands."""
     tile: int | None = None
-    """Side of the U-Net's tiles in HQ pixels; None means the whole frame."""
+    """Side of the U-Net's tiles in HQ pixels; None means no tiles."""
     overlap: int = 64
-    """Overlap of the tiles in HQ pixels, below half of `tile`."""
+    """Overlap of the tiles in HQ pixels, less than half of `tile`."""
 
     @property
     def exact(self) -> bool:
@@ -47,7 +47,7 @@ class Plan:
         return self.tile is None and self.flow != "tiled"
 
     def next_plan(self, stage: str, methods: Sequence[str], tile: int | None = None) -> Plan | None:
-        """Return the next plan that needs less memory, exact ones first, or None if there is none.
+        """Return the next plan that needs less memory, or None if there is none; exact plans come first.
 
         `stage` is where memory ran out; tiled flow helps only in the flow stage. `tile` is the size of the
         first U-Net tiles to try.
@@ -87,9 +87,7 @@ class Plan:
             plan = cls(**json.loads(text))
             plan._check()
         except (TypeError, ValueError) as error:
-            raise IncompatibleInputError(
-                f"the state has a memory plan that this program does not write: {text!r}"
-            ) from error
+            raise IncompatibleInputError(f"the state contains an invalid memory plan: {text!r}") from error
         return plan
 
     def _check(self) -> None:
@@ -121,8 +119,8 @@ def nearest_method(method: str, methods: Sequence[str]) -> str:
 SHARE, CPU_SHARE = 0.9, 0.5
 """Share of the free memory that a plan may use; the remainder is for memory that cannot be estimated.
 
-On a CPU this is freed memory that the C library keeps: with glibc, processes were measured to occupy 1.1 to
-1.9 times the memory in use, and up to 2.2 times with the faster settings of our commands.
+On a CPU, this is freed memory that the C library keeps: in measurements with glibc, processes occupied 1.1 to
+1.9 times the memory in use, and up to 2.2 times with the faster settings that our commands use.
 """
 
 GIGABYTE = 2**30
@@ -136,20 +134,20 @@ class Planner:
     """Chooses memory plans for one pipeline."""
 
     needs: Callable[[Sequence[int], UpscaleOptions, Plan], dict[str, int]]
-    """Function that returns bytes by stage, including `weights` and `peak`; see `counted.Needs`."""
+    """Function that returns the bytes by stage, including `weights` and `peak`; see `counted.Needs`."""
     most: Callable[[Sequence[int]], int]
-    """Function that returns a quick upper bound on a frame's bytes; if it fits, nothing is counted."""
+    """Function that returns a quick upper bound on a frame's bytes; if that fits, nothing is counted."""
     methods: Sequence[str]
     """Methods of the flow estimator."""
     device: torch.device
 
     def plan(self, size: Sequence[int], details: Mapping[str, str], options: UpscaleOptions) -> Plan:
-        """Return the options' plan for an LQ size (height, width) or, for 'auto', that of a state's details.
+        """Return the options' plan for an LQ size (height, width) or, for 'auto', the one in the `details`.
 
-        If none is recorded for this size, the fastest plan that fits the free memory is chosen and logged.
-        On an accelerator only exact plans are considered: if one does not fit after all, an error is raised
-        and the next plan is tried. On a CPU the system would kill the program instead, so U-Net tiles are
-        chosen in advance if no exact plan fits.
+        If no plan is recorded for this size, the fastest plan that fits the free memory is chosen and logged.
+        On an accelerator, only exact plans are considered: if the chosen plan does not fit after all, an
+        error is raised and the next plan is tried. On a CPU, the system would kill the program instead, so
+        U-Net tiles are chosen in advance if no exact plan fits.
         """
         if options.memory_plan != "auto":
             return requested_plan(options, self.methods)
@@ -185,19 +183,19 @@ class Planner:
         return CPU_SHARE if self.device.type == "cpu" else SHARE
 
     def minimum_bytes(self, size: Sequence[int], options: UpscaleOptions) -> int:
-        """Return the bytes besides the weights for the options' plan or, for 'auto', the smallest plan."""
+        """Return the bytes in addition to the weights for the options' plan or, for 'auto', the smallest."""
         if options.memory_plan != "auto":
             return self.bytes_needed(size, options, requested_plan(options, self.methods))
         plans = candidates(options, self.methods, beyond_exact=True)
         return min(self.bytes_needed(size, options, plan) for plan in plans)
 
     def bytes_needed(self, size: Sequence[int], options: UpscaleOptions, plan: Plan) -> int:
-        """Return the bytes that a frame needs besides the weights."""
+        """Return how many bytes a frame needs in addition to the weights."""
         needs = self.needs(size, options, plan)
         return needs["peak"] - needs["weights"]
 
     def next_plan(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
-        """Return the next plan after memory ran out in a stage, or None; only 'auto' moves to other plans."""
+        """Return the next plan after memory ran out in a stage, or None; only 'auto' has other plans."""
         if options.memory_plan != "auto":
             return None
         return plan.next_plan(stage, self.methods, options.tile_size)

@@ -1,4 +1,4 @@
-"""Prompt embeddings, kept in a small file so that the text encoder is loaded only when one is missing."""
+"""Prompt embeddings, kept in a small file so that the text encoder is loaded only for missing embeddings."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PromptEmbeddings:
         self._known: dict[str, Tensor] = {}
 
     def get(self, prompt: str) -> Tensor:
-        """Return an embedding (1, 77, D) float32 on the CPU, from memory, else a file, else the encoder."""
+        """Return an embedding (1, 77, D) float32 on the CPU; run the text encoder only if none is stored."""
         if prompt not in self._known:
             stored = self._stored(prompt)
             self._known[prompt] = self._encode_and_keep(prompt) if stored is None else stored
@@ -49,7 +49,7 @@ class PromptEmbeddings:
             return ""
 
     def _files(self) -> list[Path]:
-        """Return the possible embedding files: one beside the weights, and one per encoder in the cache."""
+        """Return the possible embedding files: one next to the weights, and this encoder's in the cache."""
         cached = self.cache_folder / f"{self.encoder[:16]}.{FILE}" if self.encoder else None
         return [self.folder / FILE, *([cached] if cached else [])]
 
@@ -105,9 +105,9 @@ def encode(folder: Path, prompt: str) -> Tensor:
     except ModelNotFoundError as error:
         what = f"the prompt {prompt!r}" if prompt else "the empty prompt"
         raise ModelNotFoundError(
-            f"text encoder, for the embedding of {what},",
+            f"text encoder (needed for the embedding of {what})",
             error.expected_path,
-            "Add it, or use the empty prompt." if prompt else f"Add it, or {FILE} besides the weights.",
+            "Add it, or use the empty prompt." if prompt else f"Add it, or put {FILE} next to the weights.",
         ) from error
     ids = token_ids(folder / TOKENIZER, prompt, part.config.get("max_position_embeddings", 77))
     model: Any = fill(build(part), part, torch.device("cpu"), torch.float32)
@@ -130,7 +130,7 @@ def token_ids(tokenizer: Path, prompt: str, length: int) -> list[int]:
 def _tokenize(tokenizer: Path, prompt: str, length: int) -> list[int]:
     if not (tokenizer / "merges.txt").is_file():
         raise ModelNotFoundError(
-            "tokenizer part merges.txt", tokenizer / "merges.txt", "Only '' works without."
+            "tokenizer part merges.txt", tokenizer / "merges.txt", "Only the empty prompt works without it."
         )
     from transformers import CLIPTokenizer
 
@@ -144,7 +144,7 @@ def special_id(tokenizer: Path, name: str) -> int:
         return _special_id(tokenizer, name)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{tokenizer} does not say which id its {name} has; fetch the folder again."
+            f"{tokenizer} does not contain the id of its {name}; download the folder again."
         ) from error
 
 

@@ -14,7 +14,7 @@ FAMILY = "diffvsr"
 
 
 class StreamDiffVSRState(State):
-    """The `State` of Stream-DiffVSR, with both of the tensors `previous_hq` and `previous_lq`, or neither.
+    """The `State` of Stream-DiffVSR, which has both tensors `previous_hq` and `previous_lq`, or neither.
 
     A state without previous frames starts a sequence at `frame_index`.
     """
@@ -41,7 +41,7 @@ class StreamDiffVSRState(State):
             try:
                 provenance = Provenance.from_texts(metadata)
             except ValueError as error:
-                raise IncompatibleInputError(f"the state's options are not valid JSON: {error}") from error
+                raise IncompatibleInputError(f"the state's metadata is invalid: {error}") from error
         super().__init__(
             FAMILY, index if frame_index is None else frame_index, held, provenance or Provenance()
         )
@@ -49,7 +49,7 @@ class StreamDiffVSRState(State):
             raise IncompatibleInputError(f"the state belongs to {family}, not to diffvsr")
         if held and held.keys() != given.keys():
             raise IncompatibleInputError(
-                f"give both previous_hq and previous_lq, or neither, not only {', '.join(held)}"
+                f"pass both previous_hq and previous_lq, or neither, not only {', '.join(held)}"
             )
         if held:
             _check_pair(held["previous_hq"], held["previous_lq"])
@@ -63,12 +63,12 @@ class StreamDiffVSRState(State):
 
     @property
     def previous_hq(self) -> Tensor | None:
-        """The last result, (1, 3, 4h, 4w) float32, model range, unclamped."""
+        """The last result, (1, 3, 4h, 4w) float32 in model range, not clamped."""
         return self.tensors.get("previous_hq")
 
     @property
     def previous_lq(self) -> Tensor | None:
-        """The last input, (1, 3, h, w) float32, model range."""
+        """The last input, (1, 3, h, w) float32 in model range."""
         return self.tensors.get("previous_lq")
 
     @property
@@ -89,7 +89,7 @@ class StreamDiffVSRState(State):
         if self.previous_lq is not None and self.previous_lq.shape != lq.shape:
             height, width = self.previous_lq.shape[-2:]
             raise IncompatibleInputError(
-                f"the state is for frames of {width}x{height}, not {lq.shape[-1]}x{lq.shape[-2]}; start a "
+                f"the state is for frames of {width}x{height}, not {lq.shape[-1]}x{lq.shape[-2]}; create a "
                 "new state for another size",
             )
 

@@ -57,8 +57,8 @@ class TemporalBlock(nn.Module):
     def mix(self, current: Tensor, previous: Tensor) -> Tensor:
         """Apply the TPM to two pooled features of the same shape.
 
-        Both are read in raster order as one sequence, current first, so that values leak across row ends and
-        the seam between the two, as in the reference.
+        Both are read in raster order as one sequence, with `current` first, so that values leak across the
+        ends of rows and from one feature to the other, as in the reference.
         """
         sequence = torch.cat([current.flatten(2), previous.flatten(2)], dim=2)
         mixed, half = self.temporal_processor(sequence), current.shape[-2] * current.shape[-1]
@@ -135,7 +135,7 @@ class TemporalAutoencoderTiny(nn.Module):
     """Autoencoder between pictures in model range and latents at a quarter of their size.
 
     It is built from the checkpoint's own configuration. Keys for variants that this network does not
-    implement must have the only value that the reference uses.
+    implement must have the value that the reference always uses.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -158,9 +158,9 @@ class TemporalAutoencoderTiny(nn.Module):
     def features(self, warped: Tensor) -> list[Tensor]:
         """Return features of the warped previous frame for the decoder's blocks, coarse to fine.
 
-        `warped` is (1, 3, 4h, 4w) in model range, and is not mapped to [0, 1] as in `encode`, because the
-        reference omits that. Each feature is pooled to (1, C, H/4, W/4), since only this is used; layers
-        after the last block are not computed.
+        `warped` is (1, 3, 4h, 4w) in model range; unlike in `encode`, it is not mapped to [0, 1], because the
+        reference omits that step. Each feature is pooled to (1, C, H/4, W/4), since only the pooled form is
+        used; layers after the last block are not computed.
         """
         pooled: list[Tensor] = []
         depth = sum(isinstance(layer, TemporalBlock) for layer in self.encoder.layers)
@@ -175,7 +175,7 @@ class TemporalAutoencoderTiny(nn.Module):
     def decode(
         self, latents: Tensor, features: Sequence[Tensor] | None = None, trust: Tensor | None = None
     ) -> Tensor:
-        """Decode latents (1, C, h, w) to (1, 3, 4h, 4w) in model range, unclamped.
+        """Decode latents (1, C, h, w) to (1, 3, 4h, 4w) in model range but not clamped.
 
         `trust` (1, 1, 4h, 4w) in [0, 1] scales the contribution of `features`; None means 1 everywhere.
         """

@@ -157,7 +157,7 @@ class FlashVSR(ChunkUpscaler):
     def _noise(
         self, given: Tensor | None, memory: Memory, count: int, size: tuple[int, int], seed: int
     ) -> Tensor:
-        """Return noise (1, 16, count, H/8, W/8) float32, seeded for each latent by that latent's first frame."""
+        """Return noise (1, 16, count, H/8, W/8) float32; a latent's first frame determines its seed."""
         height, width = size[0] // 8, size[1] // 8
         end = memory.latents + count
         if given is not None:

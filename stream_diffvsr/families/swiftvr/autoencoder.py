@@ -41,9 +41,10 @@ class Decoder(nn.Module):
         self.decoder = nn.ModuleList([*layers, conv(widths[-1], PIXELS, True)])
 
     def forward(self, latent: Tensor, memory: Memory) -> Iterator[Tensor]:
-        """Yield the 4 pictures (1, 3, H, W) of a latent (1, C, H/16, W/16), nominally in [0, 1] but unclamped.
+        """Yield the 4 pictures (1, 3, H, W) of a latent (1, C, H/16, W/16).
 
-        Latent n decodes to frames 4n - 3 to 4n; `memory` is updated in place.
+        The values are nominally in [0, 1] but are not clamped. Latent n decodes to frames 4n - 3 to 4n.
+        `memory` is updated in place.
         """
         for picture in decoded(list(self.decoder), latent, memory):
             yield F.pixel_shuffle(picture, UNSHUFFLE)

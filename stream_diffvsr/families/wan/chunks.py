@@ -283,7 +283,7 @@ class ChunkSession:
             self._check(state)
 
     def push(self, lq: Tensor) -> list[Upscaled]:
-        """Add the next frame, (1, 3, h, w) float32; return the results of the chunk that it completes, if any."""
+        """Add the next frame, (1, 3, h, w) float32; if it completes a chunk, return the chunk's results."""
         if self._finished:
             raise IncompatibleInputError("the sequence has ended: begin a new session for further frames")
         check_frame(lq)
@@ -313,7 +313,7 @@ class ChunkSession:
         return [result for result in results if result.index < last]
 
     def state(self) -> State | None:
-        """Return the state before the first frame or after a whole chunk; None within chunks or at the end."""
+        """Return the state before the first frame or after a whole chunk; otherwise, or at the end, None."""
         if self._finished or len(self._frames) > self._memory.ahead:
             return None
         provenance = self._upscaler.provenance(self._size or (0, 0), self._options)

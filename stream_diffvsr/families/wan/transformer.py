@@ -39,9 +39,10 @@ def transformer(config: Mapping[str, Any]) -> nn.Module:
 
 
 def conditioning(transformer: Any, prompt: Tensor, sinusoid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the time's embeddings, (1, width) and, for the blocks, (1, 6, width), and the prompt's embedding.
+    """Return two embeddings of the time and one of the prompt.
 
-    `sinusoid` is the sinusoidal encoding of the time, (1, frequencies), with the cosines first.
+    The embeddings of the time are (1, width) and, for the blocks, (1, 6, width). `sinusoid` is the sinusoidal
+    encoding of the time, (1, frequencies), with the cosines first.
     """
     embed = transformer.condition_embedder
     time = embed.time_embedder(sinusoid.to(prompt.device, prompt.dtype))
