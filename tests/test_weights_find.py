@@ -380,7 +380,7 @@ FOREIGN: dict[str, tuple[str, Callable[[dict[str, torch.Tensor]], object]]] = {
 def test_other_models_are_named(folder: Path, words: str):
     name, edit = FOREIGN[words]
     change(folder / name / WEIGHTS, edit)
-    assert words in str(problem(folder)) and "point to the folder" in str(problem(folder))
+    assert words in str(problem(folder)) and "choose the folder" in str(problem(folder))
 
 
 def test_networks_that_changed_places_are_named(folder: Path):

@@ -22,7 +22,7 @@ from .plan import Plan
 from .vae import TemporalAutoencoderTiny, TemporalBlock, reduce_like
 
 EXAMPLE = (5, 7)
-"""Sides of the latents for an export, in multiples of the U-Net's reduction; no other axis has these sizes."""
+"""Sides of the latents for export, in multiples of the U-Net's reduction; no other axis has these sizes."""
 
 
 @dataclass(eq=False)

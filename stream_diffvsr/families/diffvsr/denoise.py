@@ -16,7 +16,7 @@ from .networks import Guidance, Networks
 from .options import UpscaleOptions
 
 UNET_MULTIPLE = 8
-"""Tiles of latents start at multiples of this, so that the U-Net's three halvings are as in the whole frame."""
+"""Tiles of latents start at multiples of this, so that the U-Net halves them like the whole frame."""
 
 
 def noise(seed: int, frame_index: int, channels: int, height: int, width: int) -> Tensor:
