@@ -1,4 +1,4 @@
-"""Compute one frame, and repeat it if memory runs out (with less) or half precision overflows (in float32)."""
+"""Compute one frame; retry with less memory if it runs out, or in float32 if half precision overflows."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
             if OVERFLOWED not in frame.state.provenance.details:
                 name = str(dtype).removeprefix("torch.")
                 log.warning(
-                    "frame %d overflowed in %s; it is recomputed in float32, like later frames that overflow",
+                    "frame %d overflowed in %s; this and later frames that overflow are recomputed in float32",
                     index,
                     name,
                 )

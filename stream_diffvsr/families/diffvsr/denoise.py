@@ -16,7 +16,7 @@ from .networks import Guidance, Networks
 from .options import UpscaleOptions
 
 UNET_MULTIPLE = 8
-"""Tiles of latents start at multiples of this, so that the U-Net halves them like the whole frame."""
+"""Tiles of latents start at multiples of this, so that the U-Net halves them as it halves the whole frame."""
 
 
 def noise(seed: int, frame_index: int, channels: int, height: int, width: int) -> Tensor:

@@ -154,7 +154,7 @@ def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> T
 
 
 def copy_with(network: nn.Module, changed: Mapping[int, nn.Parameter]) -> nn.Module:
-    """Copy a network but share its weights, except those replaced by `changed`, by id of the old weight."""
+    """Copy a network but share its weights, except those that `changed` maps, by id, to new weights."""
     memo: dict[int, Any] = {
         id(x): changed.get(id(x), x) for x in chain(network.parameters(), network.buffers())
     }

@@ -109,8 +109,8 @@ class UpscaleOptions:
     )
     use_tpm: bool = option(
         True,
-        "Also show the previous frame to the decoder (Temporal Processor Module). Without it, the video "
-        "flickers more.",
+        "Also show the previous frame to the decoder (Temporal Processor Module). Turning this off causes "
+        "more flicker.",
         expert=True,
     )
     flow_scale: float = option(

@@ -343,7 +343,7 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Return a function that maps a stage to its bytes besides the weights, for moving placements."""
+        """Return a function from a stage to the bytes that it needs, for placements that free memory."""
 
         def need(stage: str) -> int:
             needs = self.needs(frame.size, frame.options, plan)
@@ -367,7 +367,7 @@ class StreamDiffVSRPipeline:
 
 
 class Sequence:
-    """A `Session` of Stream-DiffVSR, in which every frame is a chunk and is returned immediately."""
+    """A `Session` of Stream-DiffVSR, in which every frame is a chunk whose result is returned at once."""
 
     def __init__(
         self,

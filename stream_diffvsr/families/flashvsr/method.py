@@ -35,7 +35,7 @@ from .state import AHEAD, CHUNK, FAMILY, FIRST, LATENTS, Memory
 from .transformer import denoise
 
 MULTIPLE = 128
-"""Sides are padded to multiples of this: 8 tokens, each of 2 latent pixels, each of 8 pixels."""
+"""Sides are padded to multiples of this, the side of a window: 8 tokens of 2 latent pixels of 8 pixels."""
 
 
 class FlashVSR(ChunkUpscaler):

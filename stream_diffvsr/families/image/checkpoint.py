@@ -76,7 +76,7 @@ def open_image_model(
             reason = (str(error).strip().splitlines() or [repr(error)])[0]
             raise CheckpointError(
                 f"{path} looks like {name} but cannot be loaded as such ({reason}): the file is damaged, or "
-                "newer than spandrel."
+                "newer than the installed spandrel."
             ) from error
         channels = descriptor.input_channels, descriptor.output_channels
         if not isinstance(descriptor, ImageModelDescriptor) or channels not in CHANNELS:

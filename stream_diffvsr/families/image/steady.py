@@ -16,7 +16,7 @@ MATCH = 0.12
 
 AGREE_PIXELS, AGREE_SHARE = 0.5, 0.05
 """Limits on the disagreement of forward and backward flow: its square must be below the square of the first,
-in LQ pixels, plus the second times the sum of the squared lengths of both."""
+in LQ pixels, plus the second times the sum of the squared lengths of both flows."""
 
 WINDOW = 5
 """Side, in LQ pixels, of the window in which differences are averaged and trust is smoothed."""

@@ -30,7 +30,7 @@ from .state import AHEAD, FAMILY, Memory
 from .transformer import denoise
 
 MULTIPLE = 32
-"""Sides are padded to multiples of this: a token of 2 latent pixels, each of 16 pixels."""
+"""Sides are padded to multiples of this, the side of a token: 2 latent pixels of 16 pixels each."""
 
 
 class SwiftVR(ChunkUpscaler):
