@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Family:
-    """How to recognise and check the files of a model family, and which options it has."""
+    """A model family: the functions that recognise and check its files, and the options that it has."""
 
     recognise: Callable[[Path], bool]
     """Function that returns whether a folder or file looks like a model of this family."""
@@ -277,7 +277,7 @@ UNTOLD = "its version could be v1 or v1.1: rename the folder to flashvsr-v1 or f
 
 
 def reason_ignored(candidate: Candidate) -> str | None:
-    """Return why a folder is ignored, or None if it is not; this may be the message of an `ImportError`."""
+    """Return why a folder is ignored, or None; the reason may be the message of an `ImportError`."""
     try:
         error = FAMILIES[candidate.family].problem(candidate.path)
     except ImportError as missing:

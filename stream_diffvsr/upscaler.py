@@ -196,7 +196,7 @@ class Session(Protocol):
         ...
 
     def state(self) -> State | None:
-        """Return the state after the results returned so far, or None if it has no exact continuation."""
+        """Return the state after the results so far, or None if it does not allow an exact continuation."""
         ...
 
 
@@ -238,7 +238,7 @@ class Upscaler(Protocol):
 
     @property
     def networks(self) -> Mapping[str, nn.Module]:
-        """The networks by stage, for a host that controls their placement."""
+        """The networks by stage, for a host program that controls their placement."""
         ...
 
     def session(

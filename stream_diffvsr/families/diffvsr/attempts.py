@@ -87,7 +87,8 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
             if OVERFLOWED not in frame.state.provenance.details:
                 name = str(dtype).removeprefix("torch.")
                 log.warning(
-                    "frame %d overflowed in %s; this and later frames that overflow are recomputed in float32",
+                    "frame %d overflowed in %s; it is recomputed in float32, and so is any later frame that "
+                    "overflows",
                     index,
                     name,
                 )

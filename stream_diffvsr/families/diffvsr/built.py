@@ -29,7 +29,7 @@ EXAMPLE = (5, 7)
 class BuiltNetworks:
     """The networks of a checkpoint, opened as graphs when they are first called.
 
-    Flow is still computed in PyTorch, as are bands of rows, which need a loop around layers.
+    Flow and bands of rows are still computed in PyTorch; bands need a loop around the layers.
     """
 
     networks: TorchNetworks

@@ -148,7 +148,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def remembered_shapes(part: Component) -> Shapes:
     """Return the shapes that a part's network needs, read from a small cache file after the first time.
 
-    Computing them imports diffusers, which takes seconds and would be too slow for every list of models.
+    Computing them imports diffusers, which takes seconds and would be too slow whenever models are listed.
     """
     content = json.dumps([part.name, part.config, version("diffusers"), version("transformers")])
     path = user_cache() / f"shapes-{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"

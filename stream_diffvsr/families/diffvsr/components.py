@@ -208,7 +208,7 @@ class Traits:
     """Properties of a checkpoint from its index; the defaults are those of the released checkpoints."""
 
     steps: int = 4
-    """Denoising steps if the options set none."""
+    """Number of denoising steps if the options specify none."""
     occlusion: str = "off"
     """'mask' if the model was trained with guidance that fades out; see `UpscaleOptions.occlusion`."""
     centred_flow: bool = False

@@ -30,7 +30,7 @@ FRAMES = 3
 """Number of output-sized pictures besides the networks: the previous hq, the warped hq and the caller's."""
 
 LIBRARIES = 85 * 2**20
-"""Bytes that the libraries allocate when they first compute, for code, threads and workspaces."""
+"""Bytes that the libraries allocate on their first computation, for code, threads and workspaces."""
 
 ONE_STEP = UpscaleOptions(num_inference_steps=1)
 

@@ -1,7 +1,7 @@
 """LoRA: low-rank changes to a checkpoint's layers, read from one file and merged into copies of these layers.
 
 A file contains `PART.LAYER.lora_A.weight` (rank, in, ...) and `PART.LAYER.lora_B.weight` (out, rank, ...),
-with diffusers' names of parts and layers. A layer's weight becomes W + strength * alpha / rank * B A. The
+with diffusers' names for parts and layers. A layer's weight becomes W + strength * alpha / rank * B A. The
 metadata contains the fingerprint of the weights that the LoRA was trained for (`base`), `rank`, `alpha`, and
 further information for human readers.
 """
@@ -42,7 +42,7 @@ class Lora:
     name: str
     fingerprint: str
     base: str
-    """Fingerprint of the weights that it was trained for."""
+    """Fingerprint of the weights that the LoRA was trained for."""
     changes: Mapping[str, LowRank]
     """The changes by layer name."""
     scale: float
@@ -126,7 +126,7 @@ def write_lora(path: Path, changes: Mapping[str, LowRank], told: Mapping[str, st
 
 
 def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> TorchNetworks:
-    """Return networks with the sum of these LoRAs in copies of the changed layers, sharing all other layers.
+    """Return networks with the sum of these LoRAs in copies of the changed layers; all others are shared.
 
     `model` is the fingerprint of `networks`. Raises `IncompatibleInputError` for a LoRA of another model.
     """

@@ -96,7 +96,7 @@ class TorchNetworks:
     controlnet: Control
     vae: TemporalAutoencoderTiny
     centred_flow: bool = False
-    """Whether estimated flow compensates for the shift of `warp`; flow given by callers is never changed."""
+    """Whether estimated flow compensates for the shift of `warp`; flow passed by callers is never changed."""
 
     def prepare(self) -> None:
         """Convert the networks in place to the form in which they run fastest without changing results."""

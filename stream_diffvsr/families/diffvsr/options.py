@@ -100,7 +100,8 @@ class UpscaleOptions:
     )
     timestep_spacing: str | None = option(
         None,
-        "Noise levels that the steps use. The paper trained with 999, 749, 499 and 249, which is trailing.",
+        "Noise levels that the steps use. The paper's training used 999, 749, 499 and 249, which corresponds "
+        "to trailing.",
         kind=str,
         choices=("trailing", "leading", "linspace"),
         unset="checkpoint",

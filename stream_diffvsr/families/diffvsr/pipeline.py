@@ -88,7 +88,7 @@ class StreamDiffVSRPipeline:
         self._lock = threading.Lock()
 
     def quantize(self, kind: str) -> None:
-        """Run the U-Net's and ControlNet's linear layers in 'int8' or 'fp8' from now on, an approximation.
+        """Approximate the U-Net's and ControlNet's linear layers in 'int8' or 'fp8' from now on.
 
         Call this before the first frame. Raises `IncompatibleInputError` and `ModuleNotFoundError` as
         `quantized.check_quantize` does.
@@ -343,7 +343,10 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Return a function from a stage to the bytes that it needs, for placements that free memory."""
+        """Return a function from a stage to the bytes that it needs besides the weights.
+
+        Placements that free memory use this function.
+        """
 
         def need(stage: str) -> int:
             needs = self.needs(frame.size, frame.options, plan)
@@ -367,7 +370,7 @@ class StreamDiffVSRPipeline:
 
 
 class Sequence:
-    """A `Session` of Stream-DiffVSR, in which every frame is a chunk whose result is returned at once."""
+    """A `Session` of Stream-DiffVSR; every frame is a chunk whose result is returned at once."""
 
     def __init__(
         self,

@@ -22,7 +22,7 @@ TILE_SIZE = 512
 """Side of a U-Net tile in HQ pixels if the options set none."""
 
 LEAST_ROWS, LEAST_TILE = 4, 64
-"""Smallest parts that options and recorded plans may set; smaller ones would make a frame far too slow."""
+"""Smallest parts that options and recorded plans may set; smaller parts would make a frame far too slow."""
 
 SMALLEST_TILE = 256
 """Smallest tile side chosen automatically; in a smaller tile, the U-Net sees too little of the picture."""

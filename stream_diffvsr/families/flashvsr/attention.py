@@ -158,7 +158,7 @@ def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, s
 
 @cache
 def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., Any] | None:
-    """Return FlexAttention compiled for a device, or None if it is missing or does not compile; cached."""
+    """Return FlexAttention compiled for a device (cached), or None if it is missing or does not compile."""
     try:
         from torch.nn.attention.flex_attention import flex_attention
 

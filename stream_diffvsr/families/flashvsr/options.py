@@ -20,7 +20,7 @@ class FlashVSROptions:
     """Settings of one sequence, checked on creation; the defaults are as published."""
 
     scale: float = option(4.0, "Factor by which each side is enlarged.", low=1, high=4, step=0.5)
-    stretch: float = option(1.0, "Extra factor for the width.", low=0.25, high=4, hidden=True)
+    stretch: float = option(1.0, "Additional scale factor for the width.", low=0.25, high=4, hidden=True)
     seed: int = option(0, "Noise seed.", low=0, high=2**64 - 1)
     decoder: str = option(
         "tiny",

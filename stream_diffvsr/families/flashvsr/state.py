@@ -16,7 +16,7 @@ from .transformer import Pairs
 FAMILY = "flashvsr"
 
 FIRST, CHUNK, AHEAD = 25, 8, 4
-"""Numbers of frames in a scene's first chunk, new frames in later ones, and frames read but not decoded."""
+"""Numbers of frames: in a scene's first chunk, new in each later chunk, and read but not yet decoded."""
 
 LATENTS = 6
 """Number of latents in the first chunk; later chunks have 2."""

@@ -236,7 +236,7 @@ class ImageModel:
 
 
 class ImageSession:
-    """A `Session` of a single-image model, in which every frame is a chunk whose result is returned at once."""
+    """A `Session` of a single-image model; every frame is a chunk whose result is returned at once."""
 
     def __init__(self, upscaler: ImageModel, options: ImageOptions, state: State, on_step: OnStep) -> None:
         self._upscaler, self._options, self._state, self._on_step = upscaler, options, state, on_step

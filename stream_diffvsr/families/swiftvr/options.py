@@ -25,7 +25,7 @@ class SwiftVROptions:
     """Settings of one sequence, checked on creation; the defaults are as published."""
 
     scale: float = option(4.0, "Factor by which each side is enlarged.", low=1, high=4, step=0.5)
-    stretch: float = option(1.0, "Extra factor for the width.", low=0.25, high=4, hidden=True)
+    stretch: float = option(1.0, "Additional scale factor for the width.", low=0.25, high=4, hidden=True)
     protocol: str = option(
         "file",
         "file: reads 4 extra frames at the start and fills up the last clip, as for the published results. "

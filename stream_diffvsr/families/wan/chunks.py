@@ -68,7 +68,7 @@ class ChunkUpscaler(ABC):
     Memory: ClassVar[Any]
     """The family's memory class, with a constructor `of(state, device, dtype)`; `Memory()` begins a scene."""
     remedy: ClassVar[str]
-    """Advice to the user for when memory runs out."""
+    """Advice to the user if memory runs out."""
     fixed: ClassVar[tuple[str, ...]]
     """Options that must stay the same when a state is continued."""
     info: Info
@@ -223,7 +223,7 @@ class ChunkUpscaler(ABC):
         return hq.contiguous()
 
     def _offload(self) -> bool:
-        """Keep idle transformer blocks and their memory in system memory; return whether anything changed.
+        """Keep idle transformer blocks and their stored data in system memory; return whether that is new.
 
         A host program that places the networks must also move the blocks.
         """
@@ -313,7 +313,7 @@ class ChunkSession:
         return [result for result in results if result.index < last]
 
     def state(self) -> State | None:
-        """Return the state before the first frame or after a whole chunk; otherwise, or at the end, None."""
+        """Return the state before the first frame or after a whole chunk; None in between or at the end."""
         if self._finished or len(self._frames) > self._memory.ahead:
             return None
         provenance = self._upscaler.provenance(self._size or (0, 0), self._options)

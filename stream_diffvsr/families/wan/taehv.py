@@ -13,7 +13,7 @@ Memory = dict[int, Tensor]
 
 
 class MemoryBlock(nn.Module):
-    """Three convolutions over the features of a picture and of the previous one."""
+    """Three convolutions over the features of a picture and of the previous picture."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
