@@ -61,7 +61,7 @@ def check_attention(name: str, device: torch.device, dtype: torch.dtype) -> None
     except (ImportError, RuntimeError, ValueError) as error:
         raise ModuleNotFoundError(
             f"attention {name!r} needs diffusers 0.35 or newer and {PACKAGES[name]}: "
-            f"pip install -U diffusers {PACKAGES[name]}, or leave attention at 'auto'"
+            f"run pip install -U diffusers {PACKAGES[name]}, or leave attention at 'auto'"
         ) from error
 
 
