@@ -92,7 +92,7 @@ def test_where_hdr10_data_cannot_be_carried_it_is_said_once(hdr: Path, pipe, tmp
     said = [message for message in caplog.messages if "HDR10" in message]
     assert said == [
         "prores is written without the source's HDR10 data (mastering display, light level), which h264, "
-        "h265, av1 can carry"
+        "h265, av1 can store"
     ]
 
 
@@ -120,8 +120,8 @@ def test_a_hardware_encoder_works_or_one_sentence_says_why(
         assert len(clips.frames_of(tmp_path / "in_4x.mp4")) == 2
         return
     assert code == 2
-    assert said.startswith(f"stream-diffvsr: the encoder {codec} does not open on this machine (")
-    assert said.endswith("with --codec choose one that does: h264, h265, av1, prores, ffv1, png.")
+    assert said.startswith(f"stream-diffvsr: the encoder {codec} cannot be opened on this machine (")
+    assert said.endswith("use --codec to choose one of these: h264, h265, av1, prores, ffv1, png.")
     assert [file.name for file in tmp_path.iterdir()] == ["in.mp4"]
 
 
@@ -160,7 +160,7 @@ def test_bits_that_are_lost_are_said(caplog) -> None:
 def test_an_encoder_that_opens_but_not_for_this(monkeypatch) -> None:
     info = SourceInfo(32, 32, 8, Fraction(1, 25), Fraction(25), 1, Colour(1, False, 1, 1))
     encoding = codecs.choose_encoding("h264", None, None, info, (20_000, 20_000))
-    with pytest.raises(VideoError, match=r"h264 does not encode 20000x20000 as yuv420p"):
+    with pytest.raises(VideoError, match=r"h264 cannot encode 20000x20000 as yuv420p"):
         codecs.check_encoder(encoding, "mp4")
 
 

@@ -1,7 +1,7 @@
 """Types for the parts of PyAV that this package uses.
 
-PyAV's own stubs allow None nearly everywhere (`pts`, `time_base`, `rate`), so values that `timeline.py` and
-`streams.py` have already checked would have to be asserted again at every use.
+PyAV's own stubs allow None nearly everywhere (`pts`, `time_base`, `rate`). With them, values that
+`timeline.py` and `streams.py` have already checked would have to be asserted again at every use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Codec(Named, Protocol):
 
 
 class Coded(Named, Protocol):
-    """The attributes that a stream and its codec context share, for pictures and sound."""
+    """The attributes that a stream and its codec context have in common, for video and sound."""
 
     time_base: Fraction
     rate: Any
@@ -94,7 +94,7 @@ class Frame(Protocol):
 
 
 class Stream(Coded, Protocol):
-    """A stream of a file that is being read or written."""
+    """A stream in a file that is being read or written."""
 
     type: str
     index: int

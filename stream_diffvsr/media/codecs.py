@@ -27,20 +27,20 @@ class Codec:
     encoder: str
     """FFmpeg's name for the encoder."""
     formats: tuple[str, ...]
-    """Pixel formats from `LAYOUTS`, with the default of each depth first."""
+    """Pixel formats from `LAYOUTS`; the default for each bit depth comes first."""
     crf: int | None = None
-    """Default quality; None if the encoder has no such setting."""
+    """Default quality, or None if the encoder has no quality setting."""
     crf_names: tuple[str, ...] = ("crf",)
     crf_most: int = 51
     crf_unit: int = 1
     """The size of one quality step in the encoder's own unit."""
     options: Mapping[str, str] = field(default_factory=dict)
     native: Mapping[str, str] = field(default_factory=dict)
-    """Pixel format -> the format with the same values in the order that the encoder accepts."""
+    """Pixel format -> the format that contains the same values in the order that the encoder requires."""
     narrowest: int = 1
     """The smallest frame width that the encoder can handle."""
     sitings: tuple[str, ...] = ("left",)
-    """Chroma positions that 4:2:0 can use; the first one replaces any other position of the source."""
+    """Chroma positions that the encoder can signal for 4:2:0; the first replaces any other position."""
 
 
 YUV8 = ("yuv420p", "yuv422p", "yuv444p")
@@ -62,7 +62,7 @@ CODECS = {
         YUV8 + YUV10 + YUV12,
         18,
         options={"x265-params": "log-level=error"},
-        # At widths up to 48, it writes out of bounds and sooner or later crashes the process.
+        # At widths up to 48, x265 writes out of bounds and sooner or later crashes the process.
         narrowest=64,
         sitings=tuple(SITINGS),
     ),
@@ -103,15 +103,15 @@ CODECS = {
 """Value of `--codec` -> encoder."""
 
 INTRA_CODECS = ("prores", "ffv1", "png")
-"""Codecs that code each frame independently."""
+"""Codecs that encode each frame independently."""
 
 CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", ".webm": "webm"}
-"""Suffix of an output -> FFmpeg's name for the container."""
+"""Suffix of the output file -> FFmpeg's name for the container."""
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """All settings that an encoder is opened with."""
+    """All settings with which an encoder is opened."""
 
     codec: str
     pix_fmt: str
@@ -125,7 +125,7 @@ class Encoding:
 
     @property
     def native_format(self) -> str:
-        """The pixel format that the encoder is opened with."""
+        """The pixel format with which the encoder is opened."""
         return CODECS[self.codec].native.get(self.pix_fmt, self.pix_fmt)
 
     @property
@@ -135,7 +135,7 @@ class Encoding:
 
     @property
     def segment_format(self) -> str:
-        """The container of segments: MP4, which keeps timestamps exact, unless it lacks the codec."""
+        """The container for segments: MP4, which keeps timestamps exact, if it supports the codec."""
         return {"prores": "mov", "ffv1": "nut"}.get(self.codec, "mp4")
 
 
@@ -146,9 +146,9 @@ def choose_encoding(
     info: SourceInfo,
     size: tuple[int, int],
 ) -> Encoding:
-    """Return how to encode a source at `size` (height, width); raises `VideoError` if that is impossible."""
+    """Return the settings for encoding at `size` (height, width); raises `VideoError` if there are none."""
     if codec not in CODECS:
-        raise VideoError(f"there is no codec {codec!r}; known are {', '.join(CODECS)}.")
+        raise VideoError(f"there is no codec {codec!r}; the known codecs are {', '.join(CODECS)}.")
     spec = CODECS[codec]
     pix_fmt = pix_fmt or default_format(spec, info.bits)
     if pix_fmt not in spec.formats:
@@ -159,7 +159,9 @@ def choose_encoding(
     height, width = size
     layout = LAYOUTS[pix_fmt]
     if layout.bits < info.bits:
-        log.warning("reducing %d bits to %d: %s is written as %s", info.bits, layout.bits, codec, pix_fmt)
+        log.warning(
+            "reducing %d bits to %d because %s is written as %s", info.bits, layout.bits, codec, pix_fmt
+        )
     if width % layout.chroma_width or height % layout.chroma_height:
         raise VideoError(
             f"{pix_fmt} needs even sides, but the output is {width}x{height}: change the target size."
@@ -182,7 +184,7 @@ def choose_encoding(
 
 
 def kept_aspect(info: SourceInfo, width: int, height: int) -> Fraction | None:
-    """Return the pixel aspect ratio that keeps the source's shape at another size; None means square pixels.
+    """Return the pixel aspect ratio that keeps the picture's shape at a new size; None means square pixels.
 
     Rounding to whole pixels is not treated as a change of shape.
     """
@@ -193,20 +195,20 @@ def kept_aspect(info: SourceInfo, width: int, height: int) -> Fraction | None:
 
 
 def default_format(spec: Codec, bits: int) -> str:
-    """Return the shallowest format with enough bits, else the deepest; 4:2:0 if the codec supports it."""
+    """Return the shallowest format that has enough bits, or else the deepest; 4:2:0 is preferred."""
     depths = {LAYOUTS[name].bits for name in spec.formats}
     depth = min((d for d in depths if d >= bits), default=max(depths))
     return next(name for name in spec.formats if LAYOUTS[name].bits == depth)
 
 
 def encoder_options(codec: str, crf: int | None, info: SourceInfo) -> dict[str, str]:
-    """Return the encoder's private options; raises `VideoError` for a quality that it does not support."""
+    """Return the encoder's private options; raises `VideoError` for a quality that it does not accept."""
     spec = CODECS[codec]
     options = dict(spec.options)
     if crf is not None and spec.crf is None:
-        raise VideoError(f"{codec} has no quality setting: leave --crf away.")
+        raise VideoError(f"{codec} has no quality setting: omit --crf.")
     if crf is not None and not 0 <= crf <= spec.crf_most:
-        raise VideoError(f"{codec} takes a --crf from 0 to {spec.crf_most}, got {crf}.")
+        raise VideoError(f"{codec} accepts a --crf from 0 to {spec.crf_most}, not {crf}.")
     if spec.crf is not None:
         quality = str(spec.crf_unit * (spec.crf if crf is None else crf))
         options |= dict.fromkeys(spec.crf_names, quality)
@@ -220,17 +222,17 @@ HDR_OPTIONS = {
     "h265": ("x265-params", 50_000, 10_000, "master-display", "max-cll"),
     "av1": ("svtav1-params", 1, 1, "mastering-display", "content-light"),
 }
-"""Codec -> option name, units per 1.0 of chromaticity, units per candela, and the two keys in the option."""
+"""Codec -> option name, units per 1.0 of chromaticity, units per candela, and the option's two keys."""
 
 
 def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
-    """Return the source's HDR10 data as an encoder option; the encoder writes it into the stream."""
+    """Return the source's HDR10 data as an option for the encoder, which writes the data into the stream."""
     if not info.side_data:
         return {}
     if codec not in HDR_OPTIONS:
         log.warning(
             "%s is written without the source's HDR10 data (mastering display, light level), which %s "
-            "can carry",
+            "can store",
             codec,
             ", ".join(HDR_OPTIONS),
         )
@@ -245,7 +247,7 @@ def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
 
 
 def mastering_display(data: bytes, chroma: int, light: int) -> str:
-    """Format FFmpeg's rationals for R, G, B, white, darkest and brightest as the encoders expect them."""
+    """Format FFmpeg's rationals for R, G, B, white and the luminance range as the encoders expect them."""
     numbers = struct.unpack_from("=20i", data)
     values = [Fraction(top, bottom or 1) for top, bottom in zip(numbers[::2], numbers[1::2], strict=True)]
     red, green, blue, white = (values[i : i + 2] for i in range(0, 8, 2))
@@ -256,9 +258,9 @@ def mastering_display(data: bytes, chroma: int, light: int) -> str:
 
 
 def output_colour(colour: Colour, spec: Codec, layout: Layout) -> Colour:
-    """Return the output's colour tags: the source's, but with a matrix that fits the pixel format.
+    """Return the output's colour tags, which are the source's, but with a matrix that fits the pixel format.
 
-    Chroma keeps the source's position if the codec can signal it.
+    The chroma samples keep the source's position if the codec can signal it.
     """
     if layout.rgb:
         return replace(colour, matrix=RGB, full_range=True)
@@ -271,16 +273,16 @@ def output_colour(colour: Colour, spec: Codec, layout: Layout) -> Colour:
 
 
 def check_encoder(encoding: Encoding, container: str) -> None:
-    """Raise `VideoError` if the container does not support the codec or the encoder does not open here."""
+    """Raise `VideoError` if the container does not support the codec or the encoder cannot be opened here."""
     import av
 
     check_opens(encoding.codec)
     refused = (
-        f"{encoding.codec} does not encode {encoding.width}x{encoding.height} as {encoding.pix_fmt} with "
+        f"{encoding.codec} cannot encode {encoding.width}x{encoding.height} as {encoding.pix_fmt} with "
         "these settings ({}): choose another --codec or --target."
     )
     if encoding.width < (narrowest := CODECS[encoding.codec].narrowest):
-        raise VideoError(refused.format(f"it needs frames at least {narrowest} wide"))
+        raise VideoError(refused.format(f"frames must be at least {narrowest} pixels wide"))
     try:
         with av.open(io.BytesIO(), "w", format=container) as out:
             open_encoder(out, encoding).codec_context.open()
@@ -293,17 +295,17 @@ def check_encoder(encoding: Encoding, container: str) -> None:
 
 
 def check_opens(codec: str) -> None:
-    """Raise `VideoError` if an encoder does not open on this machine."""
+    """Raise `VideoError` if an encoder cannot be opened on this machine."""
     if (reason := open_error(codec)) is not None:
         raise VideoError(
-            f"the encoder {codec} does not open on this machine ({reason}); with --codec choose "
-            f"one that does: {', '.join(name for name in CODECS if open_error(name) is None)}."
+            f"the encoder {codec} cannot be opened on this machine ({reason}); use --codec to choose "
+            f"one of these: {', '.join(name for name in CODECS if open_error(name) is None)}."
         )
 
 
 @functools.cache
 def open_error(codec: str) -> str | None:
-    """Return why an encoder does not open here, tested with a small picture, or None if it does."""
+    """Try to open an encoder for a small picture; return why that fails here, or None if it succeeds."""
     import av
 
     spec = CODECS[codec]
@@ -325,12 +327,12 @@ def open_error(codec: str) -> str | None:
 
 
 def silence_svt() -> None:
-    """Make SVT-AV1 log only errors, through its environment variable, instead of flooding stderr."""
+    """Set SVT-AV1's environment variable so that it logs only errors instead of flooding stderr."""
     os.environ.setdefault("SVT_LOG", "1")
 
 
 def open_encoder(container: Output, encoding: Encoding) -> Any:
-    """Add the encoder's stream to an open output container."""
+    """Add a stream with the encoder to an open output container."""
     spec = CODECS[encoding.codec]
     silence_svt()
     stream = container.add_stream(spec.encoder, rate=encoding.rate, options=dict(encoding.options))

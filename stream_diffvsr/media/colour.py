@@ -1,8 +1,8 @@
 """Convert between code values and RGB, using float32 arithmetic so that nothing is cut to 8 bits.
 
-PyAV provides planes of integers; the matrix, the range and the chroma positions are applied here, on the
-device of the tensors. Chroma is read and written at the position that the stream specifies, or by default at
-the left of each luma pair, as in H.264 and H.265.
+PyAV provides planes of integers; this module applies the matrix, the range and the chroma positions, on the
+tensors' device. Chroma is read and written at the position that the stream specifies, or by default at the
+left sample of each luma pair, as in H.264 and H.265.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from ..errors import VideoError
 from .av_types import Frame
 
 RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
-"""Matrices and primaries by their numbers in FFmpeg and in ITU-T H.273."""
+"""The numbers of matrices and primaries in FFmpeg and in ITU-T H.273."""
 FULL_RANGE, LIMITED_RANGE = 2, 1
 HD_WIDTH, SD_LINES = 1280, 576
-"""Untagged video at least this wide or with more lines is read as BT.709, else as BT.601, as players do."""
+"""Untagged video that is at least this wide or has more lines is read as BT.709, else as BT.601, the way
+players do."""
 SITINGS = {
     "left": (0, 0.5),
     "center": (0.5, 0.5),
@@ -31,7 +32,7 @@ SITINGS = {
     "bottomleft": (0, 1),
     "bottom": (0.5, 1),
 }
-"""FFmpeg's name for a chroma sample's position among its luma samples -> fractions (across, down)."""
+"""FFmpeg's name for a chroma sample's position among its luma samples -> the position (across, down)."""
 
 LUMA_WEIGHTS = {
     1: (0.2126, 0.0722),
@@ -42,19 +43,19 @@ LUMA_WEIGHTS = {
     9: (0.2627, 0.0593),
     10: (0.2627, 0.0593),
 }
-"""Matrix -> weights of red and blue in luma."""
+"""Matrix -> the weights of red and blue in luma."""
 
 
 @dataclass(frozen=True)
 class Colour:
-    """How to interpret code values: the four tags of a video stream, by their numbers in ITU-T H.273."""
+    """How to interpret code values: a video stream's four tags, as the numbers in ITU-T H.273."""
 
     matrix: int = UNSPECIFIED
     full_range: bool = False
     primaries: int = UNSPECIFIED
     transfer: int = UNSPECIFIED
     siting: str = field(default="left", repr=False)
-    """Position of the chroma samples: a key of `SITINGS`."""
+    """Position of the chroma samples, as a key of `SITINGS`."""
 
     def resolved(self, width: int, height: int) -> Colour:
         """Return the tags with a missing matrix filled in; raises `VideoError` for an unknown matrix."""
@@ -69,15 +70,15 @@ class Colour:
             )
         if self.matrix != RGB and self.matrix not in LUMA_WEIGHTS:
             raise VideoError(
-                f"the video uses colour matrix {self.matrix} (ITU-T H.273), known are "
-                f"{', '.join(map(str, LUMA_WEIGHTS))}: convert it first."
+                f"the video uses colour matrix {self.matrix} (ITU-T H.273), but only "
+                f"{', '.join(map(str, LUMA_WEIGHTS))} are supported: convert it first."
             )
         return self
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The bit depth of an output pixel format, and the factors by which its chroma is reduced."""
+    """The bit depth of an output pixel format, and the factors by which its chroma planes are smaller."""
 
     bits: int
     chroma_width: int
@@ -106,15 +107,15 @@ LAYOUTS = {
 }
 
 PAIRED = {"nv12": 0, "p010le": 6}
-"""4:2:0 formats with interleaved chroma, as hardware requires -> bits by which the values are shifted."""
+"""4:2:0 formats with the interleaved chroma that hardware requires -> bits by which to shift the values."""
 
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """A decoded frame's code values, detached from its decoder; an eighth of the size of float32 RGB."""
+    """Copies of a decoded frame's code values, which take an eighth of the memory of float32 RGB."""
 
     values: tuple[np.ndarray, ...]
-    """One plane (h, w) per component, uint8 or int32; alpha is last."""
+    """One plane (h, w) per component, as uint8 or int32; alpha comes last."""
     bits: tuple[int, ...]
     is_rgb: bool
     has_alpha: bool
@@ -123,9 +124,9 @@ class Planes:
     colour: Colour
 
     def to_rgb(self, device: torch.device | str = "cpu", step: int = 1) -> tuple[Tensor, Tensor | None]:
-        """Return RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1], computed on `device`.
+        """Return RGB (1, 3, h, w) and alpha (1, 1, h, w) or None, as float32 in [0, 1], computed on `device`.
 
-        With a `step`, RGB has only every step-th row and column, starting with the first.
+        With a `step`, RGB contains only every step-th row and column, starting with the first.
         """
         planes = [
             (torch.from_numpy(values).to(device).float()[None, None], bits)
@@ -163,12 +164,12 @@ def planes_of(frame: Frame, colour: Colour) -> Planes:
 
 
 def frame_to_rgb(frame: Frame, colour: Colour) -> tuple[Tensor, Tensor | None]:
-    """Convert an `av.VideoFrame` to RGB (1, 3, h, w) and alpha (1, 1, h, w) or None; float32 in [0, 1]."""
+    """Convert an `av.VideoFrame` to RGB (1, 3, h, w) and alpha (1, 1, h, w) or None, float32 in [0, 1]."""
     return planes_of(frame, colour).to_rgb()
 
 
 def planar(frame: Frame) -> Any:
-    """Return a frame with the same values in one plane of little-endian integers per component."""
+    """Return a frame with the same values, stored as one plane of little-endian integers per component."""
     layout = frame.format
     one_each = {c.plane for c in layout.components} == set(range(len(layout.components)))
     if one_each and not (layout.has_palette or layout.is_big_endian) and layout.components[0].bits <= 16:
@@ -191,7 +192,7 @@ def planar_name(layout: Any, width: int, height: int) -> str:
 
 
 def read_plane(frame: Frame, component: Any) -> np.ndarray:
-    """Return a copy of one component (h, w): uint8, or int32 if it is deeper than 8 bits."""
+    """Return a copy of one component (h, w), as uint8, or as int32 if it has more than 8 bits."""
     plane = frame.planes[component.plane]
     kind = np.dtype(np.uint8 if component.bits <= 8 else np.uint16)
     rows = np.frombuffer(plane, kind).reshape(-1, plane.line_size // kind.itemsize)
@@ -199,15 +200,15 @@ def read_plane(frame: Frame, component: Any) -> np.ndarray:
 
 
 STRIP = 64
-"""Rows that a CPU converts together, so that intermediate results stay in its cache."""
+"""Number of rows that a CPU converts at a time, so that intermediate results stay in its cache."""
 
 
 def yuv_to_rgb(
     planes: list[tuple[Tensor, int]], colour: Colour, size: tuple[int, int], skip: int = 1
 ) -> Tensor:
-    """Convert luma and two chroma planes, with their bits, to RGB (1, 3, h, w) in [0, 1].
+    """Convert luma and two chroma planes, each with its bit depth, to RGB (1, 3, h, w) in [0, 1].
 
-    Luma alone becomes grey. Only every `skip`-th row and column is converted.
+    Without chroma planes, the result is grey. Only every `skip`-th row and column is converted.
     """
     (luma, bits), *chroma = planes
     luma = luma[:, :, ::skip, ::skip]
@@ -239,7 +240,7 @@ def upsample_chroma(plane: Tensor, size: tuple[int, int], siting: str = "left") 
 
 
 def _between(plane: Tensor, size: tuple[int, int], siting: str) -> tuple[Tensor, Tensor]:
-    """Return where the picture's rows and columns are among a plane's samples, clamped to its edges."""
+    """Return the positions of the picture's rows and columns in a plane's samples, clamped to its edges."""
     found = []
     for length, have, place in zip(size, plane.shape[-2:], reversed(SITINGS[siting]), strict=True):
         factor = -(-length // have)
@@ -269,7 +270,7 @@ def rgb_to_planes(rgb: Tensor, name: str, colour: Colour) -> list[np.ndarray]:
 
 
 def to_planes(rgb: Tensor, name: str, colour: Colour) -> list[Tensor]:
-    """Convert as `rgb_to_planes` does, but to uint8 or int32 tensors on the device of `rgb`."""
+    """Convert like `rgb_to_planes`, but to uint8 or int32 tensors on the device of `rgb`."""
     layout = LAYOUTS[name]
     top = 2**layout.bits - 1
     if layout.rgb:
@@ -287,7 +288,7 @@ def to_planes(rgb: Tensor, name: str, colour: Colour) -> list[Tensor]:
 
 
 def downsample_chroma(plane: Tensor, layout: Layout, siting: str = "left") -> Tensor:
-    """Reduce (1, 1, H, W) from full size to chroma size, averaging around each sample's position."""
+    """Reduce a full-size plane (1, 1, H, W) to chroma size, averaging around each sample's position."""
     x, y = SITINGS[siting]
     if layout.chroma_width == 2:
         plane = _halve(plane, x)
@@ -297,7 +298,7 @@ def downsample_chroma(plane: Tensor, layout: Layout, siting: str = "left") -> Te
 
 
 def _halve(plane: Tensor, place: float) -> Tensor:
-    """Halve the columns: average pairs for samples midway, else weigh 1-2-1 around the first or second."""
+    """Halve the columns: average pairs if samples lie midway, else weight 1-2-1 around the sample."""
     # Use slices rather than a convolution, which would run in TF32 on some GPUs.
     first, second = plane[..., ::2], plane[..., 1::2]
     if plane.shape[-1] % 2:
@@ -312,7 +313,7 @@ def _halve(plane: Tensor, place: float) -> Tensor:
 
 
 def _whole(values: Tensor, bits: int) -> Tensor:
-    """Round half to even and clamp to the range of the bit depth."""
+    """Round half to even, and clamp to the range of the bit depth."""
     return values.round().clamp(0, 2**bits - 1).to(torch.uint8 if bits <= 8 else torch.int32)
 
 
@@ -322,7 +323,7 @@ def samples(plane: Tensor, name: str) -> np.ndarray:
 
 
 def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:
-    """Return an `av.VideoFrame` with these planes, in a format of `LAYOUTS` or `PAIRED`."""
+    """Return an `av.VideoFrame` made of these planes, in a format from `LAYOUTS` or `PAIRED`."""
     import av
 
     height, width = planes[0].shape[:2]
@@ -340,7 +341,7 @@ def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:
 
 
 def _interleave(picture: np.ndarray, name: str) -> list[np.ndarray]:
-    """Return RGB (H, W, 3) as the plane of a packed format, or as planes G, B and R."""
+    """Return RGB (H, W, 3) as the single plane of a packed format, or as planes in the order G, B, R."""
     if name.startswith("gbr"):
         return [picture[..., channel] for channel in (1, 2, 0)]
     packed = picture.reshape(picture.shape[0], -1)

@@ -1,4 +1,4 @@
-"""Open media files, or explain in one clear sentence why a file cannot be read."""
+"""Open media files, or state in one clear sentence why a file cannot be read."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from ..errors import VideoError
 from .av_types import Container
 
 PLAYLISTS = {"concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"}
-"""Formats that open other files or the network: the sender of such a file could choose what is read."""
+"""Formats that open other files or network addresses, so that their author could choose what is read."""
 ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
-"""The first bytes of a WMV or WMA file."""
+"""The bytes with which a WMV or WMA file begins."""
 
 
 def check_readable(path: Path) -> None:
-    """Raise `VideoError` with a plain reason if a path cannot be read."""
+    """Raise `VideoError` with a clear reason if a path cannot be read."""
     if not path.exists():
         raise VideoError(f"{path} does not exist: check the path.")
     try:
@@ -39,7 +39,7 @@ def open_container(path: Path, form: str | None = None) -> Container:
     import av
 
     try:
-        # Use an absolute path, because FFmpeg would take text before a colon for a protocol.
+        # Use an absolute path, because FFmpeg would mistake text before a colon for a protocol.
         formats = {"format_whitelist": ",".join(sorted(av.formats_available - PLAYLISTS))}
         opened: Any = av.open(str(path.absolute()), format=form, options=formats, metadata_errors="ignore")
         return opened
@@ -47,15 +47,15 @@ def open_container(path: Path, form: str | None = None) -> Container:
         check_readable(path)
         reason = getattr(error, "strerror", None) or str(error)
         raise VideoError(
-            f"{path} cannot be opened as a video or picture ({reason}): it may be damaged, incomplete, or "
-            "something else."
+            f"{path} cannot be opened as a video or picture ({reason}): it may be damaged, incomplete, or a "
+            "file of another kind."
         ) from error
 
 
 def is_joined(path: Path, form: str) -> bool:
-    """Whether an MP4, FLV or WMV file is several files in a row, of which FFmpeg reads only the first.
+    """Whether an MP4, FLV or WMV file consists of several joined files, of which FFmpeg reads only the first.
 
-    Only the headers of its boxes, tags or objects are read.
+    This reads only the headers of the file's boxes, tags or objects.
     """
     if form not in ("asf", "flv") and "mp4" not in form.split(","):
         return False
@@ -73,7 +73,7 @@ def is_joined(path: Path, form: str) -> bool:
                 step = int.from_bytes(head[8:16], "big") if step == 1 else step
             if again and start:
                 return True
-            if step < 8:  # damaged, or a box without a size, which extends to the end
+            if step < 8:  # damaged, or a box without a size, which extends to the end of the file
                 return False
             start += step
     return False

@@ -1,4 +1,4 @@
-"""Join segments into one file by copying their packets, along with the other streams of the source."""
+"""Join segments into one file by copying their packets, and add the source's other streams."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class SegmentFile:
     """A finished segment."""
 
     name: str
-    """Name of the file in the work folder; empty if the frames are pictures in the output folder."""
+    """Name of the file in the work folder, or empty if the frames are pictures in the output folder."""
     frames: int
     size: int
     first: int
@@ -43,9 +43,9 @@ class SegmentFile:
     end: int
     """End of its last frame, in ticks of the source."""
     depth: int = 0
-    """Number of frames by which decoding order lags behind presentation order."""
+    """Largest number of frames by which decoding order lags behind presentation order."""
     compare: str = ""
-    """Name of the file with the split-screen video's segment."""
+    """Name of the file that contains the split-screen video's segment."""
     compare_depth: int = 0
 
 
@@ -63,12 +63,12 @@ def join(
     metadata: Mapping[str, str],
     window: Window,
 ) -> None:
-    """Write `target` from the segments and the other streams of `source`, if given.
+    """Write `target` from the segments and, if `source` is given, its other streams.
 
     `sides` are the prepared sound and subtitles of the source, and `stream` is the index of its video stream.
-    With `words`, its metadata, chapters, covers and attached files are copied too. `target` is synced to the
-    disk. Raises `RefusedError` if the container does not accept a stream, `OSError` if reading or writing
-    fails.
+    With `words`, the source's metadata, chapters, covers and attached files are copied too. `target` is
+    synced to the disk. Raises `RefusedError` if the container does not accept a stream, or `OSError` if
+    reading or writing fails.
     """
     import av
 
@@ -80,7 +80,7 @@ def join(
         others = sorted(tags.keys() - MP4_WORDS) if container_format in ("mp4", "mov") else []
         options = {}
         if container_format in ("mp4", "mov"):
-            # Both timescales of the file use the source's ticks, so that a late start is exact too.
+            # Both of the file's timescales use the source's ticks, so that a late start is exact too.
             ticks = str(encoding.time_base.denominator)
             options = {"movflags": f"+faststart{'+use_metadata_tags' if others else ''}"}
             options |= {"video_track_timescale": ticks, "movie_timescale": ticks}
@@ -104,7 +104,7 @@ def join(
 
 
 def seconds_before(original: Container | None, stream: int | None, window: Window) -> Fraction:
-    """Return how many seconds of the picture are before the window."""
+    """Return how many seconds of the video stream come before the window."""
     if original is None or stream is None or not math.isfinite(window.low):
         return Fraction(0)
     video = original.streams[stream]
@@ -112,7 +112,7 @@ def seconds_before(original: Container | None, stream: int | None, window: Windo
 
 
 def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate: Fraction) -> None:
-    """Copy title, language, time code and flags to an output video that begins `skipped` seconds in."""
+    """Copy title, language, time code and flags to the output video, which begins `skipped` seconds later."""
     words = with_later_time_code(time_code(original) | kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
         del words[key]
@@ -121,24 +121,24 @@ def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate
 
 
 def mux(out: Output, streams: Iterable[Iterator[tuple[float, Packet]]]) -> None:
-    """Write the packets of all streams in the order of their times."""
+    """Write the packets of all streams in order of time."""
     for _, packet in heapq.merge(*streams, key=lambda item: item[0]):
         out.mux(packet)
 
 
 def add_video(out: Output, first: Path, encoding: Encoding) -> Any:
-    """Add the video stream of the output, based on that of the first segment."""
+    """Add the output's video stream, based on the first segment's stream."""
     with open_container(first) as container:
         stream = out.add_stream_from_template(container.streams.video[0], opaque=True)
     context, colour = stream.codec_context, encoding.colour
     if context.name == "hevc" and out.format.name in ("mp4", "mov"):
-        # Apple's players do not play FFmpeg's default tag, hev1.
+        # Apple's players do not play files with FFmpeg's default tag, hev1.
         context.codec_tag = "hvc1"
     context.colorspace, context.color_range = colour.matrix, 2 if colour.full_range else 1
     context.color_primaries, context.color_trc = colour.primaries, colour.transfer
     if encoding.aspect is not None:
         stream.sample_aspect_ratio = encoding.aspect
-    # Players may read the rate from the container; older PyAV cannot set it on a copied template.
+    # Players may read the rate from the container; older PyAV versions cannot set it on a copied template.
     with suppress(RuntimeError):
         context.framerate = encoding.rate
     return stream
@@ -147,10 +147,11 @@ def add_video(out: Output, first: Path, encoding: Encoding) -> Any:
 def video_packets(
     files: Sequence[Path], parts: Sequence[SegmentFile], encoding: Encoding, stream: Stream, shift: int
 ) -> Iterator[tuple[float, Packet]]:
-    """Yield the packets of all segments with the source's timestamps and rising decoding times.
+    """Yield the packets of all segments with the source's timestamps and increasing decoding times.
 
-    Encoders differ in their decoding times, above all at varying frame rates. Here packet i is decoded when
-    frame i - depth is shown: such times always rise and are never later than the packet's own frame.
+    Encoders differ in the decoding times that they set, especially at varying frame rates. Here, packet i is
+    decoded when frame i - depth is shown; such times always increase and are never later than the packet's
+    own frame.
     """
     depth = max(part.depth for part in parts)
     step = max(1, round(1 / (encoding.rate * encoding.time_base)))
@@ -158,7 +159,7 @@ def video_packets(
     for part, file in zip(parts, files, strict=True):
         times = sorted(packet.pts for packet in segment_packets(file, part, encoding))
         if len(times) != part.frames:
-            raise OSError(f"{file} holds {len(times)} of {part.frames} frames")
+            raise OSError(f"{file} contains {len(times)} of {part.frames} frames")
         following = dict(zip(times, [*times[1:], part.end], strict=True))
         for shown, packet in zip(times, segment_packets(file, part, encoding), strict=True):
             earlier.append(shown)
