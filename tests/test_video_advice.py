@@ -42,8 +42,8 @@ from stream_diffvsr.training.options import TrainOptions
     [
         ("a.avi", "pcm_u8", "an .mkv output keeps it", "pcm_u8"),
         ("a.mkv", "wavpack", "an .mkv output keeps it", "wavpack"),
-        ("a.avi", "adpcm_ms", "an .mkv output has it as FLAC", "flac"),
-        ("a.wmv", "wmav2", "an .mkv output has it as FLAC", "flac"),
+        ("a.avi", "adpcm_ms", "an .mkv output stores it as FLAC", "flac"),
+        ("a.wmv", "wmav2", "an .mkv output stores it as FLAC", "flac"),
     ],
 )
 def test_another_container_for_the_sound(name, sound, said, codec, pipe, tmp_path: Path, caplog) -> None:

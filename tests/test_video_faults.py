@@ -443,7 +443,7 @@ FAULTS: dict[str, Fault] = {
         job={"target": (96, 128)},
     ),
     "shape of 3gp": Fault(picture_only("a.3gp", "h263", size=(128, 96), count=2)),
-    "shape changes": Fault(reshaped, counts=[7, 8], said="changes its pixel aspect ratio (1 to 1, then 4/3)"),
+    "shape changes": Fault(reshaped, counts=[7, 8], said="changes from 1 to 4/3; the output keeps"),
     "shape odd": Fault(picture_only("a.mkv", "ffv1", "bgr0", size=(17, 13))),
     "shape odd of its scale": Fault(picture_only("a.mkv", "ffv1", "bgr0", size=(17, 13)), job={"scale": 2.5}),
     "shape of 16:9 from dv": Fault(
@@ -480,7 +480,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "text bitmaps to mp4": Fault(bitmaps, said="an .mkv output keeps it"),
     "text bitmaps to mkv": Fault(bitmaps, "out.mkv", beside=("hdmv_pgs_subtitle",)),
-    "words font to mp4": Fault(with_font, said="only .mkv can hold attached files"),
+    "words font to mp4": Fault(with_font, said="only .mkv can store attached files"),
     "words font to mkv": Fault(with_font, "out.mkv", beside=("ttf",)),
     "words data": Fault(with_data, counts=[5], said="its packets cannot be copied"),
 }
@@ -608,6 +608,6 @@ def test_a_still_before_others_is_said(pipe, tmp_path: Path, caplog) -> None:
     """A stream of JPEG pictures under the name of one."""
     frames(tmp_path / "a.mjpeg", "mjpeg", "yuvj420p").rename(tmp_path / "a.jpg")
     upscale(pipe, tmp_path / "a.jpg", tmp_path / "b.jpg")
-    assert "more JPEG pictures behind the first" in caplog.text
+    assert "more JPEG pictures after the first" in caplog.text
     (tmp_path / "a.jpg").rename(tmp_path / "a.mjpeg")
     assert len(clips.frames_of(upscale(pipe, tmp_path / "a.mjpeg", tmp_path / "b.mp4"))) == 5

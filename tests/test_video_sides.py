@@ -130,11 +130,11 @@ def test_what_is_refused_costs_itself_and_never_the_frames(pipe, tmp_path: Path,
     monkeypatch.setattr(ways.Copied, "drain", refuse)
     output = upscale(pipe, source, tmp_path / "a.mp4")
     assert seen(output)[1] == ("audio", "aac")
-    assert "is converted to aac: mp4 cannot hold it (this container takes no more)" in caplog.text
+    assert "is converted to aac: mp4 cannot store it (this container takes no more)" in caplog.text
     monkeypatch.setattr(ways.Encoded, "drain", refuse)
     output = upscale(pipe, source, tmp_path / "b.mp4")
     assert [kind for kind, _ in seen(output)] == ["video"]
-    assert "is left out: mp4 cannot hold it (this container takes no more); an .mkv output" in caplog.text
+    assert "is left out: mp4 cannot store it (this container takes no more); an .mkv output" in caplog.text
     assert len(clips.frames_of(output)) == 5
 
 

@@ -1,6 +1,6 @@
-"""Read still and animated pictures as RGB and alpha, and write them in the format of the file's suffix.
+"""Read still and animated pictures as RGB and alpha, and write pictures in the format of the file's suffix.
 
-Pillow does the work, except that PyAV is used where Pillow would cut 16 bits to 8.
+This uses Pillow, except where Pillow would reduce 16 bits to 8; there, it uses PyAV.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".ppm", ".tga"),
     *(".avif", ".jfif", ".heic", ".heif"),
 )
-"""Suffixes of the files in a folder that are read as pictures."""
+"""Files in a folder with these suffixes are read as pictures."""
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".tga")
 ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
-"""Formats that can be written with alpha, and those that can be written with 16 bits."""
+"""Formats that can be written with alpha, and formats that can be written with 16 bits."""
 EXIF_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROFILE_WORDS = {
     "exif": "its EXIF data, which .jpg, .png and .webp can store",
-    "text": "its texts, which only .png can store",
+    "text": "its text metadata, which only .png can store",
 }
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 VIDEOS = {"MPEG", "FLI"}
-"""Pillow's formats that are videos."""
+"""Formats that Pillow supports, but that are videos."""
 TGA_SUFFIXES = (".tga", ".icb", ".vda", ".vst")
-"""TGA is recognised only by its suffix, because some video streams begin with the same bytes."""
+"""TGA files are recognised only by these suffixes, because some video streams begin with the same bytes."""
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
-"""Brands that identify a HEIC file in its first bytes."""
+"""Brands in the first bytes of a file that identify it as HEIC."""
 IMAGE_LENGTH = 257
 """TIFF's tag for the number of rows."""
 DEFAULT_MILLISECONDS = 100
-"""The duration that viewers use for an animation frame without one."""
+"""The duration that viewers use for an animation frame that does not specify any."""
 SAVE_OPTIONS = {
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},
@@ -69,7 +69,7 @@ SAVE_OPTIONS = {
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An upright picture."""
+    """A picture, turned upright."""
 
     rgb: Tensor
     """(1, 3, h, w) float32 in [0, 1]."""
@@ -77,34 +77,36 @@ class Picture:
     """(1, 1, h, w) float32 in [0, 1]."""
     bits: int = 8
     profile: dict[str, Any] = field(default_factory=dict)
-    """Metadata to keep: the ICC profile, the resolution, EXIF data and the texts of a PNG."""
+    """Metadata to keep: the ICC profile, the resolution, EXIF data and a PNG file's text metadata."""
 
 
 def list_folder(folder: Path) -> list[Path]:
-    """Return the pictures of a folder in natural order (frame2 before frame10). Raises `VideoError`."""
+    """Return the pictures in a folder in natural order (frame2 before frame10). Raises `VideoError`."""
     named = [f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith(".")]
     files = [f for f in named if not f.is_dir()]
     for file in files:
         if not file.is_file():
             check_readable(file)
     if not files:
-        raise VideoError(f"{folder} contains no pictures ({', '.join(SUFFIXES)}).")
+        raise VideoError(f"{folder} contains no pictures (files with suffix {', '.join(SUFFIXES)}).")
     return sorted(files, key=lambda file: natural_key(file.name))
 
 
 def say_left_out(folder: Path) -> None:
-    """Log the suffixes of the files in a folder that are not read as pictures."""
+    """Log the suffixes of the files in a folder that cannot be read as pictures."""
     others = {
         f.suffix.lower() or f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")
     }
     if left_out := sorted(others - set(SUFFIXES)):
         log.warning(
-            "%s files in %s are left out: they cannot be read as pictures", ", ".join(left_out), folder
+            "%s files in %s are left out because they cannot be read as pictures",
+            ", ".join(left_out),
+            folder,
         )
 
 
 def writable_name(name: str) -> str:
-    """Return the name for writing a picture: its own, or one in .png if its format cannot be written."""
+    """Return the name for a written picture: `name` itself, or with .png if its format cannot be written."""
     path = Path(name)
     return name if path.suffix.lower() in WRITABLE else f"{path.stem}.png"
 
@@ -116,7 +118,7 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
 
 
 def damage() -> tuple[type[Exception], ...]:
-    """Return the exceptions that Pillow raises for damaged files, some of which claim to be huge."""
+    """Return the exceptions that Pillow raises for damaged files, including files that claim to be huge."""
     from PIL.Image import DecompressionBombError
 
     known = (OSError, ValueError, SyntaxError, EOFError, TypeError, LookupError, struct.error, zlib.error)
@@ -126,7 +128,7 @@ def damage() -> tuple[type[Exception], ...]:
 def open_picture(path: Path) -> Image.Image:
     """Open a file as a Pillow image without loading its pixels.
 
-    Raises `VideoError` for a HEIC picture without the package pillow-heif, and for too many pixels.
+    Raises `VideoError` for a HEIC picture if the package pillow-heif is missing, and for too many pixels.
     """
     from PIL import Image
 
@@ -137,26 +139,26 @@ def open_picture(path: Path) -> Image.Image:
             from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
         except ImportError as error:
             raise VideoError(
-                f"{path} is a HEIC picture, which the package pillow-heif reads: pip install pillow-heif, or "
-                "save it as JPEG."
+                f"{path} is a HEIC picture, which requires the package pillow-heif: pip install pillow-heif, "
+                "or save it as JPEG."
             ) from error
         register_heif_opener()
     Image.init()
     others = VIDEOS if path.suffix.lower() in TGA_SUFFIXES else VIDEOS | {"TGA"}
     try:
         with warnings.catch_warnings():
-            # Pillow warns above its pixel limit, but raises only above twice that limit.
+            # Pillow warns above its pixel limit, but raises an exception only above twice that limit.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(path, formats=sorted(set(Image.ID) - others))
     except Image.DecompressionBombError as error:
         raise VideoError(
-            f"{path} has more pixels than are read in one picture ({2 * (Image.MAX_IMAGE_PIXELS or 0):,}): "
+            f"{path} has more pixels than one picture may have ({2 * (Image.MAX_IMAGE_PIXELS or 0):,}): "
             "cut it into parts, or make it smaller."
         ) from error
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a still picture, judged by its content; multi-page files are included."""
+    """Whether a file is a still picture, judged by its content; a file with several pages counts as one."""
     try:
         with open_picture(path) as image:
             if _animated(image):
@@ -180,7 +182,7 @@ def _animated(image: Image.Image) -> bool:
 
 
 def _is_jpeg_stream(path: Path) -> bool:
-    """Whether another JPEG picture follows the first, which makes the file a stream of pictures."""
+    """Whether another JPEG picture follows the first one, so that the file is a stream of pictures."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         place = 2
         while data[place : place + 1] == b"\xff" and data[place : place + 2] != b"\xff\xda":
@@ -191,7 +193,7 @@ def _is_jpeg_stream(path: Path) -> bool:
 
 
 def size_of(path: Path) -> tuple[int, int]:
-    """Return the width and height of a picture as shown, without reading its pixels. Raises `VideoError`."""
+    """Return a picture's width and height as displayed, without reading its pixels. Raises `VideoError`."""
     try:
         with open_picture(path) as image:
             turned = image.getexif().get(ORIENTATION, 1) >= 5
@@ -203,25 +205,25 @@ def size_of(path: Path) -> tuple[int, int]:
 
 
 def read(path: Path) -> Picture:
-    """Read a still picture as RGB and alpha, with EXIF rotation applied. Raises `VideoError`."""
+    """Read a still picture as RGB and alpha, and apply its EXIF rotation. Raises `VideoError`."""
     from PIL import ImageOps
 
     try:
         with open_picture(path) as image:
             if image.format in ("TIFF", *ANIMATED) and (count := getattr(image, "n_frames", 1)) > 1:
                 kind = "pages" if image.format == "TIFF" else "frames"
-                log.warning("%s has %d %s: only the first is read", path, count, kind)
+                log.warning("%s has %d %s, but only the first is read", path, count, kind)
             if image.format == "JPEG" and _is_jpeg_stream(path):
                 log.warning(
-                    "%s contains more JPEG pictures behind the first one, which is the only one read", path
+                    "%s contains more JPEG pictures after the first, but only the first is read", path
                 )
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
-            # Pillow leaves missing rows of a TIFF black. Its `height` is that of the turned picture, so the
-            # tag is read instead.
+            # Pillow leaves the missing rows of a TIFF file black. Pillow's `height` is that of the turned
+            # picture, so the tag is read instead.
             height = getattr(image, "tag_v2", {}).get(IMAGE_LENGTH, 0)
             if image.tile and (rows := max(tile[1][3] for tile in image.tile)) < height:
-                raise ValueError(f"it has {rows} of {height} rows")
+                raise ValueError(f"it contains only {rows} of {height} rows")
             image.load()
             return replace(from_pillow(ImageOps.exif_transpose(image)), profile=_profile(image))
     except damage() as error:
@@ -231,7 +233,7 @@ def read(path: Path) -> Picture:
 
 
 def sample_bits(image: Any, path: Path) -> int:
-    """Return the bits per sample in the file, which Pillow's mode does not reveal for colour."""
+    """Return the bits per sample in the file, which Pillow's mode does not show for colour pictures."""
     if image.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24]
@@ -240,8 +242,8 @@ def sample_bits(image: Any, path: Path) -> int:
 
 
 def _read_deep(path: Path, image: Any) -> Picture:
-    """Read a 16-bit picture with PyAV, keeping its colours and alpha."""
-    # Name the format, or FFmpeg would take a per cent sign in the file name for a numbered series.
+    """Read a 16-bit picture with PyAV, which keeps all bits of its colours and alpha."""
+    # Specify the format, or FFmpeg would treat a file name with a per cent sign as a numbered series.
     with open_container(path, f"{image.format.lower()}_pipe") as container:
         frame = next(container.decode(video=0))
     rgb, alpha = frame_to_rgb(frame, Colour(full_range=True))
@@ -253,11 +255,11 @@ def _read_deep(path: Path, image: Any) -> Picture:
 ORIENTATION = 0x0112
 """EXIF's tag for the orientation."""
 EXIF_WORDS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298}
-"""EXIF tags for the description, camera make and model, software, date, artist and copyright."""
+"""EXIF tags for description, camera make, camera model, software, date, artist and copyright."""
 EXIF_FOLDERS = (0x8769, 0x8825)
-"""EXIF directories that describe how (Exif) and where (GPS) the picture was taken."""
+"""Tags of the EXIF directories that describe how (Exif) and where (GPS) the picture was taken."""
 EXIF_OF_PIXELS = {0x9101, 0x9102, 0x927C, 0xA001, 0xA002, 0xA003, 0xA005}
-"""Tags for the old pixels' layout, size and colours, and camera notes with offsets into the old file."""
+"""Tags for the original pixels' layout, size and colours, and camera notes with offsets into that file."""
 EXIF_TURNS = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),
@@ -277,7 +279,7 @@ def from_pillow(image: Image.Image) -> Picture:
         grey = torch.from_numpy(np.asarray(image).astype(np.float32) / 65535)[None, None]
         return Picture(grey.clamp(0, 1).expand(-1, 3, -1, -1).contiguous(), None, 16, profile)
     if image.mode == "F":
-        raise ValueError("its floating-point samples have no known range; convert it to 16 bits")
+        raise ValueError("the range of its floating-point samples is unknown; convert it to 16 bits")
     if image.has_transparency_data:
         pixels = _tensor(image.convert("RGBA"))
         return Picture(pixels[:, :3].contiguous(), pixels[:, 3:].contiguous(), 8, profile)
@@ -285,7 +287,7 @@ def from_pillow(image: Image.Image) -> Picture:
 
 
 def _in_rgb(image: Image.Image) -> Any:
-    """Convert to RGB: from CMYK, grey or Lab to sRGB through the image's ICC profile, if it has one."""
+    """Convert to RGB; CMYK, grey and Lab are converted to sRGB with the image's ICC profile if it has one."""
     icc = image.info.get("icc_profile")
     if not icc or image.mode not in ("CMYK", "L", "LAB"):
         return image.convert("RGB")
@@ -296,25 +298,25 @@ def _in_rgb(image: Image.Image) -> Any:
             image, io.BytesIO(icc), ImageCms.createProfile("sRGB"), outputMode="RGB"
         )
     except (ImageCms.PyCMSError, *damage()) as error:
-        log.warning("the colour profile of a picture is not applied: %s", error)
+        log.warning("a picture's colour profile was not applied: %s", error)
         return image.convert("RGB")
 
 
 def _profile(image: Image.Image) -> dict[str, Any]:
     """Return the metadata to keep.
 
-    An ICC profile describes the file's own colours, so it is kept only if these are RGB.
+    An ICC profile describes the colours in the file, so it is kept only if these are RGB.
     """
     kept = ("icc_profile", "dpi") if image.mode in ("RGB", "RGBA", "P", "PA") else ("dpi",)
     found = {key: image.info[key] for key in kept if image.info.get(key)}
     texts = getattr(image, "text", {}) if image.format == "PNG" else {}
-    # Some texts repeat the EXIF data, including the rotation that has already been applied.
+    # Some texts repeat the EXIF data, including the rotation, which has already been applied.
     texts = {key: text for key, text in texts.items() if not key.startswith(("Raw profile", "XML:com.adobe"))}
     return found | {key: value for key, value in (("exif", _exif(image)), ("text", texts)) if value}
 
 
 def _exif(image: Any) -> bytes:
-    """Return the EXIF data without the tags that describe the old pixels; empty if nothing remains."""
+    """Return the EXIF data without the tags that describe the original pixels; empty if nothing remains."""
     from PIL import Image
 
     try:
@@ -326,7 +328,7 @@ def _exif(image: Any) -> bytes:
                 kept[tag] = words
         return kept.tobytes() if len(kept) else b""
     except damage() as error:
-        log.warning("the EXIF data of %s is left out: it is damaged (%s)", image.filename, error)
+        log.warning("the EXIF data of %s is left out because it is damaged (%s)", image.filename, error)
         return b""
 
 
@@ -335,9 +337,9 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def write(path: Path, picture: Picture) -> None:
-    """Write a picture in the format of its suffix; the file appears only once it is complete.
+    """Write a picture in the format that the suffix names; the file appears only once it is complete.
 
-    16 bits and alpha are kept if the format supports them. Raises `VideoError` for an unknown format.
+    16 bits and alpha are kept if the format supports them. Raises `VideoError` for an unknown suffix.
     """
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
@@ -359,7 +361,7 @@ def write(path: Path, picture: Picture) -> None:
 
 
 def kept_in(profile: dict[str, Any], suffix: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the metadata that a format can store, and descriptions of the data that is lost."""
+    """Return the metadata that a format can store, and descriptions of the metadata that it cannot."""
     takes = {"icc_profile", "dpi"}
     takes |= {"text"} if suffix == ".png" else set()
     takes |= {"exif"} if suffix in EXIF_SUFFIXES else set()
@@ -377,7 +379,7 @@ def _save(file: Any, values: np.ndarray, suffix: str, profile: dict[str, Any]) -
 
 
 def _png_texts(profile: dict[str, Any]) -> Any:
-    """Return the texts of a PNG as Pillow's `PngInfo`."""
+    """Return a PNG file's text metadata as Pillow's `PngInfo`."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -404,7 +406,7 @@ def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
 
 
 def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
-    """Return a PNG file with its texts, EXIF data, ICC profile and resolution in chunks after the header."""
+    """Insert texts, EXIF data, ICC profile and resolution into a PNG file, as chunks after the header."""
     chunks = [chunk[:2] for chunk in _png_texts(profile).chunks]
     if exif := profile.get("exif"):
         chunks.append((b"eXIf", exif.removeprefix(b"Exif\0\0")))
@@ -424,7 +426,7 @@ def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
 
 
 def _with_tiff_profile(data: bytes, profile: dict[str, Any]) -> bytes:
-    """Return a little-endian TIFF file with an ICC profile and resolution in a new directory at its end."""
+    """Add the ICC profile and resolution to a little-endian TIFF file, in a new directory at its end."""
     start = struct.unpack_from("<I", data, 4)[0]
     count = struct.unpack_from("<H", data, start)[0]
     entries = {
@@ -445,7 +447,7 @@ def _with_tiff_profile(data: bytes, profile: dict[str, Any]) -> bytes:
 
 
 def describe_animation(path: Path) -> tuple[int, tuple[int, int], int, bool]:
-    """Return the frame count, (width, height), length in milliseconds and whether anything is transparent."""
+    """Return the frame count, (width, height), length in milliseconds, and whether it has transparency."""
     count = length = 0
     size, transparent = (0, 0), False
     for picture, milliseconds in read_animation(path):
@@ -463,7 +465,7 @@ def read_animation(path: Path) -> Iterator[tuple[Picture, int]]:
         with Image.open(path) as image:
             for number in range(image.n_frames):
                 image.seek(number)
-                image.load()  # WebP and AVIF set the frame's duration only on loading
+                image.load()  # for WebP and AVIF, this sets the frame's duration
                 duration = round(float(image.info.get("duration", 0))) or DEFAULT_MILLISECONDS
                 yield from_pillow(image), duration
     except damage() as error:

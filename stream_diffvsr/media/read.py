@@ -1,7 +1,7 @@
 """Sources of frames: video files, animated pictures and folders of pictures, read one frame at a time.
 
-Each source has `info` and `frames(span)`, which yields every frame of the span with its index in the
-whole source and its timestamp. Repairs are counted in `notes`.
+Each source has `info` and `frames(span)`, which yields every frame of the span with its timestamp and its
+index in the whole source. `notes` counts the repairs.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from .timeline import MAY_JUMP, UNTIMED, ShownTimes, Timeline
 log = logging.getLogger(__name__)
 
 MOST_DELAYED = 40
-"""More packets than a decoder buffers before it returns a frame: 16 for reordering and one per thread."""
+"""More packets than a decoder buffers before it returns a frame (16 for reordering, plus one per thread)."""
 
 
 @dataclass(frozen=True, eq=False)
 class SourceFrame:
-    """One upright frame of a source."""
+    """One frame of a source, turned upright."""
 
     index: int
     """Index in the whole source, from 0."""
@@ -60,7 +60,7 @@ class SourceFrame:
     profile: dict[str, Any] = field(default_factory=dict)
     """Metadata of a picture file, such as its ICC profile and resolution."""
     device: torch.device | str = "cpu"
-    """Where `rgb` and `alpha` are computed, on first access and in the accessing thread."""
+    """Device on which `rgb` and `alpha` are computed, by the first thread that accesses them."""
 
     @cached_property
     def _shown(self) -> tuple[Tensor, Tensor | None]:
@@ -72,7 +72,7 @@ class SourceFrame:
         return self._shown[0]
 
     def thinned(self, step: int) -> Tensor:
-        """Return every step-th row and column of `rgb`, in a fraction of the time."""
+        """Return every step-th row and column of `rgb`, which takes a fraction of the time."""
         return self.pixels.to_rgb(self.device, step)[0]
 
     @property
@@ -104,7 +104,7 @@ class Decoded:
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A picture that was read as RGB."""
+    """A picture that has been read as RGB."""
 
     rgb: Tensor
     alpha: Tensor | None
@@ -122,11 +122,11 @@ class Source(Protocol):
     notes: Counter[str]
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
-        """Yield the frames of a span in order; a `place` from a frame read earlier makes this faster."""
+        """Yield the frames of a span in order; with the `place` of a frame read earlier, this is faster."""
         ...
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Return where to continue reading after a frame, or None if that would save nothing."""
+        """Return the place from which to continue after a frame, or None if that would save no time."""
         ...
 
 
@@ -157,24 +157,24 @@ class VideoSource:
                 raise VideoError(f"{path} has a video stream, but none of its frames can be decoded.")
             self.info = describe(chosen, first)
             self._first = first.pts or 0
-            # AVI may count H.264 in fields: then a tick is half a frame.
+            # AVI may count the fields of H.264, in which case a tick is half a frame.
             self._has_durations = container.format.name != "avi"
             if is_joined(path, container.format.name):
                 log.warning(
-                    "%s consists of several joined files, of which only the first is read: upscale the "
+                    "%s consists of several joined files, but only the first is read: upscale the "
                     "others separately",
                     path,
                 )
         self.notes.clear()
         if self.info.interlaced:
             log.warning(
-                "%s is interlaced: deinterlace it first, because combed lines are upscaled as they are", path
+                "%s is interlaced: deinterlace it first, or its comb artefacts will be upscaled too", path
             )
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
         """Yield the frames of the span; damaged packets are skipped and counted. Raises `VideoError`.
 
-        With `place`, the last frame of an earlier run, reading starts there if possible, else at the start.
+        `place` is the last frame of an earlier run; reading starts there if possible, else at the start.
         """
         index = -1
         for index, time, frame in self._numbered(span, place):
@@ -183,11 +183,11 @@ class VideoSource:
                 return
             if not span.before(index, seconds):
                 yield self._convert(frame, index, time)
-        # Only this difference reveals damage that the demuxer skips silently.
-        self.notes["frames fewer than its index names"] += max(0, self._named - index - 1)
+        # The demuxer skips some damage silently; only this difference reveals it.
+        self.notes["frames fewer than its index lists"] += max(0, self._named - index - 1)
 
     def look_at(self, span: Span) -> None:
-        """Set the size to that of the span's first frame, because some broadcasts change size midway."""
+        """Set the size to that of the span's first frame, because the size changes within some broadcasts."""
         for index, time, frame in self._numbered(span, None):
             if not span.before(index, (time - self._first) * self.info.time_base):
                 size = turned_size(frame)
@@ -197,7 +197,7 @@ class VideoSource:
         self.notes.clear()
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Return where to continue reading after a frame; no checksum if data or timestamps were faulty."""
+        """Return the place from which to continue after a frame; a faulty source gets no checksum."""
         assert isinstance(frame.pixels, Decoded)
         checksum = frame.pixels.planes.checksum() if self._in_order() else None
         return Place(frame.index, frame.time, checksum)
@@ -206,7 +206,7 @@ class VideoSource:
         return self._steady and not self.notes.total()
 
     def _numbered(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
-        """Yield each decoded frame with its index and time, from the middle of the file if that is exact."""
+        """Yield index, time and decoded frame, reading from the middle of the file if that is exact."""
         index, time = (-1, None) if place is None else (place.index, place.time)
         if span.start if place is None else place.digest is not None:
             try:
@@ -237,13 +237,13 @@ class VideoSource:
             clock = Clock(self.info, self.notes, place.time - 1)
             for index, frame in enumerate(frames, place.index):
                 if index == place.index:
-                    # Ignore damage in frames that follow a key frame but are shown before it: they lack
-                    # their references.
+                    # Ignore damage in frames that follow a key frame but are shown before it, because the
+                    # frames to which they refer were not read.
                     self.notes.clear()
                 time = clock.tick(frame.pts)
                 check_counted(times, index, frame)
                 if not self._in_order():
-                    raise DoubtError("it is damaged, or its timestamps are")
+                    raise DoubtError("its data or its timestamps are damaged")
                 yield index, time, frame
             if not self._in_order():
                 raise DoubtError("it is damaged at its end")
@@ -257,19 +257,19 @@ class VideoSource:
         height, width = (frame.width, frame.height) if turned else (frame.height, frame.width)
         if (height, width) != (self.info.height, self.info.width):
             raise VideoError(
-                f"frame {index} of {self.path} is {width}x{height}, the earlier ones are "
+                f"frame {index} of {self.path} is {width}x{height}, but the earlier frames are "
                 f"{self.info.width}x{self.info.height}: upscale the rest separately, with --start {index} "
                 "and another output."
             )
         if not self._captioned and "A53_CC" in side_data(frame):
             self._captioned = True
-            log.warning("%s has closed captions in its video stream, which are left out", self.path)
+            log.warning("the closed captions in the video stream of %s are left out", self.path)
         duration = getattr(frame, "duration", None) or None if self._has_durations else None
         pixels = Decoded(planes_of(frame, self.info.colour), matrix)
         return SourceFrame(index, time, duration, pixels, (height, width), self.info.bits)
 
     def _packets(self, container: Container, stream: Stream) -> Iterator[Any]:
-        """Yield the stream's packets on one timeline, as far as the file can be read."""
+        """Yield the stream's packets on one continuous timeline, for as long as the file can be read."""
         import av
 
         line = Timeline(container)
@@ -283,10 +283,10 @@ class VideoSource:
                 return
             if packet is None:
                 return
-            self.notes["breaks in its timestamps closed"] += line.straighten(packet)
+            self.notes["breaks in its timestamps removed"] += line.straighten(packet)
             if packet.stream.index == stream.index:
                 self.packets += 1
-                # The time of a frame without a timestamp is guessed from the frames before it.
+                # If a frame has no timestamp, its time is estimated from the frames before it.
                 self._steady &= not packet.size or packet.pts is not None
                 yield packet
 
@@ -297,10 +297,10 @@ class VideoSource:
         untimed, counted = bool(container.format.flags & UNTIMED), container.format.name in ("avi", "asf")
         shown = ShownTimes(by_order=counted)
         decode = alpha_decoder(stream) or (lambda packet: packet.decode())
-        # Only `MAY_JUMP` formats can change codec within a stream; in others, many packets show no picture.
+        # Only in `MAY_JUMP` formats can a stream's codec change; in others, many packets show no picture.
         may_change, shape, idle = bool(container.format.flags & MAY_JUMP), None, 0
         for packet in self._packets(container, stream):
-            # AVI and WMV store one time per packet, in decoding order.
+            # AVI and WMV files store one time per packet, in decoding order.
             time = packet.dts if counted or packet.pts is None else packet.pts
             if packet.size and not packet.is_discard:
                 shown.read(time)
@@ -315,14 +315,14 @@ class VideoSource:
                 if lost > MOST_DELAYED:
                     self.notes["packets without a picture skipped: the codec may change in the file"] += lost
             else:
-                # A decoder accepts packets of another codec without an error.
+                # A decoder accepts another codec's packets without an error.
                 idle += may_change and not packet.is_discard
             self.notes["damaged frames used"] += sum(frame.is_corrupt for frame in frames)
             if frames and shape != (now := stream.codec_context.sample_aspect_ratio):
                 if shape is not None and not self._reshaped:
                     self._reshaped = True
                     log.warning(
-                        "%s changes its pixel aspect ratio (%s to 1, then %s): the output keeps that of the "
+                        "the pixel aspect ratio of %s changes from %s to %s; the output keeps that of the "
                         "first frame",
                         *(self.path, shape, now),
                     )
@@ -334,7 +334,7 @@ class VideoSource:
 
 
 def alpha_decoder(stream: Stream) -> Any:
-    """Return a function that decodes packets with WebM's alpha, or None if that is absent or unsupported.
+    """Return a function that decodes packets with WebM's alpha, or None if alpha is absent or unsupported.
 
     FFmpeg's own decoders ignore alpha.
     """
@@ -346,13 +346,15 @@ def alpha_decoder(stream: Stream) -> Any:
     try:
         decoder: Any = av.CodecContext.create(name, "r")
     except ValueError:
-        log.warning("the transparency of stream %d is left out: this PyAV lacks %s", stream.index, name)
+        log.warning(
+            "the transparency of stream %d is left out because this PyAV lacks %s", stream.index, name
+        )
         return None
     return lambda packet: decoder.decode(packet if packet.size else None)
 
 
 class Clock:
-    """Makes timestamps that rise with every frame, as encoders require."""
+    """Produces timestamps that increase with every frame, as encoders require."""
 
     def __init__(self, info: SourceInfo, notes: Counter[str], last: int | None = None) -> None:
         self.step = max(1, round(1 / (info.rate * info.time_base)))
@@ -363,7 +365,7 @@ class Clock:
         self.timed = info.timed
 
     def tick(self, pts: int | None) -> int:
-        """Return the next frame's time: its own timestamp if that rises plausibly, else an estimate."""
+        """Return the next frame's time: its own timestamp if the increase is plausible, else an estimate."""
         if self.last is None:
             self.last = pts or 0
             return self.last
@@ -375,7 +377,7 @@ class Clock:
 
 
 class AnimationSource:
-    """An animated GIF, WebP, PNG or AVIF, read with Pillow; times are in milliseconds."""
+    """An animated GIF, WebP, PNG or AVIF file, read with Pillow; times are in milliseconds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,8 +1,8 @@
-"""Read from the middle of a file, with the same frames, indices and times as from its start.
+"""Read from the middle of a file, producing the same frames, indices and times as reading from its start.
 
-Seeking is fast but can be wrong: timestamps may repeat, file indexes may be false, and pictures may refer to
-skipped ones. It is therefore used only to reach a known frame from a key frame before it, and abandoned
-(`DoubtError`) as soon as anything is not as expected; then the file is read from its start.
+Seeking is fast but can go wrong: timestamps may repeat, a file's index may be false, and pictures may refer
+to skipped pictures. It is therefore used only to reach a known frame from a key frame before it. As soon as
+anything differs from what is expected, it is abandoned (`DoubtError`), and the file is read from its start.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from .av_types import Container, Frame, Stream
 from .span import Span
 
 ONE_PACKET_ONE_FRAME = {"h264", "hevc", "av1", "vp9", "prores", "ffv1", "mjpeg", "png", "dnxhd"}
-"""Codecs whose packets can be counted instead of frames; some VP8 and MPEG-4 packets show no frame."""
+"""Codecs for which packets can be counted instead of frames; some VP8 and MPEG-4 packets show no frame."""
 INDEXED = ("mp4", "matroska")
 """Containers that store the boundaries of packets."""
 REORDERED = 64
-"""More packets than any codec reorders."""
+"""A number larger than the number of packets that any codec reorders."""
 STEPS_BACK = (0, 1, 4, 16, 64)
-"""How many seconds before the wanted frame to seek, tried in turn."""
+"""The numbers of seconds before the wanted frame to seek to, tried one after another."""
 
 
 class DoubtError(Exception):
-    """Raised if frames read after seeking may differ from those read from the start."""
+    """Raised if frames read after seeking may differ from those of a reading from the start."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A known frame of a source, from which reading can continue."""
+    """A known frame of a source from which reading can continue."""
 
     index: int
     time: int
     """Its presentation timestamp, in ticks."""
     digest: int | None = None
-    """Checksum of its picture; None if it was not read before, or data or timestamps were faulty."""
+    """Checksum of its picture, or None if it was not read before or if data or timestamps were faulty."""
 
 
 def frames_from(
@@ -48,7 +48,7 @@ def frames_from(
     decode: Callable[[Any, Any], Iterator[Any]],
     looks: Callable[[Any], int],
 ) -> Iterator[Any]:
-    """Yield decoded frames from a place on, beginning with its own; `looks` returns a frame's checksum.
+    """Yield decoded frames, beginning with the place's own frame; `looks` returns a frame's checksum.
 
     Raises `DoubtError` if the place's frame is missing or different.
     """
@@ -65,7 +65,7 @@ def frames_from(
 def decode_from(
     container: Container, stream: Stream, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
 ) -> Iterator[Any]:
-    """Yield frames from a key frame before a place on; earlier ones may lack references and are skipped."""
+    """Yield frames beginning with a key frame before a place; frames before the key frame are skipped."""
     import av
 
     for seconds in STEPS_BACK:
@@ -85,10 +85,10 @@ def decode_from(
 def count_to(
     container: Container, stream: Stream, span: Span, first: int, interlaced: bool
 ) -> tuple[Place, array[int]]:
-    """Return the place where a span starts, and the timestamps of all frames up to it and some beyond.
+    """Return the place where a span starts, and the timestamps of all frames up to it and some beyond it.
 
-    Nothing is decoded: packets are counted and their timestamps sorted. `first` is the timestamp of the
-    first frame. Raises `DoubtError` if the numbers of packets and frames may differ.
+    Instead of decoding anything, it counts packets and sorts their timestamps. `first` is the first frame's
+    timestamp. Raises `DoubtError` if the number of packets may differ from the number of frames.
     """
     containers = container.format.name.split(",")
     if (
@@ -99,7 +99,7 @@ def count_to(
         raise DoubtError("its frames cannot be counted without decoding them")
     times = timestamps(container, stream, span, first)
     if not times or times[0] != first or any(a == b for a, b in itertools.pairwise(times)):
-        raise DoubtError("its timestamps do not distinguish its frames")
+        raise DoubtError("its frames cannot be told apart by their timestamps")
     for index, time in enumerate(times):
         if not span.before(index, (time - first) * stream.time_base):
             return Place(index, time), times
@@ -107,24 +107,24 @@ def count_to(
 
 
 def timestamps(container: Container, stream: Stream, span: Span, first: int) -> array[int]:
-    """Return the sorted timestamps of frames up to a span's start and some beyond. Raises `DoubtError`."""
+    """Return the sorted timestamps of frames up to a span's start and some beyond it. Raises `DoubtError`."""
     times: array[int] = array("q")
     left = REORDERED
     for packet in container.demux(stream):
         if not packet.size:
             continue
         if packet.pts is None or packet.is_discard or packet.is_corrupt:
-            raise DoubtError("it has packets without a picture, or without a time")
+            raise DoubtError("some of its packets have no picture or no time")
         times.append(packet.pts)
         if not span.before(len(times) - 1, (packet.pts - first) * stream.time_base):
             left -= 1
         if left == 0:
-            # Among the last ones, timestamps of packets not read yet may be missing.
+            # The last timestamps may have gaps, for packets that have not been read yet.
             return array("q", sorted(times)[: -(REORDERED // 2)])
     return array("q", sorted(times))
 
 
 def check_counted(times: array[int] | None, index: int, frame: Frame) -> None:
-    """Raise `DoubtError` if a frame's timestamp is not the one that was counted for its index."""
+    """Raise `DoubtError` if a frame's timestamp differs from the one that `count_to` found for its index."""
     if times is not None and index < len(times) and frame.pts != times[index]:
-        raise DoubtError("it has different numbers of packets and frames")
+        raise DoubtError("its number of packets differs from its number of frames")

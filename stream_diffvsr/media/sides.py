@@ -1,9 +1,9 @@
-"""Prepare the sound and subtitles of a source, one file per stream, before the first frame is upscaled.
+"""Prepare a source's sound and subtitles, one file per stream, before the first frame is upscaled.
 
-A stream is copied if the output's container accepts it, else converted, else left out; conversions and
-omissions are logged. Each file is written up to the container's trailer, because some containers refuse a
-stream only there; the output is later joined from packets that were accepted once already. Finished files
-are reused when the job is resumed.
+A stream is copied if the output's container accepts it. Otherwise it is converted or, failing that, left out;
+either is logged. Each file is written completely, including the container's trailer, because some containers
+refuse a stream only there. The packets that are later joined into the output have thus been accepted once
+already. Finished files are reused when the job is resumed.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ LISTING = "side-list.json"
 """The file that lists the finished side streams."""
 OWN_NAME = re.compile(r"side-\d+\.\w+")
 REPORT_PACKETS, REPORT_SECONDS = 50, 10.0
-"""Packets between two progress reports to the caller, and seconds between two in the log."""
+"""Number of packets between progress reports to the caller, and of seconds between those in the log."""
 OnProgress = Callable[[int, int], None]
-"""A function called with the amount done and the total."""
+"""A function that is called with the amount done and the total."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A finished sound or subtitle stream, in a file of the output's container."""
+    """A finished sound or subtitle stream, in a file with the output's container format."""
 
     path: Path
     index: int
-    """Index of the stream in the source."""
+    """The stream's index in the source."""
     origin: int
-    """Seconds that were subtracted from its times so that no time is negative."""
+    """Seconds that were subtracted from the stream's times so that no time is negative."""
     first: Fraction
-    """When the stream is first heard or seen, in seconds of the source."""
+    """When the stream is first heard or seen, in seconds on the source's timeline."""
 
     @property
     def size(self) -> int:
@@ -60,7 +60,7 @@ class Side:
 
 
 class Making:
-    """Writes one side stream in one of its possible ways."""
+    """Writes one sound or subtitle stream in one of the possible ways."""
 
     def __init__(self, stream: Stream, way: Any, path: Path, container_format: str) -> None:
         import av
@@ -121,7 +121,7 @@ def set_rising_dts(packet: Packet, last: int | None) -> int:
 
 
 def encoder_delay(packet: Packet) -> Fraction:
-    """Return the encoder's delay: how many seconds at the beginning of a packet are not heard."""
+    """Return the encoder's delay: the number of seconds at the beginning of a packet that are not heard."""
     context = getattr(packet.stream, "codec_context", None)
     rate = getattr(context, "rate", 0)
     if not rate or not hasattr(packet, "has_sidedata") or not packet.has_sidedata("skip_samples"):
@@ -132,11 +132,11 @@ def encoder_delay(packet: Packet) -> Fraction:
 def make_sides(
     source: Path, container_format: str, folder: Path, on_progress: OnProgress | None = None
 ) -> list[Side]:
-    """Write the sound and subtitles of a source to files `side-<stream>` in a folder, for a container.
+    """Write a source's sound and subtitles to files `side-<stream>` in a folder, in the container's format.
 
     Files from an earlier run are reused. Conversions and omissions are logged. `on_progress` is called with
-    the bytes read and the bytes in the source, and may raise an exception to stop. Raises `VideoError` for a
-    source that cannot be opened, and `OSError` if the disk fails.
+    the number of bytes read and the source's size in bytes; it may raise an exception to stop. Raises
+    `VideoError` if the source cannot be opened, and `OSError` if the disk fails.
     """
     listing = folder / LISTING
     sides, said = _listed(listing) or _make(source, container_format, folder, Report(on_progress))
@@ -149,7 +149,7 @@ def make_sides(
 
 
 def _listed(listing: Path) -> tuple[list[Side], list[str]] | None:
-    """Return the side streams of an earlier run and its messages, or None if they are not complete."""
+    """Return an earlier run's side streams and messages, or None if they are incomplete."""
     try:
         found = json.loads(listing.read_text(encoding="utf-8"))
         sides = []
@@ -174,7 +174,7 @@ class Report:
         self.packets = 0
 
     def read(self, packet: Packet, total: int) -> None:
-        """Count a packet of a source of `total` bytes, and report progress from time to time."""
+        """Count a packet from a source of `total` bytes, and report progress from time to time."""
         self.packets += 1
         if self.packets % REPORT_PACKETS or not packet.pos:
             return
@@ -186,7 +186,7 @@ class Report:
 
 
 def _make(source: Path, container_format: str, folder: Path, report: Report) -> tuple[list[Side], list[str]]:
-    """Write each side stream in the first way that the container accepts; also return the messages to log."""
+    """Write each side stream in the first way that the container accepts; return them and messages to log."""
     with open_container(source) as original:
         wanted = [s for s in original.streams if s.type in ("audio", "subtitle") and s.codec_context]
         said = what_is_lost(original, container_format)
@@ -211,16 +211,16 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
                 said.append(f"{names[index]} is left out: it contains nothing that can be decoded")
             elif making.way.name:
                 said.append(
-                    f"{names[index]} is converted to {making.way.name}: {container_format} cannot hold it "
+                    f"{names[index]} is converted to {making.way.name}: {container_format} cannot store it "
                     f"({reasons.get(index)}); {remedies[index]}"
                 )
             if making.way.damaged:
                 count = making.way.damaged
-                said.append(f"{names[index]} has {count} packets that cannot be decoded, which are left out")
+                said.append(f"{count} packets of {names[index]} cannot be decoded and are left out")
         for index in left:
             ways[index] = ways[index][1:]
     said += [
-        f"{names[index]} is left out: {container_format} cannot hold it ({reasons.get(index)}); "
+        f"{names[index]} is left out: {container_format} cannot store it ({reasons.get(index)}); "
         f"{remedies[index]}"
         for index in sorted(set(ways) - set(done))
     ]
@@ -228,19 +228,19 @@ def _make(source: Path, container_format: str, folder: Path, report: Report) -> 
 
 
 def what_is_lost(original: Container, container_format: str) -> list[str]:
-    """Return a message for each stream that is left out altogether."""
+    """Return a message for each stream that is left out entirely."""
     said = []
     for stream in original.streams:
         why = None
         if stream.type in ("audio", "subtitle") and not stream.codec_context:
-            why = "its codec is not known"
+            why = "its codec is unknown"
         elif stream.type == "data" and ("timecode" not in stream.metadata or stream.frames > 1):
             # A time code is a single packet; Sony's per-frame data also has a time code in its metadata.
             why = "its packets cannot be copied"
         elif stream.type == "video" and is_cover(stream):
             why = why_no_cover(stream, container_format)
         elif stream.type == "attachment" and container_format != "matroska":
-            why = "only .mkv can hold attached files"
+            why = "only .mkv can store attached files"
         if why:
             name = stream.metadata.get("handler_name") or stream.metadata.get("filename")
             called = f" ({name})" if name else ""
@@ -249,7 +249,7 @@ def what_is_lost(original: Container, container_format: str) -> list[str]:
 
 
 def keeping_advice(stream: Stream, container_format: str) -> str:
-    """Return advice on how to keep a stream unchanged or nearly so, or how to leave it out."""
+    """Return advice on how to keep a stream unchanged or nearly unchanged, or else how to leave it out."""
     import av
 
     if container_format != "matroska":
@@ -259,7 +259,7 @@ def keeping_advice(stream: Stream, container_format: str) -> str:
             return "an .mkv output keeps it"
         except RefusedError:
             if stream.type == "audio":
-                return "an .mkv output has it as FLAC, without further loss"
+                return "an .mkv output stores it as FLAC, without further loss"
     return "--no-audio leaves it out"
 
 
@@ -271,7 +271,7 @@ def _one_reading(
     reasons: dict[int, str],
     report: Report,
 ) -> dict[int, Making]:
-    """Read the source once and write these streams; refused streams are missing from the result."""
+    """Read the source once and write these streams; the result lacks those that were refused."""
     makings: dict[int, Making] = {}
     with open_container(source) as original:
         for index, way in ways.items():
@@ -294,16 +294,14 @@ def _feed(original: Container, makings: dict[int, Making], reasons: dict[int, st
     import av
 
     line = Timeline(original)
-    # Read the picture's packets too: an interrupt is noticed only between packets, and subtitles may be rare.
+    # Read the video packets too: an interrupt is noticed only between packets, and subtitles may be rare.
     wanted = [*(original.streams[index] for index in makings), *original.streams.video]
     packets = original.demux(line.streams(original, *wanted))
     while makings:
         try:
             packet = next(packets, None)
         except (av.FFmpegError, OSError) as error:
-            log.warning(
-                "the sound and subtitles of %s cannot be read to their end (%s)", original.name, error
-            )
+            log.warning("the sound and subtitles of %s cannot be read to the end (%s)", original.name, error)
             return
         if packet is None:
             return
@@ -324,8 +322,8 @@ def side_packets(
 ) -> Iterator[tuple[float, Packet]] | None:
     """Add a side stream to `out` and return its packets within the window, each with its time in seconds.
 
-    The stream keeps its metadata from the source. Return None, without adding it, if no packet is within the
-    window, because some containers refuse empty streams.
+    The stream keeps its metadata from the source. If no packet is within the window, return None and do not
+    add the stream, because some containers refuse empty streams.
     """
     packets = _in_window(side, window)
     if (first := next(packets, None)) is None:
@@ -334,7 +332,7 @@ def side_packets(
         stream = add_copy(out, container.streams[0])
     source = original.streams[side.index]
     stream.metadata.update(kept_words(source.metadata))
-    # Flags for default and forced tracks.
+    # This copies the flags for default and forced tracks.
     stream.disposition = source.disposition.value
 
     def attached() -> Iterator[tuple[float, Packet]]:
@@ -348,7 +346,7 @@ def side_packets(
 
 
 def _in_window(side: Side, window: Window) -> Iterator[Any]:
-    """Yield packets with their times in the output; subtitles that overlap the window are cut to it."""
+    """Yield packets with their times in the output; subtitles that extend beyond the window are cut."""
     with open_container(side.path) as container:
         for packet in container.demux(container.streams[0]):
             if not packet.size or packet.dts is None or bytes(packet) == NO_TEXT:
