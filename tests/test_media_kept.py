@@ -76,7 +76,7 @@ def test_the_cover_picture_goes_along(source, output, kind, pipe, tmp_path: Path
 def test_a_cover_that_a_container_does_not_hold_is_said(form: str, tmp_path: Path, caplog) -> None:
     clips.needs(av.container.OutputContainer, "add_attachment")
     make_sides(with_cover(tmp_path / "a.mp4"), form, tmp_path)
-    assert f"video stream 2 is left out: {form} holds no cover picture" in caplog.text
+    assert f"video stream 2 is left out: {form} cannot store a cover picture" in caplog.text
 
 
 def test_mp4_holds_words_of_any_name_or_a_cover_but_not_both(pipe, tmp_path: Path, caplog) -> None:
@@ -88,7 +88,7 @@ def test_mp4_holds_words_of_any_name_or_a_cover_but_not_both(pipe, tmp_path: Pat
     with av.open(str(result)) as container:
         assert container.metadata["workflow"] == "{}"
     assert cover_of(result) is None
-    assert "the cover picture is left out: beside workflow, mp4 holds none" in caplog.text
+    assert "the cover picture is left out: mp4 cannot store one together with workflow" in caplog.text
 
 
 def test_words_that_a_container_refuses_cost_themselves(pipe, tmp_path: Path, caplog) -> None:
@@ -179,7 +179,7 @@ def test_other_video_streams_are_said(tmp_path: Path, caplog) -> None:
                     data.stream = stream
                     out.mux(data)
     assert VideoSource(tmp_path / "a.mkv").stream_index == 0
-    assert "only 0 (16x16) is upscaled, not 1: --stream chooses another" in caplog.text
+    assert "only 0 (16x16) is upscaled, not 1: use --stream to choose another" in caplog.text
     caplog.clear()
     assert VideoSource(tmp_path / "a.mkv", 1).stream_index == 1
     assert not caplog.text

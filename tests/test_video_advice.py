@@ -303,7 +303,7 @@ def test_a_cover_beside_a_word_that_mp4_does_not_know(pipe, tmp_path: Path, capl
     source = with_cover(tmp_path / "a.mkv")
     job = {"metadata": {"mood": "calm"}}
     upscale(pipe, source, tmp_path / "b.mp4", **job)
-    assert "cover picture is left out: beside mood, mp4 holds none; an output .mkv does" in caplog.text
+    assert "cover picture is left out: mp4 cannot store one together with mood, but .mkv can" in caplog.text
     upscale(pipe, source, tmp_path / "b.mkv", **job)
     assert cover_of(tmp_path / "b.mp4") is None and cover_of(tmp_path / "b.mkv") is not None
 

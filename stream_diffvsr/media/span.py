@@ -1,4 +1,4 @@
-"""The range of frames that is wanted from a source."""
+"""The range of frames to read from a source."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ..errors import VideoError
 
 @dataclass(frozen=True)
 class Span:
-    """A range of frames: an int is a frame's index, a Fraction is seconds since the first frame."""
+    """A range of frames; an int is a frame's index, and a Fraction is seconds since the first frame."""
 
     start: int | Fraction = 0
     end: int | Fraction | None = None
-    """The last frame, inclusive; None means the end of the source."""
+    """The last frame (inclusive), or None for the end of the source."""
 
     def before(self, index: int, seconds: Fraction) -> bool:
         """Whether a frame is before the span."""
@@ -26,7 +26,7 @@ class Span:
         return self.end is not None and (index if isinstance(self.end, int) else seconds) > self.end
 
     def count(self, frames: int | None, rate: Fraction) -> int | None:
-        """Estimate the number of frames in the span from the source's; None if that is needed but unknown."""
+        """Estimate the number of frames in the span, or return None if this needs an unknown `frames`."""
         first = self.start if isinstance(self.start, int) else round(self.start * rate)
         if self.end is None:
             return None if frames is None else max(0, frames - first)
@@ -35,7 +35,7 @@ class Span:
 
 
 def parse_position(text: str) -> int | Fraction:
-    """Parse `120` as a frame, and `12.5s` or `hh:mm:ss.fff` as seconds; raises `VideoError`."""
+    """Parse `120` as a frame index, and `12.5s` or `hh:mm:ss.fff` as seconds; raises `VideoError`."""
     if text.isdecimal():
         return int(text)
     if match := re.fullmatch(r"(\d+(?:\.\d+)?)s", text):
@@ -43,6 +43,6 @@ def parse_position(text: str) -> int | Fraction:
     if match := re.fullmatch(r"(?:(\d+):)?(\d+):(\d+(?:\.\d+)?)", text):
         return Fraction(match[3]) + 60 * int(match[2]) + 3600 * int(match[1] or 0)
     raise VideoError(
-        f"{text!r} is not a position in a video: give a frame number such as 120, or a time such as 12.5s "
+        f"{text!r} is not a position in a video: use a frame number such as 120, or a time such as 12.5s "
         "or 0:01:02.5."
     )

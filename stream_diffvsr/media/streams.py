@@ -27,7 +27,7 @@ DEFAULT_RATE = Fraction(25)
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """The properties of a source, known before upscaling begins; sizes are those of the upright picture."""
+    """A source's properties, known before upscaling begins; sizes are those of the upright picture."""
 
     width: int
     height: int
@@ -37,32 +37,33 @@ class SourceInfo:
     rate: Fraction
     """Nominal frames per second."""
     frames: int | None
-    """Number of frames, possibly estimated from the duration; None if unknown."""
+    """Number of frames, possibly estimated from the duration, or None if unknown."""
     colour: Colour = Colour(RGB, True, BT709, BT709)
     aspect: Fraction | None = None
-    """Width of a pixel divided by its height; None for square pixels."""
+    """A pixel's width divided by its height, or None for square pixels."""
     has_alpha: bool = False
     interlaced: bool = False
     side_data: dict[str, bytes] = field(default_factory=dict)
     """HDR10 data of the first frame, by name, in FFmpeg's memory layout."""
     timed: bool = True
-    """Whether frames have timestamps; if not, they follow each other at `rate`."""
+    """Whether frames have timestamps; if not, they follow one another at `rate`."""
     free_start: bool = False
-    """Whether timestamps can start at any value, as in broadcasts, so that the output starts at 0 instead."""
+    """Whether timestamps can start at any value, as in broadcasts; if so, the output starts at 0 instead."""
 
 
 def choose_stream(container: Container, path: Path, wanted: int | None) -> Stream:
-    """Return the video stream to upscale: the one with the index `wanted` in the file, else the best."""
+    """Return the video stream to upscale: the one whose index in the file is `wanted`, or else the best."""
     videos = [s for s in container.streams.video if getattr(s, "codec_context", None) and not is_cover(s)]
     if not videos:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise VideoError(f"{path} has no video stream that can be decoded, only {kinds}.")
     if wanted is None:
-        # Some cameras store a still picture before the film, as a stream with one frame.
+        # Some cameras store a still picture before the film, as a stream with a single frame.
         best = max(videos, key=lambda s: (s.frames != 1, s.width * s.height, s.frames, -s.index))
         if others := [str(s.index) for s in videos if s is not best]:
             log.warning(
-                "of the video streams of %s only %d (%dx%d) is upscaled, not %s: --stream chooses another",
+                "of the video streams in %s, only %d (%dx%d) is upscaled, not %s: "
+                "use --stream to choose another",
                 path,
                 best.index,
                 best.width,
@@ -84,7 +85,7 @@ def is_cover(stream: Stream) -> bool:
 
 
 def describe(stream: Stream, frame: Frame) -> SourceInfo:
-    """Return the properties of a source from its stream and its first frame."""
+    """Return a source's properties, taken from its stream and its first frame."""
     context = stream.codec_context
     width, height = turned_size(frame)
     turned = (width, height) != (frame.width, frame.height)
@@ -92,7 +93,7 @@ def describe(stream: Stream, frame: Frame) -> SourceInfo:
     untimed = bool(flags & UNTIMED)
     rates = [stream.average_rate, stream.guessed_rate]
     if untimed or stream.container.format.name in ("avi", "dv"):
-        # Here the average is the demuxer's default, includes empty packets, or is the tick rate of a clock.
+        # Here, the average rate is the demuxer's default, counts empty packets, or is a clock's tick rate.
         rates.reverse()
     rate = next(filter(None, rates), DEFAULT_RATE)
     length = stream.duration * stream.time_base if stream.duration else None
@@ -117,16 +118,17 @@ def describe(stream: Stream, frame: Frame) -> SourceInfo:
 
 
 def turned_size(frame: Frame) -> tuple[int, int]:
-    """Return the width and height of a frame as shown."""
+    """Return the width and height of a frame as it is displayed."""
     matrix = display_matrix(frame)
     turned = matrix is not None and matrix[0] == 0
     return (frame.height, frame.width) if turned else (frame.width, frame.height)
 
 
 def side_data(frame: Frame) -> dict[str, bytes]:
-    """Return a frame's side data by FFmpeg's names.
+    """Return a frame's side data, keyed by FFmpeg's names.
 
-    PyAV 18 provides none at all if it has no name for one kind, such as EXIF in the Motion JPEG of cameras.
+    PyAV 18 provides no side data if it has no name for one of its kinds, such as EXIF in Motion JPEG from
+    cameras.
     """
     found = {}
     with suppress(ValueError):
@@ -138,7 +140,8 @@ def side_data(frame: Frame) -> dict[str, bytes]:
 
 def named_frames(stream: Stream) -> int:
     """Return the number of frames in a stream's index, or 0 if it is unknown."""
-    # Older PyAV exposes no index. AVI's index also lists empty packets, MP4's also frames that are not shown.
+    # Older PyAV versions expose no index. The index of AVI also lists empty packets, and that of MP4 also
+    # lists frames that are not shown.
     if (entries := getattr(stream, "index_entries", None)) is None or not stream.frames:
         return stream.frames
     return min(stream.frames, sum(1 for e in entries if e.size and not getattr(e, "is_discard", False)))
@@ -147,7 +150,7 @@ def named_frames(stream: Stream) -> int:
 def siting_of(frame: Frame) -> str:
     """Return the position of a frame's chroma samples, or "left" if the frame does not specify it.
 
-    PyAV does not expose it, so it is read from the log of FFmpeg's filter `showinfo`.
+    PyAV does not expose it, so it is read from the log output of FFmpeg's `showinfo` filter.
     """
     import av.filter
     import av.logging
@@ -168,7 +171,7 @@ def siting_of(frame: Frame) -> str:
 
 
 def colour_of(frame: Frame, context: Any) -> Colour:
-    """Return the colour tags of a stream, with missing ones filled in."""
+    """Return a stream's colour tags, with missing tags filled in."""
     if frame.format.is_rgb or frame.format.has_palette:
         return Colour(RGB, True, BT709, BT709)
     said = int(frame.color_range)
@@ -189,22 +192,22 @@ LOST_DATA = {
     "SPHERICAL": "360 degree projection",
     "STEREO3D": "3D arrangement",
 }
-"""Side data that changes with the scene or that no encoder here accepts -> its name in the log."""
+"""Side data that changes from scene to scene or that no encoder here accepts -> its name in the log."""
 
 
 STEREO_WORD = "stereo_mode"
-"""Matroska's key for the arrangement of two views in one picture; it is copied with the other metadata."""
+"""Matroska's metadata key for the arrangement of two views in one picture; it is copied with the others."""
 
 
 def hdr_data(frame: Frame, words: Mapping[str, str]) -> dict[str, bytes]:
-    """Return a frame's HDR10 side data if it is complete, and log any data that cannot be kept."""
+    """Return a frame's complete HDR10 side data, and log any side data that cannot be kept."""
     found = side_data(frame)
     if STEREO_WORD in words:
         found.pop("STEREO3D", None)
     if lost := [called for name, called in LOST_DATA.items() if name in found]:
         log.warning("the source's %s cannot be kept and is left out", " and ".join(lost))
     display = found.get(HDR_DATA[0])
-    # The last two numbers are flags for whether the chromaticities and the luminances are known.
+    # The last two numbers are flags that say whether the chromaticities and the luminances are known.
     if display is not None and 0 in struct.unpack_from("=2i", display, 80):
         log.warning("the source's mastering display data is incomplete and is left out")
         del found[HDR_DATA[0]]
@@ -215,7 +218,7 @@ QUARTERS = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
 
 
 def display_matrix(frame: Frame) -> tuple[int, int, int, int] | None:
-    """Return the signs (a, b, c, d) of the frame's display matrix, or None if it is upright.
+    """Return the signs (a, b, c, d) of the frame's display matrix, or None if the frame is upright.
 
     A pixel (x, y) is shown at (a x + c y, b x + d y). Only quarter turns and mirrors are recognised.
     """

@@ -1,7 +1,7 @@
 """Translate text subtitles from one codec's format to another's.
 
-SubRip and WebVTT write styles as tags, ASS in braces; MP4's timed text is plain, with its styles separate.
-Bold, italic and underlined text is kept if the new format has tags for it; all other markup is removed.
+SubRip and WebVTT use tags for styles, and ASS uses braces; MP4's timed text is plain, with separate styles.
+Bold, italic and underline are kept if the new format has tags for them; all other markup is removed.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import html
 import re
 
 KNOWN = ("mov_text", "subrip", "srt", "webvtt", "text", "ass", "ssa")
-"""FFmpeg's names of the text subtitle codecs that can be translated."""
+"""FFmpeg's names for the text subtitle codecs that can be translated."""
 TAG = re.compile(r"</?(?:[ibuscv]|ruby|rt|lang|font|\d+:\d+)(?:[ .:][^<>\n]*)?>", re.IGNORECASE)
 STYLE = re.compile(r"</?[ibu]>", re.IGNORECASE)
 OPEN, CLOSE = "\1", "\2"
-"""Placeholders for the brackets of kept tags while other brackets are escaped."""
+"""Placeholders for the brackets of tags to keep, used while all other brackets are escaped."""
 STAYING = re.compile(f"{OPEN}/?[ibu]{CLOSE}")
 BRACES = re.compile(r"\{[^{}]*\\[^{}]*\}")
 DRAWING = re.compile(r"\{[^{}]*\\p[1-9][^{}]*\}.*?(?:\{[^{}]*\\p0[^{}]*\}|$)", re.DOTALL)
@@ -22,7 +22,7 @@ ASS_STYLE = re.compile(r"\\([ibu])([01])(?!\d)")
 
 
 def translate(data: bytes, before: str, after: str) -> bytes:
-    """Convert a subtitle packet's content to another codec's format; return b"" if it shows no text."""
+    """Convert a subtitle packet's content to another codec's format, or return b"" if it shows no text."""
     if before == "mov_text":
         data = data[2 : 2 + int.from_bytes(data[:2], "big")]
     text = data.decode("utf-8", "replace").replace("\r\n", "\n").replace("\r", "\n").strip("\n\0")

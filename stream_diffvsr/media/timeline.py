@@ -1,9 +1,9 @@
-"""One timeline for all streams of a file whose timestamps restart, jump or wrap midway.
+"""One continuous timeline for all streams of a file whose timestamps restart, jump or wrap midway.
 
-Broadcasts, recordings in pieces and files joined byte by byte have such timestamps; FFmpeg flags the formats
-that allow them. As in FFmpeg's command-line tool, a break is a step back in decoding order, or a step forward
-by more than ten seconds that no other stream shares. The readers of picture and sound both go through all
-packets in file order, so both subtract the same offsets.
+Such timestamps occur in broadcasts, in recordings made in several pieces and in concatenated files; FFmpeg
+flags the formats that allow them. As in FFmpeg's command-line tool, a break is a step back in decoding order,
+or a step forward of more than ten seconds that the other streams do not take. The reader of the picture and
+the reader of the sound both process all packets in file order, so both apply the same offsets.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class _Track:
     offset: Fraction
     last: float | None = None
     after: Fraction = Fraction(0)
-    """When its next packet is due."""
+    """When the next packet of the stream is due."""
 
 
 class Timeline:
-    """Removes breaks from the timestamps while a file is read once."""
+    """Removes breaks from the timestamps during a single reading of a file."""
 
     def __init__(self, container: Container) -> None:
         self.jumps = bool(container.format.flags & MAY_JUMP)
@@ -40,14 +40,14 @@ class Timeline:
         self._tracks: dict[int, _Track] = {}
 
     def streams(self, container: Container, *wanted: Any) -> list[Any]:
-        """Return the streams to demux: those wanted and, if breaks are possible, all sound and video."""
+        """Return the streams to demux: the wanted ones and, if breaks are possible, all sound and video."""
         others = [*container.streams.video, *container.streams.audio] if self.jumps else []
         return sorted({stream.index: stream for stream in [*wanted, *others]}.values(), key=lambda s: s.index)
 
     def straighten(self, packet: Packet) -> bool:
         """Move the packet's timestamps to the continuous timeline; packets must be passed in file order.
 
-        Return whether a break was found here.
+        Return whether the packet follows a break.
         """
         found = False
         moment = packet.dts if packet.dts is not None else packet.pts
@@ -76,20 +76,20 @@ class Timeline:
         now = float(time)
         if track.last is not None:
             return now < track.last - BACK or now > self._now + FORWARD
-        # Compare the first packet of a stream with the other streams.
+        # Compare a stream's first packet with the other streams.
         return math.isfinite(self._now) and abs(now - self._now) > FORWARD
 
 
 class ShownTimes:
     """Assigns times to frames in the order in which they are shown.
 
-    Frames keep their own times as long as these rise. Some files store only decoding times, or store them as
-    presentation times: there, each frame gets the earliest packet time that is still unused.
+    Frames keep their own times as long as these increase. Some files store only decoding times, or store them
+    as presentation times; in these files, each frame gets the earliest packet time that is still unused.
     """
 
     def __init__(self, by_order: bool) -> None:
         self.by_order = by_order
-        """Whether frames get the times of packets; set as soon as a frame's own time does not rise."""
+        """Whether frames get the times of packets; set as soon as a frame's own time does not increase."""
         self._waiting: list[int] = []
         self._last: int | None = None
 
@@ -105,7 +105,7 @@ class ShownTimes:
             heapq.heapify(self._waiting)
 
     def show(self, time: int | None) -> int | None:
-        """Return the time of the next frame, given its own; None if it cannot be determined."""
+        """Return the time of the next frame, whose own time is `time`, or None if it cannot be determined."""
         rises = time is not None and (self._last is None or time > self._last)
         if not self.by_order and (time is None or rises):
             self._last = self._last if time is None else time

@@ -1,4 +1,4 @@
-"""Metadata, chapters, attached files and covers of a source, and the time window of the output."""
+"""A source's metadata, chapters, attached files and covers, and the time window of the output."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CONTAINER_KEYS = re.compile(
     r"|application_platform|modification_date",  # from MXF
     re.IGNORECASE,
 )
-"""Metadata keys that describe only the file that contains them."""
+"""Metadata keys that describe only the file in which they are stored."""
 
 
 COVERS = {"mjpeg": (".jpg", "image/jpeg"), "png": (".png", "image/png"), "bmp": (".bmp", "image/bmp")}
-"""Codecs of cover pictures that containers support -> suffix and media type."""
+"""Codecs that containers support for cover pictures -> suffix and media type."""
 
 
 MP4_WORDS = {
@@ -36,12 +36,12 @@ MP4_WORDS = {
     *("episode_sort", "season_number", "media_type", "hd_video", "gapless_playback", "compilation", "track"),
     *("disc", "tmpo", "sort_name", "sort_artist", "sort_album", "sort_album_artist", "sort_composer"),
 }
-"""Metadata keys that MP4 has fields for; with any other key, it cannot store a cover."""
+"""Metadata keys for which MP4 has fields; a file with any other key cannot store a cover."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """The part of the source to output, and the shift to subtract from its times, both in seconds."""
+    """The part of the source to output, and the shift to subtract from its times, all in seconds."""
 
     low: float = float("-inf")
     high: float = float("inf")
@@ -56,18 +56,20 @@ class Window:
 
 
 def kept_words(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that remains true in another container."""
+    """Return the metadata that is still correct in another container."""
     return {key: value for key, value in metadata.items() if not CONTAINER_KEYS.fullmatch(key)}
 
 
 def with_later_time_code(words: dict[str, str], skipped: Fraction, rate: Fraction) -> dict[str, str]:
-    """Return metadata with its time code moved `skipped` seconds later, or left out if it is unreadable."""
+    """Return metadata with its time code moved `skipped` seconds later, or omitted if it is unreadable."""
     moved = dict(words)
     for key in [key for key in words if key.lower() == "timecode" and skipped]:
         try:
             moved[key] = later_time_code(words[key], round(skipped * rate), rate)
         except ValueError:
-            log.warning("the time code %r is left out: it would be that of the first frame", moved.pop(key))
+            log.warning(
+                "the time code %r is left out: it cannot be adjusted to the output's start", moved.pop(key)
+            )
     return moved
 
 
@@ -75,7 +77,7 @@ TIME_CODE = re.compile(r"\d\d:\d\d:\d\d[:;.]\d\d?")
 
 
 def time_code(picture: Stream) -> dict[str, str]:
-    """Return the time code that a camera stores in a stream beside the picture, as metadata."""
+    """Return the time code that a camera stores in a separate stream, in the form of metadata."""
     codes = [s.metadata.get("timecode", "") for s in picture.container.streams if s.type == "data"]
     known = [code for code in codes if TIME_CODE.fullmatch(code)]
     return {"timecode": known[0]} if known else {}
@@ -84,8 +86,8 @@ def time_code(picture: Stream) -> dict[str, str]:
 def later_time_code(code: str, frames: int, rate: Fraction) -> str:
     """Return a time code such as `01:00:00:00`, moved `frames` later. Raises `ValueError` for other text.
 
-    A semicolon means drop-frame: at 30 frames per second, two numbers are skipped at the beginning of each
-    minute, except every tenth.
+    A semicolon means drop-frame: at 30 frames per second, two frame numbers are skipped at the beginning of
+    each minute except every tenth.
     """
     hours, minutes, seconds, number = (int(text) for text in re.split("[:;.]", code))
     second, minute = round(rate), 60 * hours + minutes
@@ -99,9 +101,9 @@ def later_time_code(code: str, frames: int, rate: Fraction) -> str:
 
 
 def copy_chapters(out: Output, original: Container, window: Window) -> None:
-    """Copy the chapters, cut to the window; if PyAV is too old for this, log that instead."""
+    """Copy the chapters, cut to the window, or log that PyAV is too old to do so."""
     if not hasattr(original, "chapters") or not hasattr(out, "set_chapters"):
-        log.info("chapters are not copied, if there are any: this PyAV cannot; update the package av")
+        log.info("any chapters are left out because this PyAV cannot copy them: update the package av")
         return
     if chapters := cut_chapters(original.chapters(), window):
         out.set_chapters(chapters)
@@ -121,7 +123,7 @@ def cut_chapters(chapters: Sequence[Mapping[str, Any]], window: Window) -> list[
 
 
 def copy_attachments(out: Output, original: Container) -> None:
-    """Copy attached files such as fonts, which only Matroska supports."""
+    """Copy attached files, such as fonts, which only Matroska supports."""
     if out.format.name == "matroska" and hasattr(out, "add_attachment"):
         for stream in original.streams:
             if stream.type == "attachment":
@@ -131,7 +133,7 @@ def copy_attachments(out: Output, original: Container) -> None:
 def why_no_cover(stream: Stream, container_format: str) -> str | None:
     """Return why a cover picture is left out, or None if it is kept."""
     if container_format not in ("mp4", "matroska"):
-        return f"{container_format} holds no cover picture"
+        return f"{container_format} cannot store a cover picture"
     if not stream.codec_context or stream.codec_context.name not in COVERS:
         return f"a cover picture must be one of {', '.join(COVERS)}"
     return None
@@ -142,7 +144,7 @@ def copy_covers(
 ) -> Iterator[tuple[float, Packet]]:
     """Add the cover pictures, each as a stream of one packet or, in Matroska, as an attached file.
 
-    Return the packets with their times. `others` lists the metadata keys that MP4 has no fields for.
+    Return the packets with their times. `others` lists the metadata keys for which MP4 has no fields.
     """
     packets = []
     for cover in original.streams.video:
@@ -158,7 +160,7 @@ def copy_covers(
                 out.add_attachment(cover.metadata.get("filename") or f"cover{suffix}", kind, bytes(packet))
         elif others:
             log.warning(
-                "the cover picture is left out: beside %s, mp4 holds none; an output .mkv does",
+                "the cover picture is left out: mp4 cannot store one together with %s, but .mkv can",
                 ", ".join(others),
             )
         else:

@@ -1,4 +1,4 @@
-"""Write a sound or subtitle stream by copying it, translating its text or re-encoding its sound."""
+"""Ways to write a sound or subtitle stream: copying it, translating its text or re-encoding its sound."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .texts import KNOWN, translate
 
 SOUND_CODECS = {"mp4": "aac", "mov": "aac", "matroska": "flac", "webm": "libopus"}
 TEXT_CODECS = {"mp4": "mov_text", "mov": "mov_text", "matroska": "subrip", "webm": "webvtt"}
-"""The codecs that sound and text are converted to, by container."""
+"""The codecs to which sound and text are converted, by container."""
 NO_TEXT = b"\0\0"
-"""The packet for a gap between subtitles in MP4; the muxer adds such packets itself."""
+"""The packet that stands for a gap between subtitles in MP4; the muxer adds such packets itself."""
 EMPTY_SRT = b"1\n00:00:00,000 --> 00:00:01,000\n \n"
 UNENDED = 5
-"""Seconds for which a text without an end is shown, unless another text starts earlier."""
+"""Seconds for which a cue without an end is shown, unless another one starts earlier."""
 STARTS = {
     "aac": (0xFFF6, 0xFFF0),
     "mp2": (0xFFE6, 0xFFE4),
@@ -26,11 +26,11 @@ STARTS = {
     "ac3": (0xFFFF, 0x0B77),
     "eac3": (0xFFFF, 0x0B77),
 }
-"""Codec -> mask for the first two bytes of each packet in a transport stream, and their masked value."""
+"""Codec -> mask for the first two bytes of each packet in a transport stream, and the masked value."""
 LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
 """FFmpeg's default channel layouts for 1 to 8 channels."""
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
-"""Disk errors, which do not depend on the data being written."""
+"""Errors of the disk, which do not depend on the data being written."""
 
 
 class RefusedError(Exception):
@@ -38,7 +38,7 @@ class RefusedError(Exception):
 
 
 class av_refusals:  # noqa: N801
-    """A context manager that turns PyAV's errors, except disk errors, into `RefusedError`."""
+    """A context manager that turns PyAV's errors, other than disk errors, into `RefusedError`."""
 
     def __enter__(self) -> None:
         pass
@@ -57,12 +57,12 @@ class Way(Protocol):
 
     name: str
     first: Fraction | None
-    """When the stream is first heard, in seconds, if the output packets do not show it; else None."""
+    """When the stream is first heard, in seconds, if the output packets do not reveal this; else None."""
     damaged: int
     """Number of packets that could not be decoded."""
 
     def feed(self, packet: Packet) -> Iterable[Any]:
-        """Return the output packets for one packet of the source."""
+        """Return the output packets for one source packet."""
         ...
 
     def drain(self) -> Iterable[Any]:
@@ -85,7 +85,7 @@ class Copied:
         if self.texts and bytes(packet) == NO_TEXT:
             return ()
         if self.start and int.from_bytes(bytes(packet)[:2], "big") & self.start[0] != self.start[1]:
-            # The packet has another codec under the same stream number, and players would try to play it.
+            # The packet belongs to another codec with the same stream number; players would try to play it.
             self.damaged += 1
             return ()
         packet.stream = self.stream
@@ -98,7 +98,7 @@ class Copied:
 class Translated:
     """Translates text subtitles for another container.
 
-    A cue without an end gets one, because MP4 would not show it otherwise.
+    A cue without an end is given one, because MP4 players would not show it otherwise.
     """
 
     first, damaged = None, 0
@@ -109,12 +109,12 @@ class Translated:
         self.unended: Any = None
         self.before, self.name = stream.codec_context.name, TEXT_CODECS[out.format.name.split(",")[0]]
         if self.before not in KNOWN:
-            raise RefusedError("it is not text that can be translated")
+            raise RefusedError("it does not contain text that can be translated")
         if hasattr(out, "add_mux_stream"):
             self.stream = out.add_mux_stream(self.name, time_base=stream.time_base)
             return
         if self.name != "subrip":
-            # Older PyAV opens an encoder for every new stream, but has no encoders for subtitles.
+            # Older PyAV versions open an encoder for every new stream, but have no encoders for subtitles.
             raise RefusedError("this PyAV cannot translate it: update the package av")
         with av.open(io.BytesIO(EMPTY_SRT), format="srt") as text:
             self.stream = out.add_stream_from_template(text.streams[0], opaque=True)
@@ -138,7 +138,7 @@ class Translated:
         return self._end(None)
 
     def _end(self, time: int | None) -> Iterator[Any]:
-        """Yield the pending text, if any, ending where the next one begins (`time`; None: no next one)."""
+        """Yield the pending cue, if any; it ends when the next cue begins (`time`, None if none follows)."""
         if (text := self.unended) is not None:
             self.unended = None
             text.duration = round(UNENDED / text.time_base)
@@ -148,7 +148,7 @@ class Translated:
 
 
 class Encoded:
-    """Re-encodes sound. The encoder opens with the first frame, which provides the rate and layout."""
+    """Re-encodes sound. The encoder is opened at the first frame, which determines the rate and layout."""
 
     def __init__(self, out: Output, stream: Stream, layout: str | None = None) -> None:
         self.out, self.layout, self.stream = out, layout, None
@@ -180,7 +180,7 @@ class Encoded:
             self.damaged += 1
             return
         for frame in frames:
-            # Only the first of several frames in a packet has a time.
+            # If a packet contains several frames, only the first has a time.
             begin = self.due if frame.pts is None else frame.pts * frame.time_base
             frame.pts = round(begin / frame.time_base)
             self.due = begin + Fraction(frame.samples, frame.sample_rate or 48000)
@@ -208,7 +208,7 @@ class Encoded:
             yield from self._rest()
             yield from self.stream.encode(None)
         elif self.damaged:
-            raise RefusedError("nothing of it can be decoded")
+            raise RefusedError("none of it can be decoded")
 
 
 def named_layout(layout: Any) -> str:
@@ -218,7 +218,7 @@ def named_layout(layout: Any) -> str:
 
 
 def with_layout(frame: Frame, layout: str) -> Any:
-    """Return a frame with the same samples, labelled with another layout."""
+    """Return a frame with the same samples, but labelled with another layout."""
     import av
 
     named = av.AudioFrame(frame.format.name, layout, frame.samples)
@@ -229,7 +229,7 @@ def with_layout(frame: Frame, layout: str) -> Any:
 
 
 def add_copy(out: Output, stream: Stream) -> Any:
-    """Add an output stream for copies of another's packets, with a default layout if sound has none."""
+    """Add an output stream for copies of a stream's packets, with a default layout if its sound has none."""
     copy = out.add_stream_from_template(stream, opaque=True)
     if stream.type == "audio" and (layout := named_layout(stream.layout)) != stream.layout.name:
         copy.codec_context.layout = layout
@@ -237,7 +237,7 @@ def add_copy(out: Output, stream: Stream) -> Any:
 
 
 def ways_of(stream: Stream) -> list[Any]:
-    """Return the ways to write a stream, with the best first."""
+    """Return the ways to write a stream, best first."""
     if stream.type == "subtitle":
         return [Copied, Translated]
     return [Copied, Encoded, lambda out, stream: Encoded(out, stream, "stereo")]

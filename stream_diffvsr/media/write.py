@@ -1,4 +1,4 @@
-"""Write frames as segments of a video file or as pictures; a segment exists only once it is complete."""
+"""Write frames as segments of a video file or as pictures; a segment appears only once it is complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .pictures import Picture
 
 
 class SegmentWriter:
-    """Writes one segment of a video file with a separate encoder, so that it depends on no other segment."""
+    """Writes one segment of a video file with an encoder of its own, independently of other segments."""
 
     def __init__(self, path: Path, encoding: Encoding) -> None:
         import av
@@ -36,7 +36,7 @@ class SegmentWriter:
         self._stream = open_encoder(self._container, encoding)
 
     def add(self, planes: list[np.ndarray], time: int) -> None:
-        """Encode a frame from planes in the encoding's pixel format; `time` is in ticks of the source."""
+        """Encode a frame from `planes` in the encoding's pixel format; `time` is in ticks of the source."""
         frame = planes_to_frame(planes, self.encoding.native_format)
         self.times.append(time)
         frame.pts, frame.time_base = time - self.times[0], self.encoding.time_base
@@ -51,9 +51,10 @@ class SegmentWriter:
             self._container.mux(packet)
 
     def _decoding_time(self, number: int) -> int:
-        """Return the decoding time of packet `number`: when the frame `encoding.reorder` before it is shown.
+        """Return when to decode packet `number`: when the frame `encoding.reorder` places before it is shown.
 
-        The encoder's own times are not used: x265 returns random ones for segments of one or two frames.
+        The encoder's own times are not used, because x265 returns random times for segments of one or two
+        frames.
         """
         shown = number - self.encoding.reorder
         return self.times[shown] - self.times[0] if shown >= 0 else shown * self._step
@@ -63,7 +64,7 @@ class SegmentWriter:
         self._mux(self._stream.encode(None))
         self._container.close()
         if len(self.order) != len(self.times):
-            raise OSError(f"the encoder returned {len(self.order)} of {len(self.times)} frames")
+            raise OSError(f"the encoder returned {len(self.order)} packets for {len(self.times)} frames")
         self._file.flush()
         os.fsync(self._file.fileno())
         size = self._file.seek(0, os.SEEK_END)
@@ -74,7 +75,7 @@ class SegmentWriter:
 
     def abort(self) -> None:
         """Close and delete the unfinished file."""
-        # Errors while closing do not matter, because the file is discarded.
+        # Errors during closing do not matter, because the file is discarded.
         with contextlib.suppress(Exception):
             self._container.close()
         self._file.close()
@@ -82,7 +83,7 @@ class SegmentWriter:
 
     @property
     def depth(self) -> int:
-        """The number of frames by which decoding order lags behind presentation order."""
+        """The largest number of frames by which decoding order lags behind presentation order."""
         place = {pts: number for number, pts in enumerate(sorted(self.order))}
         return max((number - place[pts] for number, pts in enumerate(self.order)), default=0)
 
@@ -95,15 +96,15 @@ class Sink(Protocol):
         ...
 
     def prepare(self, picture: Picture) -> Any:
-        """Convert a picture to a small form on the CPU for the writing thread."""
+        """Convert a picture to a compact form on the CPU for the thread that writes it."""
         ...
 
     def add(self, prepared: Any, index: int, time: int) -> None:
-        """Write a frame with the given index and tick in the source."""
+        """Write a frame, given its index and its time in ticks in the source."""
         ...
 
     def finish(self) -> tuple[str, int, int]:
-        """Finish the segment and return its file name in the work folder, its size and reordering depth."""
+        """Finish the segment; return its file name in the work folder, its size and its reordering depth."""
         ...
 
     def abort(self) -> None:
@@ -126,7 +127,7 @@ class VideoSink:
         )
 
     def prepare(self, picture: Picture) -> list[Tensor]:
-        """Return the planes of a picture, with transparent areas in black."""
+        """Return a picture's planes, with transparent areas shown as black."""
         rgb = picture.rgb if picture.alpha is None else picture.rgb * picture.alpha
         return [plane.cpu() for plane in to_planes(rgb, self.encoding.pix_fmt, self.encoding.colour)]
 

@@ -1,1 +1,1 @@
-"""Measures of how close a result is to the ground truth, picture by picture and over time."""
+"""Measures of how close a result is to the ground truth, for single pictures and over time."""

@@ -1,7 +1,7 @@
 """Quality measures of single frames and of two consecutive frames.
 
-Convention: pictures are (1, 3, H, W) float32 in [0, 1], RGB; flow is backward, (1, 2, H, W), in pixels.
-Measures that the library piq offers are taken from it, with the settings that are usual in the field.
+Convention: pictures are RGB, (1, 3, H, W) float32 in [0, 1]; flow is backward, (1, 2, H, W), in pixels.
+Measures that the library piq offers are computed with it, using the settings that are usual in the field.
 """
 
 from __future__ import annotations
@@ -20,39 +20,39 @@ from ..flow import DisFlow
 from ..tensors import from_pixels
 
 LUMA = (0.299, 0.587, 0.114)
-"""BT.601 weights, which are usual in the field for luminance figures."""
+"""BT.601 weights, which are usual in the field for measuring luminance."""
 
 
 @dataclass(frozen=True)
 class Measures:
-    """Figures of one frame; those over time are NaN for the first frame."""
+    """The measures of one frame; those that involve the previous frame are NaN for the first frame."""
 
     psnr_y: float
-    """Peak signal-to-noise ratio of luminance, dB; higher is better."""
+    """Peak signal-to-noise ratio of luminance, in dB; higher is better."""
     psnr_rgb: float
     ssim_y: float
-    """Structural similarity (Wang et al. 2004), 11x11 Gaussian window of sigma 1.5; 1 is best."""
+    """Structural similarity (Wang et al. 2004) with an 11x11 Gaussian window of sigma 1.5; 1 is best."""
     ssim_rgb: float
     gmsd: float
     """Gradient magnitude similarity deviation (Xue et al. 2014); 0 is best."""
     vif: float
     """Visual information fidelity in the pixel domain (Sheikh and Bovik 2006); 1 is best."""
     sharpness: float
-    """Mean magnitude of the luminance's gradient, relative to the truth's; 1 is the truth's own."""
+    """Mean magnitude of the luminance's gradient, relative to that of the truth; 1 means equal sharpness."""
     colour_error: float
-    """Root mean square error of Cb and Cr after a Gaussian blur of sigma 4, in grey levels of 255: tints."""
+    """Root mean square error of Cb and Cr after a Gaussian blur of sigma 4, scaled to 255; shows tints."""
     warping_error: float = math.nan
-    """Mean squared difference from the previous frame moved along the truth's flow, where that frame is not
-    occluded (Lai et al. 2018); lower is steadier. See `warping_error`."""
+    """Mean squared difference from the previous frame moved along the truth's flow, in pixels that are not
+    occluded (Lai et al. 2018); lower means steadier. See `warping_error`."""
     tof: float = math.nan
-    """Mean absolute difference between the result's flow and the truth's, pixels (Chu et al. 2020, tOF)."""
+    """Mean absolute difference of the result's flow from the truth's, in pixels (tOF, Chu et al. 2020)."""
 
 
 NAMES = tuple(field.name for field in fields(Measures))
 
 
 def measure(pairs: Iterable[tuple[Tensor, Tensor]], border: int = 0) -> Iterator[Measures]:
-    """Yield the figures of each (result, truth); those of single pictures ignore `border` pixels per side.
+    """Yield the measures of each pair (result, truth); those of single pictures ignore `border` edge pixels.
 
     Raises `IncompatibleInputError` if a result and its truth differ in size or are too small.
     """
@@ -64,35 +64,36 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]], border: int = 0) -> Iterator
 
 
 def protocol(border: int) -> str:
-    """How the figures were computed, so that others can repeat them."""
+    """Return how the measures are computed, so that others can reproduce them."""
     import cv2
 
     versions = f"torch {torch.__version__}, piq {_import_piq().__version__}, OpenCV {cv2.__version__}"
     return (
-        f"luminance and chroma by BT.601; {border} pixels at each edge ignored, none for figures over time; "
-        f"SSIM with an 11x11 window, not downsampled; motion by DIS (medium); {versions}"
+        f"luminance and chroma by BT.601; {border} pixels at each edge ignored, except in measures over "
+        f"time; SSIM with an 11x11 window, without downsampling; motion estimated by DIS (medium); {versions}"
     )
 
 
 def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
-    """Refuse frames of different sizes, and a border that leaves too little to compare."""
+    """Refuse frames whose sizes differ, and a border that leaves too little to compare."""
     (height, width), size = truth.shape[-2:], f"{result.shape[-1]}x{result.shape[-2]}"
     if result.shape != truth.shape:
         raise IncompatibleInputError(
-            f"the result must have the size of the original, {width}x{height}, not {size}"
+            f"the result must have the same size as the original, {width}x{height}, not {size}"
         )
     if min(height, width) - 2 * border < SMALLEST:
         raise IncompatibleInputError(
-            f"frames need at least {SMALLEST} pixels inside the border on each side, got {size}"
+            f"frames must be at least {SMALLEST} pixels wide and high inside the border of {border} pixels, "
+            f"but they are {size}"
         )
 
 
 SMALLEST = 41
-"""Smallest side, in pixels, for which VIF's largest window fits."""
+"""Smallest side, in pixels, into which VIF's largest window fits."""
 
 
 def picture_measures(result: Tensor, truth: Tensor, border: int) -> dict[str, float]:
-    """Return the figures that need no other frame."""
+    """Return the measures that need no other frame."""
     piq = _import_piq()
     inside = slice(border, -border or None)
     a, b = (x[..., inside, inside].clamp(0, 1) for x in (result, truth))
@@ -115,19 +116,19 @@ def luma(picture: Tensor) -> Tensor:
 
 
 def chroma(picture: Tensor) -> Tensor:
-    """BT.601 Cb and Cr, (1, 2, H, W) in [-0.5, 0.5]."""
+    """Return BT.601 Cb and Cr, (1, 2, H, W) in [-0.5, 0.5]."""
     y = luma(picture)
     return torch.cat([(picture[:, 2:] - y) / 1.772, (picture[:, :1] - y) / 1.402], 1)
 
 
 def steepness(picture: Tensor) -> float:
-    """Mean magnitude of the gradient by forward differences, per pixel."""
+    """Return the mean magnitude of the gradient, from forward differences, per pixel."""
     across, down = (picture.diff(dim=dim) for dim in (-1, -2))
     return float((across[..., :-1, :].square() + down[..., :-1].square()).sqrt().mean())
 
 
 def blurred(picture: Tensor, sigma: int = 4) -> Tensor:
-    """A Gaussian blur; edges are repeated."""
+    """Apply a Gaussian blur that repeats the pixels at the edges."""
     places = torch.arange(-3 * sigma, 3 * sigma + 1, device=picture.device, dtype=picture.dtype)
     kernel = torch.exp(-places.square() / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).expand(picture.shape[1], 1, 1, -1)
@@ -137,7 +138,7 @@ def blurred(picture: Tensor, sigma: int = 4) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB for a range of 1; infinite for equal pictures."""
+    """Return the peak signal-to-noise ratio in dB, for a value range of 1; infinite for equal pictures."""
     error = float(F.mse_loss(a, b))
     return -10 * math.log10(error) if error else math.inf
 
@@ -145,7 +146,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 def temporal_measures(
     result: Tensor, truth: Tensor, before: tuple[Tensor, Tensor] | None
 ) -> dict[str, float]:
-    """Return the figures of a frame and the previous one; an empty dict for the first frame."""
+    """Return the measures of a frame and its predecessor, or an empty dict for the first frame."""
     if before is None:
         return {}
     flow = estimate(truth, before[1])
@@ -157,20 +158,20 @@ def temporal_measures(
 
 
 def estimate(current: Tensor, previous: Tensor) -> Tensor:
-    """Return the backward flow, estimated by DIS."""
+    """Return the backward flow, estimated with DIS."""
     return DisFlow()(from_pixels(current), from_pixels(previous))
 
 
 def warping_error(current: Tensor, previous: Tensor, flow: Tensor, seen: Tensor) -> float:
-    """Return the mean squared difference of `current` and `previous` moved along `flow`, in `seen` pixels."""
+    """Return the mean squared difference of `current` from `previous` moved along `flow`, where `seen`."""
     squared = (current - sample_zero_outside(previous, flow)).square().mean(1, keepdim=True)
     return float((squared * seen).sum() / seen.sum().clamp(min=1))
 
 
 def visible(flow: Tensor, reverse: Tensor) -> Tensor:
-    """Return 1 where flow stays inside the picture and leads back to its start, else 0.
+    """Return 1 where the flow stays inside the picture and `reverse` leads back to its start, else 0.
 
-    The round-trip test is that of Sundaram et al. 2010.
+    The round-trip test is the one by Sundaram et al. 2010.
     """
     back = sample_zero_outside(reverse, flow)
     limit = 0.01 * (flow.square().sum(1, keepdim=True) + back.square().sum(1, keepdim=True)) + 0.5
@@ -179,7 +180,7 @@ def visible(flow: Tensor, reverse: Tensor) -> Tensor:
 
 
 def sample_zero_outside(picture: Tensor, flow: Tensor) -> Tensor:
-    """Sample `picture` at p + flow(p), bilinear, 0 outside; unlike in `warp`, zero flow is the identity."""
+    """Sample `picture` bilinearly at p + flow(p), 0 outside; unlike in `warp`, zero flow is the identity."""
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]

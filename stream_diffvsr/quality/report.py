@@ -1,4 +1,4 @@
-"""Reports of figures: a table of all frames, a summary and a plot."""
+"""Reports of quality measures: a table of all frames, a summary and a plot."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .measures import NAMES, Measures
 
 
 def means(frames: Sequence[Measures]) -> dict[str, float]:
-    """Return the mean of each figure over the frames that have it, or NaN if there are none."""
+    """Return the mean of each measure over the frames that have it, or NaN if no frame does."""
     columns = {name: [getattr(each, name) for each in frames] for name in NAMES}
     return {
         name: _mean([value for value in column if not math.isnan(value)]) for name, column in columns.items()
@@ -33,7 +33,7 @@ def summary(frames: Sequence[Measures]) -> str:
 
 
 def write_csv(path: Path, frames: Sequence[Measures]) -> None:
-    """Write one row per frame, with an empty cell for each missing figure."""
+    """Write one row per frame, with an empty cell for each missing value."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, ["frame", *NAMES])
         writer.writeheader()
@@ -43,13 +43,13 @@ def write_csv(path: Path, frames: Sequence[Measures]) -> None:
 
 
 def write_plot(path: Path, frames: Sequence[Measures]) -> None:
-    """Plot each figure over the frames, as a PNG file."""
+    """Plot each measure over the frames and save the plot as a PNG file."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ModuleNotFoundError("a plot needs matplotlib: pip install 'stream-diffvsr[quality]'") from error
     if path.suffix.lower() != ".png":
-        raise VideoError(f"the plot is a PNG file: name it something.png, not {path.name}.")
+        raise VideoError(f"the plot is written as a PNG file: name it something.png, not {path.name}.")
     figure = Figure(figsize=(10, 1.6 * len(NAMES)), layout="constrained")
     for axes, name in zip(figure.subplots(len(NAMES), sharex=True), NAMES, strict=True):
         axes.plot([getattr(each, name) for each in frames], linewidth=1)
