@@ -1,11 +1,12 @@
-"""nano's own flow: a small coarse-to-fine network that needs only torch.
+"""nano's own flow estimator: a small coarse-to-fine network that needs only torch.
 
-Input frames were enlarged by 4 (bicubic), so they hold no more detail than at a quarter of their size.
-Frames are therefore averaged down by 4 first, and the flow found there is enlarged at the end.
+The input frames have been enlarged by 4 (bicubic), so a quarter of their size is enough for all their detail.
+Frames are therefore averaged down by 4 first, and the flow found at that size is enlarged at the end.
 
-At every level of a pyramid, the same weights process the frame, the previous frame moved along the flow so
-far, and two inputs that need no learning: how well windows match at each shift of a few pixels, and the step
-that least squares proposes (Lucas and Kanade). The network decides how far to follow these and what to add.
+At every level of a pyramid, the same weights process the frame, the previous frame moved along the current
+flow estimate, and two inputs that need no learning: how well windows match at each shift of a few pixels, and
+the step that least squares proposes (Lucas and Kanade). The network decides how far to follow these proposals
+and what to add.
 """
 
 from __future__ import annotations
@@ -22,39 +23,39 @@ REDUCTION = 4
 """The factor by which input frames were enlarged."""
 
 REACH = 2
-"""Neighbouring pixels on either side that bicubic enlargement and averaging mix into a pixel."""
+"""Number of neighbouring pixels on each side that bicubic enlargement and averaging mix into a pixel."""
 
 COARSEST = 5
-"""Minimum length in pixels of the coarsest level's shorter side; below twice this if levels suffice."""
+"""Minimum shorter side of the coarsest level, in pixels; less than twice this if there are enough levels."""
 
 MOST_LEVELS = 6
 
 QUIET = 32
-"""Distance in pixels from any change beyond which nothing is assumed to move."""
+"""Distance from any change, in pixels, beyond which nothing is assumed to move."""
 
 WINDOW = 5
-"""Side, in pixels of a level, of the least-squares window; a second, wider one averages over it twice."""
+"""Side of the least-squares window, in pixels of a level; the second, wider window averages over it twice."""
 
 WINDOWS = 2
 
 NOISE = 3e-4
-"""Squared differences (model range) that are mere noise."""
+"""Squared differences (in model range) up to about this size are treated as noise."""
 
 DAMPING = 2e-4
-"""Added to squared gradients (model range, per channel), so that flat windows propose no step."""
+"""Added to squared gradients (in model range, per channel) so that flat windows propose no step."""
 
 SMOOTHED = 7
-"""Side, in pixels of a level, of the window within which reliable flow spreads to unreliable pixels."""
+"""Side of the window within which reliable flow spreads to unreliable pixels, in pixels of a level."""
 
 ROUNDS = 2
-"""Number of passes over each level, except for the one at half size, which is the most expensive."""
+"""Number of passes over each level, except for the level at half size, which is the most expensive."""
 
 LONGEST_STEP = 1.5
-"""Longest least-squares step, in pixels of a level; beyond it, linearising the frame is inaccurate."""
+"""Longest least-squares step, in pixels of a level; for longer steps, linearising the frame is inaccurate."""
 
 
 def levels_for(height: int, width: int) -> int:
-    """Return the number of levels for a picture of that size; the finest level has half that size."""
+    """Return the number of levels for a picture of the given size; the finest level has half that size."""
     count = 1
     while count < MOST_LEVELS and min(height, width) >= COARSEST * 2 ** (count + 1):
         count += 1
@@ -62,9 +63,9 @@ def levels_for(height: int, width: int) -> int:
 
 
 def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample `picture` at p + flow(p), bilinear; also return (N, 1, h, w): 1 where that is inside it, else 0.
+    """Sample `picture` bilinearly at p + flow(p); also return (N, 1, h, w): 1 where that is inside, else 0.
 
-    Positions are exact: unlike in the reference's warp of the previous result, zero flow is the identity.
+    Positions are exact: unlike when the reference warps the previous result, zero flow is the identity.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
@@ -75,10 +76,10 @@ def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def enlarged_and_reduced(lq: Tensor) -> Tensor:
-    """Enlarge (N, 3, h, w) by REDUCTION (bicubic) and average it down again, in one step: a slight blur."""
+    """Enlarge (N, 3, h, w) by REDUCTION (bicubic) and average it down again, in one step (a slight blur)."""
     height, width = lq.shape[-2:]
     around = F.pad(lq, (REACH,) * 4, mode="replicate")
-    # Slices instead of a convolution, which would run in TF32 on some GPUs.
+    # Use slices rather than a convolution, which would run in TF32 on some GPUs.
     down = [weight * around[..., y : y + height, :] for y, weight in enumerate(_blur())]
     tall = torch.stack(down).sum(0)
     return torch.stack([weight * tall[..., x : x + width] for x, weight in enumerate(_blur())]).sum(0)
@@ -86,7 +87,7 @@ def enlarged_and_reduced(lq: Tensor) -> Tensor:
 
 @lru_cache
 def _blur() -> list[float]:
-    """Return the blur's weights along one axis, measured by blurring a single bright column."""
+    """Return the weights of the blur along one axis, measured by blurring a single bright column."""
     line = torch.zeros(1, 1, 1, 4 * REACH + 1, device="cpu")
     line[..., 2 * REACH] = 1
     wide = F.interpolate(line, scale_factor=REDUCTION, mode="bicubic", align_corners=False)
@@ -94,7 +95,7 @@ def _blur() -> list[float]:
 
 
 def near_change(current: Tensor, previous: Tensor) -> Tensor:
-    """Return (N, 1, h, w): 1 near anything that changed, falling to 0 at about QUIET pixels from it."""
+    """Return (N, 1, h, w), which is 1 near any change and falls to 0 about QUIET pixels away from it."""
     changed = (current != previous).any(1, keepdim=True).to(current.dtype)
     blocks = F.max_pool2d(changed, QUIET // 4, ceil_mode=True)
     near = F.max_pool2d(blocks, 7, 1, 3)
@@ -103,7 +104,7 @@ def near_change(current: Tensor, previous: Tensor) -> Tensor:
 
 
 def window_differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
-    """Return (N, (2 radius + 1)^2, h, w): mean squared differences of windows at shifts within `radius`."""
+    """Return mean squared differences of windows, (N, (2 radius + 1)^2, h, w), at shifts within `radius`."""
     height, width = current.shape[-2:]
     around = F.pad(moved, (radius,) * 4, mode="replicate")
     shifts = product(range(2 * radius + 1), repeat=2)
@@ -112,13 +113,13 @@ def window_differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
 
 
 def with_detail(picture: Tensor) -> Tensor:
-    """Stack 0.5 times the picture and its deviation from the local mean, which lighting does not affect."""
+    """Stack 0.5 times the picture and its difference from the local mean, which lighting does not affect."""
     mean = F.avg_pool2d(picture, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return torch.cat([picture / 2, picture - mean], 1)
 
 
 class Matcher(nn.Module):
-    """Estimates how likely each shift is from the differences between windows."""
+    """Estimates from the differences between windows how likely each shift is."""
 
     def __init__(self, radius: int) -> None:
         super().__init__()
@@ -139,9 +140,9 @@ class Matcher(nn.Module):
 
 
 def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-    """Return steps (N, 4, h, w) in pixels that would align `moved` with `current`, one per window size.
+    """Return the steps (N, 4, h, w), in pixels, that would align `moved` with `current`, one per window size.
 
-    Also return how well the wider window determines the motion, (N, 1, h, w), from 0 (flat, or a single edge)
+    Also return how well the wider window determines the motion, (N, 1, h, w), from 0 (flat, or just one edge)
     to 1.
     """
     mean = F.pad((current + moved) / 2, (1, 1, 1, 1), mode="replicate")
@@ -159,7 +160,7 @@ def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tenso
 
 
 def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each window's step and its reliability, from mean products of gradients and change."""
+    """Return each window's step and its reliability, computed from mean products of gradients and change."""
     xx, xy, yy, xt, yt = products.split(1, 1)
     xx, yy = xx + DAMPING, yy + DAMPING
     determinant = xx * yy - xy * xy
@@ -169,7 +170,7 @@ def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decoder(nn.Module):
-    """Turns a level's inputs into a better flow and into features for the next level."""
+    """Computes a better flow, and features for the next level, from a level's inputs."""
 
     def __init__(self, inputs: int, widths: Sequence[int], proposals: int, hidden: int) -> None:
         super().__init__()
@@ -196,7 +197,7 @@ def blurred(picture: Tensor) -> Tensor:
 
 
 class FlowNetwork(nn.Module):
-    """Estimates backward flow between pictures that are already averaged down by `REDUCTION`."""
+    """Estimates backward flow between pictures that have already been averaged down by `REDUCTION`."""
 
     def __init__(
         self, features: int, radius: int, widths: Sequence[int], refinement: Sequence[int], hidden: int
@@ -218,16 +219,16 @@ class FlowNetwork(nn.Module):
                 nn.init.zeros_(decoder.head.bias)
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
-        """Return the flow (N, 2, h, w), in pixels, of frames (N, 3, h, w) in model range, at least 1x1.
+        """Return the flow (N, 2, h, w), in pixels, of frames (N, 3, h, w) in model range and at least 1x1.
 
-        The flow is exactly 0 where both frames are equal within about QUIET pixels.
+        The flow is exactly 0 wherever the frames are identical within a distance of about QUIET pixels.
         """
         height, width = current.shape[-2:]
         flow = self.flows(current, previous)[-1][..., :height, :width]
         return flow * near_change(current, previous)
 
     def flows(self, current: Tensor, previous: Tensor) -> list[Tensor]:
-        """Return the flow after each pass, coarsest level first, in pixels of that level, sides padded."""
+        """Return the flow after each pass, coarsest level first, in that level's pixels and padded size."""
         levels = levels_for(*current.shape[-2:])
         pairs = [self._padded(current, levels), self._padded(previous, levels)]
         pyramid = [torch.cat(pairs)]
@@ -248,7 +249,7 @@ class FlowNetwork(nn.Module):
         return flows
 
     def _context(self, picture: Tensor) -> Tensor:
-        """Return features of the picture at half its size."""
+        """Return features of the picture, at half its size."""
         features = self.unshuffle(picture)
         for layer in self.encoder:
             features = F.leaky_relu(layer(features), 0.1)

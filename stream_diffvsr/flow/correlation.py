@@ -1,9 +1,9 @@
-"""RAFT's correlations, in memory that grows linearly with the number of pixels instead of quadratically.
+"""RAFT's correlations, using memory that grows linearly with the number of pixels instead of quadratically.
 
-For each pixel of the current frame, RAFT looks up how well it matches the pixels around one place in the
-previous frame, at four levels of detail. The usual implementation computes the match of every pixel with
-every other in advance: 16 GiB for 2560x1440. Since pooling and bilinear sampling are linear, the same numbers
-can be computed from pooled features, and only where they are needed.
+For each pixel of the current frame, RAFT looks up how well it matches the pixels around one position in the
+previous frame, at four levels of detail. The usual implementation computes in advance how well every pixel
+matches every other, which takes 16 GiB for 2560x1440. Since pooling and bilinear sampling are linear, the
+same numbers can be computed from pooled features, and only where they are needed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 8
-"""Side of the squares of pixels that share one window where the flow is smooth; a power of 2."""
+"""Side of a square of pixels that shares one window where the flow is smooth; a power of 2."""
 
 SCRATCH = 2**24
-"""Maximum count of numbers in one batch of windows: 64 MiB of float32."""
+"""Maximum number of values in one batch of windows, which is 64 MiB in float32."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,22 +27,22 @@ class Level:
     """The previous frame's features at one level of detail."""
 
     rows: Tensor
-    """(h * w + 1, C): one row per position, then a row of zeros for all positions outside the picture."""
+    """(h * w + 1, C): one row per position, then one row of zeros for all positions outside the picture."""
     height: int
     width: int
 
     def index(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the row of each position."""
+        """Return the index of each position's row."""
         inside = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width)
         return torch.where(inside, y * self.width + x, self.height * self.width)
 
 
 class LinearCorrelation:
-    """Replacement for torchvision's `CorrBlock`, with the same two methods and the same numbers.
+    """A replacement for torchvision's `CorrBlock` that has the same two methods and returns the same numbers.
 
-    Neighbouring pixels look up nearly the same place, so a square of them shares one window of features, and
-    a small matrix product computes their matches. A square whose places spread too far is split into four,
-    down to single pixels.
+    Neighbouring pixels look up nearly the same position, so all pixels of a square share one window of
+    features, and a small matrix product computes their matches. A square whose lookup positions are too
+    spread out is split into four, repeatedly if necessary, down to single pixels.
     """
 
     def __init__(self, levels: int, radius: int) -> None:
@@ -61,17 +61,17 @@ class LinearCorrelation:
             self.pyramid.append(Level(F.pad(fmap2.flatten(2)[0].T, (0, 0, 0, 1)), *fmap2.shape[-2:]))
 
     def index_pyramid(self, centroids_coords: Tensor) -> Tensor:
-        """Return matches (1, levels * (2r + 1)^2, h, w) at places (1, 2, h, w) in the previous features."""
+        """Return matches (1, levels * (2r + 1)^2, h, w) at positions (1, 2, h, w) in the previous frame."""
         places = centroids_coords[0].flatten(1).T[self.order]
         found = [self._match(places / 2**number, level) for number, level in enumerate(self.pyramid)]
         matches = torch.cat([level[self.position].T for level in found])
         return matches.view(1, -1, *centroids_coords.shape[-2:])
 
     def _match(self, places: Tensor, level: Level) -> Tensor:
-        """Return the matches (P, (2r + 1)^2) of places (P, 2), x first, at one level."""
+        """Return the matches (P, (2r + 1)^2) at positions (P, 2), x first, at one level."""
         corner = places.floor()
         fraction = places - corner
-        # More than a window outside the picture everything is zero; clamping keeps the integers small.
+        # Everything is zero more than a window outside the picture; clamping keeps the integers small.
         size = torch.tensor([level.width, level.height], device=places.device)
         corner = corner.clamp(min=-self.side).minimum(size + self.side).long() - self.radius
         out = places.new_empty((len(places), self.side**2))
@@ -88,7 +88,7 @@ class LinearCorrelation:
     def _squares(self, corner: Tensor) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
         """Split all pixels into squares that are looked up together.
 
-        Yields batches: pixels per square, indices of the squares, width and height of their windows.
+        Yields batches: pixels per square, indices of the squares, and (width, height) of their windows.
         """
         edge, numbers = BLOCK, torch.arange(len(corner) // BLOCK**2, device=corner.device)
         while len(numbers):
@@ -104,7 +104,7 @@ class LinearCorrelation:
     def _batches(
         self, edge: int, numbers: Tensor, windows: Tensor
     ) -> Iterator[tuple[int, Tensor, tuple[int, int]]]:
-        # Batch squares of similar spread, so that few windows are larger than necessary.
+        # Batch squares whose spread is similar, so that few windows are larger than necessary.
         by_size = windows.sum(1).argsort(stable=True)
         largest = (2 * edge + self.side + 1) ** 2
         per_square = largest * (self.points.shape[-1] + edge**2) + 3 * edge**2 * (self.side + 1) ** 2
@@ -115,9 +115,9 @@ class LinearCorrelation:
     def _match_squares(
         self, points: Tensor, corner: Tensor, fraction: Tensor, window: tuple[int, int], level: Level
     ) -> Tensor:
-        """Return the matches (n, k, (2r + 1)^2) of n squares of k pixels.
+        """Return the matches (n, k, (2r + 1)^2) of n squares with k pixels each.
 
-        `points`: (n, k, C); `corner`: (n, k, 2).
+        `points` is (n, k, C), and `corner` is (n, k, 2).
         """
         width, height = window
         origin = corner.amin(1)
@@ -143,7 +143,7 @@ def bilinear(square: Tensor, fraction: Tensor) -> Tensor:
 def block_order(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Order a picture's pixels so that each square of side `BLOCK`, and each quarter of it, is contiguous.
 
-    Returns the pixel at each place of that order, with the last rows and columns repeated to complete the
+    Returns the pixel at each place in this order, with the last row and column repeated to complete the
     squares, and the place of each pixel.
     """
     y = torch.arange(-(-height // BLOCK) * BLOCK, device=device)[:, None]

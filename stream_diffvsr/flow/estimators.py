@@ -1,8 +1,8 @@
 """Flow estimators with a common interface.
 
-Convention: `forward(current, previous)` accepts two frames (1, 3, H, W), float32, model range, and returns
-backward flow (1, 2, H, W) in pixels, float32, channel 0 = dx: a pixel p of the current frame was at
-p + flow(p) in the previous one.
+Convention: `forward(current, previous)` accepts two frames (1, 3, H, W), float32, in model range, and returns
+backward flow (1, 2, H, W), float32, in pixels, with channel 0 = dx. A pixel p of the current frame was at
+p + flow(p) in the previous frame.
 """
 
 from __future__ import annotations
@@ -21,32 +21,33 @@ from . import raft
 from .bundled import REDUCTION, FlowNetwork, enlarged_and_reduced
 
 RAFT_MULTIPLE, RAFT_MINIMUM = 8, 128
-"""RAFT needs sides that are multiples of 8 and, for its four levels of correlation, at least 128."""
+"""RAFT needs sides that are multiples of 8 and, because of its four correlation levels, at least 128."""
 
 TILE, TILE_OVERLAP = 1024, 256
-"""Side of a tile and overlap of tiles for tiled flow, in pixels of the estimated frames."""
+"""Side and overlap of the tiles for tiled flow, in pixels of the frames between which flow is estimated."""
 
 LUMA = (0.299, 0.587, 0.114)
 
 
 class FlowEstimator(nn.Module):
-    """Base class of all estimators; a module even without weights, so that any can be moved to a device."""
+    """Base class of all estimators; a module even without weights, so that each can be moved to a device."""
 
     name = "none"
     any_size = True
-    """Whether it can estimate flow at a smaller size than the output's."""
+    """Whether it can estimate flow at a size smaller than the output's."""
     countable: tuple[str, ...] = ()
-    """The `methods` whose memory can be counted on the meta device, since it does not depend on values."""
+    """Those `methods` whose memory can be counted on the meta device, since it does not depend on values."""
     bytes_per_pixel = 0.0
-    """Bytes that the other methods need per pixel of the estimated frames."""
+    """Bytes per pixel of a frame that the other methods need."""
     methods: tuple[str, ...] = ("whole",)
-    """Supported methods, most memory first: 'whole', 'linear' (same numbers), 'tiled' (other numbers)."""
+    """Supported methods, those that need most memory first: 'whole', 'linear' (same numbers as 'whole') and
+    'tiled' (different numbers)."""
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
         raise NotImplementedError
 
     def estimate(self, current: Tensor, previous: Tensor, method: str) -> Tensor:
-        """Estimate flow like `forward`, using one of `methods`."""
+        """Estimate flow as `forward` does, using one of `methods`."""
         return self(current, previous)
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
@@ -55,12 +56,12 @@ class FlowEstimator(nn.Module):
 
     @property
     def estimates(self) -> bool:
-        """Whether flow is estimated at all; if not, every frame is treated as a first frame."""
+        """Whether flow is estimated; if not, every frame is treated as a first frame."""
         return True
 
 
 class NoFlow(FlowEstimator):
-    """Estimates no motion, so the previous frame does not guide the current one."""
+    """Estimates no motion, so that the previous frame does not guide the current frame."""
 
     @property
     def estimates(self) -> bool:
@@ -68,7 +69,7 @@ class NoFlow(FlowEstimator):
 
 
 class TileableFlow(FlowEstimator):
-    """Base class of estimators that see only the surroundings of each pixel and so can run in tiles."""
+    """Base class of estimators that see only each pixel's surroundings and can therefore run in tiles."""
 
     methods = ("whole", "tiled")
 
@@ -87,7 +88,7 @@ class TileableFlow(FlowEstimator):
 
 
 class RaftFlow(TileableFlow):
-    """torchvision's RAFT with 12 updates, always in float32."""
+    """torchvision's RAFT with 12 updates, always computed in float32."""
 
     methods = ("whole", "linear", "tiled")
     countable = ("whole",)
@@ -114,7 +115,7 @@ class RaftFlow(TileableFlow):
 
 
 class DisFlow(TileableFlow):
-    """OpenCV's Dense Inverse Search on 8-bit luminance; fast on a CPU, and needs no weights."""
+    """OpenCV's Dense Inverse Search on 8-bit luminance, which is fast on a CPU and needs no weights."""
 
     name = "dis"
     bytes_per_pixel = 60.0
@@ -129,7 +130,7 @@ class DisFlow(TileableFlow):
 
 
 class BundledFlow(TileableFlow):
-    """nano's own small network, always in float32; needs neither OpenCV nor a download."""
+    """nano's own small network, always computed in float32; it needs neither OpenCV nor a download."""
 
     name = "bundled"
     countable = ("whole", "tiled")
@@ -145,7 +146,7 @@ class BundledFlow(TileableFlow):
         return self._of_reduced(*small)[..., :height, :width]
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
-        """Skip enlarging frames that would be averaged down again; the result differs only by rounding."""
+        """Skip enlarging frames only to average them down again; the result differs only by rounding."""
         if scale != REDUCTION or method != "whole":
             return super().between(lq, previous, scale, method)
         return self._of_reduced(enlarged_and_reduced(lq), enlarged_and_reduced(previous))
@@ -156,7 +157,7 @@ class BundledFlow(TileableFlow):
 
 
 class CallableFlow(FlowEstimator):
-    """Wraps a user's function of (current, previous), called at the output's size, and checks its result."""
+    """Wraps a user's function of (current, previous), calls it at the output's size and checks its result."""
 
     any_size = False
 
@@ -188,13 +189,13 @@ def _import_cv2() -> Any:
 
 
 FLOW_MODELS = ("raft_large", "raft_small", "bundled", "dis", "none")
-"""Names that `open_flow` accepts besides callables; callers resolve 'auto' to one of these."""
+"""Names that `open_flow` accepts in addition to callables; callers resolve 'auto' to one of these."""
 
 
 def open_flow(
     flow: str | Callable[[Tensor, Tensor], Tensor], open_network: Callable[[str], Any]
 ) -> FlowEstimator:
-    """Return the estimator of that name, or wrap a callable; `open_network` loads a network by its name."""
+    """Return the estimator named `flow`, or wrap a callable; `open_network` loads a network by its name."""
     if isinstance(flow, FlowEstimator):
         return flow
     if callable(flow):

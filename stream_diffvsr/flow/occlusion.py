@@ -1,4 +1,4 @@
-"""Trust in the previous frame: both directions of flow must agree, and the frames must match along it."""
+"""Trust in the previous frame: the flow in both directions must agree, and the frames must match along it."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from torch.nn import functional as F
 from ..tensors import upsample
 
 AGREE_PIXELS, AGREE_SHARE = 2.5, 0.05
-"""How far, in HQ pixels, a pixel may miss its start after following the flow there and back; the square of
-this limit is increased by the given share of both flows' squared lengths."""
+"""The distance, in HQ pixels, by which a pixel may miss its start after following the flow there and back;
+the square of this limit is increased by the given share of both flows' squared lengths."""
 
 MATCH, CONTRAST = 0.04, 0.15
-"""Largest difference between two LQ frames along the flow, averaged over colours, in model range, and the
-share of the local contrast added to it, since small shifts change the look of edges and fine lines."""
+"""Largest difference allowed between two LQ frames along the flow, averaged over colours, in model range, and
+the share of the local contrast that is added to it, since small shifts change edges and fine lines."""
 
 ERODE, FEATHER = 5, 5
-"""HQ pixels by which untrusted areas are grown, and over which trust then fades."""
+"""Number of HQ pixels by which untrusted areas are enlarged, and over which trust then fades."""
 
 
 def mask(lq: Tensor, previous: Tensor, flow: Tensor, back: Tensor | None, scale: int) -> Tensor:
-    """Return the trust in each pixel of the warped previous frame, (1, 1, H, W) float32 from 0 to 1 (full).
+    """Return the trust in each pixel of the warped previous frame, (1, 1, H, W) float32, from 0 to 1 (full).
 
-    `lq` and `previous`: (1, 3, h, w) in model range; `flow`: (1, 2, H, W) from `lq` back to `previous`, in
-    pixels of the large frame (H = scale * h); `back`: the flow from `previous` to `lq`, or None if the caller
-    supplied the flow, in which case only the frames are compared. Pixels that moved in from outside the
-    picture are not trusted.
+    `lq` and `previous` are (1, 3, h, w) in model range. `flow`, (1, 2, H, W), leads from `lq` back to
+    `previous`, in pixels of the large frame (H = scale * h). `back` is the flow from `previous` to `lq`, or
+    None if the caller supplied the flow, in which case only the frames are compared. Pixels that have moved
+    in from outside the picture are not trusted.
     """
     now, before = upsample(lq, scale), upsample(previous, scale)
     height, width = flow.shape[-2:]
@@ -47,6 +47,6 @@ def mask(lq: Tensor, previous: Tensor, flow: Tensor, back: Tensor | None, scale:
         lengths = flow.square().sum(1, keepdim=True) + returned.square().sum(1, keepdim=True)
         missed = (flow + returned).square().sum(1, keepdim=True)
         good &= missed < AGREE_PIXELS**2 + AGREE_SHARE * lengths
-    # Erode trust, since networks look around each pixel, then fade it, so that no edge is visible.
+    # Shrink trusted areas, since networks look around each pixel, then fade the trust to hide the edge.
     bad = F.max_pool2d((~good).float(), 2 * ERODE + 1, 1, ERODE)
     return 1 - F.avg_pool2d(bad, 2 * FEATHER + 1, 1, FEATHER, count_include_pad=False)

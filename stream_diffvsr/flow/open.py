@@ -1,4 +1,4 @@
-"""Loading of flow networks: nano's weights are in its folder, RAFT's are found on disk or downloaded."""
+"""Load flow networks: nano's weights are in its folder, and RAFT's are found on disk or downloaded."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_flow_network(name: str, folders: Iterable[Path] = ()) -> nn.Module:
 
 
 def open_bundled(path: Path = BUNDLED) -> FlowNetwork:
-    """Return nano's own network, in float32; raise `ModelNotFoundError` or `CheckpointError`."""
+    """Return nano's own network, in float32. Raises `ModelNotFoundError` or `CheckpointError`."""
     for needed in (path, path.with_name("config.json")):
         if not needed.is_file():
             raise ModelNotFoundError(
@@ -36,7 +36,7 @@ def open_bundled(path: Path = BUNDLED) -> FlowNetwork:
         network = empty(lambda: FlowNetwork(**config))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{config_path} does not describe a flow network ({error!r}); install the package again."
+            f"{config_path} does not describe a flow network ({error!r}): install this package again."
         ) from error
     weights = read_weights(path)
     check_keys(path, {key: tuple(value.shape) for key, value in weights.items()}, shapes_of(network))

@@ -1,4 +1,4 @@
-"""RAFT's iteration, written for one pair of frames and one flow."""
+"""RAFT's iteration, for a single pair of frames and a single flow."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ UPDATES = 12
 def estimate(network: Any, current: Tensor, previous: Tensor, *, linear: bool) -> Tensor:
     """Estimate flow (1, 2, H, W) in pixels with torchvision's RAFT `network`; H and W are multiples of 8.
 
-    The network's own `forward` computes the same, but keeps the flow of every update at full size, encodes
-    both frames at once, and keeps its correlation volume until the next call. With `linear`, correlations are
-    looked up in linear memory; otherwise the volume of all pairs is computed.
+    The network's own `forward` computes the same flow, but it keeps every update's flow at full size, encodes
+    both frames at once and keeps its correlation volume until the next call. With `linear`, correlations are
+    computed in memory linear in the number of pixels; otherwise the volume of all pairs is computed.
     """
     fmap1, fmap2 = network.feature_encoder(current), network.feature_encoder(previous)
     correlation = (_linear if linear else _volume)(network.corr_block, fmap1, fmap2)
     hidden, context = _context(network, current)
     start = position = _grid(fmap1)
-    # On the meta device only memory is counted, and two updates need as much as all of them.
+    # On the meta device, only memory is counted, and two updates need as much memory as all of them.
     for _ in range(2 if current.is_meta else UPDATES):
-        # torchvision creates its offsets on the default device; copying them from the CPU would block.
+        # torchvision creates its offsets on the default device; copying them from a CPU would block.
         with current.device:
             matches = correlation.index_pyramid(centroids_coords=position)
         hidden, delta = network.update_block(hidden, context, matches, position - start)
@@ -42,7 +42,7 @@ def _linear(block: Any, fmap1: Tensor, fmap2: Tensor) -> LinearCorrelation:
 
 
 def _volume(block: Any, fmap1: Tensor, fmap2: Tensor) -> Any:
-    """Return torchvision's block with its pyramid, built without torchvision's second copy of the volume."""
+    """Return torchvision's block with its pyramid, built without a second copy of the volume."""
     volume = type(block)(num_levels=block.num_levels, radius=block.radius)
     channels, height, width = fmap1.shape[1:]
     pairs = (fmap1 / channels**0.5).flatten(2).transpose(1, 2) @ fmap2.flatten(2)
@@ -68,7 +68,7 @@ def _grid(like: Tensor) -> Tensor:
 
 
 def _enlarge(network: Any, flow: Tensor, hidden: Tensor) -> Tensor:
-    """Enlarge flow from an eighth of the size to full size."""
+    """Enlarge the flow from an eighth of the size to full size."""
     from torchvision.models.optical_flow._utils import upsample_flow
 
     mask = None if network.mask_predictor is None else network.mask_predictor(hidden)

@@ -1,4 +1,4 @@
-"""RAFT with torchvision's weights: from a models folder, ComfyUI's, torch's hub cache, or a download."""
+"""RAFT with torchvision's weights from a models folder, ComfyUI's folder, torch's hub cache or a download."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..files import read_weights
 from ..weights.networks import check_keys, empty, shapes_of
 
 RAFT = {"raft_large": "Raft_Large_Weights", "raft_small": "Raft_Small_Weights"}
-"""torchvision's enumeration of each estimator's weights; the reference uses the DEFAULT ones."""
+"""torchvision's enumeration of the weights for each estimator; the reference uses its DEFAULT member."""
 
 FOLDER = "flow"
-"""Subfolder of a models folder that may contain RAFT's weights, as .safetensors or .pth."""
+"""Subfolder of a models folder that may contain RAFT's weights in a .safetensors or .pth file."""
 
 SHARED_FOLDER = "optical_flow"
-"""ComfyUI's folder for flow weights of any kind, inside a models folder or beside it."""
+"""ComfyUI's folder for flow weights of any kind, either inside a models folder or next to it."""
 
 SUFFIXES = (".safetensors", ".pth")
 
@@ -30,14 +30,14 @@ SUFFIXES = (".safetensors", ".pth")
 def open_raft(name: str, folders: Iterable[Path] = ()) -> nn.Module:
     """Return torchvision's network with its weights, on the CPU.
 
-    Searches `flow/` in each folder, `optical_flow/` in each folder and beside it, and torch's hub cache, then
-    downloads the weights. Raises `ModelNotFoundError` or `CheckpointError`.
+    Searches `flow/` in each folder, `optical_flow/` in and next to each folder, and torch's hub cache; if the
+    weights are in none of them, downloads them. Raises `ModelNotFoundError` or `CheckpointError`.
     """
     return load_raft(name, find_raft(name, folders) or download_raft(name))
 
 
 def load_raft(name: str, path: Path) -> nn.Module:
-    """Return the network with the weights of a file; raise `CheckpointError` if the file is not intact."""
+    """Return the network with the weights from a file. Raises `CheckpointError` if the file is damaged."""
     from torchvision.models import optical_flow
 
     network = empty(lambda: getattr(optical_flow, name)(weights=None, progress=False))
@@ -48,14 +48,14 @@ def load_raft(name: str, path: Path) -> nn.Module:
 
 
 def find_raft(name: str, folders: Iterable[Path] = ()) -> Path | None:
-    """Return an existing file with RAFT's weights, or None."""
+    """Return an existing file with RAFT's weights, or None if there is none."""
     folders = list(folders)
     own = _files((folder / FOLDER for folder in folders), name)
     if own:
         return own[0]
     published = hub_file(name)  # imports torchvision
     shared = [place / SHARED_FOLDER for folder in folders for place in (folder, folder.parent)]
-    # Other programs store other RAFTs there: accept only torchvision's file name or the beginning of it.
+    # Other programs store other versions of RAFT there, so accept only torchvision's file name or its start.
     known = [path for path in _files(shared, name) if published.stem.startswith(path.stem)]
     return next((path for path in [*known, published] if path.is_file()), None)
 
@@ -66,23 +66,23 @@ def _files(folders: Iterable[Path], name: str) -> list[Path]:
 
 
 def hub_file(name: str) -> Path:
-    """Return the path where torchvision stores the weights that it downloads."""
+    """Return the path at which torchvision stores the weights that it downloads."""
     return Path(torch.hub.get_dir(), "checkpoints", _weights(name).url.rpartition("/")[2])
 
 
 def read_raft(path: Path) -> dict[str, Any]:
-    """Read the weights of a file, checking the first digits of its SHA-256 if its name ends in them."""
+    """Read a file's weights; if its name ends in the first digits of its SHA-256, check these first."""
     prefix = _hash_prefix(path)
     if prefix and not _digest(path).startswith(prefix):
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is damaged: its SHA-256 does not begin with "
-            f"{prefix}, as its name says; delete it, and it is downloaded again."
+            f"{prefix}, as its name says it should; delete the file, and it will be downloaded again."
         )
     return read_weights(path)
 
 
 def download_raft(name: str) -> Path:
-    """Download torchvision's file of weights and check its hash, without unpickling it."""
+    """Download torchvision's weights file and check its hash, without unpickling it."""
     from ..weights.fetch import offline
 
     weights, path = _weights(name), hub_file(name)
@@ -95,7 +95,7 @@ def download_raft(name: str) -> Path:
         raise ModelNotFoundError(
             f"flow weights of {name}",
             path,
-            f"They could not be downloaded ({error}): put {weights.url} there or into the folder "
+            f"They could not be downloaded ({error}): put {weights.url} there or into the subfolder "
             f"'{FOLDER}' of a models folder, or choose another flow ('dis' needs no weights).",
         ) from error
     return path

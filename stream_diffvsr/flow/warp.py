@@ -1,4 +1,4 @@
-"""Warping of the previous frame onto the current one."""
+"""Warp the previous frame onto the current frame."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch.nn import functional as F
 
 
 def warp(frame: Tensor, flow: Tensor) -> Tensor:
-    """Pull `frame` along `flow` with bilinear sampling; positions outside the picture yield 0.
+    """Sample `frame` bilinearly at the positions to which `flow` points; those outside the picture yield 0.
 
-    (1, C, H, W) and (1, 2, H, W) in pixels, channel 0 = dx -> (1, C, H, W). Always float32: half precision
-    cannot even represent the pixel positions of a large frame.
+    `frame` is (1, C, H, W), and `flow` is (1, 2, H, W) in pixels, with channel 0 = dx; returns (1, C, H, W).
+    Always float32, because half precision cannot even represent the pixel positions of a large frame.
 
-    The reference normalises positions by W-1 yet samples with align_corners=False, so zero flow is not the
-    identity: it shifts by -0.5 px at the left edge to +0.5 px at the right. The weights were trained that
-    way, so this is kept for parity (tests/test_golden.py).
+    The reference normalises positions by W-1 but samples with align_corners=False, so zero flow is not the
+    identity: it shifts the picture by -0.5 px at the left edge to +0.5 px at the right edge. The weights were
+    trained that way, so this behaviour is kept for parity (tests/test_golden.py).
     """
     height, width = frame.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0].float()
@@ -25,9 +25,9 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
 
 
 def centred(flow: Tensor) -> Tensor:
-    """Return the flow with which `warp` samples exactly where `flow` points, compensating for its shift.
+    """Return the flow with which `warp` samples exactly where `flow` points, compensating for the shift.
 
-    (1, 2, H, W) -> (1, 2, H, W). For checkpoints whose index states that they were trained this way.
+    (1, 2, H, W) -> (1, 2, H, W). This is for checkpoints whose index states that they were trained with it.
     """
     height, width = flow.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0] + 0.5
