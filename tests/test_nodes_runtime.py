@@ -86,7 +86,7 @@ def test_8_bits_are_a_model_of_their_own(pipe) -> None:
     [
         ({"runtime": "openvino", "quantize": "int8"}, "runtime openvino needs quantize none"),
         ({"provider": "cuda"}, "runtime torch needs provider auto"),
-        ({"runtime": "onnx", "provider": "npu"}, "one that this ONNX Runtime has"),
+        ({"runtime": "onnx", "provider": "npu"}, "one that this ONNX Runtime supports"),
         ({"devices": "cpu"}, "needs more than one"),
         ({"devices": "gpu7"}, "devices must be all, cuda:0,cuda:1"),
     ],

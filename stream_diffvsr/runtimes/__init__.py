@@ -1,1 +1,1 @@
-"""Runtimes: the libraries that compute the networks, and ways to use them."""
+"""Runtimes: the libraries that run the networks, and ways to use these libraries."""

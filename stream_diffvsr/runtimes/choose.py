@@ -1,4 +1,4 @@
-"""Selection of a runtime by its name."""
+"""Select a runtime by name."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ PROVIDERS = ("auto", "cpu", "gpu", "npu", "cuda", "tensorrt")
 def open_runtime(
     name: str, provider: str, device: torch.device, dtype: str | torch.dtype, quantize: str
 ) -> Runtime | None:
-    """Return the named runtime for tensors on `device`; None means PyTorch, or `auto` before it has chosen.
+    """Return the named runtime for tensors on `device`, or None for PyTorch or for `auto` before it chooses.
 
-    Raises `IncompatibleInputError` or `ModuleNotFoundError`, each with advice.
+    Raises `IncompatibleInputError` or `ModuleNotFoundError`, each with advice on what to do.
     """
     if name not in RUNTIMES:
         raise IncompatibleInputError(f"runtime must be one of {', '.join(RUNTIMES)}, not {name!r}")

@@ -1,4 +1,4 @@
-"""A network as a graph, exported from PyTorch and run by another library."""
+"""Graphs: networks that are exported from PyTorch and run by another library."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from torch import Tensor, nn
 from ..errors import IncompatibleInputError
 
 VERSION = "1"
-"""Version of the graphs' inputs and outputs; files built for another version are not used."""
+"""Version of the graphs' inputs and outputs; files that were built for another version are not used."""
 
 Call = Callable[..., list[Tensor]]
-"""Runs a graph on its inputs, in order; returns its outputs in new memory, on the inputs' device."""
+"""A function that runs a graph on its inputs, in order; the outputs are in new memory on the same device."""
 
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A network to export; its pictures (tensors of 4 axes) may later have any height and width."""
+    """A network to export; its pictures (tensors with 4 axes) may have any height and width later."""
 
     name: str
     network: nn.Module
-    """Accepts and returns only tensors; several results are returned as a tuple."""
+    """The network, which accepts and returns only tensors; it returns several results as a tuple."""
     inputs: tuple[Tensor, ...]
     """Example inputs."""
     form: str = ""
-    """The sizes that it applies to, if the network's operations depend on the size."""
+    """The sizes to which the graph applies, if the network's operations depend on the size."""
 
     @property
     def size(self) -> int:
@@ -38,13 +38,13 @@ class Graph:
         return sum(value.nbytes for value in self.network.state_dict().values())
 
     def key(self) -> dict[str, str]:
-        """Return everything that an export depends on."""
+        """Return everything on which an export depends."""
         versions = {name: version(name) for name in ("torch", "diffusers")}
         own = {"graph": self.name, "version": VERSION, "form": self.form, "weights": _digest(self.network)}
         return {**own, **versions}
 
     def export(self) -> Any:
-        """Return torch's ExportedProgram; raise `IncompatibleInputError` if this torch is too old."""
+        """Return torch's ExportedProgram. Raises `IncompatibleInputError` if this torch is too old."""
         if not hasattr(torch.export.Dim, "AUTO"):
             raise IncompatibleInputError(
                 f"runtimes other than torch need torch 2.6 or newer, not {torch.__version__}"
@@ -64,15 +64,15 @@ class Runtime(Protocol):
     dtype: torch.dtype
     """Number format of the graphs' inputs and outputs."""
     number_format: str
-    """Number format of the computation itself, as readable text."""
+    """Number format of the computation, as readable text."""
 
     @property
     def details(self) -> str:
-        """The settings that affect the numbers: version, device, threads."""
+        """The settings that affect the numbers: version, device and threads."""
         ...
 
     def open(self, graph: Graph) -> Call:
-        """Return a graph that is ready to run, building it first unless a stored one exists."""
+        """Return a function that runs the graph, which is built first unless it has been stored."""
         ...
 
 
@@ -89,7 +89,7 @@ class _Flat(nn.Module):
 
 
 def _digest(network: nn.Module) -> str:
-    """Return a digest of a few values of each of a network's weights, enough to detect any training."""
+    """Return a digest of a few values from each of a network's weights, enough to detect any training."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         rows: Sequence[Tensor] = [value] if value.ndim == 0 else [value[0], value[len(value) // 2], value[-1]]

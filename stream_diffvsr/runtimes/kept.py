@@ -1,4 +1,4 @@
-"""Storage for files that a runtime built, keyed by everything they depend on, for use in later runs."""
+"""Store files that a runtime has built, keyed by everything on which they depend, for use in later runs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ MANIFEST = "manifest.json"
 def built_once(
     root: Path, key: Mapping[str, str], size: int, make: Callable[[Path], None]
 ) -> Generator[Path, None, None]:
-    """Yield a folder below `root` with the files that `make(folder)` writes, made at most once per `key`.
+    """Yield a folder in `root` with the files that `make(folder)` writes, calling it at most once per `key`.
 
-    The folder's name begins with `key["graph"]`; `size`: bytes of the weights, from which the logged duration
-    is estimated. Incomplete files and files made under another key are made again; if two processes need the
-    same folder, the second one waits. If `root` is read-only, the folder exists only inside the context.
+    The folder's name begins with `key["graph"]`. `size` is the size of the weights in bytes, from which the
+    logged duration is estimated. Files that are incomplete or were made for another key are made again. If
+    two processes need the same folder, the second one waits. If `root` is read-only, the folder exists only
+    inside the context.
     """
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
     folder = root / f"{key['graph']}-{name}"
@@ -55,9 +56,9 @@ def built_once(
 
 
 def expected_seconds(root: Path, size: int) -> float:
-    """Estimate how long converting `size` bytes of weights takes, from earlier conversions below `root`.
+    """Estimate from earlier conversions in `root` how long it takes to convert `size` bytes of weights.
 
-    If there are none, two cores of a server of 2024 are assumed.
+    If there are none, the estimate assumes two cores of a server from 2024.
     """
     ratios = []
     for path in root.glob(f"*/{MANIFEST}"):
@@ -74,7 +75,7 @@ def _usual_seconds(size: int) -> float:
 
 
 def _make_once(folder: Path, key: Mapping[str, str], size: int, make: Callable[[Path], None]) -> bool:
-    """Make the folder unless it is complete; return False, after a log message, if it cannot be written."""
+    """Make the folder unless it is complete; if it cannot be written, log this and return False."""
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Graphs run by ONNX Runtime: on a CPU, or on an NVIDIA GPU through CUDA or TensorRT."""
+"""Run graphs with ONNX Runtime, on a CPU or, through CUDA or TensorRT, on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PROVIDERS = {
     "cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
-"""ONNX Runtime's providers for each name, best first; later ones run what earlier ones cannot. Only cpu has
-been tested so far."""
+"""ONNX Runtime's providers for each name, best first; each runs the operations that the earlier providers
+cannot. Only cpu has been tested so far."""
 
 MODEL = "model.onnx"
 
 
 class ONNX:
-    """A `Runtime` whose number format is that of the networks: half precision is part of the graph itself."""
+    """A `Runtime` that computes in the networks' number format; half precision is part of the graph."""
 
     name = "onnx"
 
@@ -34,13 +34,14 @@ class ONNX:
     ) -> None:
         """Check the settings and the installation.
 
-        Raises `IncompatibleInputError` for unsupported settings, `ModuleNotFoundError` without ONNX Runtime.
+        Raises `IncompatibleInputError` for unsupported settings and `ModuleNotFoundError` without ONNX
+        Runtime.
         """
         try:
             import onnxruntime
         except ImportError as error:
             raise ModuleNotFoundError(
-                "runtime onnx needs ONNX Runtime, which is there for Python 3.11 and newer: pip install "
+                "runtime onnx needs ONNX Runtime, available for Python 3.11 and newer: pip install "
                 "onnxruntime onnx onnxscript (onnxruntime-gpu for cuda and tensorrt), or choose runtime torch"
             ) from error
         self.device, self.dtype = device or torch.device("cpu"), dtype
@@ -51,7 +52,7 @@ class ONNX:
         usable = [name for name, needed in PROVIDERS.items() if needed[0] in there]
         if self.provider not in usable:
             raise IncompatibleInputError(
-                f"provider must be one that this ONNX Runtime has ({', '.join(['auto', *usable])}), not "
+                f"provider must be one that this ONNX Runtime supports ({', '.join(['auto', *usable])}), not "
                 f"{provider!r}"
             )
         if (self.provider == "cpu") != (self.device.type == "cpu"):
@@ -93,7 +94,7 @@ class ONNX:
         if self.provider == "tensorrt":
             engines = user_cache() / "tensorrt" / f"{key}-{_card(index)}"
             engines.mkdir(parents=True, exist_ok=True)
-            # TensorRT widens an engine's range of sizes, rebuilding it whenever a new size does not fit.
+            # Whenever a new size does not fit, TensorRT rebuilds the engine with a wider range of sizes.
             settings["TensorrtExecutionProvider"] = {
                 "device_id": index,
                 "trt_engine_cache_enable": True,
@@ -105,7 +106,7 @@ class ONNX:
 
 
 class _Session:
-    """An ONNX Runtime session as a `Call`; tensors stay on their device, even on a GPU."""
+    """An ONNX Runtime session as a `Call`; tensors stay on their device, even if it is a GPU."""
 
     def __init__(self, session: Any, device: torch.device) -> None:
         self.session, self.device = session, device
@@ -134,7 +135,7 @@ def _convert(graph: Graph, path: Path) -> None:
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ModuleNotFoundError(
-            "runtime onnx makes its graphs with: pip install onnx onnxscript"
+            "runtime onnx needs onnx and onnxscript to convert networks: pip install onnx onnxscript"
         ) from error
     program = graph.export()
     with torch.no_grad():
@@ -144,7 +145,7 @@ def _convert(graph: Graph, path: Path) -> None:
 
 
 def _card(index: int) -> str:
-    """Return the GPU's name and capability and the CUDA and TensorRT versions that an engine is built for."""
+    """Return what an engine depends on: the GPU's name and capability, and CUDA's and TensorRT's versions."""
     import tensorrt  # type: ignore[import-not-found]
 
     major, minor = torch.cuda.get_device_capability(index)

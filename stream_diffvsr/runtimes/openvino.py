@@ -1,4 +1,4 @@
-"""Graphs run by OpenVINO: on a CPU, or on an Intel GPU or NPU."""
+"""Run graphs with OpenVINO, on a CPU or on an Intel GPU or NPU."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .graph import Call, Graph
 from .kept import built_once
 
 DEVICES = {"auto": "CPU", "cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
-"""OpenVINO's names of devices, by our names of providers."""
+"""Our name for a provider -> OpenVINO's name for the device."""
 
 HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class OpenVINO:
-    """A `Runtime` with float32 inputs and outputs; any other `precision` approximates the computation."""
+    """A `Runtime` with float32 inputs and outputs; with any other `precision`, it computes approximately."""
 
     name = "openvino"
     dtype = torch.float32
@@ -28,7 +28,7 @@ class OpenVINO:
     def __init__(self, provider: str = "auto", precision: torch.dtype = torch.float32) -> None:
         """Check the settings and the installation.
 
-        Raises `IncompatibleInputError` for a missing device, `ModuleNotFoundError` without OpenVINO.
+        Raises `IncompatibleInputError` for a missing device, or `ModuleNotFoundError` without OpenVINO.
         """
         try:
             import openvino
@@ -45,7 +45,9 @@ class OpenVINO:
         self.number_format = str(precision).removeprefix("torch.")
         found = self.core.available_devices
         if not any(name.partition(".")[0] == self.device for name in found):
-            raise IncompatibleInputError(f"OpenVINO finds no {provider!r} here, only {', '.join(found)}")
+            raise IncompatibleInputError(
+                f"OpenVINO finds no device {provider!r} here, only {', '.join(found)}"
+            )
 
     @property
     def details(self) -> str:
@@ -69,7 +71,7 @@ class OpenVINO:
         if self.device != "NPU":
             settings["INFERENCE_PRECISION_HINT"] = HINTS[self.precision]
         if self.device == "CPU":
-            # On a busy machine, threads pinned to a core would wait for the other work on that core.
+            # On a busy machine, a thread pinned to a core would have to wait for other work on that core.
             threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
             return {**settings, **threads}
         return {**settings, "CACHE_DIR": str(root / "compiled")}  # saves minutes of compiling

@@ -1,1 +1,1 @@
-"""Ways to run networks in PyTorch: number formats, 8-bit layers, compilation, rearranged weights."""
+"""Ways to run networks in PyTorch: number formats, 8-bit layers, compilation and rearranged weights."""

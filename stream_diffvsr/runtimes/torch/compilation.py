@@ -1,7 +1,7 @@
-"""torch.compile for the blocks that networks consist of; blocks that fail to compile run uncompiled.
+"""Use torch.compile on the blocks of which networks consist; blocks that fail to compile run uncompiled.
 
-Blocks are compiled instead of whole networks: all blocks of a kind share code in which sizes are left open,
-so only a handful of kinds are compiled, and a new picture size needs no recompilation. torch stores the
+Blocks are compiled instead of whole networks. All blocks of a kind share code that works for any size, so
+there are only a few kinds to compile, and a new picture size requires no recompilation. torch stores the
 compiled code on disk for later runs.
 """
 
@@ -24,23 +24,24 @@ log = logging.getLogger(__name__)
 OFF = "off"
 
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "TemporalBlock", "ControlNetConditioningEmbedding")
-"""Names of the classes whose `forward` is compiled, in which sums, norms and activations can be fused."""
+"""Names of the classes whose `forward` is compiled, because it has sums, norms and activations to fuse."""
 
 CPU_BLOCKS = ("BasicTransformerBlock",)
-"""Names of the classes compiled on a CPU, where slow convolutions make the gain in the others negligible.
+"""Names of the classes compiled on a CPU. For the others, convolutions take so long there that the gain is
+negligible.
 
-Compiling whole levels of the networks gains a little more, but their code depends on which frame was first,
-so a video processed in parts by several processes would differ by rounding.
+Compiling whole levels of the networks would gain a little more, but their code depends on which frame came
+first, so a video processed in parts by several processes would differ by rounding.
 """
 
 MODES = {"auto": None, "max": "max-autotune-no-cudagraphs"}
-"""torch's name of each mode. With a CUDA graph per block, the next step would overwrite a block's result."""
+"""torch's name for each mode. With a CUDA graph per block, the next step would overwrite a block's result."""
 
 LIMIT_NAMES = ("recompile_limit", "cache_size_limit")
-"""Names, in newer and older torch versions, of the limit on compiled variants of one function."""
+"""Name of the limit on compiled variants of one function, in newer and in older torch versions."""
 
 FORMS = 64
-"""The limit on compiled variants: blocks of a kind differ in width and in their arguments."""
+"""The limit on compiled variants, which exist because blocks of a kind differ in width and in arguments."""
 
 _found: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], list[nn.Module]]] = WeakKeyDictionary()
 
@@ -49,7 +50,7 @@ _failed: set[tuple[type[nn.Module], str]] = set()
 
 @lru_cache
 def compile_problem(device: str) -> str | None:
-    """Return why torch.compile fails on this device type, or None if it works; takes seconds, once."""
+    """Return why torch.compile fails on a device type, or None if it works; the first call takes seconds."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:
@@ -58,18 +59,19 @@ def compile_problem(device: str) -> str | None:
 
 
 def effective_mode(mode: str, device: torch.device) -> str:
-    """Return the `compile_mode` that works here; log once if it differs from the requested one."""
+    """Return the `compile_mode` that works here; if it is not the requested mode, log this once."""
     if mode == OFF or compile_problem(device.type) is None:
         return mode
     _say_once(
-        f"compile_mode {mode!r} has no effect here, torch.compile fails: {compile_problem(device.type)}"
+        f"compile_mode {mode!r} has no effect here because torch.compile fails: "
+        f"{compile_problem(device.type)}"
     )
     return OFF
 
 
 @contextmanager
 def compiled(networks: Iterable[nn.Module], mode: str) -> Generator[None, None, None]:
-    """Compile the blocks of these networks for the duration of the context; mode 'off' changes nothing."""
+    """Compile these networks' blocks for the duration of the context; mode 'off' changes nothing."""
     if mode == OFF:
         yield
         return
@@ -87,7 +89,7 @@ def compiled(networks: Iterable[nn.Module], mode: str) -> Generator[None, None, 
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    """Return the blocks to compile, which are searched for only once per network."""
+    """Return the blocks to compile; each network is searched for them only once."""
     weight = next(network.parameters(), None)
     kinds = CPU_BLOCKS if weight is None or weight.device.type == "cpu" else BLOCKS
     known = _found.setdefault(network, {})
@@ -97,7 +99,7 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Return a block's result, running its uncompiled code if compiling its kind failed."""
+    """Return a block's result; if blocks of its kind failed to compile, run its uncompiled code."""
     failure = None
     if (kind, mode) not in _failed:
         try:

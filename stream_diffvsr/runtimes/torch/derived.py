@@ -1,4 +1,4 @@
-"""Derived forms of weights, computed once and kept beside the stored weights as long as their layer lives."""
+"""Derived forms of weights, computed once and kept alongside the weights as long as their layer exists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Derived:
-    """A cache of the results of `make` for layers' weights; recomputed when a weight changes."""
+    """A cache for the results of `make` on layers' weights; a result is recomputed if its weight changes."""
 
     def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
         self.make = make
@@ -19,9 +19,9 @@ class Derived:
         return layer in self._kept
 
     def __call__(self, layer: nn.Linear | nn.Conv2d) -> Tensor:
-        """Return the derived weight of a layer.
+        """Return a layer's derived weight.
 
-        The layer's own weight must not be an inference tensor, whose changes cannot be detected.
+        The layer's own weight must not be an inference tensor, because changes to those cannot be detected.
         """
         kept = self._kept.get(layer)
         if kept is None or not kept.is_of(layer.weight):
@@ -29,9 +29,9 @@ class Derived:
         return kept.made
 
     def bytes_beside(self, layers: Iterable[nn.Linear | nn.Conv2d], share: float) -> tuple[int, int]:
-        """Return the bytes already kept for these layers and the bytes that the next frame will add.
+        """Return how many bytes are already kept for these layers, and how many the next frame will add.
 
-        `share`: size of a derived weight relative to its original.
+        `share` is the size of a derived weight relative to the original weight.
         """
         have = to_come = 0
         for layer in layers:
@@ -41,7 +41,7 @@ class Derived:
 
 
 class _Of:
-    """A derived weight, with the identity of the weight that it was computed from."""
+    """A derived weight, with the identity of the weight from which it was computed."""
 
     def __init__(self, weight: Tensor, made: Tensor) -> None:
         self.weight, self.at, self.version = ref(weight), weight.data_ptr(), weight._version

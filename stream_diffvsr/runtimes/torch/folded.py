@@ -1,12 +1,12 @@
-"""Convolutions after an enlargement by 2, computed on the small picture.
+"""Compute convolutions that follow an enlargement by 2 on the small picture instead.
 
-Each result of a 3x3 convolution sees only 2x2 different pixels of a picture that was enlarged by repeating
-pixels. When the weights of equal pixels are summed, the four results of a small pixel need 16 products
-instead of 36, and no enlarged picture is needed. The numbers differ only by rounding.
+If a picture was enlarged by repeating pixels, each result of a 3x3 convolution depends on only 2x2 different
+pixels. With the weights of equal pixels summed, the four results for a small pixel need 16 products instead
+of 36, and no enlarged picture is needed. The numbers differ only by rounding.
 
-With few channels a single transposed convolution is fastest, with many channels four 2x2 convolutions. On one
-core of a Xeon with AVX-512, 24 channels at 320x180 take 9 and 18 ms, respectively (26 ms when not folded);
-1024 channels at 16x16 take 116 and 71 ms (129 ms when not folded).
+With few channels, a single transposed convolution is fastest; with many channels, four 2x2 convolutions are.
+On one core of a Xeon with AVX-512, 24 channels at 320x180 take 9 and 18 ms, respectively (26 ms when not
+folded), and 1024 channels at 16x16 take 116 and 71 ms (129 ms when not folded).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from torch.nn import functional as F
 from .derived import Derived
 
 SHARE = 16 / 9
-"""Size of the summed weights, relative to the stored ones."""
+"""Size of the summed weights, relative to the stored weights."""
 
 NARROW = 256
-"""Maximum number of input channels for which a transposed convolution is used, being faster."""
+"""Maximum number of input channels for which a transposed convolution is used, because it is faster."""
 
 SUMS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
-"""For each parity of a result's row (or column) and each of 2 small pixels: which of the 3 taps see it."""
+"""For even and odd result rows (or columns) and each of 2 small pixels, which of the 3 taps see the pixel."""
 
 SPREAD = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-"""For each row (or column) of the 4 results that see a small pixel: through which of the 3 taps."""
+"""For each of the 4 result rows (or columns) that see a small pixel, through which of the 3 taps they do."""
 
 
 @contextmanager
 def folded(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Fold the float32 convolutions after enlargements on a CPU for the duration of the context.
+    """Fold the float32 convolutions that follow enlargements on a CPU, for the duration of the context.
 
-    The summed weights are kept as long as their layer lives; the layers' own weights do not change.
+    The summed weights are kept for as long as their layer exists; the layers' own weights do not change.
     """
     pairs = [pair for network in networks for pair in _pairs(network)]
     changed: list[nn.Module] = []
@@ -60,7 +60,7 @@ def folded(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
 
 
 def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
-    """Return the bytes of summed weights already kept and the bytes that the next frame will add."""
+    """Return how many bytes of summed weights are already kept, and how many the next frame will add."""
     return _kept.bytes_beside((layer for network in networks for _, layer in _pairs(network)), SHARE)
 
 
@@ -72,7 +72,7 @@ def summed_weights(networks: Iterable[nn.Module]) -> list[Tensor]:
 def summed(weight: Tensor) -> Tensor:
     """Sum weights (out, in, 3, 3) to (in, out, 4, 4), transposed, or, for many channels, (4 out, in, 2, 2).
 
-    The latter stacks the weights for even and odd rows and, within these, even and odd columns.
+    The latter stacks the weights for even and odd rows and, within each, for even and odd columns.
     """
     spread, sums = SPREAD.to(weight.device), SUMS.to(weight.device)
     if weight.shape[1] <= NARROW:
@@ -106,14 +106,14 @@ def _unchanged(input: Tensor) -> Tensor:
 
 
 def _enlarged(block: Any, layer: nn.Conv2d, x: Tensor, output_size: Any = None, *rest: Any) -> Tensor:
-    """Replace the `forward` of diffusers' `Upsample2D`, calling the original for sizes other than double."""
+    """Replace the `forward` of diffusers' `Upsample2D`; unless the size doubles, call the original."""
     if output_size is None or tuple(output_size) == (2 * x.shape[-2], 2 * x.shape[-1]):
         return convolved(layer, x)
     return type(block).forward(block, x, output_size, *rest)
 
 
 def _pairs(network: nn.Module) -> Iterator[tuple[nn.Module, nn.Conv2d]]:
-    """Yield enlargements and the convolutions after them, in diffusers' blocks and in lists of modules."""
+    """Yield each enlargement and the convolution after it, in diffusers' blocks and in lists of modules."""
     for module in network.modules():
         if type(module).__name__ == "Upsample2D":
             layer = getattr(module, "conv", None)

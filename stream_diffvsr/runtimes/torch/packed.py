@@ -1,8 +1,8 @@
-"""Linear layers whose weights are reordered once into the layout that oneDNN multiplies fastest.
+"""Reorder the weights of linear layers once into the layout that oneDNN multiplies fastest.
 
 The numbers differ only by rounding. Packing helps where torch's float32 products reach only half of the
-processor's speed: on AMD processors MKL does not use AVX-512, whereas oneDNN does. (Zen 5: a U-Net step of
-the released widths is 1.31 times as fast; Zen 3, which has no AVX-512: no gain.)
+processor's speed: on AMD processors, MKL does not use AVX-512, but oneDNN does. (On Zen 5, a U-Net step at
+the released model's widths runs 1.31 times as fast; on Zen 3, which lacks AVX-512, there is no gain.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .derived import Derived
 
 SMALLEST = 256 * 256
-"""Minimum number of weights in a layer; below it, a call costs more than it saves."""
+"""Minimum number of weights in a packed layer; in smaller layers, the call costs more than it saves."""
 
 
 @lru_cache
@@ -33,8 +33,8 @@ def is_faster_here() -> bool:
 def packed(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
     """Pack the large float32 layers on a CPU for the duration of the context, if that is faster here.
 
-    Packed weights are kept beside the stored ones as long as their layer lives, and are packed again when
-    these change; the layers' own weights do not change.
+    Packed weights are kept alongside the stored weights for as long as their layer exists; they are
+    packed again if the stored weights change. Packing itself does not change the stored weights.
     """
     layers = [layer for network in networks for layer in _layers(network)]
     try:
@@ -47,12 +47,12 @@ def packed(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
 
 
 def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
-    """Return the bytes of packed weights already kept and the bytes that the next frame will add."""
+    """Return how many bytes of packed weights are already kept, and how many the next frame will add."""
     return _kept.bytes_beside((layer for network in networks for layer in _layers(network)), 1)
 
 
 def _layers(network: nn.Module) -> Iterator[nn.Linear]:
-    """Yield the large linear layers of transformer blocks; other layers are called with a single row."""
+    """Yield the large linear layers of transformer blocks; other layers have inputs of only a single row."""
     for name, layer in network.named_modules() if is_faster_here() else ():
         if type(layer) is nn.Linear and ".attentions." in name and "forward" not in vars(layer):
             weight = layer.weight
@@ -65,7 +65,7 @@ def _layers(network: nn.Module) -> Iterator[nn.Linear]:
 
 
 def _run(layer: nn.Linear, x: Tensor) -> Tensor:
-    if layer.weight.is_inference():  # changes of such weights cannot be detected
+    if layer.weight.is_inference():  # changes to such weights cannot be detected
         return nn.Linear.forward(layer, x)
     return torch.ops.mkldnn._linear_pointwise(x, _kept(layer), layer.bias, "none", [], "")
 

@@ -1,4 +1,4 @@
-"""Half precision where it is accurate enough, float32 elsewhere."""
+"""Half precision where it is accurate enough, and float32 elsewhere."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 @contextmanager
 def in_float32(networks: Iterable[nn.Module], dtype: torch.dtype) -> Generator[None, None, None]:
-    """Upcast the weights of networks loaded as `dtype` inside the context, and cast them back afterwards."""
+    """Upcast networks loaded as `dtype` to float32 for the duration of the context, then cast them back."""
     networks = list(networks)
     try:
         _cast(networks, torch.float32)
@@ -30,10 +30,10 @@ def _cast(networks: Iterable[nn.Module], dtype: torch.dtype) -> None:
 
 
 class UpcastAttention:
-    """Attention processor for diffusers: fused attention in float32 inside a network of half precision.
+    """Attention processor for diffusers: computes fused attention in float32 in a half-precision network.
 
-    diffusers' own fused processor ignores `upcast_attention`; its older one respects it, but keeps a matrix
-    of all pairs of positions in memory.
+    diffusers' own fused processor ignores `upcast_attention`; its older processor respects this setting, but
+    keeps a matrix of all pairs of positions in memory.
     """
 
     def __call__(
@@ -55,9 +55,9 @@ class UpcastAttention:
 
 
 def upcast_attention(*networks: nn.Module) -> None:
-    """Install the float32 processor in all attentions whose configuration asks for it."""
+    """Install the float32 processor in all attention modules whose configuration requests it."""
     for network in networks:
         for module in network.modules():
-            # Only attentions in transformer blocks have this set; norms and residuals are up to the block.
+            # Only attention modules in transformer blocks set this; the block handles norms and residuals.
             if hasattr(module, "set_processor") and getattr(module, "upcast_attention", False):
                 module.set_processor(UpcastAttention())  # type: ignore[operator]

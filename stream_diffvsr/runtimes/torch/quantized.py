@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits, by torchao: an approximation, used only on request."""
+"""8-bit linear layers, provided by torchao: an approximation that is used only on request."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ...errors import IncompatibleInputError
 QUANTIZATIONS = ("none", "int8", "fp8")
 
 SMALLEST = 1e-4
-"""Lower bound on a tensor's largest value when its fp8 scale is computed."""
+"""Lower bound for a tensor's largest value when its fp8 scale is computed."""
 
 FP8_CAPABILITY = (8, 9)
-"""Lowest compute capability of NVIDIA GPUs that multiply 8-bit floats (Ada, Hopper and newer)."""
+"""Lowest compute capability of NVIDIA GPUs that can multiply 8-bit floats (Ada, Hopper and newer)."""
 
 
 def check_quantize(kind: str, device: torch.device) -> None:
     """Check that a kind of quantisation can be used here.
 
     Raises `IncompatibleInputError` for a name that is not in `QUANTIZATIONS` and for 'fp8' on a device that
-    lacks it, `ModuleNotFoundError` without torchao.
+    does not support it, and `ModuleNotFoundError` without torchao.
     """
     if kind not in QUANTIZATIONS:
         raise IncompatibleInputError(f"quantize must be one of {', '.join(QUANTIZATIONS)}, not {kind!r}")
@@ -30,16 +30,16 @@ def check_quantize(kind: str, device: torch.device) -> None:
         _configuration(kind)
     if kind == "fp8" and not multiplies_fp8(device):
         raise IncompatibleInputError(
-            "quantize 'fp8' needs an NVIDIA GPU of compute capability 8.9 or more, not "
+            "quantize 'fp8' needs an NVIDIA GPU with compute capability 8.9 or higher, not "
             f"{device}; leave quantize at 'none', or use 'int8'",
         )
 
 
 def quantize(kind: str, *networks: nn.Module) -> None:
-    """Quantise the linear layers of attentions in place, both their weights and their inputs.
+    """Quantise the linear layers of attention modules in place, both their weights and their inputs.
 
-    'int8' uses one scale per row of weights and per position, 'fp8' (e4m3) one per tensor. Convolutions,
-    which are most of the work, are not quantised.
+    'int8' uses one scale per row of weights and per position; 'fp8' (e4m3) uses one scale per tensor.
+    Convolutions, which are most of the work, are not quantised.
     """
     from torchao.quantization import quantize_
 
@@ -62,11 +62,11 @@ def _configuration(kind: str) -> Any:
             f"quantize '{kind}' needs torchao: pip install torchao, or leave quantize at 'none'"
         ) from error
     if kind == "fp8":
-        # The bound prevents dividing a tensor of zeros by its own largest value.
+        # The bound prevents a division by zero if all values of a tensor are zero.
         return quantization.Float8DynamicActivationFloat8WeightConfig(activation_value_lb=SMALLEST)
     return quantization.Int8DynamicActivationInt8WeightConfig()
 
 
 def _runs_in_every_step(layer: nn.Module, name: str) -> bool:
-    """Whether a layer is quantised: not for the prompt's keys and values, which are computed only once."""
+    """Whether to quantise a layer: not if it is for the prompt's keys and values, which are computed once."""
     return isinstance(layer, nn.Linear) and ".attentions." in name and not name.endswith(".linear")
