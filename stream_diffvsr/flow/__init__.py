@@ -1,4 +1,4 @@
-"""Optical flow: where each pixel of the current frame was in the previous one."""
+"""Optical flow: where each pixel of the current frame was in the previous frame."""
 
 from .estimators import (
     FLOW_MODELS,

@@ -27,7 +27,7 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
 def centred(flow: Tensor) -> Tensor:
     """Return the flow with which `warp` samples exactly where `flow` points, compensating for the shift.
 
-    (1, 2, H, W) -> (1, 2, H, W). This is for checkpoints whose index states that they were trained with it.
+    (1, 2, H, W) -> (1, 2, H, W). Used for checkpoints whose index states that they were trained this way.
     """
     height, width = flow.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0] + 0.5

@@ -22,8 +22,8 @@ RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
 """The numbers of matrices and primaries in FFmpeg and in ITU-T H.273."""
 FULL_RANGE, LIMITED_RANGE = 2, 1
 HD_WIDTH, SD_LINES = 1280, 576
-"""Untagged video that is at least this wide or has more lines is read as BT.709, else as BT.601, the way
-players do."""
+"""Untagged video that is at least this wide or has more than this many lines is read as BT.709, and any other
+untagged video as BT.601, as players do."""
 SITINGS = {
     "left": (0, 0.5),
     "center": (0.5, 0.5),
@@ -235,7 +235,7 @@ def yuv_to_rgb(
 
 
 def upsample_chroma(plane: Tensor, size: tuple[int, int], siting: str = "left") -> Tensor:
-    """Enlarge (1, 1, h', w') to (1, 1, *size), interpolating linearly between the sample positions."""
+    """Enlarge a plane (1, 1, h', w') to (1, 1, *size), interpolating linearly between sample positions."""
     return _upsample(plane, *_between(plane, size, siting))
 
 

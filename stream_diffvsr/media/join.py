@@ -112,7 +112,7 @@ def seconds_before(original: Container | None, stream: int | None, window: Windo
 
 
 def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate: Fraction) -> None:
-    """Copy title, language, time code and flags to the output video, which begins `skipped` seconds later."""
+    """Copy title, language, flags and time code (moved `skipped` seconds later) to the output's video."""
     words = with_later_time_code(time_code(original) | kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
         del words[key]

@@ -88,7 +88,7 @@ def list_folder(folder: Path) -> list[Path]:
         if not file.is_file():
             check_readable(file)
     if not files:
-        raise VideoError(f"{folder} contains no pictures (files with suffix {', '.join(SUFFIXES)}).")
+        raise VideoError(f"{folder} contains no pictures (files ending in {', '.join(SUFFIXES)}).")
     return sorted(files, key=lambda file: natural_key(file.name))
 
 
@@ -259,7 +259,7 @@ EXIF_WORDS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298}
 EXIF_FOLDERS = (0x8769, 0x8825)
 """Tags of the EXIF directories that describe how (Exif) and where (GPS) the picture was taken."""
 EXIF_OF_PIXELS = {0x9101, 0x9102, 0x927C, 0xA001, 0xA002, 0xA003, 0xA005}
-"""Tags for the original pixels' layout, size and colours, and camera notes with offsets into that file."""
+"""Tags for the original pixels' layout, size and colours, and camera notes with offsets into the old file."""
 EXIF_TURNS = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),

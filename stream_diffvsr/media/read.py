@@ -387,7 +387,7 @@ class AnimationSource:
         self.info = SourceInfo(width, height, 8, Fraction(1, 1000), rate, count, has_alpha=has_alpha)
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Return None, because seeking would save nothing."""
+        """Return None, because seeking would save no time."""
         return None
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
@@ -420,7 +420,7 @@ class FolderSource:
         )
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Return None, because seeking would save nothing."""
+        """Return None, because seeking would save no time."""
         return None
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:

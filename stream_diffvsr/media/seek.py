@@ -27,7 +27,7 @@ STEPS_BACK = (0, 1, 4, 16, 64)
 
 
 class DoubtError(Exception):
-    """Raised if frames read after seeking may differ from those of a reading from the start."""
+    """Raised if frames read after seeking may differ from frames read from the start."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def frames_from(
 def decode_from(
     container: Container, stream: Stream, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
 ) -> Iterator[Any]:
-    """Yield frames beginning with a key frame before a place; frames before the key frame are skipped."""
+    """Yield frames from a key frame before a place; earlier frames may lack references and are skipped."""
     import av
 
     for seconds in STEPS_BACK:

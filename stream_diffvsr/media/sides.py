@@ -36,7 +36,7 @@ LISTING = "side-list.json"
 """The file that lists the finished side streams."""
 OWN_NAME = re.compile(r"side-\d+\.\w+")
 REPORT_PACKETS, REPORT_SECONDS = 50, 10.0
-"""Number of packets between progress reports to the caller, and of seconds between those in the log."""
+"""Packets between progress reports to the caller, and seconds between progress reports in the log."""
 OnProgress = Callable[[int, int], None]
 """A function that is called with the amount done and the total."""
 
@@ -75,7 +75,7 @@ class Making:
             self.way: Way = way(self.out, stream)
 
     def feed(self, packet: Packet) -> None:
-        """Write a packet of the source, converted if necessary. Raises `RefusedError`."""
+        """Write a source packet, converting it if necessary. Raises `RefusedError`."""
         packet.pts = packet.dts if packet.pts is None else packet.pts
         packet.dts = packet.pts if packet.dts is None else packet.dts
         if packet.pts is not None:

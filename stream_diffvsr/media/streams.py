@@ -79,7 +79,7 @@ def choose_stream(container: Container, path: Path, wanted: int | None) -> Strea
 
 
 def is_cover(stream: Stream) -> bool:
-    """Whether a video stream is a cover picture of an audio file."""
+    """Whether a video stream is a cover picture, as in an audio file."""
     disposition = stream.disposition
     return bool(disposition & type(disposition).attached_pic)
 

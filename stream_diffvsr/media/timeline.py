@@ -2,8 +2,8 @@
 
 Such timestamps occur in broadcasts, in recordings made in several pieces and in concatenated files; FFmpeg
 flags the formats that allow them. As in FFmpeg's command-line tool, a break is a step back in decoding order,
-or a step forward of more than ten seconds that the other streams do not take. The reader of the picture and
-the reader of the sound both process all packets in file order, so both apply the same offsets.
+or a step forward of more than ten seconds that no other stream shares. The code that reads the picture and
+the code that reads the sound both process all packets in file order, so both apply the same offsets.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Timeline:
     def straighten(self, packet: Packet) -> bool:
         """Move the packet's timestamps to the continuous timeline; packets must be passed in file order.
 
-        Return whether the packet follows a break.
+        Return whether a new break was found.
         """
         found = False
         moment = packet.dts if packet.dts is not None else packet.pts

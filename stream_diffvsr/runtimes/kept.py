@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 def built_once(
     root: Path, key: Mapping[str, str], size: int, make: Callable[[Path], None]
 ) -> Generator[Path, None, None]:
-    """Yield a folder in `root` with the files that `make(folder)` writes, calling it at most once per `key`.
+    """Yield a folder in `root` with the files that `make(folder)` writes, made at most once per `key`.
 
     The folder's name begins with `key["graph"]`. `size` is the size of the weights in bytes, from which the
     logged duration is estimated. Files that are incomplete or were made for another key are made again. If

@@ -27,8 +27,8 @@ BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "TemporalBlock", "ControlNet
 """Names of the classes whose `forward` is compiled, because it has sums, norms and activations to fuse."""
 
 CPU_BLOCKS = ("BasicTransformerBlock",)
-"""Names of the classes compiled on a CPU. For the others, convolutions take so long there that the gain is
-negligible.
+"""Names of the classes compiled on a CPU. In the other classes, convolutions are so slow there that compiling
+gains almost nothing.
 
 Compiling whole levels of the networks would gain a little more, but their code depends on which frame came
 first, so a video processed in parts by several processes would differ by rounding.
@@ -116,7 +116,7 @@ def _run(kind: type[nn.Module], mode: str, block: nn.Module, *args: Any, **kwarg
 
 
 def _is_capturing() -> bool:
-    """Whether a CUDA graph is being recorded, during which no block can be compiled."""
+    """Whether a CUDA graph is being recorded, in which case no block can be compiled."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 

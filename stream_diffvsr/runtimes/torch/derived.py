@@ -21,7 +21,7 @@ class Derived:
     def __call__(self, layer: nn.Linear | nn.Conv2d) -> Tensor:
         """Return a layer's derived weight.
 
-        The layer's own weight must not be an inference tensor, because changes to those cannot be detected.
+        The layer's own weight must not be an inference tensor, because changes to it could not be detected.
         """
         kept = self._kept.get(layer)
         if kept is None or not kept.is_of(layer.weight):

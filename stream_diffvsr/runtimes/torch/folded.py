@@ -1,4 +1,4 @@
-"""Compute convolutions that follow an enlargement by 2 on the small picture instead.
+"""Convolutions that follow an enlargement by 2, computed on the picture before it is enlarged.
 
 If a picture was enlarged by repeating pixels, each result of a 3x3 convolution depends on only 2x2 different
 pixels. With the weights of equal pixels summed, the four results for a small pixel need 16 products instead
@@ -33,7 +33,7 @@ SUMS = torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]])
 """For even and odd result rows (or columns) and each of 2 small pixels, which of the 3 taps see the pixel."""
 
 SPREAD = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
-"""For each of the 4 result rows (or columns) that see a small pixel, through which of the 3 taps they do."""
+"""For each of the 4 result rows (or columns) that see a small pixel, which of the 3 taps see it."""
 
 
 @contextmanager
