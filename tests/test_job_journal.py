@@ -166,7 +166,7 @@ def test_a_segment_with_other_bytes_of_the_same_number_is_said(source, guided, t
     content = bytearray(file.read_bytes())
     content[-20] ^= 1
     file.write_bytes(content)
-    with pytest.raises(VideoError, match=r"main-000005.* is not as the journal says: start over"):
+    with pytest.raises(VideoError, match=r"main-000005.* does not match the journal: start over"):
         list(run(guided, task))
 
 

@@ -175,7 +175,7 @@ def test_a_segment_that_is_not_as_the_worker_says_fails_the_job(source, model, t
 
     task = job(source, tmp_path / "out.mkv")
     (error,) = spread(Damaging(model, 1), task)
-    assert isinstance(error, VideoError) and "is not as the journal says" in str(error)
+    assert isinstance(error, VideoError) and "does not match the journal" in str(error)
     assert not task.output.exists()
 
 

@@ -163,7 +163,7 @@ def test_waiting_for_another_run_or_another_output(pipe, tmp_path: Path) -> None
         upscale(pipe, source, tmp_path / "new" / "b.mp4")
         for _ in other:
             pass
-    with pytest.raises(VideoError, match="choose another with -o, or give --overwrite"):
+    with pytest.raises(VideoError, match="choose another output with -o, or set --overwrite"):
         upscale(pipe, source, tmp_path / "b.mp4")
     upscale(pipe, source, tmp_path / "b.mp4", overwrite=True)
 
@@ -273,7 +273,7 @@ def test_a_source_that_was_still_being_written(pipe, tmp_path: Path, caplog) -> 
             source.write_bytes(whole)
     assert (
         "it was still being written" in caplog.text
-        and "run it again when the file is complete" in caplog.text
+        and "run the job again when the file is complete" in caplog.text
     )
     caplog.clear()
     assert len(clips.frames_of(upscale(pipe, source, output, overwrite=True))) == 50
@@ -379,7 +379,7 @@ def test_machines_with_equal_packages() -> None:
         "threads": 1,
         "info": {"model": "m"},
     }
-    with pytest.raises(VideoError, match="a has torch 2, b has 3: all must have the same"):
+    with pytest.raises(VideoError, match="a has torch 2, but b has 3: all workers must have the same"):
         check_same({"1": facts, "2": {**facts, "machine": "b", "torch": "3"}})
     check_same({"1": facts, "2": {**facts, "machine": "b"}})
 

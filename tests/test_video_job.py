@@ -132,8 +132,8 @@ def test_a_state_joins_two_jobs_exactly(source, guided, tmp_path) -> None:
     ("change", "said"),
     [
         ({"crf": 30}, "crf"),
-        ({"options": UpscaleOptions(num_inference_steps=1, seed=5)}, "seed was 0, is 5"),
-        ({"segment_frames": 4}, "segment was 3, is 4"),
+        ({"options": UpscaleOptions(num_inference_steps=1, seed=5)}, "seed was 0, is now 5"),
+        ({"segment_frames": 4}, "segment was 3, is now 4"),
         ({"scene_cut": "off"}, "scene cuts"),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_damaged_journal_or_segment_is_said(source, guided, tmp_path) -> None:
     segment = next((tmp_path / "out.mp4.parts").glob("main-*"))
     content = segment.read_bytes()
     segment.write_bytes(content[:-10])
-    with pytest.raises(VideoError, match="not as the journal says"):
+    with pytest.raises(VideoError, match="does not match the journal"):
         finish(guided, job(source, output))
     segment.write_bytes(content)
     WorkFolder(output).journal_file.write_text("{")

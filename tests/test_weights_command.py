@@ -235,7 +235,7 @@ def test_doctor_tells_of_work_that_was_left_over(tmp_path: Path, capsys) -> None
     (tmp_path / "no_work.parts").mkdir()
     assert main(["doctor", str(tmp_path)]) == 0
     said = capsys.readouterr().out
-    assert f"{work.folder}: 3.0 MB, 0 frames done: the same command continues from there" in said
+    assert f"{work.folder}: 3.0 MB, 0 frames done: run the same command again to continue" in said
     assert "no_work" not in said
     work.journal_file.write_text("[]")
     assert main(["doctor", str(tmp_path)]) == 0

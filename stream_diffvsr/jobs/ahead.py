@@ -20,7 +20,7 @@ NO_CUTS = SceneCut(threshold=None)
 
 @dataclass(frozen=True)
 class Split:
-    """How long scenes are split for several workers; with 0 frames, they are not split."""
+    """How to split long scenes among several workers; 0 frames means no splitting."""
 
     frames: int = 0
     warm_up: int = 8
@@ -28,7 +28,8 @@ class Split:
     def __post_init__(self) -> None:
         if self.frames < 0 or not 0 <= self.warm_up <= max(self.frames, 8):
             raise IncompatibleInputError(
-                f"a warm-up must be from 0 to the length of the parts ({self.frames}), not {self.warm_up}"
+                f"the warm-up must be between 0 and the length of the parts ({self.frames}), "
+                f"not {self.warm_up}"
             )
 
 
@@ -37,8 +38,8 @@ def find_scenes(
 ) -> Iterator[Scene]:
     """Yield each scene as soon as its end is known; a run in one process finds the same scenes.
 
-    `state` names the file with the state that the first scene continues. If `told`, a job without cut
-    detection yields its single scene without reading frames; the end of that scene may be None.
+    `state` names the file with the state from which the first scene continues. If `told` is set, a job
+    without cut detection yields its single scene without reading frames, and that scene's end may be None.
     """
     job, source, split = prepared.job, prepared.source, split or Split()
     if told and not split.frames and _is_one_scene(prepared) and isinstance(job.start, int):
@@ -71,11 +72,11 @@ def find_scenes(
 
 
 Seen = tuple[tuple[int, ...], Tensor | None]
-"""A frame's (height, width) as the model's input, and its `SceneCut.summary`."""
+"""The (height, width) of the model's input for a frame, and the frame's `SceneCut.summary`."""
 
 
 def _seen(prepared: Prepared, frame: SourceFrame) -> Seen:
-    """Return bit for bit what a run compares of this frame, without converting all of its pixels."""
+    """Return exactly the values that a run compares for this frame, without converting all of its pixels."""
     rule, sizes = prepared.cut_rule, prepared.job.sizes
     size = sizes.model(*frame.size)
     if not rule.compares:
@@ -92,14 +93,14 @@ def _cut(prepared: Prepared, index: int, before: Seen, now: Seen) -> bool:
 
 
 def _is_one_scene(prepared: Prepared) -> bool:
-    """Whether the job must be one scene, known without reading; in a folder, a new size begins a scene."""
+    """Whether the job can only be one scene, before it is read; in a folder, a new size begins a scene."""
     return prepared.cut_rule == NO_CUTS and not isinstance(prepared.source, FolderSource)
 
 
 def _split_scene(scene: Scene, split: Split, places: Mapping[int, Place | None]) -> Iterator[Scene]:
-    """Yield a scene whose end is known, or the parts into which it is split.
+    """Yield a scene whose end is known, either whole or split into parts.
 
-    `places` maps the index of the first frame to read to the place from which to read.
+    For the first frame that each part reads, by index, `places` contains the place from which to read.
     """
     end = scene.end or scene.first
     for first in range(scene.first, end, split.frames or end - scene.first):

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 INSTALL = "pip install 'stream-diffvsr[ray]'"
 START = float(os.environ.get("STREAM_DIFFVSR_WORKER_START", "600"))
-"""Seconds that workers may take to start and open their model; a busy machine needs minutes."""
+"""Seconds that workers may take to start and open their model; a busy machine may need minutes."""
 ANSWER = 300.0
 """Seconds that a worker may take to answer a question."""
 RESTARTS = 3
@@ -51,13 +51,13 @@ class Devices:
     """The requested workers."""
 
     names: tuple[str, ...]
-    """One device per worker, such as 'cuda:1' or 'cpu'; empty for all devices of the cluster."""
+    """One device per worker, such as 'cuda:1' or 'cpu'; empty to use all devices of the cluster."""
     kind: str
     """'cuda' or 'cpu'."""
 
 
 def parse_devices(text: str) -> Devices:
-    """Parse `all`, `cuda:0,cuda:1`, `0,1`, or `cpu:2` for two workers. Raises `IncompatibleInputError`."""
+    """Parse `all`, `cuda:0,cuda:1`, `0,1`, or `cpu:2` (two workers). Raises `IncompatibleInputError`."""
     if text == "all":
         found = [name for name in available() if name.startswith("cuda")]
         return Devices(tuple(found), "cuda") if found else Devices(("cpu",), "cpu")
@@ -67,7 +67,7 @@ def parse_devices(text: str) -> Devices:
     names = tuple(f"cuda:{part}" if part.isdecimal() else part for part in text.replace(" ", "").split(","))
     if not all(name.startswith("cuda:") for name in names) or len(set(names)) < len(names):
         raise IncompatibleInputError(
-            f"devices must be all, cuda:0,cuda:1, 0,1 or cpu:2, or like these, not {text!r}"
+            f"devices must be all, cuda:0,cuda:1, 0,1, cpu:2, or a similar list, not {text!r}"
         )
     for name in names:
         resolve_device(name)
@@ -82,7 +82,7 @@ def import_ray() -> Any:
         import ray
     except ImportError:
         raise IncompatibleInputError(
-            f"several devices or machines need the package ray: run {INSTALL}"
+            f"the package ray is needed to use several devices or machines: run {INSTALL}"
         ) from None
     return ray
 
@@ -99,7 +99,7 @@ class FarModel:
         self._ask = ask
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Return how frames of an LQ size (height, width) are made."""
+        """Return how the model makes frames of an LQ size (height, width)."""
         found = self._ask("provenance", size, None if options is None else asdict(options))
         return Provenance.from_texts(_checked(found)["made"])
 
@@ -113,7 +113,7 @@ class RayPool:
         self.ray, self.threads, self.on_wait = ray, threads, on_wait
         self.actors = dict(actors)
         self.flying: dict[Any, tuple[str, str]] = {}
-        """The (scene, worker) that each pending result belongs to."""
+        """The (scene, worker) to which each pending result belongs."""
         self.asked: dict[str, Any] = {}
         self.frames: dict[str, int] = {}
         self.looked = 0.0
@@ -134,7 +134,7 @@ class RayPool:
         for worker in self.workers:
             with contextlib.suppress(self.ray.exceptions.RayError):
                 return self.ray.get(self.actors[worker].call.remote(question, *values), timeout=ANSWER)
-        raise OSError("no worker answers; run the same command again to resume")
+        raise OSError("no worker responded; run the same command again to resume")
 
     def _all(self, question: str, seconds: float, *values: Any) -> dict[str, Any]:
         """Return the answers of all workers. Raises `VideoError` if one fails or does not answer in time."""
@@ -145,13 +145,13 @@ class RayPool:
             there, missing = self.ray.wait(list(asked), num_returns=len(asked), timeout=min(0.5, left))
         if missing:
             raise VideoError(
-                f"{len(there)} of {len(asked)} workers answered within {seconds:.0f} s: ask for fewer, or "
-                "see with 'ray status' what the cluster lacks."
+                f"only {len(there)} of {len(asked)} workers responded within {seconds:.0f} s: request fewer "
+                "workers, or run 'ray status' to see what the cluster lacks."
             )
         try:
             return {asked[each]: self.ray.get(each) for each in there}
         except self.ray.exceptions.RayError as error:
-            raise VideoError(f"a worker does not start: {_first_line(error)}") from error
+            raise VideoError(f"a worker did not start: {_first_line(error)}") from error
 
     def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
         answers = self._all("check_access", ANSWER, job, dict(source), token)
@@ -177,26 +177,26 @@ class RayPool:
         return [*found, *self._of_lost_nodes()]
 
     def _of_lost_nodes(self) -> Iterator[tuple[str, None]]:
-        """Yield the scenes of workers whose node has gone."""
+        """Yield the scenes of workers whose node has been lost."""
         if time.monotonic() - self.looked < LOOK:
             return
         self.looked = time.monotonic()
         there = {node["NodeID"] for node in self.ray.nodes() if node["Alive"]}
         for worker in [each for each in self.workers if self.nodes[each] not in there]:
-            self._lose(worker, "its machine is gone")
+            self._lose(worker, "its machine no longer responds")
             for ref in [ref for ref, (_, at) in self.flying.items() if at == worker]:
                 yield self.flying.pop(ref)[0], None
 
     def _lose(self, worker: str, why: str) -> None:
-        """Drop a lost worker; another one will redo its scene."""
+        """Drop a lost worker; another worker will redo its scene."""
         actor = self.actors.pop(worker, None)
         if actor is not None:
-            log.warning("%s is lost (%s); %d left", worker, why, len(self.actors))
+            log.warning("%s is lost (%s); %d remaining", worker, why, len(self.actors))
             self.asked.pop(worker, None)
             self.ray.kill(actor, no_restart=True)
 
     def progress(self) -> Mapping[str, int]:
-        """Return the frames done per scene, as last reported; also log new lines from the workers."""
+        """Return the frames done per scene, as last reported; also log new messages from the workers."""
         for worker, asked in list(self.asked.items()):
             if self.ray.wait([asked], timeout=0)[0]:
                 del self.asked[worker]
@@ -236,7 +236,8 @@ def check_same(facts: Mapping[str, Mapping[str, Any]]) -> None:
             if other[key] != first[key]:
                 a, b = (each[key] if key != "info" else each[key]["model"][:12] for each in (first, other))
                 raise VideoError(
-                    f"{first['machine']} has {what} {a}, {other['machine']} has {b}: all must have the same."
+                    f"{first['machine']} has {what} {a}, but {other['machine']} has {b}: "
+                    "all workers must have the same."
                 )
 
 
@@ -262,11 +263,12 @@ def workers(
     threads: int = 0,
     on_wait: Callable[[], object] = lambda: None,
 ) -> Generator[RayPool]:
-    """Yield a pool of workers, which end with the block; `model` has the arguments of `load_pipeline`.
+    """Yield a pool of workers that end with the block; `model` contains the arguments for `load_pipeline`.
 
-    `address` is that of a cluster; None starts workers on this machine. `on_wait` is called every half second
-    while waiting for all workers, for example at their start, and may raise to cancel. Raises `VideoError` if
-    no cluster answers or its workers differ, and `IncompatibleInputError` if the package ray is missing.
+    `address` is the address of a cluster, or None to start workers on this machine. `on_wait` is called every
+    half second while waiting for all workers, for example at their start, and may raise an exception to
+    cancel. Raises `VideoError` if no cluster answers or its workers differ, and `IncompatibleInputError` if
+    the package ray is missing.
     """
     ray = import_ray()
     names = devices.names
@@ -319,7 +321,7 @@ def _start_here(ray: Any, devices: Devices) -> None:
             if last or "timed out" not in str(error):
                 raise VideoError(
                     f"Ray does not start on this machine: {_first_line(error).rstrip('.')}. "
-                    "Solve that, or use a single device."
+                    "Fix this, or use a single device."
                 ) from error
 
 
@@ -337,19 +339,19 @@ def _connect(ray: Any, address: str) -> None:
     except (ConnectionError, RuntimeError, ValueError, ImportError, OSError) as error:
         raise VideoError(
             f"no Ray cluster answers at {address} ({_first_line(error)}): start one with 'ray start --head', "
-            "or check address and token."
+            "or check the address and the token."
         ) from error
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nothing listens at the address: Ray itself would end this process."""
+    """Raise `OSError` if nothing listens at the address, because Ray itself would end this process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 def _fewest_cpus(ray: Any) -> int:
-    """Return the CPUs of the smallest machine in the cluster, used as the threads per worker."""
+    """Return the number of CPUs of the cluster's smallest machine, used as the threads per worker."""
     counts = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return int(min((count for count in counts if count >= 1), default=1))
 
@@ -360,7 +362,7 @@ def _all_of(ray: Any, kind: str, threads: int) -> tuple[str, ...]:
     gpus = int(sum(each.get("GPU", 0) for each in alive))
     if kind == "cuda":
         if not gpus:
-            raise VideoError("the cluster has no GPU: give --device cpu, or add a machine that has one.")
+            raise VideoError("the cluster has no GPU: set --device cpu, or add a machine with a GPU.")
         return ("cuda",) * gpus
     return ("cpu",) * sum(math.floor(each.get("CPU", 0) / threads) for each in alive)
 

@@ -24,48 +24,50 @@ from ..upscaler import Info, Provenance, State
 SIZE = "size of the output"
 """Title of the group of flags that set the output's size."""
 SLOWEST, FASTEST = Fraction(1, 1000), 1000
-"""Limits of the frame rate of a folder of pictures, in frames per second."""
+"""Limits of a picture folder's frame rate, in frames per second."""
 MOST = 65535
-"""Most pixels per side that picture formats can store."""
+"""Maximum number of pixels per side that picture formats can store."""
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Parse `1920x1080` into width and height."""
+    """Parse a size such as `1920x1080` into width and height."""
     width, _, height = text.partition("x")
     if not (width.isdecimal() and height.isdecimal() and max(int(width), int(height)) <= MOST):
-        raise VideoError(f"{text!r} is not a size such as 1920x1080, with sides of at most {MOST}.")
+        raise VideoError(
+            f"the size must look like 1920x1080, with sides of at most {MOST} pixels, not {text!r}."
+        )
     return int(width), int(height)
 
 
 def parse_rate(text: str) -> Fraction:
-    """Parse `25`, `29.97` or `30000/1001` frames per second; raises `ValueError` or `ArithmeticError`."""
+    """Parse a frame rate such as `25`, `29.97` or `30000/1001`; raises `ValueError` or `ArithmeticError`."""
     # Parse exponents as floats: a Fraction would expand a large one into a huge whole number.
     rate = Fraction(float(text) if "e" in text.lower() else text).limit_denominator(100_000)
     if not SLOWEST <= rate <= FASTEST:
-        raise ValueError(f"the rate must be from {SLOWEST} to {FASTEST}, not {text}")
+        raise ValueError(f"the frame rate must be between {SLOWEST} and {FASTEST}, not {text}")
     return rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class VideoJob:
-    """What to upscale, where to write it, and how. Frozen; paths are checked when the job runs."""
+    """What to upscale, where to write the result, and how. Immutable; paths are checked when the job runs."""
 
     source: Path
     """A video, an animated GIF, WebP or PNG, a picture, or a folder of pictures."""
     output: Path
-    """A file (.mp4 .mov .mkv .webm, or a picture's suffix for one picture), or a folder of pictures."""
+    """A file (.mp4, .mov, .mkv or .webm; for one picture, a picture's suffix), or a folder of pictures."""
     options: Any = None
     """Options of the model's family; None for its defaults."""
     model_scale: float = SCALE
     """Factor by which the model enlarges a frame; set by `settle_job`."""
     state: State | None = None
-    """State to continue from; None starts a new sequence at the source's frame index."""
+    """State to continue from; None starts a new sequence, numbered like the source's frames."""
     state_out: Path | None = option(
         None, "Save the state after the last frame to this file.", parse=Path, metavar="FILE"
     )
     start: int | Fraction | str = option(
         0,
-        "First frame to upscale: a frame number from 0, or a time such as 12.5s or hh:mm:ss.",
+        "First frame to upscale: a frame number, counted from 0, or a time such as 12.5s or hh:mm:ss.",
         parse=parse_position,
         group="input",
         metavar="POSITION",
@@ -90,7 +92,7 @@ class VideoJob:
     )
     rate: Fraction | None = option(
         None,
-        "Frames per second of a folder of pictures, from 1/1000 to 1000.",
+        "Frame rate of a folder of pictures, from 1/1000 to 1000 frames per second.",
         parse=parse_rate,
         flag="fps",
         group="input",
@@ -107,22 +109,34 @@ class VideoJob:
     )
     target: tuple[int, int] | None = option(
         None,
-        "Width and height of the output, exactly.",
+        "Exact width and height of the output.",
         parse=parse_size,
         group=SIZE,
         metavar="WxH",
         unset_help="4x",
     )
-    """Width and height of the output; at most one of target, short_edge and scale."""
+    """Width and height of the output; at most one of target, short_edge and scale may be set."""
     short_edge: int | None = option(
-        None, "Pixels of the shorter side.", kind=int, low=2, high=MOST, group=SIZE, metavar="N"
+        None,
+        "Length of the output's shorter side, in pixels.",
+        kind=int,
+        low=2,
+        high=MOST,
+        group=SIZE,
+        metavar="N",
     )
     scale: float | None = option(
-        None, "Multiple of the input's size.", kind=float, low=0.01, high=100, group=SIZE, metavar="FACTOR"
+        None,
+        "Size of the output as a multiple of the input's size.",
+        kind=float,
+        low=0.01,
+        high=100,
+        group=SIZE,
+        metavar="FACTOR",
     )
     colour_fix: str = option(
         "model",
-        "How colours are treated. model: as the model makes them. none: as model, but without the "
+        "How to treat colours. model: as the model produces them. none: like model, but without the "
         "correction built into FlashVSR. lab: broad hue and saturation from the source, brightness from the "
         "model. wavelet: broad colours from the source, details from the model. adain: mean and contrast of "
         "each channel from the source, which adds some flicker in panning shots.",
@@ -132,8 +146,8 @@ class VideoJob:
     )
     strength: float = option(
         1.0,
-        "How much of the model's detail to use: 0 is plain bicubic, 1 the model; more exaggerates it. "
-        "The next frame is always guided by the model's own result.",
+        "How much of the model's detail to use: 0 is plain bicubic, 1 is the model's own result, and higher "
+        "values exaggerate the detail. The next frame is always guided by the model's own result.",
         low=0.0,
         high=1.5,
         step=0.05,
@@ -151,8 +165,8 @@ class VideoJob:
     )
     crf: int | None = option(
         None,
-        "Quality of the video file: lower numbers mean better quality and larger files. h264 and h265: 0 "
-        "to 51, av1: 0 to 63; prores, ffv1 and png have no such setting.",
+        "Quality of the video file: lower numbers mean better quality and larger files. The range is 0 to 51 "
+        "for h264 and h265, and 0 to 63 for av1; prores, ffv1 and png have no such setting.",
         kind=int,
         group="output",
         metavar="N",
@@ -169,8 +183,8 @@ class VideoJob:
     )
     scene_cut: str = option(
         "auto",
-        "How scenes are found; each starts without memory of the previous one. auto, off, a threshold "
-        "from 0 to 255 (auto is 27), or a CSV file with the first frame of each scene.",
+        "How to find scenes, each of which starts without memory of the previous one: auto, off, a threshold "
+        "from 0 to 255 (auto is 27), or a CSV file that lists the first frame of each scene.",
         group="input",
         metavar="HOW",
     )
@@ -189,7 +203,12 @@ class VideoJob:
         unset_help="about a minute's work, at most 120",
     )
     read_ahead: int = option(
-        4, "Frames decoded in advance. Never changes pixels.", low=1, group="input", expert=True, metavar="N"
+        4,
+        "Number of frames to decode in advance. This never changes pixels.",
+        low=1,
+        group="input",
+        expert=True,
+        metavar="N",
     )
     audio: bool = option(True, "Copy audio and subtitles.", group="output")
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -220,7 +239,7 @@ class VideoJob:
         return Sizes(self.pre_scale, self.target, self.short_edge, self.scale, self.model_scale)
 
     def finished(self, hq: Tensor, lq: Tensor, source: tuple[int, int]) -> Tensor:
-        """Apply colours, strength and size to the model's result; return (1, 3, H, W) in [0, 1].
+        """Apply the colour fix, strength and size to the model's result; return (1, 3, H, W) in [0, 1].
 
         `lq`, (1, 3, h, w) in [0, 1], is the model's input; `source` is the (height, width) before resizing.
         """
@@ -237,7 +256,7 @@ class VideoJob:
 
 
 def settle_job(job: VideoJob, info: Info, options: type, height: int, width: int) -> VideoJob:
-    """Return the job completed with values that depend on the model and the source's `height` x `width`.
+    """Return the job, completed with the values that depend on the model and the source's size.
 
     A family that supports any scale produces the requested size itself, so nothing is resampled afterwards.
     """
@@ -256,13 +275,13 @@ class JobProgress:
     """Progress of a job, reported after every frame."""
 
     done: int
-    """Frames done, including those of earlier runs."""
+    """Number of frames done, including those from earlier runs."""
     total: int | None
     """Number of frames of the job; None if unknown."""
     fps: float
     """Frames per second, over the last few frames of this run."""
     segment: int
-    """Number of the segment, from 0."""
+    """Number of the segment, counted from 0."""
     index: int
     """The frame's index in the source."""
     lq: Tensor
@@ -272,7 +291,7 @@ class JobProgress:
     cut: bool
     """Whether the frame begins a new scene."""
     how: Provenance | None = None
-    """How the frame was made; None between borders if the model only reports it there."""
+    """How the frame was made; None between borders if the model reports it only at borders."""
 
     @property
     def seconds_left(self) -> float | None:

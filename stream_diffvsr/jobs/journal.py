@@ -1,8 +1,8 @@
 """The work folder of an unfinished job: `<output>.parts/` with a lock, a journal, segments and a state.
 
-Files are written under temporary names, synced and renamed. The journal holds the job's settings. Each
-finished segment has a record, which is written last, so the files it names are complete. Several processes
-may add records, in any order.
+Each file is written under a temporary name, synced, and then renamed. The journal contains the job's
+settings. Each finished segment has a record, which is written last, so the files that it names are complete.
+Several processes may add records, in any order.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PIECE = 1 << 20
 
 @dataclass(frozen=True)
 class Segment:
-    """A finished run of frames of one scene, complete on disk and never rewritten."""
+    """Finished, consecutive frames of one scene, complete on disk and never rewritten."""
 
     start: int
     """Index of its first frame in the source."""
@@ -51,7 +51,10 @@ class Segment:
     digests: Mapping[str, str]
     """Digests of its files, by file name."""
     state: str = ""
-    """File with the state after it; an unfinished scene whose last segment has none ('') starts over."""
+    """File with the state after its last frame; '' if there is none.
+
+    An unfinished scene starts over if its last segment has no state.
+    """
     place: Place | None = None
     """Place of its last frame, from which reading continues; None to read the source from its start."""
     changed: str = ""
@@ -70,7 +73,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Journal:
-    """The finished segments of a job, and the settings they were made with."""
+    """The finished segments of a job, and the settings with which they were made."""
 
     source: Mapping[str, Any]
     """Identity of the source."""
@@ -78,11 +81,11 @@ class Journal:
     """All settings that change the output."""
     versions: Mapping[str, str]
     provenance: Mapping[str, str] = field(default_factory=dict)
-    """How the frames of all scenes are made, memory plan included."""
+    """How the frames of all scenes are made, including the memory plan."""
     first: int = -1
     """Index in the source of the job's first frame; -1 if not known yet."""
     segment_frames: int = 0
-    """Frames per segment if the job does not set it; 0 if not known yet."""
+    """Number of frames per segment, for a job that does not set it; 0 if not known yet."""
     scenes: Sequence[Mapping[str, Any]] = ()
     """All scenes of the job, if they were found before rendering; see `scenes.Scene.to_json`."""
     partial: int = -1
@@ -90,7 +93,7 @@ class Journal:
     finished: int = -1
     """Size in bytes of the finished output, set before it is renamed into place; -1 if not finished."""
     segments: tuple[Segment, ...] = ()
-    """Sorted by their first frames; there may be gaps, because segments are finished in any order."""
+    """Finished segments, sorted by first frame; there may be gaps, because they are finished in any order."""
 
     @property
     def frames(self) -> int:
@@ -109,13 +112,13 @@ class Journal:
 
     @property
     def cuts(self) -> list[int]:
-        """First frames of the scenes begun so far, except the job's own first frame."""
+        """First frames of the scenes that have begun so far, except the job's own first frame."""
         if self.scenes:
             return [scene["first"] for scene in self.scenes[1:] if not scene["warm_up"]]
         return sorted({segment.scene for segment in self.segments} - {self.first})
 
     def with_segment(self, segment: Segment) -> Journal:
-        """Return the journal with one more segment, which replaces any with the same first frame."""
+        """Return the journal with one more segment, which replaces any segment with the same first frame."""
         others = [each for each in self.segments if each.start != segment.start]
         return replace(self, segments=tuple(sorted([*others, segment], key=lambda each: each.start)))
 
@@ -127,22 +130,22 @@ class Journal:
 
 
 def read_segment(content: Mapping[str, Any]) -> Segment:
-    """Return the segment that a record describes; an invalid one raises ValueError, TypeError or KeyError."""
+    """Return the segment that a record describes; raise ValueError, TypeError or KeyError if invalid."""
     place, part = content["place"], SegmentFile(**content["part"])
     values: dict[str, Any] = {**content, "part": part, "place": None if place is None else Place(**place)}
     segment = Segment(**values)
     named = [name for name in (part.name, part.compare, segment.state, *segment.digests) if name]
     if not all(OWN_FILES.fullmatch(name) for name in named):
-        raise ValueError("it names other files")
+        raise ValueError("it names files that jobs do not write")
     if not all(isinstance(number, int) for number in (segment.start, segment.scene, part.frames)):
-        raise ValueError("it does not say which frames it has")
+        raise ValueError("it does not state which frames it contains")
     return segment
 
 
 def resumable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Return the segments that a resumed job can keep, sorted by their frames.
 
-    For each scene, these run without a gap from its first frame up to its end or the last saved state.
+    For each scene, they run without a gap from its first frame to its end or to its last saved state.
     """
     kept: list[Segment] = []
     for segment in sorted(segments, key=lambda each: each.start):
@@ -170,7 +173,7 @@ def digest(path: Path) -> str:
 class WorkFolder:
     """The work folder of one output, locked against a second run.
 
-    Its files are never deleted or replaced while they are open: some systems refuse that.
+    Its files are never deleted or replaced while they are open, because some systems do not allow that.
     """
 
     def __init__(self, output: Path) -> None:
@@ -182,7 +185,7 @@ class WorkFolder:
 
     @contextmanager
     def locked(self) -> Generator[WorkFolder, None, None]:
-        """Hold the lock during the block, or until the process dies. Raises `VideoError`.
+        """Hold the lock during the block, or until the process dies. Raises `VideoError` if it is not free.
 
         Afterwards, the folder is removed if nothing is left in it.
         """
@@ -190,7 +193,7 @@ class WorkFolder:
             self.folder.mkdir(exist_ok=True)
         except OSError as error:
             raise VideoError(
-                f"{self.folder} cannot be made ({error.strerror}): choose another output."
+                f"{self.folder} cannot be created ({error.strerror}): choose another output."
             ) from error
         lock, owner = FileLock(self.folder / LOCK, timeout=0), self.folder / OWNER
         try:
@@ -198,7 +201,7 @@ class WorkFolder:
         except Timeout:
             raise VideoError(
                 f"another run (process {self.token() or 'unknown'}) is writing this output: wait for it, or "
-                f"choose another output; its work is in {self.folder}."
+                f"choose another output; its work folder is {self.folder}."
             ) from None
         try:
             owner.write_text(f"{os.getpid()}\n", encoding="utf-8")
@@ -238,7 +241,7 @@ class WorkFolder:
         try:
             content = _object(file)
             if content.pop("format", None) != FORMAT:
-                raise ValueError("it is of another version")
+                raise ValueError("another version wrote it")
             segments = []
             for file in sorted(self.folder.glob(RECORDS)):
                 number = int(file.stem.rpartition("-")[2])
@@ -249,12 +252,12 @@ class WorkFolder:
             raise VideoError(f"{file} cannot be read ({error}): start over with --restart.") from error
 
     def _there(self, segment: Segment) -> Segment:
-        """Return the segment, without its state if that file was deleted after the next segment was done."""
+        """Return the segment; omit its state if that file was deleted after the next segment was done."""
         there = segment.state and (self.folder / segment.state).is_file()
         return segment if there else replace(segment, state="")
 
     def token(self) -> str:
-        """Return the lock holder's process ID, by which other machines recognise the folder; '' if none."""
+        """Return the lock holder's process ID, by which other machines recognise the folder, or ''."""
         owner = self.folder / OWNER
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 
@@ -273,7 +276,7 @@ class WorkFolder:
         sync_folder(self.folder)
 
     def _files(self) -> list[Path]:
-        """Return the files that jobs wrote into the folder, without the lock."""
+        """Return the files that jobs wrote into the folder, except the lock."""
         return [file for file in self.folder.iterdir() if OWN_FILES.fullmatch(file.name)]
 
     def clear(self) -> None:
@@ -282,7 +285,7 @@ class WorkFolder:
             file.unlink()
 
     def remove_leftovers(self, journal: Journal) -> None:
-        """Delete the unfinished files of a killed run."""
+        """Delete the unfinished files that a killed run left behind."""
         known = {self.journal_file.name}
         for segment in journal.segments:
             known |= {segment.record, segment.state, *segment.digests}
@@ -298,14 +301,16 @@ class WorkFolder:
             for name, wanted in segment.digests.items():
                 file = self.folder / name
                 if not file.is_file() or digest(file) != wanted:
-                    raise VideoError(f"{file} is not as the journal says: start over with --restart.")
+                    raise VideoError(
+                        f"{file} is missing, or does not match the journal: start over with --restart."
+                    )
 
 
 def _object(file: Path) -> dict[str, Any]:
     """Return the JSON object in a file."""
     content = json.loads(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
-        raise ValueError("it holds no object")
+        raise ValueError("it does not contain a JSON object")
     return content
 
 
@@ -327,11 +332,11 @@ def work_state(folder: Path) -> str | None:
     except VideoError as error:
         return str(error)
     frames = 0 if journal is None else journal.frames
-    return f"{frames} frames done: the same command continues from there, or delete the folder"
+    return f"{frames} frames done: run the same command again to continue, or delete the folder"
 
 
 def changed_settings(before: Journal, now: Journal) -> list[str]:
-    """Return the changes that prevent continuing, such as 'seed was 0, is 1'."""
+    """Return the changes that prevent continuing, such as 'seed was 0, is now 1'."""
     pairs = {
         "source": (before.source, now.source),
         "": (before.settings, now.settings),
@@ -340,20 +345,22 @@ def changed_settings(before: Journal, now: Journal) -> list[str]:
     for kind, (old, new) in pairs.items():
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
-                found.append(f"{kind} {key} was {old.get(key)}, is {new.get(key)}".strip())
+                found.append(f"{kind} {key} was {old.get(key)}, is now {new.get(key)}".strip())
     return found
 
 
 def continue_from(before: Journal, now: Journal, folder: Path) -> Journal:
-    """Return the journal to continue from. Raises `VideoError` if source or settings have changed."""
+    """Return the journal to continue from. Raises `VideoError` if the source or settings have changed."""
     now = replace(
         now, settings=json.loads(json.dumps(now.settings)), source=json.loads(json.dumps(now.source))
     )
     if changed := changed_settings(before, now):
         raise VideoError(
-            f"the unfinished work in {folder} was begun differently ({'; '.join(changed)}): run it with the "
-            "same source and settings, or start over with --restart."
+            f"the unfinished work in {folder} was begun with another source or other settings "
+            f"({'; '.join(changed)}): use the original source and settings, or start over with --restart."
         )
     if before.versions != now.versions:
-        log.warning("not an exact continuation: versions were %s, are %s", before.versions, now.versions)
+        log.warning(
+            "not an exact continuation: the versions were %s, and are now %s", before.versions, now.versions
+        )
     return before

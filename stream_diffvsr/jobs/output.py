@@ -1,4 +1,4 @@
-"""The output files of a job: joining is rehearsed before the first frame; complete files are renamed."""
+"""The output files of a job: joining is tested before the first frame, and complete files are renamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .prepare import Prepared, check_space
 log = logging.getLogger(__name__)
 
 REHEARSAL = -1
-"""Number of the trial segment, which is thrown away."""
+"""Number of the trial segment, which is discarded."""
 
 
 class Output:
@@ -47,11 +47,11 @@ class Output:
         return self.folder / f"joined-{name}{self.videos[name].suffix.lower()}"
 
     def rehearse(self, sinks: Mapping[str, Sink], on_progress: OnProgress | None = None) -> None:
-        """Join a black frame with all side streams and metadata, as the output will be.
+        """Join a black frame with all side streams and metadata, as the output will be joined.
 
-        This shows what the container refuses now, instead of after hours of work. `on_progress` reports how
-        much of the source has been read for its sound and subtitles. Raises `VideoError` if the picture
-        itself is refused.
+        This shows what the container refuses before hours of work are spent. `on_progress` reports how much
+        of the source has been read for its sound and subtitles. Raises `VideoError` if the container refuses
+        the picture itself.
         """
         job = self.prepared.job
         if "main" in self.videos and job.audio and isinstance(self.prepared.source, VideoSource):
@@ -100,11 +100,12 @@ class Output:
             told = STEREO_WORD in after.streams.video[0].metadata
             if STEREO_WORD in before.streams[source.stream_index].metadata and not told:
                 log.warning(
-                    "the source's 3D arrangement is left out: an output .mkv tells it, without --no-audio"
+                    "the source's 3D arrangement is left out: to keep it, write an .mkv file, without "
+                    "--no-audio"
                 )
 
     def join(self, parts: Sequence[SegmentFile], finished: bool) -> int:
-        """Join segments; return the size of the main file in bytes, or 0 for pictures."""
+        """Join the segments; return the size of the main file in bytes, or 0 for pictures."""
         check_space(self.folder, sum(part.size for part in parts) + self.prepared.side_bytes)
         for name in self.videos:
             self._join(name, parts, self._window(parts, finished))
@@ -142,7 +143,7 @@ class Output:
                 log.warning("chapters, metadata, cover pictures and attached files are left out: %s", refused)
 
     def _window(self, parts: Sequence[SegmentFile], finished: bool) -> Window:
-        """Return the time of the source that the parts cover, and the shift to subtract from it.
+        """Return the time span of the source that the parts cover, and the shift to subtract from its times.
 
         The output starts at 0 if the job starts later than the source, if the source's times may begin
         anywhere, or if they begin before 0, where players would hide the frames.
@@ -160,7 +161,7 @@ class Output:
         return earliest if self.prepared.source.info.free_start else min(earliest, Fraction(0))
 
     def give_names(self) -> None:
-        """Rename the joined files to the outputs."""
+        """Give the joined files the names of the outputs."""
         for name, path in self.videos.items():
             if self.joined(name).is_file():
                 self.joined(name).replace(path)

@@ -1,4 +1,4 @@
-"""Decoding ahead and encoding behind, in threads with bounded queues."""
+"""Decoding frames in advance and encoding results afterwards, in threads with bounded queues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DONE = object()
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Yield the items, which a thread produces at most `depth` ahead.
+    """Yield the items, which a thread produces up to `depth` items in advance.
 
     Errors in the thread are raised here; closing the generator ends the thread and waits for it.
     """
@@ -38,7 +38,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
 
 
 def _produce(items: Iterable[Any], results: queue.Queue[Any], stop: threading.Event) -> None:
-    """Fill the queue until the items end or the consumer stops; the last entry is DONE, with any error."""
+    """Fill the queue until the items end or the consumer stops; the last entry is DONE and any error."""
     iterator = iter(items)
     try:
         for item in iterator:

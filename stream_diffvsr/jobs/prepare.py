@@ -29,13 +29,13 @@ from .job import VideoJob, settle_job
 from .journal import WorkFolder
 
 MEDIA_FORMATS = ("avi", "asf", "flv", "gif", "mp4", "mov", "mpeg", "mpegts", "ogg", "webm", "matroska", "3gp")
-"""FFmpeg's names of containers with suffixes that a folder of pictures is unlikely to have."""
+"""FFmpeg's names for containers whose suffixes are unlikely in the name of a folder of pictures."""
 SPARE_BYTES = 32 << 20
 """Bytes to leave free on a disk."""
 
 
 class Model(Protocol):
-    """What a job needs to know about a model before the first frame; it may be in another process."""
+    """What a job needs to know about a model before the first frame; the model may be in another process."""
 
     Options: type
 
@@ -72,7 +72,7 @@ class Prepared:
         return max(1, round(1 / (self.source.info.rate * self.source.info.time_base)))
 
     def fitted(self, model: Model) -> Prepared:
-        """Return the job completed with values that depend on the model."""
+        """Return the job, completed with the values that depend on the model."""
         return Prepared(
             settle_job(self.job, model.info, model.Options, *self.size), self.source, self.cut_rule
         )
@@ -98,7 +98,7 @@ class Prepared:
         return Span(first, self.job.span.end if end is None else end - 1)
 
     def offset(self, first: int) -> int:
-        """Return how far a state's frame numbers are ahead of the source's; the job begins at `first`."""
+        """Return by how much a state's frame numbers exceed the source's; the job begins at frame `first`."""
         return 0 if self.job.state is None else self.job.state.index - first
 
 
@@ -120,12 +120,12 @@ def check_paths(job: VideoJob) -> None:
         if path.is_dir() and (number or container_of(path) is not None or one_picture(job.source)):
             raise VideoError(f"{path} is a folder: name a file in it.")
         if number and path.exists() and not (begun or job.overwrite):
-            raise VideoError(f"{path} exists: choose another name, or give --overwrite.")
+            raise VideoError(f"{path} exists: choose another name, or set --overwrite.")
         if path.resolve() == job.source.resolve():
             raise VideoError(f"{path} is the source itself: choose another output.")
     if job.compare is not None and container_of(job.compare) is None:
         raise VideoError(
-            f"{job.compare.name} is not a video file: a comparison must be {', '.join(CONTAINERS)}."
+            f"{job.compare.name} is not a video file: a comparison must end in {', '.join(CONTAINERS)}."
         )
     # A folder's name may contain a dot, but must not look like a file in an unsupported format.
     folder = job.output.is_dir() or (job.source.is_dir() and not known_suffix(job.output.suffix))
@@ -202,7 +202,10 @@ def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
 
 
 def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
-    """Return each picture's path by index: the output itself for one, else a file of the same name in it."""
+    """Return the path to write for each picture, by index.
+
+    A single picture is written to the output itself, several to files of the same names in that folder.
+    """
     if job.source.is_file():
         return {0: job.output}
     names = [pictures.writable_name(file.name) for file in source.files]
@@ -222,13 +225,13 @@ def check_sizes(job: VideoJob, source: FolderSource) -> None:
     for file in source.files if job.target is None else ():
         if (size := pictures.size_of(file)) != first:
             raise VideoError(
-                f"{file.name} is {size[0]}x{size[1]}, {source.files[0].name} is {first[0]}x{first[1]}: "
-                "a video has one size, so write to a folder, or give --target."
+                f"{file.name} is {size[0]}x{size[1]}, but {source.files[0].name} is {first[0]}x{first[1]}. "
+                "All frames of a video must have the same size: write to a folder, or set --target."
             )
 
 
 def source_fingerprint(source: Path) -> dict[str, Any]:
-    """Return what identifies a source in any location: file count, size and a fingerprint of its bytes."""
+    """Return facts that identify a source in any location: file count, size and fingerprint of its bytes."""
     files = source_files(source)
     return {"files": len(files), "size": size_of(source), "content": fingerprint(files)}
 
@@ -244,7 +247,7 @@ def size_of(source: Path) -> int:
 
 
 def frame_settings(model: Model, prepared: Prepared) -> dict[str, Any]:
-    """Return all settings that change the frames of the output, as JSON values."""
+    """Return all settings that affect the frames of the output, as JSON values."""
     job, cuts = prepared.job, prepared.cut_rule
     made = model.provenance((model.info.minimum, model.info.minimum), job.options)
     return {
@@ -279,12 +282,12 @@ def versions(device: torch.device, threads: int) -> dict[str, str]:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise `OSError` if the disk lacks space for `needed` bytes and a reserve to stop cleanly."""
+    """Raise `OSError` if the disk lacks space for `needed` bytes plus a reserve for stopping cleanly."""
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         raise OSError(
             errno.ENOSPC,
-            f"{free >> 20} MB are free, about {(needed + SPARE_BYTES >> 20) + 1} MB are needed; make room "
-            "and run the same command again, it continues",
+            f"{free >> 20} MB are free, but about {(needed + SPARE_BYTES >> 20) + 1} MB are needed; make "
+            "room and run the same command again to continue",
             str(folder),
         )

@@ -28,10 +28,10 @@ LAST = "last_lq"
 """Name under which the last frame, (1, 3, h, w), is added to a saved state that does not contain it."""
 
 LONGEST, SEGMENT_SECONDS, MEASURED = 120, 60.0, 3
-"""Most frames of a segment, the seconds that one should take, and the frames to time to choose its length."""
+"""Maximum frames per segment, seconds that one should take, and frames to time for choosing the length."""
 
 LARGE_STATE = 1 << 30
-"""Bytes above which a state is not kept, so that its scene starts over when the job is resumed."""
+"""Size in bytes above which a state is not kept; its scene then starts over when the job is resumed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Made:
     cut: bool
     """Whether it begins a scene."""
     how: Provenance | None
-    """How it was made; None between borders if the model only reports it there."""
+    """How it was made; None between borders if the model reports it only at borders."""
 
 
 class Renderer:
@@ -81,7 +81,7 @@ class Renderer:
         self.scene, self.state_bytes = 0, self._guessed_state()
 
     def _guessed_state(self) -> int:
-        """Return the bytes of a Stream-DiffVSR state, as an estimate until the first state is saved."""
+        """Return a Stream-DiffVSR state's estimated size in bytes, used until the first state is saved."""
         if not self.pipe.info.frame_by_frame:
             return 0
         height, width = self.prepared.job.sizes.model(*self.prepared.size)
@@ -96,8 +96,8 @@ class Renderer:
     ) -> Iterator[Made]:
         """Render a scene, or its remaining frames, in a new session.
 
-        `scene` is the index of its first frame; `scene` and `state` may be None at its beginning. Segments
-        end only at borders. Frames before `scene` warm up the model and are discarded.
+        `scene` is the index of the scene's first frame; at a scene's beginning, `scene` and `state` may be
+        None. Segments end only at borders. Frames before `scene` warm up the model and are discarded.
         """
         first = next(frames, None)
         if first is None:
@@ -126,9 +126,9 @@ class Renderer:
         self._finish(end, None, closed=True)
 
     def _length(self) -> int:
-        """Return the frames per segment: as requested, else a minute's work at the first frames' speed.
+        """Return the frames per segment: as requested, or a minute's work at the speed of the first frames.
 
-        The number is estimated once per job, and recorded in the journal.
+        The speed is measured once per job, and the number is recorded in the journal.
         """
         if not self.journal.segment_frames and self.clock.count >= MEASURED:
             frames = max(1, min(LONGEST, round(SEGMENT_SECONDS * self.clock.fps)))
@@ -148,7 +148,7 @@ class Renderer:
         return Made(frame.index, lq, hq, cut, how)
 
     def _begin(self, frame: SourceFrame) -> None:
-        """Begin a segment's files; raise `OSError` if they, the state and the joined file would not fit."""
+        """Begin a segment's files; raise `OSError` if there is no space for all files."""
         done = [part.size for part in self.journal.segment_files]
         needed = 2 * self.state_bytes + sum(done) + 2 * max(done, default=0) + self.prepared.side_bytes
         check_space(self.work.folder, needed)
@@ -168,7 +168,7 @@ class Renderer:
             self.writer.add(sink.add, prepared[name], frame.index, frame.time)
 
     def close(self) -> SegmentFile | None:
-        """Finish and return the files of the open segment, once; return None if no segment is open."""
+        """Finish the open segment's files, if not yet done, and return them; None if no segment is open."""
         if not self.open or self.closed is not None:
             return self.closed
         self.writer.wait()
@@ -182,7 +182,7 @@ class Renderer:
     def _finish(self, state: State, lq: Tensor | None, closed: bool) -> None:
         """Close the segment and save the state; only then write the record, which marks both as complete.
 
-        `lq` is the last frame; None at a scene's end, where the state is kept only if it was requested.
+        `lq` is the last frame, or None at a scene's end, where the state is kept only if it was requested.
         """
         before = [segment for segment in self.journal.segments if segment.scene == self.scene]
         states = {old.state for old in before}
@@ -212,7 +212,7 @@ class Renderer:
         self.open, self.closed = [], None
 
     def _save_state(self, state: State, lq: Tensor | None, start: int) -> str:
-        """Write a state beside its segment; return its file name, or '' if it is too large to keep."""
+        """Write a state next to its segment; return its file name, or '' if it is too large to keep."""
         tensors = dict(state.tensors)
         if lq is not None and "previous_lq" not in tensors:
             tensors[LAST] = from_pixels(lq)
@@ -227,7 +227,7 @@ class Renderer:
         return name
 
     def abort(self) -> None:
-        """Drop queued writes, and discard unfinished files."""
+        """Cancel queued writes, and discard unfinished files."""
         self.writer.drop()
         for sink in self.sinks.values():
             sink.abort()
@@ -236,14 +236,14 @@ class Renderer:
 def _seen(
     scene: Iterator[tuple[SourceFrame, Tensor]], waiting: deque[tuple[SourceFrame, Tensor]]
 ) -> Iterator[Tensor]:
-    """Yield the model's input for each frame of a scene; keep the frame in `waiting` for its result."""
+    """Yield the model's input for each frame of a scene; the frame waits in `waiting` for its result."""
     for frame, lq in scene:
         waiting.append((frame, lq))
         yield from_pixels(lq)
 
 
 def load_state(path: Path) -> tuple[State, Tensor | None]:
-    """Load a state from a work folder, and the last frame before it, (1, 3, h, w) in model range, or None."""
+    """Load a state and, if it was saved, the last frame before it, (1, 3, h, w) in model range, or None."""
     state = State.load(path)
     tensors = dict(state.tensors)
     last = tensors.pop(LAST, None)

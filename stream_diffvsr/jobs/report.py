@@ -19,7 +19,7 @@ from .job import VideoJob
 GIGABYTE = 2**30
 
 BYTES_PER_PIXEL = {"h264": 0.15, "h265": 0.1, "av1": 0.1, "prores": 0.7, "ffv1": 1.5, "png": 2.0}
-"""Typical bytes per output pixel in a file, by codec; noise needs more, flat pictures less."""
+"""Typical bytes per output pixel in a file, by codec; noisy pictures need more, and flat pictures less."""
 
 
 def cost_lines(
@@ -31,10 +31,10 @@ def cost_lines(
     needs: Mapping[str, int],
     device: torch.device,
 ) -> Iterator[str]:
-    """Yield lines about plan, memory and disk space.
+    """Yield lines about the size, the plan, memory and disk space.
 
-    `size` is the source's (height, width), `frames` the number of frames if known, and `needs` the bytes by
-    stage, with the overall maximum as 'peak'.
+    `size` is the source's (height, width), and `frames` is the number of frames if known. `needs` maps each
+    stage to the bytes that it needs, and 'peak' to the overall maximum.
     """
     (height, width), (out_height, out_width) = job.sizes.model(*size), job.sizes.output(*size)
     count = f"{frames} frames" if frames else "unknown number of frames"
@@ -51,12 +51,12 @@ def cost_lines(
 
 
 def output_bytes(codec: str, width: int, height: int) -> float:
-    """Return the bytes that a frame typically needs in a file."""
+    """Return the number of bytes that a frame typically takes up in a file."""
     return width * height * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
 
 
 def report_time(pipe: Upscaler, lq: Tensor, options: Any, state: State, frames: int | None) -> str:
-    """Return the line about time, measured on a few frames; `lq` is a frame of the video."""
+    """Return a line about the time needed, measured on a few frames; `lq` is a frame of the video."""
     seconds = seconds_per_frame(pipe, lq, options, state)
     return f"time: {seconds:.2f} s per frame" + (f", {_duration(seconds * frames)} in all" if frames else "")
 
@@ -79,7 +79,7 @@ def _gigabytes(count: float) -> str:
 
 
 def _disk_free(folder: Path) -> int:
-    """Return the free bytes on the disk where a folder is, or will be."""
+    """Return the number of free bytes on the disk on which a folder exists or will be created."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent

@@ -1,10 +1,10 @@
-"""Running a whole job, file to file, in segments that survive a crash; for the command line and the nodes.
+"""Running a whole job for the command line or the nodes, in segments that survive a crash.
 
     with contextlib.closing(run(pipe, VideoJob(source="in.mp4", output="out.mp4"))) as progress:
         for step in progress:
             show(step.done, step.total, step.fps)
 
-Threads decode frames ahead and encode results behind; the loop between them is `upscaler.stream`.
+Threads decode frames in advance and encode results afterwards; the loop between them is `upscaler.stream`.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ __all__ = ["JobProgress", "VideoJob", "prepare", "run"]
 log = logging.getLogger(__name__)
 
 WRITE_DEPTH = 4
-"""Most frames that may wait for the encoder."""
+"""Maximum number of frames that may wait for the encoder."""
 
 
 def run(
     pipe: Upscaler, job: VideoJob | Prepared, on_step: OnStep | None = None
 ) -> Generator[JobProgress, None, None]:
-    """Run a job, yielding after each frame; the output exists when the generator ends.
+    """Run a job, yielding its progress after each frame; the output exists when the generator ends.
 
     Closing the generator, or an exception from `on_step`, cancels the job: a playable file with the finished
     part remains, and running the same job again resumes it. Raises `VideoError` if files cannot be read or
@@ -86,14 +86,14 @@ class Run:
             self._complete()
 
     def _upscale(self) -> Iterator[JobProgress]:
-        """Upscale the remaining frames; afterwards, `journal` has all segments."""
+        """Upscale the remaining frames; afterwards, `journal` contains all segments."""
         raise NotImplementedError
 
     def _guarded(self, stage: str, index: int, total: int) -> None:
         """Report a stage's progress to the caller, who may raise an exception to cancel."""
 
     def frame_settings(self) -> dict[str, Any]:
-        """Return all settings that change the frames of the output."""
+        """Return all settings that affect the frames of the output."""
         return frame_settings(self.model, self.prepared)
 
     def _begin(self) -> Journal:
@@ -129,7 +129,7 @@ class Run:
             pictures_begun = "main" not in self.output.videos
             taken = not (pictures_begun or output.stat().st_size in (before.partial, before.finished))
         if taken and not self.job.overwrite:
-            raise VideoError(f"{output} exists: choose another with -o, or give --overwrite.")
+            raise VideoError(f"{output} exists: choose another output with -o, or set --overwrite.")
 
     def _finished(self) -> bool:
         """Whether an earlier run did everything except naming the outputs and cleaning up."""
@@ -148,7 +148,7 @@ class Run:
         self._note(finished=self.output.join(self.journal.segment_files, finished=True))
 
     def _complete(self) -> None:
-        """Write the requested state and list of scenes, give the outputs their names, and clean up."""
+        """Write the requested state and list of scenes, give the outputs their final names, and clean up."""
         last = self.journal.segments[-1]
         if self.job.state_out is not None:
             self._save_state(last)
@@ -188,13 +188,13 @@ class Run:
             if (now := size_of(self.job.source)) != (before := self.journal.source["size"]):
                 log.warning(
                     "%s had %d bytes at the start and has %d now: it was still being written, so the end may "
-                    "be missing; run it again when the file is complete",
+                    "be missing; run the job again when the file is complete",
                     *(self.job.source, before, now),
                 )
 
 
 class _OneProcess(Run):
-    """A run in this process, by one model. Scenes are found as frames are read, so no frame has to wait."""
+    """A run in this process with one model. Scenes are found as frames are read, so no frame has to wait."""
 
     def __init__(self, pipe: Upscaler, prepared: Prepared, on_step: OnStep | None) -> None:
         super().__init__(pipe, prepared)
@@ -250,8 +250,8 @@ class _OneProcess(Run):
     ) -> bool:
         """Whether a scene begins with the frame `following`, read after `now`.
 
-        If no frame was read before it (`now` is None), a scene begins if `first` is set, or if it differs
-        enough from `previous`.
+        If no frame was read before it (`now` is None), a scene begins if `first` is set, or if `following`
+        differs enough from `previous`.
         """
         if now is not None:
             first, previous = False, from_pixels(now[1])
@@ -291,7 +291,7 @@ class _OneProcess(Run):
             raise
 
     def _leave_playable(self, renderer: Renderer) -> None:
-        """After a cancel, write a file of the frames done so far; the next run redoes the open segment."""
+        """Write a file with the frames done before a cancellation; the next run redoes the open segment."""
         parts, open_part = renderer.journal.segment_files, None
         try:
             open_part = renderer.close()

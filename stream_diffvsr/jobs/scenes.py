@@ -1,9 +1,9 @@
-"""Scene cuts: where the previous frame must not guide the next one.
+"""Scene cuts, at which the previous frame must not guide the next one.
 
-The measure is the one PySceneDetect documents for its content detector: the mean difference of hue,
+The measure is the one that PySceneDetect documents for its content detector: the mean difference of hue,
 saturation and value between two frames, in 8-bit units. It depends only on the two LQ frames, so splitting or
-resuming a video changes no decision. In large frames, only every n-th row and column is compared, as in the
-detector, so that finding scenes takes little longer than decoding.
+resuming a video does not change any decision. As in the detector, only every n-th row and column of large
+frames is compared, so that finding scenes takes little longer than decoding.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class SceneCut:
     """Indices of the frames that begin a scene; if given, the threshold is ignored."""
 
     def summary(self, lq: Tensor) -> Tensor | None:
-        """Return what to compare of a frame (1, 3, h, w) in model range; None if frames are not compared."""
+        """Return the values to compare of a frame, (1, 3, h, w) in model range; None if none are compared."""
         if not self.compares:
             return None
         step = thinning(*lq.shape[2:])
@@ -53,7 +53,7 @@ class SceneCut:
 
     @property
     def compares(self) -> bool:
-        """Whether frames are compared at all."""
+        """Whether frames are compared."""
         return self.threshold is not None and self.listed is None
 
     def between(self, index: int, before: Tensor | None, now: Tensor | None) -> bool:
@@ -67,20 +67,20 @@ class SceneCut:
 
 @dataclass(frozen=True)
 class Scene:
-    """Description of a run of frames that one worker renders, without the frames themselves."""
+    """Description of consecutive frames that one worker renders; it does not contain the frames."""
 
     first: int
     """Index of its first frame in the source."""
     end: int | None = None
-    """Index of the frame after its last one; None if it lasts to the job's end."""
+    """Index of the frame after its last one; None if it lasts until the end of the job."""
     place: Place | None = None
     """Place of the frame before the first one to read; None to count frames from the source's start."""
     warm_up: int = 0
-    """Frames before `first` to render and discard; above 0 only for parts of a longer scene."""
+    """Number of frames before `first` to render and discard; above 0 only for parts of a longer scene."""
     offset: int = 0
-    """How far a state's frame numbers are ahead of the source's."""
+    """By how much a state's frame numbers exceed the source's."""
     state: str = ""
-    """File in the work folder with the state to continue from; '' if there is none."""
+    """Name of the file in the work folder with the state to continue from; '' if there is none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the scene as JSON values."""
@@ -99,8 +99,9 @@ def in_scenes(
 ) -> Iterator[tuple[bool, Iterator[T]]]:
     """Group frames into scenes in a single pass; yield (whether a cut begins the scene, its frames).
 
-    `cut_before` is called once for each frame, with the previous one (None at the start) and the frame. Read
-    a scene to its end before requesting the next one; a frame is read only after the previous one was used.
+    `cut_before` is called once for each frame, with the previous frame (None at the start) and the frame
+    itself. Read a scene to its end before requesting the next scene; a frame is read only after the previous
+    frame has been used.
     """
     following = next(frames, None)
     cut = following is not None and cut_before(None, following)
@@ -135,7 +136,7 @@ def parse(text: str) -> SceneCut:
 
 
 STRIP = 64
-"""Rows to process together: few enough that intermediate values stay in a processor's cache."""
+"""Number of rows to process together, few enough to keep intermediate values in a processor's cache."""
 
 
 def difference(before: Tensor, now: Tensor) -> float:
@@ -165,7 +166,7 @@ def _hsv(rgb: Tensor) -> Tensor:
 
 
 def read_list(path: Path) -> frozenset[int]:
-    """Read first frames' indices from a CSV file: PySceneDetect's scene list, or one index per line.
+    """Read the indices of scenes' first frames from a CSV file: PySceneDetect's list, or one index per line.
 
     PySceneDetect counts frames from 1 in its column "Start Frame"; plain indices count from 0.
     """
@@ -182,7 +183,7 @@ def read_list(path: Path) -> frozenset[int]:
     except (ValueError, IndexError) as error:
         raise VideoError(
             f"{path} is not a list of cuts ({error}): write one frame number per line, or use "
-            "PySceneDetect's CSV."
+            "PySceneDetect's CSV format."
         ) from error
 
 

@@ -1,7 +1,7 @@
-"""Jobs run by several workers: a pass that reads ahead finds the scenes, and the longest are rendered first.
+"""Jobs run by several workers: one pass reads ahead to find the scenes, and the longest are rendered first.
 
-The driver never handles pictures of the result: workers write segments into the job's folder, and the driver
-checks the records they return against the files before accepting them. A `Pool` manages the workers.
+The driver never handles the resulting pictures: workers write segments into the job's folder, and the driver
+checks the records that they return against the files before accepting them. A `Pool` manages the workers.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 POLL = 0.5
 """Seconds between two polls of the workers."""
 LOSSES = 3
-"""Workers lost on one scene after which its job is given up."""
+"""Number of workers lost on one scene after which its job is given up."""
 OPEN = 4
-"""Jobs kept open beyond the number of workers, so that short files keep all workers busy."""
+"""Number of jobs to keep open in addition to one per worker, so that short files keep all workers busy."""
 PATIENCE = 10.0
 """Seconds that workers may take to stop."""
 
@@ -59,11 +59,11 @@ class Pool(Protocol):
         ...
 
     def answers(self, seconds: float) -> list[tuple[str, Mapping[str, Any] | None]]:
-        """Wait up to `seconds` for answers; return them with their scenes' names, None for a lost worker."""
+        """Wait up to `seconds` for answers; return (scene's name, answer), or None if its worker was lost."""
         ...
 
     def progress(self) -> Mapping[str, int]:
-        """Return how many frames are done of each scene that is being rendered, by name."""
+        """Return the number of frames done in each scene that is being rendered, by the scene's name."""
         ...
 
     def stop(self, name: str) -> None:
@@ -77,12 +77,12 @@ class SpreadProgress:
 
     done: int
     total: int | None
-    """Frames of all jobs; None until all are open, or if the length of one is unknown."""
+    """Number of frames in all jobs; None until all jobs are open, or if the length of any is unknown."""
     fps: float
     files: int
     """Number of jobs that have ended."""
     scenes: Mapping[str, str]
-    """Scene that each worker is rendering."""
+    """The scene that each worker is rendering."""
 
     @property
     def seconds_left(self) -> float | None:
@@ -92,7 +92,7 @@ class SpreadProgress:
 
 
 class SpreadRun(Run):
-    """A run whose scenes the driver hands out to workers."""
+    """A run whose scenes the driver distributes among workers."""
 
     def __init__(self, prepared: Prepared, pool: Pool, split: Split) -> None:
         super().__init__(pool.model, prepared, pool.threads)
@@ -130,7 +130,7 @@ class SpreadRun(Run):
                 self.ended = True
 
     def _find(self) -> None:
-        """Find the scenes, in a thread, unless an earlier run has recorded them all."""
+        """Find the scenes, unless an earlier run has recorded them all; this runs in a thread."""
         state = ""
         if self.job.state is not None:
             state = "state-given.safetensors"
@@ -167,7 +167,7 @@ class SpreadRun(Run):
             self.losses[scene.first] = self.losses.get(scene.first, 0) + 1
             if self.losses[scene.first] >= LOSSES:
                 self.fail(
-                    OSError(f"the scene that starts at frame {scene.first} has brought down {LOSSES} workers")
+                    OSError(f"{LOSSES} workers were lost on the scene that starts at frame {scene.first}")
                 )
             elif self.error is None:
                 self.ready.append(scene)
@@ -197,7 +197,7 @@ class SpreadRun(Run):
             self.pool.stop(name)
 
     def _leave_playable(self) -> None:
-        """Write a file of all complete segments, including those of unfinished scenes."""
+        """Write a file with all complete segments, including those of unfinished scenes."""
         found = self.work.load()
         for segment in () if found is None else found.segments:
             with contextlib.suppress(VideoError):
@@ -216,7 +216,7 @@ class Outcome:
 
     job: VideoJob
     error: Exception | None = None
-    """The error it failed with; None if its output is complete."""
+    """The error with which it failed; None if its output is complete."""
 
 
 class Spread:
@@ -278,7 +278,7 @@ class Spread:
             self.runs.remove(run)
 
     def _hand_out(self) -> None:
-        """Give one scene to each idle worker, the longest first."""
+        """Give one scene to each idle worker, starting with the longest scene."""
         busy = {worker for _, worker in self.names.values()}
         for worker in self.pool.workers:
             ready = [(run, scene) for run in self.runs for scene in run.ready]

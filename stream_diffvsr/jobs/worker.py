@@ -1,4 +1,4 @@
-"""A worker on another device or machine: it keeps a model open, and renders scenes into a job's folder.
+"""A worker on another device or machine, which keeps a model open and renders scenes into a job's folder.
 
 This module does not depend on Ray. Arguments and results are JSON values: paths, frame ranges, settings and
 messages.
@@ -90,7 +90,7 @@ class Lines(logging.Handler):
 
 
 class Worker:
-    """A model on one device. One thread calls `render`; another may call other methods at any time."""
+    """A model on one device. One thread calls `render`; another may call the other methods at any time."""
 
     def __init__(self, model: Mapping[str, Any], threads: int = 0) -> None:
         if threads:
@@ -128,7 +128,7 @@ class Worker:
         return self.pipe
 
     def provenance(self, size: tuple[int, int], options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return how frames of an LQ size (height, width) are made."""
+        """Return how the model makes frames of an LQ size (height, width)."""
 
         def made() -> dict[str, Any]:
             pipe = self._open()
@@ -138,14 +138,14 @@ class Worker:
         return _call_result(made)
 
     def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> dict[str, Any]:
-        """Check that this machine sees the driver's source and work folder; return an error if not."""
+        """Check that this machine sees the driver's source and work folder; return an error otherwise."""
 
         def seen() -> dict[str, Any]:
             path, work = Path(job["source"]), WorkFolder(Path(job["output"]))
             where = place_of_work()
             if not path.exists():
                 raise FileNotFoundError(
-                    f"{where} does not see {path}: put it in a folder that all machines share."
+                    f"{where} cannot see {path}: put it in a folder that all machines share."
                 )
             if source_fingerprint(path) != dict(source):
                 raise FileNotFoundError(
@@ -153,8 +153,7 @@ class Worker:
                 )
             if work.token() != token:
                 raise FileNotFoundError(
-                    f"{where} does not see {work.folder}: choose an output in a folder that all machines "
-                    "share."
+                    f"{where} cannot see {work.folder}: choose an output in a folder that all machines share."
                 )
             if not os.access(work.folder, os.W_OK | os.X_OK):
                 raise PermissionError(f"{where} cannot write into {work.folder}: check its permissions.")
@@ -183,7 +182,7 @@ class Worker:
         work = WorkFolder(prepared.job.output)
         journal = work.load(scene.first, scene.end)
         if journal is None:
-            raise OSError(f"{work.folder} has no journal any more")
+            raise OSError(f"{work.folder} no longer contains a journal")
         journal = replace(journal, segments=resumable(journal.segments))
         self.done = journal.frames
         with Background(WRITE_DEPTH) as writer:
@@ -204,7 +203,7 @@ class Worker:
         return self.prepared[1]
 
     def _go_on(self, renderer: Renderer, scene: Scene) -> None:
-        """Render the frames of a scene that are not in a segment yet."""
+        """Render the frames of a scene that are not yet in a segment."""
         done = renderer.journal.segments
         if done and (done[-1].closed or done[-1].end == scene.end):
             return
