@@ -50,7 +50,7 @@ def test_a_bad_file_stops_no_others_and_done_ones_are_skipped(folder, checkpoint
 def test_several_inputs_need_a_folder_and_names_of_their_own(folder, checkpoint, tmp_path, capsys) -> None:
     inputs = [folder / "a.mp4", folder / "c.mp4"]
     for more, said in (
-        (["-o", tmp_path / "one.mkv"], "give a folder with -o"),
+        (["-o", tmp_path / "one.mkv"], "set a folder with -o"),
         (["-o", tmp_path, "--preview", 2], "work with one input"),
     ):
         assert upscale(checkpoint, *inputs, *more) == 2

@@ -125,7 +125,7 @@ def test_a_perceptual_loss_on_the_features_of_vgg(
     differs = [name for name, x in run.parameters.items() if not torch.equal(x, plain.parameters[name])]
     assert differs
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(CheckpointError, match="does not hold the weights of VGG-16"):
+    with pytest.raises(CheckpointError, match="does not contain the weights of VGG-16"):
         Perceptual(tmp_path / "other.pth")
 
 

@@ -399,7 +399,7 @@ def test_another_output_or_resume_for_training(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleInputError, match="add --resume, or choose a new --output"):
         output("begun")
     assert output("begun", resume=True).name == "begun.safetensors"
-    with pytest.raises(IncompatibleInputError, match="check --output, or leave --resume away"):
+    with pytest.raises(IncompatibleInputError, match="check --output, or omit --resume"):
         output("new", resume=True)
     (tmp_path / "done.safetensors").touch()
     with pytest.raises(IncompatibleInputError, match="exists: choose a new --output"):

@@ -1,1 +1,1 @@
-"""Benchmarks of the time per frame and stage, compared with the plain way of computing."""
+"""Benchmarks of the time per frame and per stage, with a comparison with the plain computation."""

@@ -1,4 +1,4 @@
-"""A chart of the measurements of `bench`."""
+"""A chart of the measurements that `bench` makes."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from ..errors import VideoError
 
 
 def write_chart(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a bar per size as a PNG: milliseconds per frame by stage, and the share of the best rate."""
+    """Write a PNG with a bar per size: milliseconds per frame by stage, and the share of the best rate."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ModuleNotFoundError(
-            "a chart needs matplotlib: pip install 'stream-diffvsr[quality]'"
+            "a chart needs matplotlib: run pip install 'stream-diffvsr[quality]'"
         ) from error
     if path.suffix.lower() != ".png":
-        raise VideoError(f"the chart is a PNG file: name it something.png, not {path.name}.")
+        raise VideoError(f"the chart must be a PNG file: choose a name that ends in .png, not {path.name}.")
     results, best = report["results"], max(report["limits"].values())
     names = [f"{result['width']}x{result['height']}" for result in results]
     figure = Figure(figsize=(9, 1.8 + 0.6 * len(results)), layout="constrained")

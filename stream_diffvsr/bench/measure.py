@@ -1,4 +1,4 @@
-"""Timing of frames and of the networks that compute them."""
+"""Timing frames and the networks that compute them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..tensors import upsample
 from ..upscaler import Session, Upscaler
 
 STAGES = {"flow": "flow", "controlnet": "control", "unet": "denoise", "vae": "decode"}
-"""Stage names for Stream-DiffVSR's networks; other networks keep theirs. Any other time is `rest`."""
+"""Stage names for Stream-DiffVSR's networks; others keep their own names. The remaining time is `rest`."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Result:
     """Milliseconds until the first result, before any warm-up."""
     stages: dict[str, float] = field(default_factory=dict)
     peak_mb: float = 0.0
-    """The peak memory so far: resident memory of the process on a CPU, the allocator's on CUDA."""
+    """The peak memory so far: the process's resident memory on a CPU, or the allocator's memory on CUDA."""
     operations: dict[str, float] = field(default_factory=dict)
-    """Operations of matrix products and convolutions in one extra frame, by stage, in 1e9."""
+    """Billions of operations in matrix products and convolutions in one extra frame, by stage."""
     plain_ratio: float | None = None
-    """The median of plain time / time over interleaved pairs; None if the plain path was not run."""
+    """The median ratio of plain time to our time in interleaved pairs; None if the plain path was not run."""
 
     @property
     def fps(self) -> float:
@@ -54,7 +54,7 @@ class Result:
 
     @property
     def rates(self) -> dict[str, float]:
-        """Operations per second in 1e9, by stage and for the whole frame."""
+        """Billions of operations per second, by stage and for the whole frame."""
         times = {**self.stages, "frame": self.milliseconds}
         counts = {**self.operations, "frame": sum(self.operations.values())}
         return {name: 1000 * count / times[name] for name, count in counts.items() if times[name]}
@@ -110,7 +110,7 @@ class Clock:
 
 
 def _parts(model: Upscaler, name: str, network: nn.Module) -> Iterable[nn.Module]:
-    """Return modules that cover a network's computation; if they are nested, the outermost is measured."""
+    """Return modules that cover a network's computation; of nested modules, the outermost is measured."""
     if not isinstance(model, StreamDiffVSRPipeline):
         return network.modules()
     # No module inside a compiled block, where a hook would cause recompilation.
@@ -135,7 +135,7 @@ def measure(
     plain: StreamDiffVSRPipeline | None = None,
     on_frame: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Upscale a moving picture: two frames to warm up, then `frames` that are measured.
+    """Upscale a moving picture: two frames to warm up, then `frames` frames that are measured.
 
     With `plain`, both pipelines upscale each frame in alternating order, and the ratio is computed for each
     pair, so it remains valid even if the machine's speed drifts. The plain pipeline is eager, exact and in
@@ -176,7 +176,7 @@ def _time_pair(
     options: UpscaleOptions,
     ours_first: bool,
 ) -> tuple[float, float, StreamDiffVSRState]:
-    """Run one frame with both; return our time, the plain one's (NaN without `plain`) and our new state."""
+    """Run a frame with both; return our time, the plain time (NaN without `plain`), and our new state."""
     theirs, reference = math.nan, UpscaleOptions(num_inference_steps=options.num_inference_steps)
     if plain is not None and not ours_first:
         theirs, _ = _time(clock, plain, lq, _unsettled(state), reference)
@@ -212,7 +212,7 @@ def _stages(
 def count_operations(
     pipe: StreamDiffVSRPipeline, lq: Tensor, state: StreamDiffVSRState, options: UpscaleOptions
 ) -> dict[str, float]:
-    """Count the operations of one frame by stage, in 1e9; a multiply-add is two operations."""
+    """Count the operations of one frame in billions, by stage; a multiply-add counts as two operations."""
     pipe = copy.copy(pipe)
     pipe.built = None  # another runtime does the same work, but torch's counter cannot see it
     eager = replace(options, compile_mode="off")
@@ -245,7 +245,7 @@ def measure_sequence(
 ) -> Result:
     """Upscale a moving picture with a model of any family, which may process several frames at once.
 
-    The first two chunks are warm-up; `rounds` more are measured.
+    The first two chunks warm up the model, and the next `rounds` chunks are measured.
     """
     clock, session = Clock(model.device), model.session(options)
     frames = cycle(moving_picture(8, height, width))
@@ -279,7 +279,7 @@ def measure_sequence(
 
 
 def _next_results(session: Session, frames: Iterator[Tensor]) -> int:
-    """Push frames until there are results, and return how many there are."""
+    """Push frames until there are results, and return the number of results."""
     while True:
         if results := session.push(next(frames)):
             return len(results)
@@ -288,8 +288,8 @@ def _next_results(session: Session, frames: Iterator[Tensor]) -> int:
 def best_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measure the device's best rates for a 'convolution' and a 'linear' layer, in 1e9 operations per second.
 
-    A plain matrix product would be less meaningful: on AMD's processors with AVX-512, torch's takes twice the
-    time of the same linear layer with packed weights.
+    A plain matrix product would be less meaningful: on AMD's processors with AVX-512, torch's matrix product
+    takes twice as long as the same linear layer with packed weights.
     """
     large = device.type == "cuda"
     drawn = partial(torch.randn, device=device, dtype=dtype)

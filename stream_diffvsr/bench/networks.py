@@ -121,12 +121,12 @@ def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: in
 
 
 def random_network(name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """Build a checkpoint's network with random weights of typical size; large ones also take only seconds."""
+    """Build a checkpoint's network with random weights of typical size; even large networks take seconds."""
     return randomized(empty(lambda: from_config(name, config)), device, dtype)
 
 
 def randomized(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    """Fill a network that was built without weights with random ones."""
+    """Give random weights to a network that was built without any."""
     # Drawn once and repeated, since the values of the weights do not affect speed.
     drawn = torch.randn(2**20, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     weights = {key: _random(drawn, value) for key, value in network.state_dict().items()}
@@ -135,7 +135,7 @@ def randomized(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _random(drawn: Tensor, like: Tensor) -> Tensor:
-    """Return a random weight: ones for the scale of a norm or mixture, else values that keep sums near 1."""
+    """Return a weight: 1 for the scale of a norm or mixture, otherwise random values keeping sums near 1."""
     if like.ndim < 2:
         return drawn.new_ones(like.shape)
     # The product is a new tensor: a slice of the repeated one would keep all of it in memory.
@@ -148,7 +148,7 @@ def _random(drawn: Tensor, like: Tensor) -> Tensor:
 
 
 class PlainControl(Control):
-    """The ControlNet as the reference runs it, which embeds the warped picture again in every step."""
+    """The ControlNet as the reference runs it, embedding the warped picture again in every step."""
 
     def __init__(self, control: Control) -> None:
         nn.Module.__init__(self)
@@ -166,7 +166,7 @@ class PlainControl(Control):
 
 
 def reference_way(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """Return a pipeline that runs the same weights as the reference does: in float32, nothing precomputed."""
+    """Return a pipeline that runs the same weights as the reference does, in float32 without precomputing."""
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     for network in stages.values():
         network.float()

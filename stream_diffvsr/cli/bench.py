@@ -30,7 +30,7 @@ LARGEST = "denoise", "transformer"
 
 SIZE = "160x90"
 SIZES = ("320x180", "480x270", "640x360", "960x540")
-"""LQ sizes whose results are 720p, 1080p, 1440p and 2160p."""
+"""LQ sizes that are upscaled to 720p, 1080p, 1440p and 2160p."""
 
 TOLD = ("model", "preset", "compile_mode", "device", "dtype", "runtime", "threads", "torch")
 """The settings shown in the line above the table."""
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size",
         action="append",
-        help=f"Input size as WIDTHxHEIGHT; may be repeated. all: {', '.join(SIZES)}. Default: {SIZE}.",
+        help=f"Input size as WIDTHxHEIGHT, or all for {', '.join(SIZES)}; may be repeated. Default: {SIZE}.",
     )
     parser.add_argument(
         "--frames",
@@ -54,17 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="exact", help=f"{PRESET_HELP} Default: exact.")
     parser.add_argument("--threads", type=int, help="Number of CPU threads. Default: torch's own choice.")
     parser.add_argument(
-        "--plain", action="store_true", help="Also run the model in the reference's way, and compare."
+        "--plain",
+        action="store_true",
+        help="Also run the model as the reference does, and compare the times.",
     )
     parser.add_argument(
         "--blocks",
         type=int,
         default=30,
         help="Number of transformer blocks in random-flashvsr and random-swiftvr; use fewer for a quick "
-        "try. Default: 30.",
+        "trial. Default: 30.",
     )
     parser.add_argument("--json", type=Path, help="Write the figures to this JSON file.")
-    parser.add_argument("--chart", type=Path, help="Draw a chart into this PNG file; needs matplotlib.")
+    parser.add_argument("--chart", type=Path, help="Write a chart to this PNG file; this needs matplotlib.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -123,7 +125,7 @@ def _of_diffvsr(
 
 
 def _of_any_family(model: Upscaler, args: argparse.Namespace) -> tuple[dict[str, Any], Measure]:
-    """Return the settings to report and the measuring function for a model that has only one runtime."""
+    """Return the settings to report and the function that measures a model with only one runtime."""
     from ..bench.measure import measure_sequence
 
     family = FAMILIES[model.info.family]
@@ -152,7 +154,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def environment(model: Upscaler) -> dict[str, str | int]:
-    """Return the facts that the figures depend on."""
+    """Return the facts on which the figures depend."""
     cuda = model.device.type == "cuda"
     details = getattr(model, "runtime_details", "")
     return {
@@ -179,8 +181,10 @@ def table(report: dict[str, Any]) -> str:
     stages = list(report["results"][0]["stages"])
     head = ["LQ size", "ms per frame", "fps", "first result", *stages, "peak MB", "largest network", "frame"]
     rows = [_row(result, stages, report["limits"]) for result in report["results"]]
-    rates = " and ".join(f"a {name} runs at {_rate_text(rate)}" for name, rate in report["limits"].items())
-    told = ", ".join(f"{key} {report[key]}" for key in TOLD) + f"; at best {rates}"
+    rates = " and ".join(
+        f"a {name} layer runs at {_rate_text(rate)}" for name, rate in report["limits"].items()
+    )
+    told = ", ".join(f"{key} {report[key]}" for key in TOLD) + f"; at best, {rates}"
     return "\n".join(
         [told, "", _line([*head, "plain / ours"]), _line(["---"] * (len(head) + 1)), *map(_line, rows)]
     )

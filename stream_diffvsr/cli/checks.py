@@ -1,4 +1,4 @@
-"""Answers the service's questions before it accepts a job: lines of JSON in, lines of JSON out.
+"""Answers the questions that the service asks before it accepts a job; both are lines of JSON.
 
     {"about": true}                     -> {"families": ..., "models": ..., "devices": ..., ...}
     {"upscale": ["in.mp4", "-o", ...]}  -> {"code": 0, "facts": {...}}, or {"code": 2, "message": "..."}
@@ -36,15 +36,15 @@ from .main import parse
 OF_THE_LOADER = ("dtype", "quantize", "runtime", "provider", "attention", "flow", "threads")
 """Options of a job that choose how the model is opened."""
 NUMBER = {"type": ["integer", "null"], "minimum": 1}
-"""JSON schema of those options that are numbers, not one of several names."""
+"""JSON schema of those options whose values are numbers rather than names."""
 LOCAL = ("overwrite", "restart", "read_ahead", "compare")
 """Options that the service does not offer to its clients."""
 SCENE_CUT = r"^(auto|off|\d{1,3}(\.\d{1,6})?)$"
-"""Values of this option that clients may give; the command also accepts a CSV file."""
+"""Pattern of the values that clients may set for this option; the command also accepts a CSV file."""
 
 
 def main() -> None:
-    """Answer questions until the standard input ends."""
+    """Answer questions until standard input ends."""
     # Output that libraries print must not mix with the answers.
     answers = sys.stdout
     sys.stdout = sys.stderr
@@ -55,7 +55,7 @@ def main() -> None:
 
 
 def check(arguments: Sequence[str]) -> dict[str, Any]:
-    """Return how the command `upscale` judges its arguments before it opens a model."""
+    """Check the arguments of `upscale` as the command does before it opens a model; return the result."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -71,13 +71,13 @@ def check(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def capabilities() -> dict[str, Any]:
-    """Return what this machine offers: models, devices, options, file formats."""
+    """Return the models, devices, options and file formats that this machine offers."""
     job = [name for name, rule in rules(VideoJob).items() if name not in LOCAL and not _names_file(rule)]
     schema = json_schema(VideoJob, job)
     schema["properties"]["scene_cut"] |= {
         "pattern": SCENE_CUT,
-        "description": "How scenes are found; each starts without memory of the previous one. auto, off, "
-        "or a threshold from 0 to 255 (auto is 27).",
+        "description": "How to find scenes, each of which starts without memory of the previous one: auto, "
+        "off, or a threshold from 0 to 255 (auto is 27).",
     }
     families = {name: _family(name) for name in FAMILIES}
     return {

@@ -1,4 +1,4 @@
-"""Make a short clip, upscale it, and write the video and a picture to compare."""
+"""Make a short clip, upscale it, and write the resulting video and a comparison picture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise VideoError(
-            f"{folder} cannot be made ({error.strerror}): choose another folder with -o."
+            f"{folder} cannot be created ({error.strerror}): choose another folder with -o."
         ) from error
     clip, result = folder / "clip.mov", folder / "clip_4x.mp4"
     write_clip(clip)

@@ -1,4 +1,4 @@
-"""Show what is installed, which device and weights will be used, and why others will not."""
+"""Show what is installed, which device and weights will be used, and why other weights will not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BUNDLED_MODEL = Candidate("nano", NANO, "diffvsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "folders to search first for models and for unfinished work"
+    words = "Folders to search first for models and unfinished work."
     parser.add_argument("folder", nargs="*", type=Path, help=words)
 
 
@@ -63,7 +63,7 @@ def packages() -> Iterator[str]:
 
 
 def devices() -> Iterator[str]:
-    """Yield each device with the number format that 'auto' selects on it; mark the device of 'auto'."""
+    """Yield each device with the number format that 'auto' selects on it; mark the device 'auto' selects."""
     chosen = resolve_device("auto")
     for name in available():
         device = resolve_device(name)
@@ -72,7 +72,7 @@ def devices() -> Iterator[str]:
 
 
 def weights(folders: list[Path]) -> Iterator[str]:
-    """Yield every checkpoint found and whether it will be used, then the missing released weights."""
+    """Yield every checkpoint found, with whether it will be used, then the missing released weights."""
     damage = reason_ignored(BUNDLED_MODEL)
     yield f"nano: {NANO}, {f'ignored: {damage}' if damage else 'bundled'}"
     used = {"nano"}
@@ -83,7 +83,7 @@ def weights(folders: list[Path]) -> Iterator[str]:
 
 
 def verdict(found: Found, used: set[str]) -> str:
-    """Return whether a checkpoint will be used, given the names that earlier ones already use."""
+    """Return whether a checkpoint will be used, given the names that earlier checkpoints already use."""
     if found.problem:
         return f"ignored: {found.problem}"
     return (
@@ -134,12 +134,12 @@ def raft(name: str, folders: list[Path]) -> str:
 def searched(folders: list[Path]) -> Iterator[str]:
     """Yield the folders that were searched, in order, and the folder where small files are kept."""
     for folder in models_folders(folders):
-        yield f"searched {folder}{'' if folder.is_dir() else ' (not there)'}"
+        yield f"searched {folder}{'' if folder.is_dir() else ' (does not exist)'}"
     yield f"cache {user_cache()}"
 
 
 def unfinished(folders: list[Path]) -> Iterator[str]:
-    """Yield the work folders of unfinished jobs with their size and what can be done with them."""
+    """Yield each work folder of an unfinished job, with its size and what can be done with it."""
     found = sorted({path.resolve() for folder in folders for path in folder.glob("*.parts")})
     for path in filter(Path.is_dir, found):
         if (state := work_state(path)) is not None:

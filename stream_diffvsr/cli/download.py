@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(f'{name} ({each.gigabytes} GB)' for name, each in RELEASES.items())}. "
         f"Default: {RELEASED}.",
     )
-    parser.add_argument("--folder", type=Path, help="models folder to use instead of the default one")
-    parser.add_argument("--revision", help="branch, tag or commit of the published repository")
+    parser.add_argument("--folder", type=Path, help="Models folder to use instead of the default folder.")
+    parser.add_argument("--revision", help="Branch, tag or commit of the published repository.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
     there = already_whole(args.model, args.folder)
     if there and args.revision:
         raise IncompatibleInputError(
-            f"{there} already holds a complete {args.model}; to download revision {args.revision!r}, "
-            "rename that folder, or choose another with --folder",
+            f"{there} already contains a complete {args.model}; to download revision {args.revision!r}, "
+            "rename that folder, or choose another folder with --folder",
         )
     try:
         path = there or download_with_bar(args.model, folders, args.revision)

@@ -1,4 +1,4 @@
-"""Convert a model for OpenVINO or ONNX Runtime in advance, so that later runs start right away."""
+"""Convert a model for OpenVINO or ONNX Runtime in advance, so that later runs start immediately."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[SIZE],
         metavar="WxH",
-        help=f"Input sizes to prepare for. Default: {SIZE}.",
+        help=f"Input sizes for which to convert the model. Default: {SIZE}.",
     )
 
 

@@ -1,6 +1,6 @@
-"""The entry point, which runs the subcommand, and turns errors into one sentence and an exit code.
+"""The entry point, which runs the subcommand and turns any error into one sentence and an exit code.
 
-Exit codes: 0 success, 1 failed while running, 2 bad input or usage, 130 interrupted.
+The exit code is 0 for success, 1 for a failure while running, 2 for bad input or usage, and 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("--debug", action="store_true", help="show where an error came from")
+        command.add_argument("--debug", action="store_true", help="Show where an error came from.")
         module.add_arguments(command)
     return parser.parse_args(argv)
 

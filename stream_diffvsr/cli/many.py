@@ -32,20 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--devices",
         metavar="LIST",
-        help="Spread scenes over several devices: all, cuda:0,cuda:1 or 0,1, or cpu:2 for two workers on "
-        "the CPU. Needs the package ray; not yet tried on GPUs.",
+        help="Distribute scenes among several devices: all, a list such as cuda:0,cuda:1 or 0,1, or cpu:2 "
+        "for two workers on the CPU. This needs the package ray, and has not yet been tried on GPUs.",
     )
     group.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="Spread scenes over a Ray cluster: auto for the one this machine belongs to, HOST:PORT, or "
-        "ray://HOST:PORT.",
+        help="Distribute scenes in a Ray cluster: auto for the cluster to which this machine belongs, "
+        "HOST:PORT, or ray://HOST:PORT.",
     )
     group.add_argument(
         "--split-scenes",
         type=positive,
         metavar="N",
-        help="With several workers, cut longer scenes into parts of N frames. Not exact: see --warm-up.",
+        help="With several workers, cut longer scenes into parts of N frames. The result is not exact: see "
+        "--warm-up.",
     )
     group.add_argument(
         "--warm-up",
@@ -59,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def positive(text: str) -> int:
     """Parse a flag's value, a whole number of at least 1."""
     if not (text.isdecimal() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"needs a whole number of at least 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return int(text)
 
 
@@ -96,7 +97,7 @@ def is_video(path: Path) -> bool:
 
 
 def outputs(found: Sequence[Path], args: argparse.Namespace, named: Callable[[Path], Path]) -> list[Path]:
-    """Return the output of each of several inputs: in the folder of -o, or beside the input.
+    """Return the output for each of several inputs, either in the folder set with -o or next to the input.
 
     Raises `VideoError` if two outputs would be the same, or if -o is a file.
     """
@@ -107,7 +108,7 @@ def outputs(found: Sequence[Path], args: argparse.Namespace, named: Callable[[Pa
         )
     if folder is not None:
         if known_suffix(folder.suffix) and not folder.is_dir():
-            raise VideoError(f"{folder} is a file, but there are {len(found)} inputs: give a folder with -o.")
+            raise VideoError(f"{folder} is a file, but there are {len(found)} inputs: set a folder with -o.")
         folder.mkdir(exist_ok=True)
     made = [named(path) if folder is None else folder / named(path).name for path in found]
     twice = [path for path, count in Counter(path.absolute() for path in made).items() if count > 1]
@@ -117,13 +118,13 @@ def outputs(found: Sequence[Path], args: argparse.Namespace, named: Callable[[Pa
 
 
 class Results:
-    """Reports how each job of a run ended: at once, and in the exit code."""
+    """Reports how each job of a run ended, both immediately and in the exit code."""
 
     def __init__(self, args: argparse.Namespace, single: bool) -> None:
         self.args, self.single, self.failed = args, single, 0
 
     def attempt(self, output: Path, make: Callable[[], VideoJob]) -> VideoJob | None:
-        """Make a job; return None if it is already done or cannot be done."""
+        """Make a job; return None if it has already been done or cannot be done."""
         try:
             job = make()
             if not self.single and not job.overwrite and job.output.exists() and not begun(job):

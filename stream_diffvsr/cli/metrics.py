@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--frames", type=int, help="Compare at most this many frames.")
     parser.add_argument("--csv", type=Path, help="Write the figures of each frame to this CSV file.")
-    parser.add_argument("--plot", type=Path, help="Draw the figures into this PNG file.")
+    parser.add_argument("--plot", type=Path, help="Plot the figures in this PNG file.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,13 +44,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def matched(result: Path, truth: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pairs of frames, (1, 3, H, W) in [0, 1], until one video ends; report the longer one."""
+    """Yield pairs of frames, (1, 3, H, W) in [0, 1], until one video ends; report which is longer."""
     from ..media.read import Span, open_source
 
     sources = [open_source(path).frames(Span()) for path in (result, truth)]
     for one, other in zip_longest(*sources):
         if one is None or other is None:
             longer = truth if one is None else result
-            print(f"stream-diffvsr: {longer} has more frames; the extra ones are ignored", file=sys.stderr)
+            print(f"stream-diffvsr: {longer} has more frames; the extra frames are ignored", file=sys.stderr)
             return
         yield one.rgb, other.rgb

@@ -54,8 +54,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="torch",
         choices=RUNTIMES,
         help="The library that runs Stream-DiffVSR's networks: PyTorch, OpenVINO (faster on a CPU), ONNX "
-        "Runtime, or auto: the fastest exact one that is installed, measured once. Except with torch, "
-        "the first run converts the model, which takes minutes. Default: torch.",
+        "Runtime, or auto for the fastest exact runtime that is installed, measured once. With any runtime "
+        "other than torch, the first run converts the model, which takes minutes. Default: torch.",
     )
     parser.add_argument(
         "--provider",
@@ -75,18 +75,19 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--flow",
         default="auto",
         choices=["auto", *FLOW_MODELS],
-        help="How motion between frames is estimated. auto: as the model was trained. Default: auto.",
+        help="How to estimate motion between frames. auto: as in the model's training. Default: auto.",
     )
     parser.add_argument(
         "--progress",
         default="bar",
         choices=PROGRESS,
-        help="A progress bar, one line of JSON per frame on standard output, or nothing. Default: bar.",
+        help="How to report progress: as a bar, as one line of JSON per frame on standard output, or not at "
+        "all. Default: bar.",
     )
 
 
 def lora_argument(text: str) -> tuple[str, float]:
-    """Split text into a path and the strength after its last colon; without a number there, it is 1."""
+    """Split text into a path and the strength after its last colon; the strength is 1 if there is none."""
     path, colon, strength = text.rpartition(":")
     try:
         return (path, float(strength)) if colon else (text, 1.0)

@@ -1,4 +1,4 @@
-"""Output of the commands: errors, progress, and pictures to compare."""
+"""Output of the commands: errors, progress, and comparison pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROGRESS = ("bar", "json", "none")
 
 
 def fail(args: argparse.Namespace, message: str, code: int) -> int:
-    """Print an error in one line, with --debug also its traceback; return the exit code."""
+    """Print an error in one line, after its traceback if --debug is set; return the exit code."""
     if args.debug:
         logging.exception(message)
     print(f"stream-diffvsr: {' '.join(message.split())}", file=sys.stderr)
@@ -39,8 +39,8 @@ def run_to_end(
     """Run a job to its end; return the last report, or None if everything was already done.
 
     `progress` is one of PROGRESS: a bar on standard error, a line of JSON per frame on standard output, or
-    nothing. If `preview` is given, that picture (bicubic beside the result) is rewritten after every `every`
-    frames, at most once a second.
+    nothing. If `preview` is given, that picture (bicubic next to the result) is rewritten every `every`
+    frames, but at most once a second.
     """
     step, shown_at = None, -math.inf
     shown = {"bar": _bar, "json": _json_lines, "none": iter}[progress]
@@ -82,7 +82,7 @@ def _json_lines(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
 
 @contextmanager
 def download_bar(progress: str = "bar") -> Generator[OnProgress, None, None]:
-    """Show a download in bytes; the bar appears once the size is known, and includes earlier bytes."""
+    """Show a download's bytes, including those from earlier runs; the bar appears once the size is known."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 

@@ -1,4 +1,4 @@
-"""List the scenes of a video: each starts without memory of the previous one."""
+"""List the scenes of a video, each of which starts without memory of the previous one."""
 
 from __future__ import annotations
 

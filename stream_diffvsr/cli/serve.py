@@ -17,7 +17,7 @@ NEEDED = ("fastapi", "uvicorn", "python_multipart", "jsonschema")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..service.settings import Settings
 
-    parser.epilog = "Each option is also an environment variable, such as STREAM_DIFFVSR_PORT."
+    parser.epilog = "Each option can also be set with an environment variable, such as STREAM_DIFFVSR_PORT."
     add_flags(parser, Settings, titles=())
 
 

@@ -24,7 +24,7 @@ from ..training.loop import Run, window
 from ..training.options import TrainOptions
 from ..training.report import stack_rows, write_picture
 
-LICENCE = "The base's licence also covers what is derived from it, and you need the rights to the clips."
+LICENCE = "The base's licence also covers works derived from it, and you need the rights to the clips."
 MEGABYTE = 2**20
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clips",
         nargs="+",
         type=Path,
-        help="Videos, folders of pictures, or folders of these, in good quality.",
+        help="Videos or folders of pictures in good quality, or folders that contain several of them.",
     )
     parser.add_argument(
         "-o",
@@ -70,21 +70,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the first, or the only one, of the processes that share a run."""
+    """Whether this is the first (or the only) process of a run."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def print_note(line: str) -> None:
-    """Print a line for people to standard error, apart from the output that scripts read.
+    """Print a line for people to standard error, separate from the output that scripts read.
 
-    However many processes share the run, it is printed once.
+    The line is printed only once, however many processes share the run.
     """
     if is_first():
         print(line, file=sys.stderr, flush=True)
 
 
 def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
-    """Write a picture of four sequences: the true frame, and beside it the model's input, enlarged."""
+    """Write a picture of four sequences, each with its true frame next to the enlarged model's input."""
     rows = []
     for index in range(4):
         lqs, truths = window(footage, recipe, options, np.random.default_rng((options.seed, 2, index)))
@@ -108,7 +108,7 @@ def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
         )
     if args.resume and not begun:
         raise IncompatibleInputError(
-            f"there is no run to resume for {output}: check --output, or leave --resume away"
+            f"there is no run to resume for {output}: check --output, or omit --resume"
         )
     if output.exists() and not begun:
         raise IncompatibleInputError(f"{output} exists: choose a new --output")
@@ -116,7 +116,7 @@ def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
 
 
 def run_folder(output: Path) -> Path:
-    """Return the folder beside the result for the run's state, figures and pictures."""
+    """Return the folder next to the result for the run's state, figures and pictures."""
     return output.with_name(f"{output.stem}.run")
 
 
@@ -142,14 +142,14 @@ def train(
         run.tuned.save_folder(output, run.best_file, resolve(args.base) or Path(args.base), told)
     print_note(f"the base: {run.begun}")
     gain = run.best.psnr - run.begun.psnr
-    said = "the best" if gain > 0 else "no better than the base: the best"
+    said = "the best" if gain > 0 else "no step was better than the base; the best"
     print_note(f"{said}, step {run.best_step}: {run.best}, {gain:+.3f} dB")
     print(output)
     return 0
 
 
 def tell_costs(run: Run) -> None:
-    """Print the memory, disk space and time, measured in a step that changes nothing.
+    """Print the memory, disk space and time that the run needs, from a trial step that changes nothing.
 
     With --minutes, also set the number of steps.
     """
@@ -167,7 +167,7 @@ def tell_costs(run: Run) -> None:
     free = shutil.disk_usage(run.report.folder).free
     if files > free:
         raise IncompatibleInputError(
-            f"the run needs {files // MEGABYTE} MB of disk space beside the output, "
+            f"the run needs {files // MEGABYTE} MB of disk space next to the output, but "
             f"{free // MEGABYTE} MB are free"
         )
     if options.minutes is not None and run.step == 0:

@@ -41,14 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "input",
         type=Path,
         nargs="+",
-        help="Video file, picture, folder of pictures, or folder of videos; may be several.",
+        help="Video file, picture, folder of pictures, or folder of videos; several may be given.",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
-        help="File or folder to write; for several inputs, a folder. Default: <name>_4x beside the "
-        "input, or with the requested size instead of 4x.",
+        help="File or folder to write; for several inputs, a folder. Default: <name>_4x next to the input, "
+        "with any requested size in place of 4x.",
     )
     add_model_arguments(parser)
     parser.add_argument("--state-in", type=Path, metavar="FILE", help="Continue from a saved state.")
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=many.positive,
         metavar="N",
-        help="CPU threads per worker. Default: its share of the cores.",
+        help="CPU threads per worker. Default: the worker's share of the cores.",
     )
     groups["speed"].add_argument(
         "--preset",
@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preview",
         type=int,
         metavar="N",
-        help="Write a picture (bicubic beside the result) every N frames, at most once per second.",
+        help="Write a picture (bicubic next to the result) every N frames, but at most once a second.",
     )
 
 
@@ -122,7 +122,7 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the facts about a job with one input that are known without its model; raise as `run` does.
+    """Return facts about a job with one input that are known without its model; raise errors as `run` does.
 
     Sizes are (width, height) in pixels; `seconds` and `frames` are None if the file does not state them.
     """
@@ -181,7 +181,7 @@ def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
 def plan_without_weights(
     args: argparse.Namespace, job: VideoJob, size: tuple[int, int], frames: int | None
 ) -> Iterator[str]:
-    """Yield the same lines for released networks not on this machine, based on their configurations."""
+    """Yield the same lines for networks whose weights are not here, based on their configurations."""
     if family_named(args.model) != "diffvsr":
         raise IncompatibleInputError(
             f"--plan needs the weights of {args.model}: run 'stream-diffvsr download {args.model}' first"
@@ -194,8 +194,8 @@ def plan_without_weights(
     needs = planner.needs(shape, job.options, chosen)
     yield from cost_lines(job, size, frames, plan=str(chosen), needs=needs, device=device)
     yield (
-        f"time: cannot be estimated before the weights of {args.model} are here; run 'stream-diffvsr "
-        f"download {args.model}'"
+        f"time: cannot be estimated without the weights of {args.model}; run 'stream-diffvsr download "
+        f"{args.model}' first"
     )
 
 
@@ -208,14 +208,16 @@ def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
     own = {key: value for key, value in vars(args).items() if key in known}
     if foreign := sorted(own.keys() - rules(family.options).keys()):
         flags = ", ".join(f"--{(table[key].flag or key).replace('_', '-')}" for key in foreign)
-        raise IncompatibleInputError(f"{args.model} is a {family.title} model, which has no {flags}")
+        raise IncompatibleInputError(
+            f"{args.model} is a {family.title} model, which does not support {flags}"
+        )
     options = family.options(**with_preset(family.presets, args.preset, own))
     state = None if args.state_in is None else State.load(args.state_in)
     return VideoJob(source=source, output=output, options=options, state=state, **asked)
 
 
 def default_output(args: argparse.Namespace, source: Path) -> Path:
-    """Return `<stem>_4x`, or the requested size instead of 4x, beside the input, in a writable format."""
+    """Return the path `<stem>_4x`, or with the requested size, next to the input, in a writable format."""
     asked, source = given_options(args, VideoJob), source.absolute()
     if asked.get("target"):
         size = "{}x{}".format(*asked["target"])

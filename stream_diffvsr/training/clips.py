@@ -25,7 +25,7 @@ LOOKED_AT = 320
 """The approximate width at which frames are compared to find scenes."""
 
 Window = tuple[Tensor, Tensor]
-"""LQ frames (T, 3, h, w) and true ones (T, 3, 4h, 4w), in model range."""
+"""LQ frames, (T, 3, h, w), and true frames, (T, 3, 4h, 4w), in model range."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Scene:
         return self.end - self.first
 
     def read(self, start: int, count: int, rows: slice, columns: slice) -> Tensor:
-        """Return `count` frames from `start` on, cropped: (count, 3, ., .) in [0, 1]."""
+        """Return `count` cropped frames, beginning with `start`: (count, 3, ., .) in [0, 1]."""
         if self.kept is not None:
             return self.kept[start : start + count, :, rows, columns].float() / 255
         first = self.first + start
@@ -96,7 +96,7 @@ def read_clips(paths: Iterable[Path], side: int, frames: int) -> Footage:
         found += used
     if not found:
         raise IncompatibleInputError(
-            f"no clip has scenes of at least {frames} frames of at least {side}x{side} "
+            f"no clip has scenes of at least {frames} frames and at least {side}x{side} pixels "
             f"({'; '.join(told) or 'no clips'})",
         )
     train, held = _hold_out(found, frames)
@@ -114,7 +114,7 @@ def _files(paths: Iterable[Path]) -> Iterator[Path]:
 
 
 def _scenes(path: Path, room: int) -> Iterator[Scene]:
-    """Yield the scenes of a clip, cut by the same rule as in jobs, from a reduced copy of each frame."""
+    """Yield the scenes of a clip, found by the same rule as in jobs, but in reduced copies of the frames."""
     before, kept, first, size, index, rule = None, list[Tensor](), 0, (0, 0), -1, SceneCut()
 
     def scene(end: int) -> Scene:
@@ -137,7 +137,7 @@ def _scenes(path: Path, room: int) -> Iterator[Scene]:
 
 
 def _hold_out(scenes: Sequence[Scene], frames: int) -> tuple[list[Scene], list[Scene]]:
-    """Hold out every sixth scene or, with fewer than four scenes, the last fifth of each long enough one."""
+    """Hold out every sixth scene or, with fewer than four scenes, the last fifth of each if long enough."""
     if len(scenes) >= 4:
         held = [scene for index, scene in enumerate(scenes) if index % 6 == 3]
         return [scene for scene in scenes if scene not in held], held
@@ -148,7 +148,7 @@ def _hold_out(scenes: Sequence[Scene], frames: int) -> tuple[list[Scene], list[S
 
 
 def crop(scene: Scene, rng: np.random.Generator, side: int, frames: int) -> Tensor:
-    """Return a random crop of a scene, (frames, 3, side, side) in [0, 1], or smaller if the scene is."""
+    """Return a random crop of a scene, (frames, 3, side, side) in [0, 1], or less if the scene is smaller."""
     sides = [min(side, length // SCALE * SCALE) for length in scene.size]
     places = [int(rng.integers(length - own + 1)) for length, own in zip(scene.size, sides, strict=True)]
     rows, columns = (slice(at, at + own) for at, own in zip(places, sides, strict=True))

@@ -1,4 +1,4 @@
-"""Degrading good frames to look like a user's: a list of steps with chances and ranges, drawn per sequence.
+"""Degrading good frames to look like a user's, in steps whose chances and values are drawn per sequence.
 
     - blur: {chance: 0.5, sigma: [0.3, 1.2]}
     - reduce: {method: [bicubic, area]}
@@ -28,7 +28,7 @@ Rng = np.random.Generator
 
 
 def blur(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
-    """Blur with a Gaussian; `sigma` is in pixels at the size the picture has in this step."""
+    """Blur with a Gaussian; `sigma` is in pixels, at the size that the picture has in this step."""
     from torchvision.transforms.functional import gaussian_blur
 
     return gaussian_blur(x, [2 * round(3 * sigma) + 1] * 2, [max(sigma, 0.01)] * 2)
@@ -48,7 +48,10 @@ def noise(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
 
 
 def grain(x: Tensor, rng: Rng, *, sigma: float, size: float) -> Tensor:
-    """Add film grain: grey clumps `size` pixels wide, strongest in mid-tones; `sigma` on a scale of 255."""
+    """Add film grain, in grey clumps `size` pixels wide that are strongest in mid-tones.
+
+    `sigma` is on a scale of 255.
+    """
     shape = (len(x), 1, *x.shape[-2:])
     clumps = blur(torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)), rng, sigma=size)
     luma = x.mean(1, keepdim=True).clamp(0, 1)
@@ -185,7 +188,7 @@ def open_recipe(name: str) -> Recipe:
 
 
 def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
-    """Check steps and their settings, and return them; raise `IncompatibleInputError` for invalid ones."""
+    """Check steps and their settings, and return them; raise `IncompatibleInputError` if any is invalid."""
     for name, given in steps:
         if name not in STEPS or not isinstance(given or {}, dict):
             raise IncompatibleInputError(

@@ -1,7 +1,7 @@
 """The training loop, which runs the engine's frame code with gradients, on the model's own previous results.
 
-The data of a step depend only on seed, step and device, so a run that was killed and resumed ends with the
-same weights.
+The data of a step depend only on the seed, the step and the device, so a run that was killed and resumed
+ends with the same weights.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from .tuned import Tuned
 log = logging.getLogger(__name__)
 
 MARGIN = 64
-"""True pixels around a crop that are degraded with it, so that codecs and filters see its surroundings."""
+"""Pixels around a true crop that are degraded with it, so that codecs and filters see its surroundings."""
 HELD_SCENES, HELD_FRAMES, HELD_SIDE = 4, 8, 256
-"""The number of held-out scenes measured, the frames of each, and the side of their crops."""
+"""The number of held-out scenes to measure, the frames per scene, and the side of the crops in pixels."""
 SAVED_SECONDS = 60.0
 """Seconds after which the state of a run is saved again."""
 
@@ -86,12 +86,12 @@ def centre_crop(lq: Tensor, truth: Tensor, side: int) -> Window:
 
 
 def distance(difference: Tensor, kind: str) -> Tensor:
-    """Return L1, smoothed at zero, or L2 times 10, which has a similar size."""
+    """Return the L1 distance, smoothed at zero, or 10 times the L2 distance, which is similarly large."""
     return 10 * difference.square().mean() if kind == "l2" else (difference.square() + 1e-6).sqrt().mean()
 
 
 class Run(Trainer):
-    """A fine-tuning run, and the best step so far."""
+    """A fine-tuning run, which keeps its best step so far."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class Run(Trainer):
     # The whole run
 
     def rehearse(self) -> float:
-        """Return the seconds per step, including measuring, from trial steps that change nothing."""
+        """Return the seconds per step, measuring included, as timed in trial steps that change nothing."""
         if self.step == 0 and self.accelerator.is_main_process:
             self._measure_base()
         seconds = 0.0
@@ -237,7 +237,7 @@ class Run(Trainer):
         return {**super().facts(), **best}
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """Resume as `Trainer.resume` does, and remove later rows from the files of the run."""
+        """Resume as `Trainer.resume` does, and remove later rows from the run's files."""
         facts = super().resume(path)
         self.best_step = facts["best_step"]
         self.best, self.begun = Figures(**facts["best"]), Figures(**facts["begun"])

@@ -19,17 +19,18 @@ class TrainOptions:
     steps: int = option(1000, "Number of training steps.", low=1)
     minutes: float | None = option(
         None,
-        "Run as many steps as fit into this many minutes, estimated before the first one; at most --steps.",
+        "Run as many steps as fit into this many minutes, but at most --steps. The number is estimated "
+        "before the first step.",
         kind=float,
         low=0.0,
     )
     degradation: str = option(
         "clean",
-        "How good frames are degraded to look like yours: clean, compressed, old-film, anime, or a YAML "
-        "file.",
+        "How to degrade good frames so that they look like yours: clean, compressed, old-film, anime, or a "
+        "YAML file.",
     )
     decoder: bool = option(
-        False, "Also train the decoder, which makes the finest detail; helps nano most.", flag="decoder"
+        False, "Also train the decoder, which makes the finest detail; this helps nano most.", flag="decoder"
     )
     rank: int = option(
         16, "Rank of the LoRA: a higher rank can learn more, in a larger file.", low=1, high=512
@@ -49,29 +50,29 @@ class TrainOptions:
         4, "Frames per sequence, each guided by the model's own previous result.", low=1, high=64
     )
     batch: int = option(1, "Sequences per step on each device.", low=1, high=256)
-    loss: str = option("l1", "l1 keeps more detail, l2 gives more PSNR.", choices=("l1", "l2"))
+    loss: str = option("l1", "l1 keeps more detail; l2 reaches a higher PSNR.", choices=("l1", "l2"))
     steadiness: float = option(
         0.5, "Weight of the loss for changes over time that the original does not have.", low=0.0, high=100.0
     )
     perceptual: str | None = option(
         None,
-        "File of VGG-16's weights (torchvision's vgg16-397923af.pth): also compares what that network sees, "
-        "for more texture and less PSNR.",
+        "File with VGG-16's weights (torchvision's vgg16-397923af.pth), to also compare that network's "
+        "features, for more texture but a lower PSNR.",
         kind=str,
         unset_help="none",
     )
     perceptual_weight: float = option(
-        0.05, "Weight of that comparison, beside 1 for the pixels.", low=0.0, high=100.0
+        0.05, "Weight of that comparison; the weight of the pixels is 1.", low=0.0, high=100.0
     )
     every: int = option(100, "Measure on the held-out part and save pictures every N steps.", low=1)
-    seed: int = option(0, "Random seed. The same seed gives the same weights.", low=0)
+    seed: int = option(0, "Random seed. The same seed produces the same weights.", low=0)
     precision: str = option(
         "float32",
         "bfloat16 halves the memory for activations on GPUs that support it.",
         choices=("float32", "bfloat16"),
     )
     checkpointing: bool = option(
-        False, "Recompute activations instead of keeping them: slower, far less memory."
+        False, "Recompute activations instead of keeping them, which is slower but needs far less memory."
     )
 
     def __post_init__(self) -> None:

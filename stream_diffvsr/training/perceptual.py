@@ -1,7 +1,7 @@
 """An optional loss on the features of VGG-16, which reward texture where pixels alone reward blur.
 
-Johnson et al. 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution": the third
-convolution of the third block.
+It compares the features after the third convolution of the third block, as in Johnson et al. 2016,
+"Perceptual Losses for Real-Time Style Transfer and Super-Resolution".
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from ..errors import CheckpointError
 from ..files import read_weights
 
 WIDTHS = 64, 64, "M", 128, 128, "M", 256, 256, 256
-"""Channels of the convolutions up to there; M: halved."""
+"""Channels of the convolutions up to that one; M stands for a pooling that halves width and height."""
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the pictures that it was trained on, in [0, 1]."""
+"""Per channel, of the pictures on which VGG-16 was trained, in [0, 1]."""
 
 
 class Perceptual(nn.Module):
-    """The distance of two pictures in VGG-16's features."""
+    """The distance between two pictures in VGG-16's features."""
 
     mean: Tensor
     spread: Tensor
 
     def __init__(self, path: Path) -> None:
-        """`path`: weights as torchvision publishes them; raises `CheckpointError` for any others."""
+        """Read weights as torchvision publishes them from `path`; raise `CheckpointError` for any others."""
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
@@ -43,7 +43,7 @@ class Perceptual(nn.Module):
         given = {name: value for name, value in read_weights(path).items() if name in own}
         if {name: x.shape for name, x in given.items()} != {name: x.shape for name, x in own.items()}:
             raise CheckpointError(
-                f"{path} does not hold the weights of VGG-16 as torchvision publishes them "
+                f"{path} does not contain the weights of VGG-16 as torchvision publishes them "
                 "(vgg16-397923af.pth)"
             )
         self.load_state_dict(given)
@@ -52,6 +52,6 @@ class Perceptual(nn.Module):
         self.register_buffer("spread", torch.tensor(SPREAD).view(1, 3, 1, 1))
 
     def forward(self, result: Tensor, truth: Tensor) -> Tensor:
-        """The mean absolute difference of features; both pictures are (N, 3, H, W) in model range."""
+        """Return the mean absolute difference of features; both pictures are (N, 3, H, W) in model range."""
         seen = [self.features((x / 2 + 0.5 - self.mean) / self.spread) for x in (result, truth)]
         return (seen[0] - seen[1]).abs().mean()

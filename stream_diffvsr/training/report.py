@@ -1,4 +1,4 @@
-"""The reports of a run: losses and figures as CSV, a chart, and pictures before and after."""
+"""The reports of a run: losses and figures as CSV, a chart, and pictures from before and after."""
 
 from __future__ import annotations
 
@@ -122,13 +122,13 @@ class Report:
 
 
 def stack_rows(rows: Sequence[Tensor]) -> Tensor:
-    """Stack pictures (1, 3, ., .) vertically, padded with black at the right."""
+    """Stack pictures, (1, 3, ., .), vertically, padded with black on the right."""
     width = max(row.shape[-1] for row in rows)
     return torch.cat([F.pad(row, (0, width - row.shape[-1], 0, 0)) for row in rows], dim=2)
 
 
 def write_picture(path: Path, picture: Tensor) -> None:
-    """Write (1, 3, H, W) in [0, 1] as a PNG."""
+    """Write a picture, (1, 3, H, W) in [0, 1], as a PNG."""
     from PIL import Image
 
     array = (picture[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()

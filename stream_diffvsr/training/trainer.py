@@ -27,11 +27,11 @@ MOMENTS = "step", "exp_avg", "exp_avg_sq"
 class Trainer(ABC):
     """Parameters, their optimiser, and the number of steps done; subclasses compute the gradients.
 
-    Under `accelerate launch`, each process computes gradients of its own data, and these are averaged.
+    Under `accelerate launch`, each process computes gradients for its own data, and these are averaged.
     """
 
     warm = 10
-    """Steps in which the learning rate rises."""
+    """Number of steps at the start during which the learning rate rises."""
     clip = 1.0
     """The norm to which a step's gradients are clipped."""
 
@@ -48,9 +48,10 @@ class Trainer(ABC):
         haste: Callable[[str], float] = lambda name: 1.0,
         average: float | None = None,
     ) -> None:
-        """`haste`: factor on the rate of a parameter, by name; `average`: decay of a moving average.
+        """`haste` returns, for a parameter's name, the factor on its learning rate.
 
-        `precision` is accelerate's `mixed_precision`.
+        `average` is the decay of a moving average, if one is kept; `precision` is accelerate's
+        `mixed_precision`.
         """
         from accelerate import Accelerator
 
@@ -78,11 +79,11 @@ class Trainer(ABC):
         """Return the settings that a resumed run must share with the original one, as JSON values."""
 
     def facts(self) -> dict[str, Any]:
-        """Return what else is saved of a run, as JSON values."""
+        """Return the other facts about a run that are saved, as JSON values."""
         return {"step": self.step, "steps": self.steps}
 
     def fall(self) -> float:
-        """Return the factor on the learning rate at this step, from 1 to 0; by default along a cosine."""
+        """Return the learning rate's factor at this step; it falls from 1 to 0, by default as a cosine."""
         return 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps)))
 
     def rate_now(self) -> float:
@@ -129,7 +130,7 @@ class Trainer(ABC):
     def resume(self, path: Path) -> dict[str, Any]:
         """Restore the state that `keep` saved, and return its facts.
 
-        Raises `IncompatibleInputError` if that was a different run.
+        Raises `IncompatibleInputError` if it belongs to a run with other settings.
         """
         tensors, texts = read_tensors(path)
         facts: dict[str, Any] = json.loads(texts["run"])
@@ -157,6 +158,6 @@ class Trainer(ABC):
 
 
 def of_state(path: Path, kind: str) -> dict[str, Tensor]:
-    """Return the tensors of one kind ('weights' or 'average') by name from a file of `Trainer.keep`."""
+    """Return, by name, the tensors of one kind ('weights' or 'average') that `Trainer.keep` saved."""
     tensors, _ = read_tensors(path)
     return {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{kind}.")}

@@ -1,7 +1,7 @@
-"""Downloading released weights: only the files that are needed, resumably, and all of them or none.
+"""Resumable downloads of released weights: only the files that are needed, and all of them or none.
 
-huggingface_hub runs in a separate process, which can be ended at once. With every version of the library, the
-bytes it has written show the progress and where to resume.
+huggingface_hub runs in a separate process, which can be ended immediately. With every version of the library,
+the bytes that it has written show the progress and where to resume.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 """Called with (done_bytes, total_bytes), or with (0, 1) while the total is unknown.
 
-An exception from it ends the download; the next one resumes from there.
+An exception from it ends the download; the next download resumes from there.
 """
 
 Needed = Callable[[Collection[str], Path], Collection[str]]
-"""Selects, from all published names, those that a folder needs to be complete."""
+"""Selects, from the names of all published files, those that a folder needs to be complete."""
 
 COMMIT = ".commit"
-"""Name of the file in a partial download's folder that contains the revision of its files."""
+"""Name of the file that records, in a partial download's folder, the revision of the other files."""
 
 SPARE = 1 << 26
 """Bytes to leave free on the disk."""
@@ -56,7 +56,7 @@ json.dump([info.sha, {file.rfilename: file.size for file in info.siblings}], sys
 """
 
 CHUNK = 1 << 16
-"""Bytes per write. A cancel loses up to one write, and the library's 10 MB take minutes on a slow line."""
+"""Bytes per write; cancelling loses up to one write. The library's 10 MB take minutes on a slow line."""
 
 BRING = f"""
 from pathlib import Path
@@ -88,7 +88,7 @@ class FetchError(StreamDiffVSRError):
 
 
 def offline() -> bool:
-    """Whether the user forbids network traffic with HF_HUB_OFFLINE."""
+    """Whether the user has forbidden network traffic with HF_HUB_OFFLINE."""
     from huggingface_hub import constants
 
     return constants.HF_HUB_OFFLINE
@@ -113,7 +113,7 @@ def fetch(
     """Download a release to the first of `targets` that is writable; return that folder.
 
     Existing files of the published size are kept. Raises `ModelNotFoundError` with instructions for copying
-    the files manually; bytes downloaded so far stay beside the folder, and the next call resumes from there.
+    the files manually; bytes downloaded so far stay next to the folder, and the next call resumes from there.
     """
     target = next((target for target in targets if _can_bring_to(target)), None)
     if target is None:
@@ -145,7 +145,7 @@ def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
 
 
 def usual_targets(release: Release, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Return folders for a download, best first: those that were registered, then the user's own.
+    """Return folders for a download, best first: the registered folders, then the user's own folder.
 
     Links are resolved, because the partial download must be on the same disk.
     """
@@ -170,7 +170,7 @@ def _can_write(folder: Path) -> bool:
 
 @contextmanager
 def _exclusive(target: Path, tell: OnProgress) -> Generator[None, None, None]:
-    """Let only one process download to a folder; others wait, and `tell` may raise to cancel the wait."""
+    """Let only one process download to a folder; others wait, unless `tell` raises to cancel the wait."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(target.parent / f".{target.name}.lock")
@@ -188,7 +188,7 @@ def _exclusive(target: Path, tell: OnProgress) -> Generator[None, None, None]:
 def _download_missing(
     release: Release, target: Path, needed: Needed, revision: str, tell: OnProgress
 ) -> None:
-    """Download missing files beside the folder, and move them into it when all have the right size."""
+    """Download missing files next to the folder, and move them into it when all have the right size."""
     if offline():
         raise FetchError("HF_HUB_OFFLINE is set")
     commit, sizes = _listed(release.repository, revision, tell)
@@ -216,7 +216,7 @@ def _download_missing(
     for name in missing:
         if _size(work / name) != sizes[name] > 0:
             got = f"{_size(work / name)} of {sizes[name]} bytes of {name}"
-            raise FetchError(f"only {got} came")
+            raise FetchError(f"only {got} arrived")
     mark.unlink()
     if missing and not target.exists():
         work.replace(target)
@@ -229,7 +229,7 @@ def _download_missing(
 
 
 def _listed(repository: str, revision: str, tell: OnProgress) -> tuple[str, dict[str, int]]:
-    """Return a revision's commit, and its files' sizes by name; 0 if a mirror does not report a size."""
+    """Return a revision's commit, and its files' sizes by name; a size that is not reported is 0."""
     try:
         answer = json.loads(_child(LIST, [repository, revision], lambda: tell(0, 1)))
     except FetchError as error:
@@ -247,7 +247,7 @@ _ANOTHER_ANSWERS = (
 
 
 def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
-    """Run a short program and return its output; `look` is called meanwhile, and may raise to end it."""
+    """Run a short program and return its output; meanwhile, `look` is called, and may raise to end it."""
     settings = {
         "HF_ENDPOINT": endpoint(),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -280,7 +280,7 @@ def _reason(trace: str) -> str:
     lines = [line.strip() for line in trace.splitlines() if line.strip()] or ["it ended without a message"]
     last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
     kinds = {
-        ("401 ", "403 ", "GatedRepo"): f"{endpoint()} refuses it: it does not exist, or needs a login "
+        ("401 ", "403 ", "GatedRepo"): f"{endpoint()} refuses access: it does not exist, or needs a login "
         "(set HF_TOKEN, or run 'hf auth login')",
         ("404 ", "NotFoundError"): f"{endpoint()} does not have it",
         ("No space left", "[Errno 28]"): "No space left on the disk",
@@ -309,6 +309,6 @@ def _check_space(work: Path, needed: int) -> None:
     free = shutil.disk_usage(work.parent).free
     if needed and free < lacking:
         raise FetchError(
-            f"the disk of {work.parent} has {free / 1e9:.2f} GB free, {lacking / 1e9:.2f} GB are needed; "
+            f"the disk of {work.parent} has {free / 1e9:.2f} GB free, but {lacking / 1e9:.2f} GB are needed; "
             f"make room, or name a folder on another disk in {VARIABLE}"
         )

@@ -14,7 +14,7 @@ VARIABLE = "STREAM_DIFFVSR_MODELS"
 """Environment variable that lists models folders, separated as in PATH."""
 
 PARTIAL = ".partial"
-"""Suffix of a folder with a partial download."""
+"""Suffix of a folder that contains a partial download."""
 
 Recognise = Callable[[Path], "str | None"]
 """Returns the family of a folder's files; None if the folder does not look like a checkpoint."""
@@ -68,14 +68,14 @@ def models_folders(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
 
 
 def registered(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Return the registered folders: the given ones, then those in the environment variable."""
+    """Return the registered folders: the given folders, then those in the environment variable."""
     named = [text for text in os.environ.get(VARIABLE, "").split(os.pathsep) if text]
     # os.path leaves the ~ of an unknown user unchanged: such a folder does not exist, but raises no error.
     return [Path(os.path.expanduser(folder)) for folder in [*extra_folders, *named]]  # noqa: PTH111
 
 
 def _around(start: Path) -> Iterator[Path]:
-    """Yield models folders of the ComfyUI that contains `start`, for example in custom_nodes/<pack>."""
+    """Yield models folders of the ComfyUI that contains `start`, which may be in custom_nodes/<pack>."""
     for parent in start.parents:
         if (parent / "models").is_dir() and (parent / "custom_nodes").is_dir():
             yield from (path for path in subfolders(parent / "models") if release_named(path.name))
@@ -83,7 +83,7 @@ def _around(start: Path) -> Iterator[Path]:
 
 
 def hub_snapshots(repository: str) -> list[Path]:
-    """Return a repository's snapshots in huggingface_hub's cache: 'main', then the others, newest first."""
+    """Return a repository's snapshots in huggingface_hub's cache: first 'main', then the newest first."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")

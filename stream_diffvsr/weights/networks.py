@@ -50,5 +50,5 @@ def check_keys(path: Path, got: Shapes, needed: Shapes) -> None:
         if key in got and got[key] != needed[key]
     ]
     if problems:
-        more = f" ({len(problems) - 1} more such keys)" if len(problems) > 1 else ""
+        more = f" (and {len(problems) - 1} more such problems)" if len(problems) > 1 else ""
         raise CheckpointError(f"{path} {problems[0]}{more}: it belongs to another model or version.")
