@@ -51,7 +51,7 @@ def test_several_inputs_need_a_folder_and_names_of_their_own(folder, checkpoint,
     inputs = [folder / "a.mp4", folder / "c.mp4"]
     for more, said in (
         (["-o", tmp_path / "one.mkv"], "set a folder with -o"),
-        (["-o", tmp_path, "--preview", 2], "work with one input"),
+        (["-o", tmp_path, "--preview", 2], "work with only one input"),
     ):
         assert upscale(checkpoint, *inputs, *more) == 2
         assert said in capsys.readouterr().err

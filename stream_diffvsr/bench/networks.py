@@ -28,7 +28,7 @@ from ..upscaler import Upscaler
 from ..weights.networks import empty
 
 RANDOM, RANDOM_FLASHVSR, RANDOM_SWIFTVR = "random", "random-flashvsr", "random-swiftvr"
-"""Names of released architectures with random weights, which run as fast as trained ones."""
+"""Names of released architectures with random weights, which run as fast as with trained weights."""
 
 TOKENS, TEXT = 512, 4096
 """The size of a prompt's embedding in FlashVSR and SwiftVR, which are based on Wan."""
@@ -121,7 +121,7 @@ def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: in
 
 
 def random_network(name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """Build a checkpoint's network with random weights of typical size; even large networks take seconds."""
+    """Build a checkpoint's network with random weights of typical size, in seconds even if it is large."""
     return randomized(empty(lambda: from_config(name, config)), device, dtype)
 
 
@@ -135,7 +135,7 @@ def randomized(network: Any, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def _random(drawn: Tensor, like: Tensor) -> Tensor:
-    """Return a weight: 1 for the scale of a norm or mixture, otherwise random values keeping sums near 1."""
+    """Return ones for the scale of a norm or mixture, otherwise random weights that keep sums near 1."""
     if like.ndim < 2:
         return drawn.new_ones(like.shape)
     # The product is a new tensor: a slice of the repeated one would keep all of it in memory.

@@ -1,4 +1,4 @@
-"""How the C library treats memory that tensors have freed."""
+"""Setting how the C library treats memory that tensors have freed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Make this process keep freed memory for the next tensor; this only has an effect on Linux with glibc.
+    """Make this process keep freed memory for the next tensor; this has an effect only on Linux with glibc.
 
     Otherwise, every large tensor is allocated from the system and returned to it, page by page, which took an
     eighth of the CPU time per frame. Call this only in a dedicated process, not in a host such as ComfyUI.

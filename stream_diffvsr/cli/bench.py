@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..bench.measure import Result
 
 LARGEST = "denoise", "transformer"
-"""Possible names of the stage that does most of the work; which one exists depends on the family."""
+"""Possible names of the stage that does most of the work; which of them exists depends on the family."""
 
 SIZE = "160x90"
 SIZES = ("320x180", "480x270", "640x360", "960x540")

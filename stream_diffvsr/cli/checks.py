@@ -1,4 +1,4 @@
-"""Answers the questions that the service asks before it accepts a job; both are lines of JSON.
+"""Answers the service's questions before it accepts a job; questions and answers are lines of JSON.
 
     {"about": true}                     -> {"families": ..., "models": ..., "devices": ..., ...}
     {"upscale": ["in.mp4", "-o", ...]}  -> {"code": 0, "facts": {...}}, or {"code": 2, "message": "..."}

@@ -72,7 +72,7 @@ def devices() -> Iterator[str]:
 
 
 def weights(folders: list[Path]) -> Iterator[str]:
-    """Yield every checkpoint found, with whether it will be used, then the missing released weights."""
+    """Yield each checkpoint found and whether it will be used, followed by the missing released weights."""
     damage = reason_ignored(BUNDLED_MODEL)
     yield f"nano: {NANO}, {f'ignored: {damage}' if damage else 'bundled'}"
     used = {"nano"}
@@ -103,7 +103,7 @@ def missing(name: str, folders: list[Path]) -> str:
 
 
 def flow(folders: list[Path]) -> Iterator[str]:
-    """Yield where each flow estimator's weights are."""
+    """Yield the location of each flow estimator's weights."""
     for name in RAFT:
         yield f"{name}: {raft(name, models_folders(folders))}"
     try:
@@ -120,7 +120,7 @@ def flow(folders: list[Path]) -> Iterator[str]:
 
 
 def raft(name: str, folders: list[Path]) -> str:
-    """Return where the weights of a RAFT network are, or how they would be obtained."""
+    """Return the location of a RAFT network's weights, or how they would be obtained."""
     path = find_raft(name, folders)
     if path is None:
         return f"not here; would be downloaded to {hub_file(name)}"
@@ -132,7 +132,7 @@ def raft(name: str, folders: list[Path]) -> str:
 
 
 def searched(folders: list[Path]) -> Iterator[str]:
-    """Yield the folders that were searched, in order, and the folder where small files are kept."""
+    """Yield the folders that were searched, in order, and the folder in which small files are kept."""
     for folder in models_folders(folders):
         yield f"searched {folder}{'' if folder.is_dir() else ' (does not exist)'}"
     yield f"cache {user_cache()}"

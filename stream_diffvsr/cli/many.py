@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def positive(text: str) -> int:
-    """Parse a flag's value, a whole number of at least 1."""
+    """Parse a flag's value, which must be a whole number of at least 1."""
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text}")
     return int(text)
@@ -104,7 +104,7 @@ def outputs(found: Sequence[Path], args: argparse.Namespace, named: Callable[[Pa
     folder = args.output
     if args.plan or args.preview or args.state_in:
         raise IncompatibleInputError(
-            f"--plan, --preview and --state-in work with one input, not with {len(found)}"
+            f"--plan, --preview and --state-in work with only one input, not with {len(found)}"
         )
     if folder is not None:
         if known_suffix(folder.suffix) and not folder.is_dir():

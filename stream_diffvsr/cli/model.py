@@ -87,7 +87,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def lora_argument(text: str) -> tuple[str, float]:
-    """Split text into a path and the strength after its last colon; the strength is 1 if there is none."""
+    """Split text into a path and the strength after its last colon; the strength is 1 if it is missing."""
     path, colon, strength = text.rpartition(":")
     try:
         return (path, float(strength)) if colon else (text, 1.0)

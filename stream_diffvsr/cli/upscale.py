@@ -122,7 +122,7 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Return facts about a job with one input that are known without its model; raise errors as `run` does.
+    """Return facts about a job with one input, as known without its model. Raises the same errors as `run`.
 
     Sizes are (width, height) in pixels; `seconds` and `frames` are None if the file does not state them.
     """
@@ -154,7 +154,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
-    """Yield lines about what the job would need; a few frames are upscaled to estimate the time.
+    """Yield lines about what the job would need; the time is estimated by upscaling a few frames.
 
     Released weights are not downloaded for this; without them, the time is not estimated.
     """
@@ -181,7 +181,7 @@ def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
 def plan_without_weights(
     args: argparse.Namespace, job: VideoJob, size: tuple[int, int], frames: int | None
 ) -> Iterator[str]:
-    """Yield the same lines for networks whose weights are not here, based on their configurations."""
+    """Yield the lines of `plan_lines` for networks whose weights are missing, from their configurations."""
     if family_named(args.model) != "diffvsr":
         raise IncompatibleInputError(
             f"--plan needs the weights of {args.model}: run 'stream-diffvsr download {args.model}' first"
@@ -217,7 +217,10 @@ def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
 
 
 def default_output(args: argparse.Namespace, source: Path) -> Path:
-    """Return the path `<stem>_4x`, or with the requested size, next to the input, in a writable format."""
+    """Return the default output: `<stem>_4x`, or the requested size instead of 4x, next to the input.
+
+    The output has the format of the input if that can be written.
+    """
     asked, source = given_options(args, VideoJob), source.absolute()
     if asked.get("target"):
         size = "{}x{}".format(*asked["target"])

@@ -93,14 +93,14 @@ def _cut(prepared: Prepared, index: int, before: Seen, now: Seen) -> bool:
 
 
 def _is_one_scene(prepared: Prepared) -> bool:
-    """Whether the job can only be one scene, before it is read; in a folder, a new size begins a scene."""
+    """Whether the job is one scene, whatever its frames show; in a folder, a new size begins a scene."""
     return prepared.cut_rule == NO_CUTS and not isinstance(prepared.source, FolderSource)
 
 
 def _split_scene(scene: Scene, split: Split, places: Mapping[int, Place | None]) -> Iterator[Scene]:
     """Yield a scene whose end is known, either whole or split into parts.
 
-    For the first frame that each part reads, by index, `places` contains the place from which to read.
+    `places` maps the index of the first frame that each part reads to the place from which to read it.
     """
     end = scene.end or scene.first
     for first in range(scene.first, end, split.frames or end - scene.first):

@@ -351,7 +351,7 @@ def _knock(address: str) -> None:
 
 
 def _fewest_cpus(ray: Any) -> int:
-    """Return the number of CPUs of the cluster's smallest machine, used as the threads per worker."""
+    """Return the CPU count of the cluster's smallest machine, used as the number of threads per worker."""
     counts = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
     return int(min((count for count in counts if count >= 1), default=1))
 

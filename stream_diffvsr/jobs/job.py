@@ -295,7 +295,7 @@ class JobProgress:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time left at the current speed; None if the length or the speed is unknown."""
+        """Seconds left at the current speed; None if the length or the speed is unknown."""
         if self.total is None or self.fps <= 0:
             return None
         return max(0, self.total - self.done) / self.fps

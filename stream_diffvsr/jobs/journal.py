@@ -78,7 +78,7 @@ class Journal:
     source: Mapping[str, Any]
     """Identity of the source."""
     settings: Mapping[str, Any]
-    """All settings that change the output."""
+    """All settings that affect the output."""
     versions: Mapping[str, str]
     provenance: Mapping[str, str] = field(default_factory=dict)
     """How the frames of all scenes are made, including the memory plan."""
@@ -185,9 +185,9 @@ class WorkFolder:
 
     @contextmanager
     def locked(self) -> Generator[WorkFolder, None, None]:
-        """Hold the lock during the block, or until the process dies. Raises `VideoError` if it is not free.
+        """Hold the lock during the block, or until the process dies; then remove the folder if it is empty.
 
-        Afterwards, the folder is removed if nothing is left in it.
+        Raises `VideoError` if another run holds the lock, or if the folder cannot be created.
         """
         try:
             self.folder.mkdir(exist_ok=True)

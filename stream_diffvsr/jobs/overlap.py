@@ -38,7 +38,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
 
 
 def _produce(items: Iterable[Any], results: queue.Queue[Any], stop: threading.Event) -> None:
-    """Fill the queue until the items end or the consumer stops; the last entry is DONE and any error."""
+    """Fill the queue until the items end or the consumer stops; the last entry is DONE, with any error."""
     iterator = iter(items)
     try:
         for item in iterator:

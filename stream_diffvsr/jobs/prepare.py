@@ -79,7 +79,7 @@ class Prepared:
 
     @cached_property
     def videos(self) -> dict[str, tuple[Path, Encoding]]:
-        """The video files to write and their encodings, by 'main' or 'compare'. Raises `VideoError`."""
+        """The video files to write and their encodings, by 'main' or 'compare'; see `video_outputs`."""
         return video_outputs(self.job, self.source.info)
 
     @property
@@ -90,7 +90,7 @@ class Prepared:
 
     @property
     def side_bytes(self) -> int:
-        """Upper limit of the bytes that the source's other streams need."""
+        """Upper limit for the number of bytes that the source's other streams need."""
         return self.job.source.stat().st_size if self.job.audio and self.job.source.is_file() else 0
 
     def between(self, first: int, end: int | None) -> Span:
@@ -204,7 +204,8 @@ def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
 def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
     """Return the path to write for each picture, by index.
 
-    A single picture is written to the output itself, several to files of the same names in that folder.
+    A single picture is written to the output itself. The pictures of a folder are written into the output
+    folder, under the same names.
     """
     if job.source.is_file():
         return {0: job.output}

@@ -28,7 +28,7 @@ LAST = "last_lq"
 """Name under which the last frame, (1, 3, h, w), is added to a saved state that does not contain it."""
 
 LONGEST, SEGMENT_SECONDS, MEASURED = 120, 60.0, 3
-"""Maximum frames per segment, seconds that one should take, and frames to time for choosing the length."""
+"""The maximum frames per segment, its target in seconds, and the frames timed to choose its length."""
 
 LARGE_STATE = 1 << 30
 """Size in bytes above which a state is not kept; its scene then starts over when the job is resumed."""
@@ -148,7 +148,7 @@ class Renderer:
         return Made(frame.index, lq, hq, cut, how)
 
     def _begin(self, frame: SourceFrame) -> None:
-        """Begin a segment's files; raise `OSError` if there is no space for all files."""
+        """Begin a segment's files; raise `OSError` if they, the state and the joined file do not fit."""
         done = [part.size for part in self.journal.segment_files]
         needed = 2 * self.state_bytes + sum(done) + 2 * max(done, default=0) + self.prepared.side_bytes
         check_space(self.work.folder, needed)
@@ -236,14 +236,14 @@ class Renderer:
 def _seen(
     scene: Iterator[tuple[SourceFrame, Tensor]], waiting: deque[tuple[SourceFrame, Tensor]]
 ) -> Iterator[Tensor]:
-    """Yield the model's input for each frame of a scene; the frame waits in `waiting` for its result."""
+    """Yield the model's input for each frame of a scene, and add the frame to `waiting`."""
     for frame, lq in scene:
         waiting.append((frame, lq))
         yield from_pixels(lq)
 
 
 def load_state(path: Path) -> tuple[State, Tensor | None]:
-    """Load a state and, if it was saved, the last frame before it, (1, 3, h, w) in model range, or None."""
+    """Load a state and the last frame before it, (1, 3, h, w) in model range; None if that was not saved."""
     state = State.load(path)
     tensors = dict(state.tensors)
     last = tensors.pop(LAST, None)

@@ -1,4 +1,4 @@
-"""Running a whole job for the command line or the nodes, in segments that survive a crash.
+"""Running a whole job, file to file, for the command line or the nodes, in segments that survive a crash.
 
     with contextlib.closing(run(pipe, VideoJob(source="in.mp4", output="out.mp4"))) as progress:
         for step in progress:

@@ -45,7 +45,7 @@ class SceneCut:
     """Indices of the frames that begin a scene; if given, the threshold is ignored."""
 
     def summary(self, lq: Tensor) -> Tensor | None:
-        """Return the values to compare of a frame, (1, 3, h, w) in model range; None if none are compared."""
+        """Summarise a frame, (1, 3, h, w) in model range, for comparison; None if frames are not compared."""
         if not self.compares:
             return None
         step = thinning(*lq.shape[2:])

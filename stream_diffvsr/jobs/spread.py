@@ -32,7 +32,7 @@ POLL = 0.5
 LOSSES = 3
 """Number of workers lost on one scene after which its job is given up."""
 OPEN = 4
-"""Number of jobs to keep open in addition to one per worker, so that short files keep all workers busy."""
+"""Number of extra open jobs beyond one per worker, so that short files keep all workers busy."""
 PATIENCE = 10.0
 """Seconds that workers may take to stop."""
 
@@ -59,7 +59,7 @@ class Pool(Protocol):
         ...
 
     def answers(self, seconds: float) -> list[tuple[str, Mapping[str, Any] | None]]:
-        """Wait up to `seconds` for answers; return (scene's name, answer), or None if its worker was lost."""
+        """Wait up to `seconds` for answers; return them by scene name, with None for a lost worker."""
         ...
 
     def progress(self) -> Mapping[str, int]:
@@ -161,7 +161,7 @@ class SpreadRun(Run):
         return bool(within) and (within[-1].closed or within[-1].end == scene.end)
 
     def take(self, name: str, answer: Mapping[str, Any] | None) -> None:
-        """Process a scene's answer; the job fails if files of its segments are missing or changed."""
+        """Process the answer for a scene; the job fails if files of its segments are missing or changed."""
         scene = self.busy.pop(name)
         if answer is None:
             self.losses[scene.first] = self.losses.get(scene.first, 0) + 1

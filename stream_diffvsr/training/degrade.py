@@ -78,7 +78,7 @@ def interlace(x: Tensor, rng: Rng) -> Tensor:
 
 
 def jpeg(x: Tensor, rng: Rng, *, quality: float) -> Tensor:
-    """Compress each frame as a JPEG of `quality` 1 to 100."""
+    """Compress each frame as a JPEG; `quality` is from 1 to 100."""
     from PIL import Image
 
     def packed(frame: np.ndarray) -> np.ndarray:
@@ -93,7 +93,7 @@ CODECS = {"h264": "libx264", "hevc": "libx265", "mpeg2": "mpeg2video"}
 
 
 def video(x: Tensor, rng: Rng, *, codec: str, quality: float) -> Tensor:
-    """Compress with a video codec; `quality` is like the crf of H.264, 18 (good) to 40 (bad)."""
+    """Compress with a video codec; `quality` is like the crf of H.264, from 18 (good) to 40 (bad)."""
     import av
 
     height, width = x.shape[-2:]

@@ -39,7 +39,7 @@ from .tuned import Tuned
 log = logging.getLogger(__name__)
 
 MARGIN = 64
-"""Pixels around a true crop that are degraded with it, so that codecs and filters see its surroundings."""
+"""True pixels around a crop that are degraded with it, so that codecs and filters see its surroundings."""
 HELD_SCENES, HELD_FRAMES, HELD_SIDE = 4, 8, 256
 """The number of held-out scenes to measure, the frames per scene, and the side of the crops in pixels."""
 SAVED_SECONDS = 60.0
@@ -67,7 +67,7 @@ def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.rand
 
 
 def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
-    """Return sequences of the held-out part, which are always the same."""
+    """Return sequences from the held-out part; these sequences are always the same."""
     found = []
     for index, scene in enumerate(footage.held[:HELD_SCENES]):
         rng = np.random.default_rng((seed, 1, index))
@@ -167,7 +167,7 @@ class Run(Trainer):
     # The whole run
 
     def rehearse(self) -> float:
-        """Return the seconds per step, measuring included, as timed in trial steps that change nothing."""
+        """Return the seconds per step, including measurements, as timed in steps that change nothing."""
         if self.step == 0 and self.accelerator.is_main_process:
             self._measure_base()
         seconds = 0.0

@@ -15,10 +15,10 @@ from ..errors import CheckpointError
 from ..files import read_weights
 
 WIDTHS = 64, 64, "M", 128, 128, "M", 256, 256, 256
-"""Channels of the convolutions up to that one; M stands for a pooling that halves width and height."""
+"""Channels of the convolutions up to the one compared; M is a pooling that halves width and height."""
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Per channel, of the pictures on which VGG-16 was trained, in [0, 1]."""
+"""Mean and standard deviation, by channel, of the pictures on which VGG-16 was trained, in [0, 1]."""
 
 
 class Perceptual(nn.Module):
@@ -28,7 +28,7 @@ class Perceptual(nn.Module):
     spread: Tensor
 
     def __init__(self, path: Path) -> None:
-        """Read weights as torchvision publishes them from `path`; raise `CheckpointError` for any others."""
+        """Read torchvision's weights from the file `path`; raise `CheckpointError` for any other weights."""
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3

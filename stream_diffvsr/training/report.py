@@ -1,4 +1,4 @@
-"""The reports of a run: losses and figures as CSV, a chart, and pictures from before and after."""
+"""The reports of a run: losses and figures as CSV, a chart, and pictures before and after training."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Trainer(ABC):
         return {"step": self.step, "steps": self.steps}
 
     def fall(self) -> float:
-        """Return the learning rate's factor at this step; it falls from 1 to 0, by default as a cosine."""
+        """Return the learning rate's factor at this step, which falls from 1 to 0, by default as a cosine."""
         return 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps)))
 
     def rate_now(self) -> float:

@@ -79,7 +79,7 @@ class Tuned:
         return found
 
     def fill_cache(self) -> None:
-        """Compute each changed weight once, so that gradient checkpointing reuses it when it recomputes."""
+        """Compute each changed weight once, so that gradient checkpointing reuses it when recomputing."""
         for layer in self._layers:
             _ = layer.weight
 

@@ -170,7 +170,7 @@ def _can_write(folder: Path) -> bool:
 
 @contextmanager
 def _exclusive(target: Path, tell: OnProgress) -> Generator[None, None, None]:
-    """Let only one process download to a folder; others wait, unless `tell` raises to cancel the wait."""
+    """Let only one process download to a folder; others wait, and `tell` may cancel that by raising."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(target.parent / f".{target.name}.lock")
@@ -247,7 +247,7 @@ _ANOTHER_ANSWERS = (
 
 
 def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
-    """Run a short program and return its output; meanwhile, `look` is called, and may raise to end it."""
+    """Run a short program and return its output; `look` is called while it runs, and may raise to end it."""
     settings = {
         "HF_ENDPOINT": endpoint(),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

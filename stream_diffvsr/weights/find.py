@@ -1,4 +1,4 @@
-"""Where checkpoints are searched for, in which order, and under which names."""
+"""The folders that are searched for checkpoints, their order, and the names of the checkpoints."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(extra_folders: Iterable[str | Path], recognise: Recognise) -> list[Candidate]:
-    """Return folders that look like checkpoints, each once, in search order."""
+    """Return folders that look like checkpoints, each only once, in search order."""
     found = [each for folder in models_folders(extra_folders) for each in _inside(folder, recognise)]
     for release in RELEASES.values():
         found += [Candidate(release.name, path, release.family) for path in hub_snapshots(release.repository)]
@@ -83,7 +83,7 @@ def _around(start: Path) -> Iterator[Path]:
 
 
 def hub_snapshots(repository: str) -> list[Path]:
-    """Return a repository's snapshots in huggingface_hub's cache: first 'main', then the newest first."""
+    """Return a repository's snapshots in huggingface_hub's cache: 'main', then from newest to oldest."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")
