@@ -170,7 +170,7 @@ def test_bad_arguments(arguments: list[str], said: str, command, tmp_path: Path)
     ("arguments", "said"),
     [
         (["--start", "soon"], "not a position in a video"),
-        (["--target", "wide"], "not a size such as 1920x1080"),
+        (["--target", "wide"], "must look like 1920x1080"),
         (["--target", "100000x64"], "sides of at most 65535"),
         (["--fps", "1/0"], "rate must be given as FRAMES_PER_SECOND"),
         (["--fps", "0"], "rate must be given as FRAMES_PER_SECOND"),

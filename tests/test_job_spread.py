@@ -233,9 +233,9 @@ FACTS = {"machine": "a", "version": "1", "torch": "2", "device": "cpu", "threads
 @pytest.mark.parametrize(
     ("other", "said"),
     [
-        ({"version": "2"}, "stream-diffvsr 1, b has 2"),
-        ({"threads": 2}, "threads per worker 1, b has 2"),
-        ({"info": {"model": "n"}}, "the model m, b has n"),
+        ({"version": "2"}, "stream-diffvsr 1, but b has 2"),
+        ({"threads": 2}, "threads per worker 1, but b has 2"),
+        ({"info": {"model": "n"}}, "the model m, but b has n"),
         ({"error": "no such device"}, "b: no such device"),
     ],
 )

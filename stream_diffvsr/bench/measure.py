@@ -25,7 +25,7 @@ from ..tensors import upsample
 from ..upscaler import Session, Upscaler
 
 STAGES = {"flow": "flow", "controlnet": "control", "unet": "denoise", "vae": "decode"}
-"""Stage names for Stream-DiffVSR's networks; others keep their own names. The remaining time is `rest`."""
+"""Stage names for Stream-DiffVSR's networks; other networks keep their names. Remaining time is `rest`."""
 
 
 @dataclass(frozen=True)

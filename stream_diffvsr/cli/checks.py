@@ -34,7 +34,7 @@ from . import upscale
 from .main import parse
 
 OF_THE_LOADER = ("dtype", "quantize", "runtime", "provider", "attention", "flow", "threads")
-"""Options of a job that choose how the model is opened."""
+"""Options of a job that determine how the model is opened."""
 NUMBER = {"type": ["integer", "null"], "minimum": 1}
 """JSON schema of those options whose values are numbers rather than names."""
 LOCAL = ("overwrite", "restart", "read_ahead", "compare")
@@ -123,7 +123,7 @@ def _option_described(cls: type, names: Sequence[str]) -> dict[str, dict[str, An
 
 
 def _loader() -> dict[str, Any]:
-    """Describe the command's options that choose how the model is opened."""
+    """Describe the command's options that determine how the model is opened."""
     parser = argparse.ArgumentParser()
     upscale.add_arguments(parser)
     made = {each.dest: each for each in parser._actions if each.dest in OF_THE_LOADER}
@@ -143,7 +143,7 @@ def _loader() -> dict[str, Any]:
 
 
 def models() -> list[dict[str, Any]]:
-    """Describe every selectable model: the bundled one, the released ones, and those in models folders."""
+    """Describe every selectable model: the bundled model, the released models, and any in models folders."""
     found = {"nano": _model("nano", "diffvsr", here=True)}
     for name, release in RELEASES.items():
         here = resolve(name) is not None

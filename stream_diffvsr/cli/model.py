@@ -1,4 +1,4 @@
-"""The options that choose a model and how it runs, shared by the subcommands."""
+"""The options that select a model and determine how it runs, which the subcommands share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .output import PROGRESS, download_bar
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --lora, --device, and the other options that set how a model is opened and runs."""
+    """Add --model, --lora, --device, and the other options that determine how a model is opened and runs."""
     parser.add_argument(
         "--model",
         default="nano",

@@ -38,7 +38,7 @@ def thinning(height: int, width: int) -> int:
 
 @dataclass(frozen=True)
 class SceneCut:
-    """How cuts are found: by a threshold, from a list, or not at all."""
+    """How to find cuts: with a threshold, from a list, or not at all."""
 
     threshold: float | None = THRESHOLD
     listed: frozenset[int] | None = None

@@ -232,7 +232,7 @@ class Spread:
         self.times = deque([(time.monotonic(), 0)], maxlen=40)
 
     def steps(self) -> Generator[SpreadProgress, None, None]:
-        """Run all jobs; one that fails does not stop the others. Closing the generator stops all workers.
+        """Run all jobs; a job that fails does not stop the others. Closing the generator stops all workers.
 
         Raises `OSError` when no worker is left; finished segments are kept.
         """

@@ -39,7 +39,7 @@ from .tuned import Tuned
 log = logging.getLogger(__name__)
 
 MARGIN = 64
-"""True pixels around a crop that are degraded with it, so that codecs and filters see its surroundings."""
+"""Width, in true pixels, of a crop's surroundings, which codecs and filters see when they degrade it."""
 HELD_SCENES, HELD_FRAMES, HELD_SIDE = 4, 8, 256
 """The number of held-out scenes to measure, the frames per scene, and the side of the crops in pixels."""
 SAVED_SECONDS = 60.0

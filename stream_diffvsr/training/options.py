@@ -9,11 +9,11 @@ from ..options import check_options, option
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Everything that the result depends on besides the base model and the clips."""
+    """Everything on which the result depends, apart from the base model and the clips."""
 
     what: str = option(
         "lora",
-        "lora: a small file for --lora. full: all weights, as a folder for --model.",
+        "lora: train a small file for --lora. full: train all weights, saved as a folder for --model.",
         choices=("lora", "full"),
     )
     steps: int = option(1000, "Number of training steps.", low=1)
@@ -64,7 +64,7 @@ class TrainOptions:
     perceptual_weight: float = option(
         0.05, "Weight of that comparison; the weight of the pixels is 1.", low=0.0, high=100.0
     )
-    every: int = option(100, "Measure on the held-out part and save pictures every N steps.", low=1)
+    every: int = option(100, "Measure quality on the held-out part, and save pictures, every N steps.", low=1)
     seed: int = option(0, "Random seed. The same seed produces the same weights.", low=0)
     precision: str = option(
         "float32",

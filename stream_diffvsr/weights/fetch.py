@@ -47,7 +47,7 @@ import json, os, sys, threading
 sys.path = [path for path in sys.path if path]
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(3)), daemon=True).start()
 """
-"""Ends a child process when its parent ends for any reason."""
+"""Ends a child process when its parent ends, for whatever reason."""
 
 LIST = """
 from huggingface_hub import HfApi
@@ -170,7 +170,7 @@ def _can_write(folder: Path) -> bool:
 
 @contextmanager
 def _exclusive(target: Path, tell: OnProgress) -> Generator[None, None, None]:
-    """Let only one process download to a folder; others wait, and `tell` may cancel that by raising."""
+    """Let only one process at a time download to a folder; `tell` may raise an exception to stop waiting."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(target.parent / f".{target.name}.lock")
