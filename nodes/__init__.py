@@ -5,7 +5,7 @@ sockets     socket types, and widgets shared by several nodes
 pipes       records of how each pipe was made
 layout      converts IMAGE tensors to model range and back
 sizes       sizes and presets shared by several nodes
-job         upscales files to files; temporary writes in-memory videos to files first
+job         upscales one file to another; temporary first writes in-memory videos to files
 load, lora, runtime, upscale, video, simple, live, state, settings, example        the nodes
 """
 

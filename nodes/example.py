@@ -13,18 +13,18 @@ CLIP = Path(__file__).parent.parent / "example_workflows" / "example.mp4"
 
 
 class ExampleVideo:
-    """Returns this pack's clip as a VIDEO; ComfyUI's Load Video lists only files in the input folder."""
+    """Returns this pack's clip as a VIDEO, since ComfyUI's Load Video lists only the input folder's files."""
 
     DESCRIPTION = (
         "A short sample clip for trying things out: 128x72, two scenes of one second each, with sound. "
-        "For your own video, replace this node with Load Video."
+        "To use your own video, replace this node with Load Video."
     )
     SEARCH_ALIASES: ClassVar = ["sample video", "demo clip", "test video"]
     CATEGORY = CATEGORY
     FUNCTION = "execute"
     RETURN_TYPES = ("VIDEO", "STRING")
     RETURN_NAMES = ("video", "path")
-    OUTPUT_TOOLTIPS = ("The clip as a video, as from Load Video.", "Path of the clip.")
+    OUTPUT_TOOLTIPS = ("The clip as a video, like the output of Load Video.", "Path of the clip.")
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

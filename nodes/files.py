@@ -1,4 +1,4 @@
-"""The files that the nodes read, and the folders where they may write."""
+"""The files that nodes read, and the folders where nodes may write."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..stream_diffvsr.upscaler import FORMATS
 from . import host
 
 ANY_OUTPUT = "STREAM_DIFFVSR_ALLOW_ANY_OUTPUT"
-"""The environment variable that, set to 1, lets nodes write outside ComfyUI's output and temp folders."""
+"""The environment variable that lets nodes write outside ComfyUI's output and temp folders if set to 1."""
 
 STATE_SUFFIX = ".safetensors"
 HEADER = 1 << 16
-"""The number of bytes at the start of a saved state that contain the name of its format."""
+"""The name of a saved state's format is within this many bytes of the start of the file."""
 
 
 def file_stamp(path: Path) -> str:
@@ -37,9 +37,9 @@ def _stamp(path: Path) -> str:
 
 
 def writable(path: str | Path) -> Path:
-    """Return an absolute path where nodes may write; a relative path starts in the output folder.
+    """Return `path` as an absolute path; a relative path is resolved against the output folder.
 
-    Raise `IncompatibleInputError` if the path, with links resolved, is anywhere else.
+    Raise `IncompatibleInputError` if nodes may not write there, once links are resolved.
     """
     target = host.folder("output") / path
     allowed = [host.folder(kind) for kind in ("output", "temp")]
@@ -47,7 +47,7 @@ def writable(path: str | Path) -> Path:
     if not inside and os.environ.get(ANY_OUTPUT) != "1":
         places = " or ".join(map(str, allowed))
         raise IncompatibleInputError(
-            f"outputs must be below {places}, or {ANY_OUTPUT}=1 must be set; {target} is elsewhere"
+            f"outputs must be below {places}, but {target} is not: choose another path, or set {ANY_OUTPUT}=1"
         )
     return target.resolve()
 
@@ -63,7 +63,7 @@ def remember_made(node_id: str | None, path: Path) -> None:
 
 
 def lost_stamp(node_id: str | None) -> str:
-    """Return a text for IS_CHANGED that changes if a node's file is missing, so that it is made again."""
+    """Return text for IS_CHANGED that changes once a node's file is missing, so that the node runs again."""
     path = _made.get(node_id)
     if path is not None and not path.exists():
         del _made[node_id]
@@ -72,7 +72,7 @@ def lost_stamp(node_id: str | None) -> str:
 
 
 def numbered(prefix: str, suffix: str) -> Path:
-    """Return the next free `<prefix>_00001_<suffix>` below the output folder, creating its parent folder."""
+    """Return the next free path `<prefix>_00001_<suffix>` in the output folder; create its parent folder."""
     path = writable(fill_in(prefix))
     path.parent.mkdir(parents=True, exist_ok=True)
     taken = [_number(file.name, path.name) for file in path.parent.glob("*" + suffix)]
@@ -105,7 +105,7 @@ def saved_states() -> list[str]:
 
 
 def listed_name(file: PurePath, root: PurePath, kind: str) -> str:
-    """Return the name that the list shows and workflows store for a file, with / on every system."""
+    """Return a file's name as the list shows it and workflows store it, with / on every system."""
     return f"{file.relative_to(root).as_posix()} [{kind}]"
 
 
@@ -120,7 +120,7 @@ def is_state(file: Path) -> bool:
 
 
 def state_path(name: str) -> Path:
-    """Return the path that an entry of `saved_states` stands for; any other text is itself a path."""
+    """Return the path for an entry of `saved_states`; any other text is taken as a path itself."""
     for kind in ("output", "input"):
         if name.endswith(f" [{kind}]"):
             return host.folder(kind) / name.removesuffix(f" [{kind}]")

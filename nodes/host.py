@@ -29,9 +29,9 @@ TEXT_SECONDS = 1.0
 LIVE_EVENT = "stream_diffvsr.live"
 """The event that web/nodes.js listens for."""
 SLOW_SECONDS = 2.0
-"""A frame that takes longer than this shows its progress."""
+"""If a frame takes longer than this, the node shows the progress within the frame."""
 STEP_WORDS = {"denoise": "step"}
-"""Names that users see for stages of the engine, where they differ."""
+"""Names shown to users for stages of the engine, where they differ from the engine's own."""
 MODEL_KEY = "streamdiffvsr"
 
 
@@ -55,7 +55,7 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 @contextmanager
 def install_line() -> Generator[None, None, None]:
-    """Explain how to install a package if it is missing."""
+    """If the code in this context needs a package that is missing, explain how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -83,7 +83,7 @@ def device_names() -> list[str]:
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device with a given name; 'auto' is the one that ComfyUI was started with."""
+    """Return the device with a given name; 'auto' means the one that ComfyUI was started with."""
     mm = memory_management()
     if mm is None:
         return devices.resolve_device(name)
@@ -94,7 +94,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the number format with a given name; 'auto' is float16 if ComfyUI would use it, else float32."""
+    """Return the named number format; 'auto' means float16 if ComfyUI would use it, otherwise float32."""
     mm = memory_management()
     if mm is None or name != "auto":
         return devices.resolve_dtype(name, device)
@@ -111,7 +111,7 @@ def intermediate_device() -> torch.device:
 
 
 class ManagedPlacement:
-    """A placement in which ComfyUI loads the networks of each stage, and may unload them between stages."""
+    """A placement that lets ComfyUI load the networks of each stage and unload them between stages."""
 
     fixed = False
 
@@ -129,15 +129,15 @@ class ManagedPlacement:
 
 
 def manage(pipe: Upscaler, device: torch.device) -> None:
-    """Hand the networks of `pipe`, which are on the CPU, over to ComfyUI's memory management."""
+    """Hand over the networks of `pipe`, which are on the CPU, to ComfyUI's memory management."""
     pipe.device = device
     mm = memory_management()
     if mm is None:
         for network in pipe.networks.values():
             network.to(device)
         return
-    # With little memory, each stage is loaded separately, but U-Net and ControlNet together, since they
-    # alternate in every step.
+    # When memory is short, each stage is loaded separately, except that the U-Net and the ControlNet are
+    # loaded together, since they alternate in every step.
     short = mm.vram_state in (mm.VRAMState.LOW_VRAM, mm.VRAMState.NO_VRAM)
     names, together = list(pipe.networks), ("unet", "controlnet")
     apart = [together, *((name,) for name in names if name not in together)]
@@ -221,7 +221,8 @@ class Progress:
     def live(self, image: Tensor) -> None:
         """Show the newest frame (H, W, C) through this pack's script, at most five times a second.
 
-        This is for nodes that show a video when done: newer pages would keep ComfyUI's own preview instead.
+        This is for nodes that show a video when done: with ComfyUI's own preview, newer pages might not show
+        the video.
         """
         instance, now = _page(), time.monotonic()
         if instance and self._node_id and now >= self._next_picture:
@@ -239,7 +240,7 @@ class Progress:
             self._write(f"{self._line}; {now}" if self._line else now)
 
     def say(self, text: str, last: bool = False) -> None:
-        """Show a line on the node, at most once a second; always show the `last` one, which stays visible."""
+        """Show a line on the node, at most once a second; the `last` one is always shown and remains."""
         self._line = text
         self._write(text, last)
 
@@ -271,7 +272,7 @@ def running_node() -> str | None:
 
 
 def check_interrupt(*_: Any) -> None:
-    """Raise ComfyUI's interrupt if the user cancelled; ignore the arguments of the engine's `on_step`."""
+    """Raise ComfyUI's interrupt exception if the user has cancelled; `on_step`'s arguments are ignored."""
     mm = memory_management()
     if mm:
         mm.throw_exception_if_processing_interrupted()
@@ -292,7 +293,7 @@ def preview_picture(image: Tensor) -> Any:
 
 
 def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> int | None:
-    """Return the number of the current VideoHelperSuite meta-batch, from 0; None without a batch manager."""
+    """Return the number of VideoHelperSuite's current meta-batch, from 0, or None without a batch manager."""
     seen, waiting = set(), [node_id]
     while prompt and waiting:
         current = waiting.pop()
@@ -308,7 +309,7 @@ def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> 
 
 
 def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the workflow metadata as ComfyUI's own nodes save it; empty if the user disabled metadata."""
+    """Return the workflow metadata as ComfyUI's own nodes save it, or {} if the user disabled metadata."""
     arguments = getattr(comfy_module("comfy.cli_args"), "args", None)
     if getattr(arguments, "disable_metadata", False):
         return {}
@@ -320,14 +321,14 @@ def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str,
 
 
 def is_file_video(video: Any) -> bool:
-    """Whether a VIDEO is just its stream source (a file, or a file's bytes), without pending edits."""
+    """Whether a VIDEO is simply a file, or the bytes of a file, without pending edits."""
     implementations = comfy_module("comfy_api.input_impl")
     known = implementations is None or isinstance(video, implementations.VideoFromFile)
     return known and not getattr(video, "has_pending_frame_edits", bool)()
 
 
 def trim_window(video: Any) -> tuple[float, float]:
-    """Return the trimmed range of a VIDEO: start and length in seconds; length 0 means to the end."""
+    """Return the start and length, in seconds, to which a VIDEO is trimmed; length 0 means up to the end."""
     # Older ComfyUI versions cannot trim.
     return getattr(video, "get_active_trim_window", lambda: (0.0, 0.0))()
 
@@ -339,7 +340,7 @@ def video_file(path: Path) -> Any:
 
 
 def shown_video(path: Path) -> dict[str, Any]:
-    """Return the UI data that shows a video on the node; only its path if it is outside ComfyUI's folders."""
+    """Return the UI data that shows a video on the node, or just its path if outside ComfyUI's folders."""
     for kind in ("output", "temp"):
         root = folder(kind).resolve()
         if path.is_relative_to(root):
@@ -349,7 +350,7 @@ def shown_video(path: Path) -> dict[str, Any]:
 
 
 def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
-    """Return the page's reference to a file in one of ComfyUI's folders, with / on every system."""
+    """Return the reference that the page uses for a file in ComfyUI's folders, with / on every system."""
     inside = path.relative_to(root)
     subfolder = "" if len(inside.parts) == 1 else inside.parent.as_posix()
     return {"filename": inside.name, "subfolder": subfolder, "type": kind}
@@ -359,7 +360,7 @@ def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
 
 
 def folder(kind: str) -> Path:
-    """Return ComfyUI's 'output', 'temp' or 'input' folder; without ComfyUI, one in the working folder."""
+    """Return ComfyUI's 'output', 'temp' or 'input' folder, or one in the working folder without ComfyUI."""
     paths = comfy_module("folder_paths")
     return Path(getattr(paths, f"get_{kind}_directory")()) if paths else Path.cwd() / kind
 
@@ -377,7 +378,7 @@ def image_model_path(name: str) -> str | None:
 
 
 def lora_files() -> list[tuple[str, Path]]:
-    """Return name and path of every LoRA that ComfyUI lists, whichever model it is for."""
+    """Return the name and path of every LoRA that ComfyUI lists, whichever model it is for."""
     paths = comfy_module("folder_paths")
     names = paths.get_filename_list("loras") if paths else []
     found = ((name, paths.get_full_path("loras", name)) for name in names)
@@ -387,7 +388,7 @@ def lora_files() -> list[tuple[str, Path]]:
 def model_folders() -> list[Path]:
     """Return the folders where ComfyUI's user may keep checkpoints; downloads go to the first.
 
-    Paths registered for the key StreamDiffVSR, in any spelling, come before the usual folders.
+    Folders registered under the key StreamDiffVSR, in any spelling, come before the usual ones.
     """
     paths = comfy_module("folder_paths")
     if paths is None:

@@ -33,12 +33,12 @@ SUFFIXES = {"prores": ".mov", "ffv1": ".mkv", "png": ".mov"}
 CONTAINERS = (".mp4", ".m4v", ".mov", ".mkv", ".webm")
 """Endings that make an output_path a complete file name rather than the beginning of one."""
 ENDING = re.compile(r"\.[a-z]{2,5}|\.(3g[p2]|mp[1-4]|m[12]v|m2ts?|jp2|mj2)")
-"""Matches endings that look like a file format, unlike the one in shot.v2."""
+"""Matches endings that look like those of file formats, unlike the `.v2` in `shot.v2`."""
 WITH_QUALITY = ("h264", "h265", "av1")
-"""Codecs that have a crf."""
+"""Codecs with a crf setting."""
 LAST = -1
 INSTANTS = 1_000_000
-"""The number of parts in a second, each shorter than any frame."""
+"""How many instants a second is divided into; each is shorter than any frame."""
 
 
 class Source(NamedTuple):
@@ -48,9 +48,9 @@ class Source(NamedTuple):
     start: Fraction | int = 0
     """The start of the range in seconds."""
     end: Fraction | None = None
-    """The end of the range in seconds; None for the end of the video."""
+    """The end of the range in seconds, or None for the end of the video."""
     drawn: bool = False
-    """Whether the frames came from memory, so that nobody chose their bit depth."""
+    """Whether the frames came from memory, in which case nobody chose their bit depth."""
 
 
 def unquoted(text: str | None) -> str:
@@ -59,7 +59,7 @@ def unquoted(text: str | None) -> str:
 
 
 def source_path(video_path: str) -> Path:
-    """Return the path of the source; a relative one starts in the input folder."""
+    """Return the path of the source; a relative path is resolved against the input folder."""
     try:
         return host.folder("input") / Path(unquoted(video_path)).expanduser()
     except RuntimeError as error:
@@ -67,7 +67,7 @@ def source_path(video_path: str) -> Path:
 
 
 def check_output(output_path: str | None) -> None:
-    """Refuse a path where nodes may not write, or an ending that is not supported."""
+    """Refuse a path where nodes may not write, or one with an unsupported ending."""
     name = unquoted(output_path)
     files.writable(name)
     ending = Path(name).suffix.lower()
@@ -81,12 +81,12 @@ def choose_source(video_path: str, video: Any) -> Source:
     """Return the source from the one input that is given; refuse both or neither."""
     given = bool(unquoted(video_path))
     if given == (video is not None):
-        raise IncompatibleInputError(f"give either video_path or video, not {'both' if given else 'neither'}")
+        raise IncompatibleInputError(f"give either video_path or video; got {'both' if given else 'neither'}")
     return Source(source_path(video_path)) if given else video_source(video)
 
 
 def video_source(video: Any) -> Source:
-    """Return the source for a VIDEO; one that is in memory or edited is written to the temp folder first."""
+    """Return the source for a VIDEO; write it to the temp folder first if it is in memory or edited."""
     from fractions import Fraction
 
     from . import temporary
@@ -136,7 +136,7 @@ def make_job(
     size: str = "",
     **fidelity: Any,
 ) -> VideoJob:
-    """Return the job, whose output is only a suffix for now."""
+    """Return the job; its output is only a suffix for now."""
     from ..stream_diffvsr.jobs.run import VideoJob
 
     path, start, end, drawn = source
@@ -169,7 +169,7 @@ def make_job(
 
 
 def frame_size(job: VideoJob) -> tuple[int, int]:
-    """Return height and width of frames before upscaling; raise `VideoError` if the source is unreadable."""
+    """Return the height and width before upscaling; raise `VideoError` if the source is unreadable."""
     from ..stream_diffvsr.jobs.prepare import open_job_source
 
     info = open_job_source(job).info
@@ -177,7 +177,7 @@ def frame_size(job: VideoJob) -> tuple[int, int]:
 
 
 def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]:
-    """Yield paths to try: the given file, if any, then numbered ones."""
+    """Yield the paths to try: first the one that was given, if any, then numbered ones."""
     base = files.writable(files.fill_in(output or f"stream_diffvsr/{source.stem}_{size}"))
     base.parent.mkdir(parents=True, exist_ok=True)
     if base.suffix.lower() in CONTAINERS:
@@ -188,13 +188,13 @@ def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]
 
 
 def run_under_free_name(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
-    """Run the job under the first name that is free or that its cancelled run used; return the file."""
+    """Run the job under the first name that is free or was used by its cancelled run; return the file."""
     with worker_pool(pipe, node_id) as pool:
         for job in jobs:
             begun = job.output.with_name(job.output.name + ".parts").exists()
             if (begun or not job.output.exists()) and run_with_progress(pipe, job, begun, node_id, pool):
                 return job.output
-    raise AssertionError("names never end")
+    raise AssertionError("there is always another name")
 
 
 @contextlib.contextmanager
@@ -217,7 +217,7 @@ def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, N
 def run_with_progress(
     pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None
 ) -> bool:
-    """Run a job, showing progress and allowing cancellation; return False if another job was begun there."""
+    """Run a job with progress and cancellation; return False if another job was begun under its name."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
@@ -246,7 +246,7 @@ def run_with_progress(
 
 
 class Step(NamedTuple):
-    """The progress of several workers, which do not send their pictures."""
+    """The progress of several workers, which send no pictures."""
 
     done: int
     total: int | None
@@ -256,7 +256,7 @@ class Step(NamedTuple):
 
 
 def run_spread(pool: Pool, job: VideoJob) -> Generator[Step, None, None]:
-    """Do the same as `run` with several workers; yield progress every half second."""
+    """Do what `run` does, but with several workers; yield progress every half second."""
     from ..stream_diffvsr.jobs.spread import Spread
 
     driver = Spread([job], pool)
@@ -281,7 +281,7 @@ WORDS = {
     "so write to a folder, or give --target": "so give all pictures the same size, or make a video of each",
     "or suffix": "or another ending of output_path",
 }
-"""Terms of the command line, each with the nodes' term for the same thing."""
+"""Terms used on the command line, each with the nodes' term for the same thing."""
 
 
 @contextlib.contextmanager

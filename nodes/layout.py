@@ -25,7 +25,7 @@ def check_images(images: Tensor, minimum: int = 1) -> None:
         )
     count, height, width, _ = images.shape
     if not count:
-        raise IncompatibleInputError("there are no images; check the loader's cap or skip")
+        raise IncompatibleInputError("there are no images: check the loader's cap and skip settings")
     if min(height, width) < minimum:
         raise IncompatibleInputError(f"pictures must be at least {minimum}x{minimum}, not {width}x{height}")
 
@@ -53,9 +53,10 @@ def lq_frames(images: Tensor) -> Iterator[Tensor]:
 
 
 def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
-    """Allocate the upscaled batch, (N, H, W, C) float32, of `size` (H, W).
+    """Allocate the upscaled batch, (N, H, W, C) float32, for frames of `size` (H, W).
 
-    Raise `VRAMError` if memory is short: the system might grant memory it lacks, and kill ComfyUI later.
+    Raise `VRAMError` if memory is short, since the system might promise memory that it lacks and kill ComfyUI
+    later.
     """
     from ..stream_diffvsr.memory import free_memory
 
@@ -63,7 +64,7 @@ def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) ->
     needed, free = math.prod(shape) * torch.float32.itemsize, free_memory(device)
     if needed > free:
         remedy = (
-            "take fewer frames at once, link VideoHelperSuite's Meta Batch Manager to meta_batch, or use "
+            "process fewer frames at once, link VideoHelperSuite's Meta Batch Manager to meta_batch, or use "
             "Stream-DiffVSR Upscale Video"
         )
         raise VRAMError(needed // MEGABYTE, free // MEGABYTE, remedy)

@@ -21,8 +21,8 @@ class Live:
     """Upscales one frame per queue run; the next run continues the sequence."""
 
     DESCRIPTION = (
-        "Upscales one frame each time the workflow runs, guided by the previous run's frame: for a webcam "
-        "or a screen, with automatic queueing."
+        "Upscales one frame each time the workflow runs, guided by the previous run's frame. Use it with "
+        "automatic queueing, for a webcam or a screen."
     )
     SEARCH_ALIASES: ClassVar = ["webcam upscale", "live upscale", "real time upscale", "screen upscale"]
     CATEGORY = CATEGORY
@@ -81,10 +81,10 @@ class Live:
         height, width = image.shape[1:3]
         kind = {"workflow": workflow, "model": pipe.info.model, "size": f"{width}x{height}"}
         before, state = self._sequence
-        why = "asked for" if reset else "the first run" if state is None else ""
+        why = "reset is on" if reset else "first run" if state is None else ""
         if not why:
             why = ", ".join(f"another {name}" for name in kind if kind[name] != before[name])
         result, state = upscale(pipe, image, None if why else state, options)
         self._sequence = kind, state
         told = f"frame {state.index}, {width}x{height} to {result.shape[2]}x{result.shape[1]}"
-        return result, f"{told}; a new sequence: {why}" if why else told
+        return result, f"{told}; new sequence ({why})" if why else told

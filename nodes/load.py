@@ -48,9 +48,10 @@ class Loader:
                     checkpoints(),
                     {
                         "default": "v1",
-                        "tooltip": "nano: the small model that comes with this pack. The others are "
-                        f"downloaded when first used: {sizes}. The list also has every complete "
-                        "checkpoint in the model folders, and the single-image models in upscale_models.",
+                        "tooltip": "nano is the small model that comes with this pack. The other released "
+                        f"models are downloaded when first used: {sizes}. The list also includes every "
+                        "complete checkpoint in the model folders, and the single-image models in "
+                        "upscale_models.",
                     },
                 ),
                 "device": (
@@ -67,7 +68,7 @@ class Loader:
                         "default": "auto",
                         "advanced": True,
                         "tooltip": "Number format of the networks. auto: float16 where ComfyUI would use it, "
-                        "else float32. Frames, motion and the state are always float32.",
+                        "otherwise float32. Frames, motion and the state are always float32.",
                     },
                 ),
             },
@@ -77,9 +78,9 @@ class Loader:
                     {
                         "default": "auto",
                         "advanced": True,
-                        "tooltip": "Only for Stream-DiffVSR: how motion between frames is estimated. auto: "
-                        "what the model was made with. raft_large, raft_small: torchvision's RAFT. bundled: "
-                        "the small network that comes with this pack. dis: OpenCV's, for CPUs. "
+                        "tooltip": "How motion between frames is estimated (Stream-DiffVSR only). auto: the "
+                        "method that the model was made with. raft_large, raft_small: torchvision's RAFT. "
+                        "bundled: the small network that comes with this pack. dis: OpenCV's DIS, for CPUs. "
                         "none: no guidance from the previous frame, so the result flickers.",
                     },
                 ),
@@ -98,7 +99,7 @@ class Loader:
 
 
 def checkpoints() -> list[str]:
-    """Return the models to choose from: known ones, complete checkpoint folders, and single-image models."""
+    """Return the models to choose from: known names, complete checkpoint folders, and single-image models."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
     from ..stream_diffvsr.load import family_of
     from ..stream_diffvsr.weights.find import candidates
@@ -117,8 +118,8 @@ def checkpoints() -> list[str]:
 def is_complete(candidate: Candidate, files_identity: str) -> bool:
     """Whether a folder is a complete checkpoint; it is inspected again only when its files change.
 
-    If packages needed for the check are missing, the folder is assumed complete; running the model then
-    reports which to install.
+    If packages needed for the check are missing, the folder is assumed to be complete; running the model then
+    reports which packages to install.
     """
     from ..stream_diffvsr.load import FAMILIES
 
@@ -129,7 +130,7 @@ def is_complete(candidate: Candidate, files_identity: str) -> bool:
 
 
 def checkpoint_stamp(folder: Path) -> str:
-    """Return a short text that changes with the files of a checkpoint folder, except its stored prompts."""
+    """Return a short string that changes when any file of a checkpoint but its stored prompts changes."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
 
     inside = [
@@ -140,7 +141,7 @@ def checkpoint_stamp(folder: Path) -> str:
 
 
 def source_identity(source: str) -> str:
-    """Return a text that changes with the files of a source, or 'missing' if it is not on this machine."""
+    """Return a string that changes when a source's files do, or 'missing' if it is not on this machine."""
     from ..stream_diffvsr.load import resolve
 
     try:
@@ -158,7 +159,7 @@ def located(source: str) -> str:
 
 
 class Downloading:
-    """Shows a download on the running node: a progress bar, and the amount and speed as text."""
+    """Shows a download on the running node, with a progress bar, and the amount and speed as text."""
 
     def __init__(self, source: str) -> None:
         from ..stream_diffvsr.weights.released import RELEASES

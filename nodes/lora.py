@@ -21,8 +21,8 @@ class LoRA:
     """Returns a new pipe with a LoRA; the input pipe is not changed."""
 
     DESCRIPTION = (
-        "Adds a LoRA made by 'stream-diffvsr train' to Stream-DiffVSR. Chain several of these nodes to "
-        "combine LoRAs. The model that comes in stays unchanged, so you can use both side by side."
+        "Adds a LoRA made by 'stream-diffvsr train' to a Stream-DiffVSR model. Chain several of these nodes "
+        "to combine LoRAs. The input model stays unchanged, so you can use both side by side."
     )
     SEARCH_ALIASES: ClassVar = ["stream diffvsr lora", "fine-tuned video upscale", "load lora"]
     CATEGORY = ADVANCED
@@ -39,8 +39,8 @@ class LoRA:
                 "lora": (
                     [name for name, path in host.lora_files() if is_ours(path, files.file_stamp(path))],
                     {
-                        "tooltip": "LoRAs made by 'stream-diffvsr train' in ComfyUI's LoRA folders. "
-                        "LoRAs for other models do not work and are not listed."
+                        "tooltip": "The list shows the files in ComfyUI's LoRA folders that were made by "
+                        "'stream-diffvsr train'. LoRAs for other models do not work and are not listed."
                     },
                 ),
                 "strength": (
@@ -50,7 +50,7 @@ class LoRA:
                         "min": -2.0,
                         "max": 2.0,
                         "step": 0.05,
-                        "tooltip": "How strongly to apply the LoRA. 1: as trained; 0: not at all.",
+                        "tooltip": "How strongly to apply the LoRA: 1 is as trained, and 0 turns it off.",
                     },
                 ),
             }

@@ -1,4 +1,4 @@
-"""Records of how each pipe was opened, and of the settings that wrapping nodes added to it."""
+"""Records of how each pipe was opened, and which settings later nodes added to it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Known:
     model: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `load_pipeline`, as JSON values, that open the same model in another process."""
     base: Upscaler | None = None
-    """The pipe from which a Runtime node made this one; None if no Runtime node did."""
+    """The pipe from which a Runtime node made this one, or None if no Runtime node made it."""
     compile_mode: str | None = None
-    """Overrides the compile mode in Settings, unless None."""
+    """Overrides the compile mode in Settings unless it is None."""
     devices: str = ""
-    """Devices over which Upscale Video spreads its scenes; '' for the Loader's device alone."""
+    """Devices over which Upscale Video spreads its scenes, or '' for the Loader's device alone."""
 
 
 _known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()
@@ -36,7 +36,7 @@ def how_made(pipe: Upscaler) -> Known:
 
 
 def memory_plan(how: Provenance | None) -> str:
-    """Describe, for display on the node, what is computed in parts; '' if frames are computed whole."""
+    """Describe, for display on the node, what is computed in parts, or return '' if nothing is."""
     return f"memory plan: {how.parts}" if how and how.parts else ""
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..stream_diffvsr.upscaler import Upscaler
 
 OWN = {"runtime": "torch", "provider": "auto", "compile_mode": "off", "quantize": "none"}
-"""The values that every model supports; only Stream-DiffVSR supports others."""
+"""The values that every model supports; only Stream-DiffVSR models support any other."""
 
 
 class Runtime:
@@ -27,7 +27,7 @@ class Runtime:
 
     DESCRIPTION = (
         "Chooses how a model runs: with PyTorch, OpenVINO or ONNX Runtime, compiled, in 8 bits, or on "
-        "several devices at once. Put it last: it overrides Settings and any Runtime node before it."
+        "several devices at once. Put this node last, as it overrides Settings and any earlier Runtime node."
     )
     SEARCH_ALIASES: ClassVar = [
         "openvino",
@@ -46,9 +46,9 @@ class Runtime:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         devices = (
-            "Devices over which Upscale Video spreads the scenes of a video: all, cuda:0,cuda:1, or "
-            "cpu:2 for two workers on the CPU. Needs the Python package ray; not yet tried on GPUs. "
-            "Empty: only the Loader's device."
+            "Devices over which Upscale Video spreads the scenes of a video: all, or a list such as "
+            "cuda:0,cuda:1, or cpu:2 for two workers on the CPU. This needs the Python package ray and has "
+            "not yet been tried on GPUs. Leave empty to use only the Loader's device."
         )
         return {
             "required": {"pipe": PIPE_IN, **choice_widgets()},
@@ -89,7 +89,9 @@ class Runtime:
         base = how_made(pipe).base or pipe
         about = how_made(base)
         if quantize != "none" and "loras" in about.model:
-            raise IncompatibleInputError(f"a model with a LoRA needs quantize none, not {quantize}")
+            raise IncompatibleInputError(
+                f"a model with a LoRA cannot run in 8 bits: set quantize to none, not {quantize}"
+            )
         made = with_runtime(base, runtime, provider, quantize)
         model = {**about.model, "runtime": runtime, "provider": provider, "quantize": quantize}
         remember(made, replace(about, model=model, base=base, compile_mode=compile_mode, devices=devices))
@@ -119,8 +121,8 @@ def choice_widgets() -> dict[str, Widget]:
             list(PROVIDERS),
             {
                 "default": "auto",
-                "tooltip": "Where the runtime runs. openvino: cpu, or Intel's gpu or npu. onnx: cpu, cuda or "
-                "tensorrt. auto: the Loader's device. With torch, leave this at auto.",
+                "tooltip": "What the runtime runs on: cpu, or Intel's gpu or npu, for openvino; cpu, cuda or "
+                "tensorrt for onnx. auto: the Loader's device. With torch, leave this at auto.",
             },
         ),
         "compile_mode": (
@@ -131,9 +133,9 @@ def choice_widgets() -> dict[str, Widget]:
             list(QUANTIZATIONS),
             {
                 "default": "none",
-                "tooltip": "int8, fp8: run linear layers in 8 bits, an approximation. Needs the Python "
-                "package torchao; fp8 also needs an NVIDIA card of the 40 series or newer. Only for "
-                "torch.",
+                "tooltip": "int8 and fp8 run linear layers in 8 bits, which is an approximation. Both need "
+                "the Python package torchao; fp8 also needs an NVIDIA card of the 40 series or newer. Only "
+                "for torch.",
             },
         ),
     }
@@ -162,13 +164,13 @@ def workers_on(devices: str) -> Devices | None:
         return found
     if found and text != "all":
         raise IncompatibleInputError(
-            f"devices needs more than one, got {devices}; a single device is chosen in the Loader"
+            f"devices must name more than one device, not {devices}: choose a single device in the Loader"
         )
     return None
 
 
 def with_runtime(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upscaler:
-    """Return a copy of `pipe` with the given runtime; it shares the weights, unless they are in 8 bits."""
+    """Return a copy of `pipe` with the given runtime; they share weights unless the copy's are in 8 bits."""
     from ..stream_diffvsr.families.diffvsr.fastest import with_runtime
     from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
     from ..stream_diffvsr.runtimes.choose import open_runtime

@@ -104,11 +104,11 @@ class SettingsValue:
     family: str = "diffvsr"
 
     def options(self, pipe: Upscaler | None = None, preset: str = "settings", **own: Any) -> Any:
-        """Return the options for the family of `pipe` (default: Stream-DiffVSR's), overridden by `own`.
+        """Return the options for the family of `pipe`, or Stream-DiffVSR's without one, overridden by `own`.
 
-        A `preset` of the node replaces the one from Settings, along with every option that presets set. The
-        compile mode of a Runtime node overrides any other. Options that the family lacks are left out. Raise
-        `IncompatibleInputError` for settings of another family.
+        A `preset` chosen on the node replaces the one from Settings, along with every option that presets
+        set. The compile mode of a Runtime node overrides any other. Options that the family lacks are left
+        out. Raise `IncompatibleInputError` for settings of another family.
         """
         from ..stream_diffvsr.load import FAMILIES
         from ..stream_diffvsr.options import rules
@@ -201,13 +201,13 @@ class FamilySettings:
 
 class FlashVSRSettings(FamilySettings):
     FAMILY = "flashvsr"
-    DESCRIPTION = "Settings for a FlashVSR model. The defaults are the published ones and suit most uses."
+    DESCRIPTION = "Settings for a FlashVSR model. The defaults are the published values and suit most uses."
     SEARCH_ALIASES: ClassVar = ["flashvsr options", "flash vsr settings"]
 
 
 class SwiftVRSettings(FamilySettings):
     FAMILY = "swiftvr"
-    DESCRIPTION = "Settings for a SwiftVR model. The defaults are the published ones and suit most uses."
+    DESCRIPTION = "Settings for a SwiftVR model. The defaults are the published values and suit most uses."
     SEARCH_ALIASES: ClassVar = ["swiftvr options", "swift vr settings"]
 
 
@@ -220,7 +220,7 @@ class ImageSettings(FamilySettings):
 
 
 def family_widgets(family: str) -> dict[str, Widget]:
-    """Return widgets for a family's options that the upscaling nodes lack, then the file widgets."""
+    """Return widgets for those of a family's options that the upscaling nodes lack, then the file widgets."""
     from ..stream_diffvsr.load import FAMILIES
     from ..stream_diffvsr.options import rules, widgets
 

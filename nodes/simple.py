@@ -21,7 +21,7 @@ class SimpleUpscale:
     """Loader and Upscale Video in one node, with only the most important choices."""
 
     DESCRIPTION = (
-        "Upscales a video with its sound, and writes it to the output folder. Choose a model, a "
+        "Upscales a video, keeps its sound, and writes the result to the output folder. Choose a model, a "
         "quality and a size; nothing else is needed."
     )
     SEARCH_ALIASES: ClassVar = ["simple video upscale", "upscale video", "video super resolution", "4x video"]

@@ -19,8 +19,8 @@ SIZE: Widget = (
     list(SIZES),
     {
         "default": OWN,
-        "tooltip": "Size of the result: a multiple of the source, or the length of its shorter side in "
-        "pixels. If the model cannot produce that size itself, its result is resampled once.",
+        "tooltip": "Size of the result: a multiple of the source's size, or the length of the result's "
+        "shorter side in pixels. If the model cannot produce that size itself, its result is resampled once.",
     },
 )
 PRESET: Widget = (
@@ -43,7 +43,7 @@ def fidelity_widgets() -> dict[str, Widget]:
 
 
 def size_fields(size: str, info: Info) -> dict[str, Any]:
-    """Convert a size to job fields; there are none if the model produces that size itself."""
+    """Convert a size to fields of a job; return none if the model produces that size itself."""
     if size.endswith("p"):
         return {"short_edge": int(size[:-1])}
     factor = float(size[:-1])

@@ -1,4 +1,4 @@
-"""Socket types and shared widgets. Their names and order are a public API and never change."""
+"""Socket types and shared widgets. Their names and order are part of the public API and never change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ STATE = "STREAM_DIFFVSR_STATE"
 SETTINGS = "STREAM_DIFFVSR_SETTINGS"
 
 SINCE = "frames_since"
-"""Key of a state's tensor with the frames since the last border, (N, 3, h, w); absent at a border."""
+"""Key of the tensor with the frames since the last chunk border, (N, 3, h, w); absent at a border."""
 
 CATEGORY = "StreamDiffVSR"
 ADVANCED = "StreamDiffVSR/Advanced"
@@ -55,7 +55,7 @@ SETTINGS_IN: Widget = (
         "advanced": True,
     },
 )
-STATE_OUT = "State after the last frame: link it to the node that continues, or save it."
+STATE_OUT = "State after the last frame: link it to the node that continues the sequence, or save it."
 
 _made = widgets(UpscaleOptions, ("num_inference_steps", "seed"))
 STEPS: Widget = _made["num_inference_steps"]

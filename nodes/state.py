@@ -23,20 +23,20 @@ BLACK_SIDE = 8
 class CreateState:
     """Creates an empty state, or one that continues from a given upscaled frame."""
 
-    DESCRIPTION = "Creates a state to start from: empty, or as if initial_frame had just been upscaled."
+    DESCRIPTION = "Creates a state to start from, either empty or as if initial_frame had just been upscaled."
     SEARCH_ALIASES: ClassVar = ["start sequence", "reset state", "new video upscale state"]
     CATEGORY = ADVANCED
     FUNCTION = "execute"
     RETURN_TYPES = (STATE,)
     RETURN_NAMES = ("state",)
-    OUTPUT_TOOLTIPS = ("The state to start from: frame_index is 1 with initial_frame, otherwise 0.",)
+    OUTPUT_TOOLTIPS = ("The state to start from; its frame_index is 1 with initial_frame, otherwise 0.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        frame = "An upscaled frame for the next one to follow. Its sides must be multiples of 4."
+        frame = "An upscaled frame from which the sequence continues. Its sides must be multiples of 4."
         lq = (
-            "The same frame before upscaling, a quarter as wide and high. Leave unconnected to reduce "
-            "initial_frame by 4 with area averaging."
+            "The same frame before upscaling, a quarter as wide and high. Leave unconnected to compute it "
+            "from initial_frame by area averaging."
         )
         return {
             "optional": {
@@ -49,7 +49,7 @@ class CreateState:
         self, initial_frame: Tensor | None = None, initial_lq: Tensor | None = None
     ) -> tuple[StreamDiffVSRState]:
         if initial_frame is None and initial_lq is not None:
-            raise IncompatibleInputError("initial_lq needs initial_frame, too")
+            raise IncompatibleInputError("initial_lq also needs initial_frame")
         if initial_frame is None:
             return (StreamDiffVSRState(),)
         hq = layout.to_model(one_picture(initial_frame, "initial_frame"))
@@ -69,8 +69,8 @@ class ExtractState:
     RETURN_TYPES = ("IMAGE", "INT", "BOOLEAN", "STRING")
     RETURN_NAMES = ("previous_frame", "frame_index", "has_previous", "info")
     OUTPUT_TOOLTIPS = (
-        "The last upscaled frame, or a black picture of 8x8 if the state is empty.",
-        "Number of frames of the video done so far.",
+        "The last upscaled frame, or a black 8x8 picture if the state is empty.",
+        "How many frames of the video have been upscaled so far.",
         "Whether there is a frame to continue from.",
         "A summary in words, with the model and the settings used.",
     )
@@ -92,7 +92,8 @@ class SaveState:
     """Writes a state to a numbered file in the output folder."""
 
     DESCRIPTION = (
-        "Saves a state to a numbered file in the output folder, to continue bit for bit another day."
+        "Saves a state to a numbered file in the output folder, so that the sequence can continue another "
+        "day, bit for bit."
     )
     SEARCH_ALIASES: ClassVar = ["save video state", "checkpoint state", "resume later"]
     CATEGORY = ADVANCED
@@ -154,7 +155,7 @@ class LoadState:
         path = files.state_path(state_file)
         return (
             path.is_file()
-            or f"No saved state {path}: run Stream-DiffVSR Save State first, or choose another."
+            or f"There is no saved state {path}: run Stream-DiffVSR Save State first, or choose another one."
         )
 
     def execute(self, state_file: str) -> tuple[State]:
@@ -187,9 +188,9 @@ def describe(state: State) -> str:
         height, width = lq.shape[-2:]
         frame = f"previous frame {width}x{height}, upscaled {SCALE * width}x{SCALE * height}"
     elif state.has_previous:
-        frame = f"data of {state.family}, {state.nbytes / 1e6:.1f} MB; the picture is black"
+        frame = f"{state.family} data, {state.nbytes / 1e6:.1f} MB; the picture is black"
     else:
-        frame = f"no previous frame: the picture is black, {BLACK_SIDE}x{BLACK_SIDE}"
+        frame = f"no previous frame, so the picture is black, {BLACK_SIDE}x{BLACK_SIDE}"
     lines = [f"frames done: {state.index}", frame]
     if since is not None:
         lines.append(

@@ -27,13 +27,15 @@ def from_bytes(content: bytes) -> Path:
 def from_components(components: Any) -> Path:
     """Write frames (N, H, W, C) in [0, 1], with their rate and sound, to one file, and return its path.
 
-    The codecs are FFV1 with 16 bits per channel, and FLAC. The bytes of the file depend only on its content,
-    so a cancelled job can be resumed.
+    The frames are encoded as FFV1 with 16 bits per channel, and the sound as FLAC. The bytes of the file
+    depend only on its content, so a cancelled job can be resumed.
     """
     images, audio = components.images, components.audio
     layout.check_images(images)
     if images.shape[-1] > layout.COLOURS:
-        log.warning("the video's alpha is left out: link its frames to Stream-DiffVSR Upscale to keep it")
+        log.warning(
+            "the video's alpha channel is dropped: to keep it, link the frames to Stream-DiffVSR Upscale"
+        )
     rate = Fraction(components.frame_rate).limit_denominator(100_000)
     digest = hashlib.sha256(f"{rate} {tuple(images.shape)}".encode())
     for image in images:
@@ -55,7 +57,7 @@ def temp_file(name: str, write: Any) -> Path:
 
 
 def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio: Any) -> None:
-    """Write the frames, and the sound for as long as they last, as ComfyUI's Save Video does."""
+    """Write the frames, and the sound cut to the same length, as ComfyUI's Save Video does."""
     import av
 
     from ..stream_diffvsr.media.codecs import CODECS, Encoding, open_encoder
@@ -82,7 +84,7 @@ def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio:
 
 
 def sound_packets(stream: Any, audio: Any, samples: int) -> Iterator[Any]:
-    """Yield the first `samples` of ComfyUI's sound, (1, channels, samples) in [-1, 1], encoded in 24 bits."""
+    """Yield packets of 24 bits for the first `samples` of ComfyUI's sound, (1, channels, n) in [-1, 1]."""
     import av
 
     from ..stream_diffvsr.media.ways import LAYOUTS

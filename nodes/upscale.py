@@ -43,9 +43,9 @@ class Upscale:
     """Upscales a batch of images, treated as consecutive frames of a video."""
 
     DESCRIPTION = (
-        "Upscales frames by 4 with Stream-DiffVSR. The batch is time: frame 0 comes first, and each "
-        "frame is guided by the previous one. Link state from one Upscale to the next, or link "
-        "meta_batch: a video upscaled in parts then equals one upscaled at once."
+        "Upscales frames by 4 with Stream-DiffVSR. The batch dimension is time: frame 0 comes first, and "
+        "each frame is guided by the previous one. If you link state from one Upscale to the next, or link "
+        "meta_batch, a video upscaled in parts equals one upscaled in a single run."
     )
     SEARCH_ALIASES: ClassVar = [
         "video super resolution",
@@ -80,9 +80,9 @@ class Upscale:
                     {
                         "default": False,
                         "advanced": True,
-                        "tooltip": "Run the U-Net in tiles: needs the least memory and changes the "
-                        "picture slightly. Off: as memory_plan in Settings says; its default, auto, uses "
-                        "tiles only if nothing else fits.",
+                        "tooltip": "Run the U-Net in tiles, which needs the least memory and changes the "
+                        "picture slightly. When this is off, memory_plan in Settings decides; its default, "
+                        "auto, uses tiles only if nothing else fits.",
                     },
                 ),
                 "tile_size": (
@@ -104,15 +104,15 @@ class Upscale:
                         "max": 256,
                         "step": 16,
                         "advanced": True,
-                        "tooltip": "Overlap of the tiles in output pixels, below half of tile_size. Only "
-                        "used when enable_tiling is on.",
+                        "tooltip": "Overlap of the tiles in output pixels, which must be less than half of "
+                        "tile_size. Only used when enable_tiling is on.",
                     },
                 ),
                 "meta_batch": (
                     "VHS_BatchManager",
                     {
-                        "tooltip": "VideoHelperSuite's Meta Batch Manager: the sequence continues from one "
-                        "batch to the next."
+                        "tooltip": "Link VideoHelperSuite's Meta Batch Manager here, so that the sequence "
+                        "continues from one batch to the next."
                     },
                 ),
                 "preset": PRESET,
@@ -169,7 +169,7 @@ class Upscale:
 class ProcessFrame:
     """Upscales a single frame, for use in loops."""
 
-    DESCRIPTION = "Upscales one frame by 4 and passes its state on, for loops over single frames."
+    DESCRIPTION = "Upscales one frame by 4 and passes on its state, for loops over single frames."
     SEARCH_ALIASES: ClassVar = ["single frame upscale", "video loop upscale", "stream upscale"]
     CATEGORY = CATEGORY
     FUNCTION = "execute"
@@ -275,7 +275,7 @@ def opened(state: State) -> tuple[State, list[Tensor]]:
 
 
 def closed(border: State, since: list[Tensor], device: torch.device) -> State:
-    """Reverse `opened`: combine both into one state on `device`."""
+    """Reverse `opened`: combine the border's state and the frames since then into one state on `device`."""
     if since:
         tensors = {**border.tensors, SINCE: torch.cat(since)}
         border = replace(border, index=border.index + len(since), tensors=tensors)
@@ -297,7 +297,7 @@ class MetaBatch:
     """An object that lives as long as the meta-batch: its manager, or the node if no manager is linked."""
     node_id: str | None
     number: int | None
-    """The number of the batch, from 0; None outside meta-batches."""
+    """The number of the batch, counted from 0, or None outside meta-batches."""
 
     @property
     def last(self) -> bool:
@@ -314,7 +314,7 @@ class MetaBatch:
             return True
         if not linked:
             raise IncompatibleInputError(
-                f"{pipe.info.family} needs the Meta Batch Manager linked to meta_batch, too"
+                f"{pipe.info.family} also needs the Meta Batch Manager to be linked to meta_batch"
             )
         if not self.last and len(images) < pipe.info.first:
             raise IncompatibleInputError(

@@ -21,8 +21,8 @@ class UpscaleVideo:
     """Upscales a video file and writes the result to a new file."""
 
     DESCRIPTION = (
-        "Upscales a video by 4, file to file: any length in constant memory, with sound, timing and "
-        "colours kept. Cancelling leaves a playable file with the finished part; queue the workflow "
+        "Upscales a video of any length by 4, from file to file in constant memory, and keeps its sound, "
+        "timing and colours. Cancelling leaves a playable file with the finished part; queue the workflow "
         "again to resume."
     )
     SEARCH_ALIASES: ClassVar = [
@@ -47,7 +47,7 @@ class UpscaleVideo:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "A video file or a folder of pictures; a relative path starts in the "
+                        "tooltip": "A video file or a folder of pictures; relative paths start from the "
                         "input folder. Leave empty if video is connected.",
                     },
                 ),
@@ -59,9 +59,9 @@ class UpscaleVideo:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "File to write, below the output folder; a number is added if it "
-                        "exists. Empty: a numbered file in the subfolder stream_diffvsr, named after the "
-                        "video.",
+                        "tooltip": "File to write, below the output folder; a number is added if it already "
+                        "exists. Leave empty for a numbered file in the subfolder stream_diffvsr, named "
+                        "after the video.",
                     },
                 ),
                 "frames_per_batch": (
@@ -71,7 +71,8 @@ class UpscaleVideo:
                         "min": 0,
                         "max": 256,
                         "advanced": True,
-                        "tooltip": "Frames decoded in advance, 0 for automatic. Never changes pixels.",
+                        "tooltip": "Frames decoded in advance; 0 means automatic. This never changes the "
+                        "result.",
                     },
                 ),
                 "start_frame": (
@@ -81,7 +82,7 @@ class UpscaleVideo:
                         "min": 0,
                         "max": 2**31 - 1,
                         "advanced": True,
-                        "tooltip": "First frame to upscale, from 0.",
+                        "tooltip": "First frame to upscale, counted from 0.",
                     },
                 ),
                 "end_frame": (
@@ -91,7 +92,7 @@ class UpscaleVideo:
                         "min": LAST,
                         "max": 2**31 - 1,
                         "advanced": True,
-                        "tooltip": "Last frame to upscale, inclusive; -1: the end of the video.",
+                        "tooltip": "Last frame to upscale, inclusive; -1 means the end of the video.",
                     },
                 ),
                 "num_inference_steps": STEPS,
@@ -110,7 +111,7 @@ class UpscaleVideo:
 
     @classmethod
     def VALIDATE_INPUTS(cls, video_path: str | None = "", output_path: str | None = "") -> bool:
-        """Raise the errors that execution would raise; a returned text would be reported per argument."""
+        """Raise the errors that execution would raise; ComfyUI would report a returned text per argument."""
         if video_path and not source_path(video_path).exists():
             raise IncompatibleInputError(
                 f"video_path must be a file or a folder of pictures; {source_path(video_path)} does not "

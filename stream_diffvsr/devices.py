@@ -22,9 +22,9 @@ def available() -> list[str]:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """Return the device with a given name; 'auto' is the best one on this machine.
+    """Return the device with a given name; 'auto' means the best one on this machine.
 
-    Raise `IncompatibleInputError`, which lists the existing devices, if it does not exist.
+    If there is no such device, raise `IncompatibleInputError` with a list of those that exist.
     """
     names = available()
     if device == "auto":
@@ -33,13 +33,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device())
     if str(device) not in names:
         raise IncompatibleInputError(
-            f"device must be one of this machine's ({', '.join(['auto', *names])}), not {str(device)!r}"
+            f"there is no device {str(device)!r} on this machine: choose one of {', '.join(['auto', *names])}"
         )
     return torch.device(device)
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the number format with a given name; 'auto' is float16 if fast on `device`, else float32."""
+    """Return the named number format; 'auto' means float16 if it is fast on `device`, otherwise float32."""
     if dtype == "auto":
         return torch.float16 if _fast_half(device) else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype

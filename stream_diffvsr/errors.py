@@ -35,14 +35,14 @@ class IncompatibleInputError(StreamDiffVSRError, ValueError):
 
 
 class VRAMError(StreamDiffVSRError):
-    """Memory ran out, or is too small, for every plan that was tried."""
+    """Every plan that was tried ran out of memory, or needs more than there is."""
 
     def __init__(self, required_mb: int, available_mb: int, suggestion: str) -> None:
         self.required_mb = required_mb
         self.available_mb = available_mb
         self.suggestion = suggestion
         super().__init__(
-            f"out of memory: about {required_mb} MB are needed, {available_mb} MB are free; {suggestion}"
+            f"out of memory: about {required_mb} MB are needed, but {available_mb} MB are free; {suggestion}"
         )
 
 

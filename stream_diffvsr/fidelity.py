@@ -8,11 +8,11 @@ from torch.nn import functional as F
 
 COLOUR_FIXES = ("model", "none", "lab", "wavelet", "adain")
 LEVELS = 5
-"""Levels of the low-pass filter. Each doubles the reach, so 5 keep colours of about 30 pixels or more."""
+"""Levels of the low-pass filter. Each doubles its reach; 5 levels keep colours that span about 30 pixels."""
 
 
 def adain(hq: Tensor, lq_up: Tensor) -> Tensor:
-    """Match the mean and standard deviation of each channel of `hq` to `lq_up`, both (1, 3, H, W)."""
+    """Match each channel's mean and standard deviation in `hq` to those in `lq_up`, both (1, 3, H, W)."""
     (var, mean), (var_lq, mean_lq) = (
         torch.var_mean(x, (2, 3), correction=0, keepdim=True) for x in (hq, lq_up)
     )
@@ -21,21 +21,21 @@ def adain(hq: Tensor, lq_up: Tensor) -> Tensor:
 
 
 def lab(hq: Tensor, lq_up: Tensor) -> Tensor:
-    """Match the broad hue and saturation of `hq` to `lq_up`, both (1, 3, H, W).
+    """Match the broad hue and saturation of `hq` to those of `lq_up`, both (1, 3, H, W).
 
-    Brightness and finer colours are kept.
+    Brightness and finer colour detail are kept.
     """
     (light, colour), (_, wanted) = (_to_lab(x).split((1, 2), 1) for x in (hq, lq_up))
     return _from_lab(torch.cat([light, colour + _low_pass(wanted - colour)], 1))
 
 
 def wavelet(hq: Tensor, lq_up: Tensor) -> Tensor:
-    """Replace the low frequencies of `hq` by those of `lq_up`, both (1, 3, H, W); keep all higher ones."""
+    """Replace the low frequencies of `hq` with those of `lq_up`, both (1, 3, H, W); keep the high ones."""
     return hq + _low_pass(lq_up - hq)
 
 
 def _low_pass(x: Tensor) -> Tensor:
-    """Low-pass with the stationary wavelet's kernel 1 2 1, doubling the pixel spacing at each level."""
+    """Apply the stationary wavelet's low-pass kernel, 1 2 1, doubling the pixel spacing at each level."""
     for level in range(LEVELS):
         for axis in (2, 3):
             reach = 2**level
@@ -54,7 +54,7 @@ TO_XYZ = (
 )
 """The matrix from linear sRGB to CIE XYZ."""
 TO_LAB = ((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0))
-"""The matrix from the cube roots of XYZ relative to white to CIELAB, with an L that is 16 too high."""
+"""The matrix from the cube roots of white-relative XYZ to CIELAB, with an L that is 16 too high."""
 KNEE = 6 / 29
 """The value of the cube root below which CIELAB uses a straight line instead."""
 
@@ -65,7 +65,7 @@ def _mix(x: Tensor, rows: Tensor) -> Tensor:
 
 
 def _matrices(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two matrices: linear sRGB to XYZ relative to white, with rows that sum to 1, and TO_LAB."""
+    """Return the matrix from linear sRGB to white-relative XYZ, whose rows sum to 1, and TO_LAB."""
     xyz, to_lab = (torch.tensor(rows, dtype=x.dtype, device=x.device) for rows in (TO_XYZ, TO_LAB))
     return xyz / xyz.sum(1, keepdim=True), to_lab
 

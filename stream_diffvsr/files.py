@@ -57,7 +57,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Memory-map the tensors of a weight file: safetensors, or torch's own format without any code.
+    """Memory-map the tensors of a weight file, either safetensors or torch's own format without any code.
 
     A single unnamed tensor in a file gets the name ''.
     """
@@ -67,7 +67,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes in a weight file without reading the weights; check that it is complete."""
+    """Return the tensors' names and shapes without reading the weights; check that the file is complete."""
     if path.suffix != ".safetensors":
         return {key: tuple(value.shape) for key, value in _read_torch(path, "meta").items()}
     with _opened(path) as file:
@@ -76,14 +76,16 @@ def read_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 @contextmanager
 def _opened(path: Path, device: str = "cpu") -> Generator[Any, None, None]:
-    """Open a safetensors file; raise `CheckpointError` if its header is invalid or the file incomplete."""
+    """Open a safetensors file; raise `CheckpointError` if its header is invalid or it is incomplete."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device=device) as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, _what_instead(path) or f"is no whole safetensors file ({error})") from error
+        raise _damaged(
+            path, _what_instead(path) or f"is not a complete safetensors file ({error})"
+        ) from error
 
 
 def _what_instead(path: Path) -> str:
@@ -110,7 +112,7 @@ def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def read_pickled(path: Path, device: str = "cpu") -> Any:
-    """Load what torch saved without running any code in the file; raise `CheckpointError` on failure."""
+    """Load what torch saved, without running any code in the file; raise `CheckpointError` on failure."""
     try:
         zipped = zipfile.is_zipfile(path)
         names = zipfile.ZipFile(path).namelist() if zipped else []
@@ -120,7 +122,7 @@ def read_pickled(path: Path, device: str = "cpu") -> Any:
         return torch.load(path, map_location=device, mmap=zipped, weights_only=True)
     except Exception as error:  # damaged content can raise any error in the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _damaged(path, f"is no whole file of weights alone ({reason})") from error
+        raise _damaged(path, f"is not a complete file with weights alone ({reason})") from error
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""Measuring free memory and the memory of tensors, and recognising out-of-memory errors."""
+"""Measuring free memory and the memory that tensors use, and recognising out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _cgroup_free() -> list[int]:
-    """Return the bytes left under a container's memory limit, as a list that is empty without a limit."""
+    """Return a list with the bytes left under the container's memory limit, or [] if there is no limit."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
@@ -116,7 +116,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
-    """Return the most bytes that a call's tensors use at once, without its inputs and weights (`known`).
+    """Return the most bytes that a call's tensors use at once, not counting inputs and weights (`known`).
 
     The call runs on torch's meta device, which computes nothing, so networks of any size take about a second.
     """
@@ -127,7 +127,7 @@ def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int
 
 
 def on_meta(network: Network) -> Network:
-    """Copy a network to the meta device: its shapes and its code, but not its weights."""
+    """Copy a network to the meta device, with its shapes and its code, but without its weights."""
     tensors = chain(network.parameters(), network.buffers())
     memo: dict[int, Any] = {}
     with torch.inference_mode(False), torch.no_grad():

@@ -33,12 +33,12 @@ MINIMUM_SIDE = 8
 
 
 def to_pixels(hq: Tensor) -> Tensor:
-    """Convert model range to [0, 1], clamped. Any shape, float32."""
+    """Convert float32 values of any shape from model range to [0, 1], and clamp them."""
     return (hq / 2 + 0.5).clamp(0, 1)
 
 
 def from_pixels(pixels: Tensor) -> Tensor:
-    """Convert [0, 1] to model range [-1, 1]. Any shape, float32."""
+    """Convert float32 values of any shape from [0, 1] to model range, [-1, 1]."""
     return pixels * 2 - 1
 
 

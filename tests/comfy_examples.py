@@ -137,15 +137,15 @@ TABLE = {
         ),
     ),
     "long_video_file": Example(
-        "## Upscale a video of any length, file to file\n\nMemory does not grow with the length. "
-        "Sound, timing and colours are kept.\n\nCancel whenever you like: the finished part is "
-        "left as a playable file, and queueing the same workflow again resumes "
-        f"it.\n\n{OWN_VIDEO} {NANO}",
+        "## Upscale a video of any length, file to file\n\nMemory use does not grow with the "
+        "length of the video. Sound, timing and colours are kept.\n\nCancel whenever you like: the "
+        "finished part is left as a playable file, and queueing the same workflow again resumes "
+        f"the job.\n\n{OWN_VIDEO} {NANO}",
         ((CLIP, loader()), (to_file(),)),
     ),
     "simple_video": Example(
         "## Frames in, frames out\n\nUses only ComfyUI's own nodes and this pack's; other nodes "
-        "can go in between.\n\nAll frames are held in memory: for a long video use the workflow "
+        "can go in between.\n\nAll frames are kept in memory, so for a long video, use the workflow "
         f"*long_video_file*.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
@@ -156,7 +156,7 @@ TABLE = {
     ),
     "before_after": Example(
         "## Before and after\n\n**Compare Images** needs ComfyUI 0.33 or newer, and *Nodes 2.0* "
-        "turned on in the menu. Move the pointer over the picture: bicubic on one side, the "
+        "turned on in the menu. Move the pointer over the picture to see bicubic on one side and the "
         f"result on the other.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
@@ -210,7 +210,7 @@ TABLE = {
     ),
     "resume_state": Example(
         "## Continue from a saved state\n\nRun *save_state* first and reload the page, so that "
-        "its file is in the list. Frames 8 to 15 follow frame 7 bit for bit as if the run had "
+        "its file is in the list. Frames 8 to 15 then follow frame 7, bit for bit as if the run had "
         "never stopped.",
         (
             (CLIP,),
@@ -234,8 +234,8 @@ TABLE = {
         ),
     ),
     "frame_loop_with_state": Example(
-        "## Frame by frame, with the state passed on\n\nThree frames by hand: each **Process "
-        "Frame** takes the state from the previous one. In a loop node, pass the state on from "
+        "## Frame by frame, with the state passed on\n\nUpscales three frames without a loop: each "
+        "**Process Frame** takes the state from the previous one. In a loop, pass the state on from "
         "one iteration to the next.",
         (
             (CLIP,),
@@ -260,7 +260,7 @@ TABLE = {
     "loop_with_state": Example(
         "## A loop over frames, with the state carried along\n\nNeeds ComfyUI 0.38 or newer, "
         "which has **Start Loop** and **End Loop**. Each iteration takes one frame and the "
-        "previous iteration's state, so the result equals a run over all frames at once. Other "
+        "previous iteration's state, so the result equals that of a single run over all frames. Other "
         "nodes can go into the loop.\n\nSet **num_iterations** to the number of "
         f"frames.\n\n{OWN_VIDEO} {NANO}",
         (
@@ -311,8 +311,8 @@ TABLE = {
         ),
     ),
     "upscale_and_interpolate": Example(
-        "## Larger, and smoother\n\nUpscales the video, then inserts a frame between each two "
-        "with ComfyUI's own frame interpolation. Needs ComfyUI 0.33 or newer, and its model FILM "
+        "## Larger and smoother\n\nUpscales the video, then inserts a frame between every two frames "
+        "with ComfyUI's own frame interpolation. Needs ComfyUI 0.33 or newer, and the model FILM "
         "(69 MB), which the page offers to download.\n\nSet **fps** of Create Video to twice "
         f"that of your video; the sound stays as it is.\n\n{OWN_VIDEO} {NANO}",
         (
@@ -344,10 +344,10 @@ TABLE = {
         ),
     ),
     "live_webcam": Example(
-        "## A camera, frame after frame\n\nSet the queue to run **on change** or **instantly** "
-        "and press Run: each run takes a picture and upscales it, guided by the run "
-        "before.\n\nThe camera's picture is first reduced to a width of 160, so that a CPU keeps "
-        "up; a GPU can do more.",
+        "## A camera, frame by frame\n\nSet the queue to run **on change** or **instantly**, "
+        "and press Run. Each run takes a picture and upscales it, guided by the previous "
+        "run.\n\nThe camera's picture is first reduced to a width of 160, so that a CPU can keep "
+        "up; a GPU can handle more.",
         (
             (N("camera", "WebcamCapture", {"width": 160, "height": 120}), loader()),
             (N("live", OURS + "Live", {}, {"pipe": "model.pipe", "image": "camera.IMAGE"}),),
@@ -358,19 +358,19 @@ TABLE = {
         ),
     ),
     "flashvsr": Example(
-        "## FlashVSR, for real footage\n\nNeeds a GPU (8 to 14 GB). The model is downloaded when "
-        "the workflow first runs, about 7 GB; the Loader shows the progress.\n\n" + OWN_VIDEO,
+        "## FlashVSR, for real footage\n\nNeeds a GPU (8 to 14 GB). The model, about 7 GB, is downloaded "
+        "when the workflow first runs; the Loader shows the progress.\n\n" + OWN_VIDEO,
         ((CLIP, loader("flashvsr-v1.1")), (to_file(),)),
     ),
     "swiftvr": Example(
-        "## SwiftVR, the fastest at 1080p and above\n\nNeeds a GPU. The model is downloaded when "
-        "the workflow first runs, about 20 GB; the Loader shows the progress.\n\n" + OWN_VIDEO,
+        "## SwiftVR, the fastest at 1080p and above\n\nNeeds a GPU. The model, about 20 GB, is downloaded "
+        "when the workflow first runs; the Loader shows the progress.\n\n" + OWN_VIDEO,
         ((CLIP, loader("swiftvr")), (to_file(),)),
     ),
     "image_model_steady": Example(
-        "## A single-image model, without flicker\n\nRealESRGAN_x4plus (67 MB), which the page offers to "
+        "## A single-image model, without flicker\n\nUse RealESRGAN_x4plus (67 MB), which the page offers to "
         "download, or any other model in *models/upscale_models*. **steady** blends in the previous result "
-        "where it still fits; 0 turns that off.\n\n" + OWN_VIDEO,
+        "where both show the same thing; 0 turns this off.\n\n" + OWN_VIDEO,
         (
             (
                 CLIP,
@@ -381,10 +381,10 @@ TABLE = {
         ),
     ),
     "several_devices": Example(
-        "## Scenes spread over several devices\n\n**Runtime** sets which: *all*, or "
-        "*cuda:0,cuda:1*; *cpu:2* for two workers on the CPU. Needs **python -m pip install "
+        "## Scenes spread over several devices\n\n**Runtime** sets the devices: *all*, or a list such as "
+        "*cuda:0,cuda:1*, or *cpu:2* for two workers on the CPU. First run **python -m pip install "
         "ray** with ComfyUI's Python.\n\nEach scene goes to the next device that is free. With a "
-        f"single device, everything runs there.\n\n{OWN_VIDEO} {NANO}",
+        f"single device, everything runs on that device.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP, loader()),
             (
@@ -396,8 +396,8 @@ TABLE = {
     ),
     "vhs_video_with_audio": Example(
         "## VideoHelperSuite in and out, with sound\n\nNeeds ComfyUI-VideoHelperSuite. Type the "
-        "path of your video into **Load Video (Path)**, or use its **Load Video "
-        f"(Upload)**.\n\n{NANO}",
+        "path of your video into **Load Video (Path)**, or use **Load Video (Upload)** "
+        f"instead.\n\n{NANO}",
         (
             (CLIP,),
             (N("load", "VHS_LoadVideoPath", {"format": "None"}, {"video": "clip.path"}), loader()),
@@ -407,8 +407,8 @@ TABLE = {
     ),
     "vhs_meta_batch": Example(
         "## A long video in chunks, as one sequence\n\nNeeds ComfyUI-VideoHelperSuite. The "
-        "**Meta Batch Manager** cuts the video into batches; because it is linked to **Upscale** "
-        "too, the sequence continues from batch to batch, and the result equals a single "
+        "**Meta Batch Manager** cuts the video into batches. Because it is also linked to **Upscale**, "
+        "the sequence continues from batch to batch, and the result equals that of a single "
         f"run.\n\n{NANO}",
         (
             (

@@ -249,7 +249,7 @@ def test_devices_are_read() -> None:
     for text in ("cpu:0", "gpu", "", "cuda:0,cuda:0", "0,0"):
         with pytest.raises(IncompatibleInputError, match=r"devices must be all"):
             parse_devices(text)
-    with pytest.raises(IncompatibleInputError, match="one of this machine's"):
+    with pytest.raises(IncompatibleInputError, match="on this machine: choose one of auto"):
         parse_devices("0,97")
 
 

@@ -156,7 +156,7 @@ def test_what_does_not_fit_is_told_in_a_sentence(guided: StreamDiffVSRPipeline, 
     refused(IncompatibleInputError, "must be from -2 to 2", whole, 2.5)
     refused(IncompatibleInputError, "must be from -2 to 2", whole, float("nan"))
     bad.write_bytes(whole.read_bytes()[:-100])
-    refused(CheckpointError, "no whole safetensors file")
+    refused(CheckpointError, "not a complete safetensors file")
     refused(IncompatibleInputError, "was trained for another model", spoiled(whole, bad, base="f" * 32))
     refused(
         CheckpointError,

@@ -46,7 +46,7 @@ def test_live_frames_queued_one_by_one_equal_one_run(pipe) -> None:
         result, info = node.execute(pipe, image, num_inference_steps=1, seed=3)
         assert torch.equal(result[0], whole[index])
         assert info.startswith(f"frame {index + 1}, 16x12 to 64x48")
-        assert ("a new sequence: the first run" in info) == (index == 0)
+        assert ("new sequence (first run)" in info) == (index == 0)
     assert LIVE.IS_CHANGED(seed=3) != LIVE.IS_CHANGED(seed=3)  # never cached
 
 
@@ -75,12 +75,12 @@ def test_live_begins_anew_where_it_must(pipe) -> None:
     followed, _ = node.execute(pipe, images[:1], **run)
     again, info = node.execute(pipe, images[:1], reset=True, **run)
     assert torch.equal(again, first) and not torch.equal(followed, first)
-    assert info.endswith("a new sequence: asked for")
+    assert info.endswith("new sequence (reset is on)")
     _, info = node.execute(pipe, images[:1, :8], **run)
-    assert info == "frame 1, 16x8 to 64x32; a new sequence: another size"
+    assert info == "frame 1, 16x8 to 64x32; new sequence (another size)"
     workflow = {"workflow": {"id": "another"}}
     _, info = node.execute(pipe, images[:1, :8], extra_pnginfo=workflow, **run)
-    assert info.endswith("a new sequence: another workflow")
+    assert info.endswith("new sequence (another workflow)")
     with pytest.raises(ValueError, match="image must be one picture"):
         node.execute(pipe, images, **run)
 

@@ -164,7 +164,7 @@ def test_any_size_becomes_exactly_four_times_it(pipe, size: tuple[int, int]) -> 
 @pytest.mark.parametrize(
     "images, said",
     [
-        (torch.zeros(0, 16, 16, 3), "there are no images; check the loader's cap or skip"),
+        (torch.zeros(0, 16, 16, 3), "there are no images: check the loader's cap and skip"),
         (torch.zeros(1, 16, 16, 1), "(1, 16, 16, 1)"),
         (torch.zeros(16, 16, 3), "(16, 16, 3)"),
         (torch.zeros(1, 4, 6, 3), "pictures must be at least 8x8, not 6x4"),

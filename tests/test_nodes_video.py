@@ -176,7 +176,7 @@ def test_a_cancelled_run_is_playable_and_goes_on(pipe, clip: Path, monkeypatch: 
 @pytest.mark.parametrize(
     "inputs, said",
     [
-        ({}, "either video_path or video, not neither"),
+        ({}, "either video_path or video; got neither"),
         ({"video_path": "x.mp4", "video": FromFile("x.mp4")}, "not both"),
         ({"video": FromFile("x.mp4", (1.0, 1.0)), "start_frame": 3}, "already trimmed: leave start_frame"),
         ({"video_path": "gone.mp4"}, "gone.mp4"),
@@ -239,7 +239,7 @@ def test_a_video_of_frames_in_memory_is_written_as_players_take_it_and_goes_on(
 
 
 def test_an_empty_video_is_refused(pipe) -> None:
-    with pytest.raises(ValueError, match="there are no images; check the loader's cap or skip"):
+    with pytest.raises(ValueError, match="there are no images: check the loader's cap and skip"):
         upscale(pipe, video=FromComponents(torch.zeros(0, 16, 24, 3)))
 
 

@@ -73,7 +73,7 @@ def test_result_comes_whole_and_in_ranges(server: Server, finished: str, tmp_pat
         ({"model": "v9"}, 422, "there is no 'v9'"),
         ({"model": "v1"}, 409, "not on this machine"),
         ({"size": "9x"}, 422, "neither a factor"),
-        ({"preset": "best"}, 422, "Stream-DiffVSR has exact"),
+        ({"preset": "best"}, 422, "Stream-DiffVSR has the presets exact"),
         ({"options": {"steps": 2}}, 422, "no such option"),
         ({"options": {"seed": 1.5}}, 422, "not of type 'integer'"),
         ({"options": {"decoder": "full"}}, 422, "an option of FlashVSR"),

@@ -1,4 +1,4 @@
-"""The server, configured by environment variables alone; it never imports torch."""
+"""The server, configured only by environment variables; it never imports torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .settings import Settings, from_environment
 def main() -> int:
     """Serve until told to stop, and return the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    # It warns about every malformed form, but the caller gets an error for these anyway.
+    # This logger warns about every malformed form, for which the caller gets an error anyway.
     logging.getLogger("python_multipart").setLevel(logging.ERROR)
     try:
         run(Settings(**from_environment(os.environ)))

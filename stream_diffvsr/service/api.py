@@ -39,7 +39,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """Return a dependency that parses a request of at most BODY_BYTES as strict JSON of `model`."""
+    """Return a dependency that parses a request of at most BODY_BYTES strictly as JSON for `model`."""
 
     async def read(request: Request) -> Body:
         content = b""
@@ -86,7 +86,7 @@ FORM = {
 FILE_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {"application/octet-stream": {}}},
     206: {"description": "The part requested with the Range header."},
-    304: {"description": "Not changed since the ETag in If-None-Match."},
+    304: {"description": "Unchanged: If-None-Match names the current ETag."},
 }
 
 
@@ -215,7 +215,7 @@ def files_router(kind: str, jobs: Jobs) -> APIRouter:
 
     @router.get(
         "/preview.jpg",
-        summary="The newest frame: bicubic in the left half, the result in the right",
+        summary="Get the newest frame, with bicubic in the left half and the result in the right",
         operation_id=f"{kind}_preview",
         responses={**FILE_ANSWER, 200: {"description": "The picture.", "content": {"image/jpeg": {}}}},
         response_class=Response,
@@ -227,7 +227,7 @@ def files_router(kind: str, jobs: Jobs) -> APIRouter:
 
 
 async def receive(request: Request, kind: str, jobs: Jobs) -> Task:
-    """Store an upload as a new task; delete everything if it fails."""
+    """Store an upload as a new task; if the upload fails, delete everything."""
     store, task_id = jobs.store, uuid.uuid4().hex
     folder = store.folder / task_id
     folder.mkdir()
@@ -246,11 +246,11 @@ def house_router(settings: Settings, jobs: Jobs) -> APIRouter:
     """Create the routes for information about the server and for the page's login."""
     router = APIRouter(prefix="/api/v1", tags=["server"], responses=problems.RESPONSES)
 
-    @router.get("/models", summary="Models, and which must be downloaded", response_model_exclude_none=True)
+    @router.get("/models", summary="List models and required downloads", response_model_exclude_none=True)
     async def models() -> Models:
         return Models.model_validate(await jobs.checks.about(fresh=True))
 
-    @router.get("/capabilities", summary="Devices with their memory, options, limits, formats")
+    @router.get("/capabilities", summary="List devices with their memory, options, limits and formats")
     async def capabilities() -> Capabilities:
         about = await jobs.checks.about(fresh=True)
         devices = jobs.workers.devices
@@ -274,7 +274,7 @@ def house_router(settings: Settings, jobs: Jobs) -> APIRouter:
     )
     async def session(request: Request, login: Login = Depends(json_body(Login))) -> Response:  # noqa: B008
         if settings.token and not equal_in_constant_time(login.token, settings.token):
-            raise ProblemError(401, "This is not the token.")
+            raise ProblemError(401, "This is not the right token.")
         answer = Response(status_code=204)
         if settings.token:
             secure = request.url.scheme == "https"
@@ -306,7 +306,7 @@ def page_router() -> APIRouter:
 
 
 def describe(app: FastAPI) -> None:
-    """Add the request models and the token to the API's description, which the routes do not declare."""
+    """Add to the API's description what the routes do not declare: the request models and the token."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 PYTHON_MODULE = "stream_diffvsr.cli.main"
 CHECKS = "stream_diffvsr.cli.checks"
 ANY_SIZE = 8
-"""The maximum pixels of an output frame, as a multiple of those of an input frame."""
+"""The maximum number of pixels in an output frame, as a multiple of the maximum in an input frame."""
 PATIENCE = 60.0
 """Seconds allowed for inspecting a file."""
 IDLE = 120.0
-"""Seconds without a question after which the answering process, which uses half a gigabyte, is ended."""
+"""Seconds without a question after which the answering process, which uses half a gigabyte, is killed."""
 FRESH = 10.0
-"""Seconds for which information about devices and models remains valid."""
+"""Seconds for which information about devices and models is reused."""
 STARTING = 300.0
 """Seconds allowed for starting the answering process: torch may be loaded from a slow disk."""
 SIZES = re.compile(r"(?P<factor>[1-8](\.\d{1,3})?)x|(?P<edge>\d{2,5})p")
@@ -52,7 +52,7 @@ class Checks:
         self._about: tuple[float, dict[str, Any]] = (-FRESH, {})
 
     async def about(self, *, fresh: bool = False) -> dict[str, Any]:
-        """Return models, devices and options (see `cli.checks`); with `fresh`, at most a few seconds old."""
+        """Return models, devices and options (see `cli.checks`), at most a few seconds old if `fresh`."""
         told, about = self._about
         if not about or (fresh and time.monotonic() - told > FRESH):
             about = await self._ask({"about": True})
@@ -100,7 +100,7 @@ class Checks:
         line = await asyncio.wait_for(process.stdout.readline(), STARTING)
         if not line:
             await self._end()
-            raise ProblemError(500, "The engine does not start; 'stream-diffvsr doctor' says why.")
+            raise ProblemError(500, "The engine does not start: run 'stream-diffvsr doctor' to find out why.")
         self._about = time.monotonic(), json.loads(line)
         return process
 
@@ -149,7 +149,9 @@ def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[st
     family = about["families"][model["family"]]
     if asked["preset"] not in family["presets"]:
         known = ", ".join(family["presets"])
-        raise ProblemError(422, f"preset: {family['title']} has {known}, not {asked['preset']!r}.")
+        raise ProblemError(
+            422, f"preset: {family['title']} has the presets {known}, not {asked['preset']!r}."
+        )
     _check_options(asked["options"], model, about)
     return model
 
@@ -167,8 +169,8 @@ def _check_options(options: Mapping[str, Any], model: Mapping[str, Any], about: 
         if owners:
             raise ProblemError(
                 422,
-                f"options.{name}: that is an option of {' and '.join(owners)}, and {model['name']} is of the "
-                f"family {family['title']}.",
+                f"options.{name}: this is an option of {' and '.join(owners)}, but {model['name']} belongs "
+                f"to the family {family['title']}.",
             )
         raise ProblemError(
             422, f"options.{name}: there is no such option; GET /api/v1/capabilities lists them."
@@ -195,14 +197,14 @@ def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
         )
     if (facts["seconds"] or 0) > settings.max_seconds:
         raise ProblemError(
-            413, f"{facts['seconds']:.0f} seconds are more than the {settings.max_seconds:g} taken here."
+            413, f"{facts['seconds']:.0f} seconds are more than the {settings.max_seconds:g} accepted here."
         )
 
 
 def arguments(
     asked: Mapping[str, Any], about: Mapping[str, Any], source: Path, output: Path, device: str, ray: str = ""
 ) -> list[str]:
-    """Return the arguments of `upscale` for a request that was checked."""
+    """Return the arguments of `upscale` for a request that has been checked."""
     model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
     if model is None:
         raise ProblemError(422, f"The model {asked['model']} is no longer on this machine.")

@@ -31,7 +31,7 @@ HEADERS = {
 
 
 def cookie_of(token: str) -> str:
-    """Return the value of the page's cookie: proof that the token is known, not the token itself."""
+    """Return the value of the page's cookie, which proves that the token is known without containing it."""
     return hmac.new(token.encode(), b"stream-diffvsr page", hashlib.sha256).hexdigest()
 
 
@@ -74,7 +74,7 @@ class Guard:
         if not self.settings.token and _hostname(host) not in LOOPBACK:
             return (
                 421,
-                "This server only answers to localhost and 127.0.0.1; other names need --token.",
+                "This server answers only to localhost and 127.0.0.1; other names need --token.",
             )
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _foreign(headers, host):
             return 403, "Requests from other sites' pages are refused."

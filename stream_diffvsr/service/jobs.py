@@ -42,14 +42,14 @@ class Jobs:
         """Raise `ProblemError` if a file of `needed` bytes is too large or does not fit on the disk."""
         if needed > self.settings.max_bytes:
             raise ProblemError(
-                413, f"The file is larger than the {self.settings.max_bytes / 1e9:g} GB taken here."
+                413, f"The file is larger than the {self.settings.max_bytes / 1e9:g} GB accepted here."
             )
         self._check_disk(needed)
 
     def _check_disk(self, needed: int) -> None:
         free = shutil.disk_usage(self.store.folder).free
         if free < needed + SPARE:
-            told = f"{needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB of the server's disk are free"
+            told = f"{needed / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB are free on the disk"
             raise ProblemError(507, f"About {told}.")
 
     async def named(self, kind: str, name: str) -> Task:
@@ -57,7 +57,7 @@ class Jobs:
         suffix = Path(name.replace("\\", "/")).suffix.lower()
         if not SUFFIX.fullmatch(suffix):
             raise ProblemError(
-                415, "The file's name needs an ending such as .mp4 or .png that tells its type."
+                415, "The file's name needs an ending, such as .mp4 or .png, that shows its type."
             )
         if kind == "images" and suffix not in (await self.checks.about())["pictures"]:
             raise ProblemError(
@@ -68,7 +68,7 @@ class Jobs:
         return Task(uuid.uuid4().hex, kind, shown, suffix)
 
     async def submit(self, kind: str, task_id: str, asked: Upscaling) -> Task:
-        """Queue a job; raise `ProblemError` with the reason if it cannot work."""
+        """Queue a job; if it cannot work, raise `ProblemError` with the reason."""
         request = asked.model_dump()
         _check_texts(request)
         request["size"] = request["size"].lower()
@@ -115,7 +115,7 @@ class Jobs:
         if there is not None or asked.source is None:
             task = self.task(kind, task_id)
             if asked.source is not None and asked.source != task.request.get("source"):
-                raise ProblemError(409, "This task has another source: choose a new task id.")
+                raise ProblemError(409, "This task has a different source: choose a new task id.")
             return task
         new = await self.named(kind, asked.source)
         if s3.is_url(asked.source):
@@ -129,13 +129,13 @@ class Jobs:
     async def _facts(
         self, task: Task, request: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the command's facts about the job; they are empty before an S3 source is downloaded."""
+        """Return the command's facts about the job; they are empty until an S3 source has been downloaded."""
         source = self.store.source_of(task)
         if s3.is_url(task.source) and not source.is_file():
             return {}
         if task.source and not s3.is_url(task.source):
             allowed(task.source, self.settings.allow)
-        # Not the result's own name, so that remains of an earlier result do not interfere.
+        # The result's own name is not used, so that what is left of an earlier result does not interfere.
         output = self.store.folder_of(task) / f"check{request['suffix']}"
         if not output.parent.is_dir():
             output = self.store.folder / output.name
@@ -230,7 +230,7 @@ def _format(kind: str, task: Task, asked: str | None, about: Mapping[str, Any]) 
         return task.suffix if task.suffix in known else {KINDS[0]: ".mp4", KINDS[1]: ".png"}[kind]
     suffix = "." + asked.lower().removeprefix(".")
     if suffix not in known:
-        raise ProblemError(422, f"format: {asked!r} is none of {', '.join(known)}.")
+        raise ProblemError(422, f"format: {asked!r} is not one of {', '.join(known)}.")
     return suffix
 
 

@@ -29,7 +29,7 @@ class Problem(BaseModel):
 
 
 class ProblemError(StreamDiffVSRError):
-    """A request is refused; the message gives the reason."""
+    """The refusal of a request; the message states the reason."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
         self.status, self.headers = status, {name.replace("_", "-"): text for name, text in headers.items()}

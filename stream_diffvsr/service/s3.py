@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<key>[^\x00-\x1f]{1,1024})")
 TRIES, PAUSE = 3, 2.0
-"""The number of attempts at a transfer, and the seconds before the second one, doubled each time."""
+"""The most attempts at a transfer, and the first pause in seconds, which doubles after each attempt."""
 CHUNK = 8 * 2**20
 
 
@@ -56,7 +56,7 @@ async def fetch(url: str, target: Path, max_bytes: int) -> None:
         got = await obstore.get_async(store, key)
         size, done = got.meta["size"], 0
         if size > max_bytes:
-            raise ProblemError(413, f"{url} is larger than the {max_bytes / 1e9:g} GB taken here.")
+            raise ProblemError(413, f"{url} is larger than the {max_bytes / 1e9:g} GB accepted here.")
         with atomic(target) as file:
             async for chunk in got.stream(min_chunk_size=CHUNK):
                 done += await asyncio.to_thread(file.write, chunk)
@@ -97,7 +97,7 @@ async def _again(once: Any, failed: str) -> None:
 
 
 def _place(url: str) -> tuple[Any, str]:
-    """Return obstore's store for the bucket, and the key."""
+    """Return obstore's store for the bucket in an address, and the key."""
     from obstore.store import S3Store
 
     found = URL.fullmatch(url)

@@ -22,7 +22,7 @@ class Upscaling(BaseModel):
     format: str | None = Field(
         None,
         max_length=10,
-        description="Ending of the result's name, such as .mp4; null: that of the source if possible.",
+        description="Ending of the result's name, such as .mp4; null keeps that of the source if possible.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -31,8 +31,9 @@ class Upscaling(BaseModel):
     source: str | None = Field(
         None,
         max_length=2000,
-        description="Instead of an upload: s3://bucket/key, or a path below a folder that the server "
-        "allows. The caller then chooses the task id, a UUID; sending the same request again does no harm.",
+        description="Source to use instead of an upload: s3://bucket/key, or a path below a folder that the "
+        "server allows. The caller then chooses the task id, a UUID; sending the same request again is "
+        "harmless.",
     )
     target: str | None = Field(
         None, max_length=1200, description="s3://bucket/key to which the result is also uploaded."
@@ -46,7 +47,7 @@ class Status(BaseModel):
     task_id: str = Field(examples=["0f8e4a4cb3d94f6a9d1c5be9d2d0a7b1"])
     kind: Literal["videos", "images"]
     name: str = Field(description="Name of the file, as sent.", examples=["holiday.mp4"])
-    status: STATES = Field(description="'uploaded': no job has been started yet.")
+    status: STATES = Field(description="'uploaded' means that no job has been started yet.")
     frames_done: int = Field(examples=[120])
     frames_total: int | None = Field(examples=[2400])
     fps: float | None = Field(examples=[2.5])
@@ -63,11 +64,11 @@ class Status(BaseModel):
     codec: str | None = Field(examples=["h264"])
     request: dict[str, Any] = Field(description="The job as requested.", examples=[{"model": "nano"}])
     has_result: bool = Field(
-        description="Whether there is a result to download: complete if finished, the finished part if "
-        "cancelled."
+        description="Whether there is a result to download: the whole result if the job has finished, or the "
+        "finished part if it was cancelled."
     )
     preview: str | None = Field(
-        description="Changes whenever there is a newer preview.jpg; null: there is none.",
+        description="Changes whenever a newer preview.jpg is available; null if there is none.",
         examples=["18a5b3c2d1e0f000"],
     )
 
@@ -117,9 +118,9 @@ class Capabilities(BaseModel):
     s3: bool = Field(description="Whether s3:// addresses are supported.")
     paths: bool = Field(description="Whether paths on the server may be used as sources.")
     source_suffixes: dict[str, list[str]] = Field(
-        description="Endings of image files; anything else is treated as video."
+        description="Endings of image files; any other file is treated as a video."
     )
-    formats: dict[str, list[str]] = Field(description="Endings of results.")
+    formats: dict[str, list[str]] = Field(description="Possible endings of results.")
     job: dict[str, Any] = Field(description="JSON schema of the options of a job, and how to display them.")
     loader: dict[str, Any] = Field(description="The same for the options that load the model.")
     families: dict[str, Any] = Field(description="The same for each family, with its presets.")

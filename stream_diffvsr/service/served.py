@@ -21,12 +21,12 @@ def serve(
 ) -> Response:
     """Return a file or the requested part; browsers save it as `name`, and `kind` is its media type.
 
-    Raise `ProblemError` if it does not exist. If it is replaced meanwhile, the old file is sent to its end.
+    Raise `ProblemError` if it does not exist. If it is replaced meanwhile, the old one is still sent in full.
     """
     try:
         stat = path.stat()
     except OSError as error:
-        raise ProblemError(404, "There is no such file, or not yet.") from error
+        raise ProblemError(404, "The file does not exist, at least not yet.") from error
     etag = f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
     wanted = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Accept-Ranges": "bytes"}
@@ -39,6 +39,6 @@ def serve(
 
 
 def media_type(path: Path) -> str:
-    """Return the media type of a picture or video, or that of plain bytes for anything else."""
+    """Return the media type of a picture or video, or the type of plain bytes for anything else."""
     guessed = TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
     return guessed if guessed.startswith(SHOWN) and guessed not in NOT_SHOWN else "application/octet-stream"

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> None:
-    """Serve, logging the page's address once it can be opened; raise `VideoError` if the root is in use."""
+    """Serve, and log the page's address once it can be opened; raise `VideoError` if the root is in use."""
     import uvicorn
     from filelock import FileLock, Timeout
 
@@ -23,7 +23,7 @@ def run(settings: Settings) -> None:
         lock.acquire()
     except Timeout as error:
         raise VideoError(
-            f"another server uses {settings.root}: stop it, or choose another --root."
+            f"another server is using {settings.root}: stop it, or choose another --root."
         ) from error
 
     class Server(uvicorn.Server):

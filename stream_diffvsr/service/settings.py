@@ -12,13 +12,13 @@ from ..errors import IncompatibleInputError
 from ..options import check_options, option, rules
 
 PREFIX = "STREAM_DIFFVSR_"
-"""The prefix of the environment variables; the option's name in capitals follows."""
+"""The prefix of the environment variables, which is followed by the option's name in capitals."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GIGABYTE = 10**9
 
 
 def parse_folders(text: str) -> tuple[Path, ...]:
-    """Split a list of folders that are separated as in PATH."""
+    """Split a list of folders separated as in PATH."""
     return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
 
 
@@ -26,8 +26,8 @@ def parse_folders(text: str) -> tuple[Path, ...]:
 class Settings:
     """The settings of a server; invalid values raise `IncompatibleInputError`."""
 
-    host: str = option("127.0.0.1", "Address to listen on. Any except this machine's own needs --token.")
-    port: int = option(8000, "Port to listen on. 0: any free one.", low=0, high=65535)
+    host: str = option("127.0.0.1", "Address to listen on. Any that other machines can reach needs --token.")
+    port: int = option(8000, "Port to listen on; 0 means any free port.", low=0, high=65535)
     root: Path = option(
         Path("stream-diffvsr-service"),
         "Folder for uploads, results and the list of jobs. It is created if it does not exist.",
@@ -36,7 +36,7 @@ class Settings:
     )
     token: str = option(
         "",
-        "Password that every request must carry; the page asks for it. Safer in the environment "
+        "Password that every request must carry; the page asks for it. It is safer in the environment "
         "than on the command line.",
     )
     allow: tuple[Path, ...] = option(
@@ -46,19 +46,22 @@ class Settings:
         metavar="FOLDERS",
     )
     devices: str = option(
-        "auto", "Devices to run jobs on, one at a time on each: auto, all, or a list such as cuda:0,cuda:1."
+        "auto",
+        "Devices that run jobs, one job at a time on each: auto, all, or a list such as cuda:0,cuda:1.",
     )
     ray: str = option(
-        "", "Ray cluster over which each job is spread, as with upscale --ray; one job at a time."
+        "", "Ray cluster over which each job is spread, as with upscale --ray; jobs run one at a time."
     )
     max_gigabytes: float = option(20.0, "Largest file accepted, in GB (10^9 bytes).", low=0.001)
     max_pixels: int = option(
-        8192 * 4320, "Most pixels in an input frame; an output frame may have eight times as many.", low=64
+        8192 * 4320,
+        "Most pixels allowed in an input frame; an output frame may have 8 times as many.",
+        low=64,
     )
-    max_seconds: float = option(6 * 3600.0, "Longest video accepted.", low=0.1)
-    max_waiting: int = option(1000, "Most jobs in the queue.", low=1)
+    max_seconds: float = option(6 * 3600.0, "Longest video accepted, in seconds.", low=0.1)
+    max_waiting: int = option(1000, "Most jobs allowed in the queue.", low=1)
     keep_days: float = option(
-        0.0, "Days after which finished jobs and unused uploads are deleted. 0: never.", low=0
+        0.0, "Days after which finished jobs and unused uploads are deleted; 0 means never.", low=0
     )
     tries: int = option(
         3, "How often a job may crash without progress before it is marked as failed.", low=1, expert=True

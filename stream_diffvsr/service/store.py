@@ -112,7 +112,7 @@ class Store:
         return self._select("WHERE state = ? ORDER BY queued", WAITING)
 
     def running(self) -> list[Task]:
-        """Return the jobs that are running, or were when the server died."""
+        """Return the jobs that are running, or were running when the server died."""
         return self._select("WHERE state = ?", RUNNING)
 
     def old(self, before: float) -> list[Task]:

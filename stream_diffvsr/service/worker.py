@@ -1,4 +1,4 @@
-"""Workers that run the jobs: one process of the command per device, restarted after crashes."""
+"""Workers that run the jobs, with one process of the command per device, restarted after crashes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .store import RUNNING, WAITING, Store, Task
 log = logging.getLogger(__name__)
 
 GRACE = 20.0
-"""Seconds that a process has to assemble its finished part after it is asked to stop."""
+"""Seconds that a process has to put together its finished part after it is asked to stop."""
 PAUSE = 2.0
 """Seconds before a crashed job is tried again."""
 LAST_LINES = 5
@@ -46,11 +46,11 @@ class RunningJob:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """The most recent progress message, parsed."""
     doing: str = ""
-    """The job's current activity other than upscaling, in words; '' if there is none."""
+    """What the job is doing other than upscaling, in words, or '' for nothing else."""
 
 
 class Workers:
-    """The workers of all devices; the running jobs are in `live`, by task id."""
+    """The workers of all devices; `live` contains the running jobs by task id."""
 
     def __init__(self, store: Store, settings: Settings, checks: Checks) -> None:
         self.store, self.settings, self.checks = store, settings, checks
@@ -207,7 +207,7 @@ class Workers:
                 return False
             if code == 0:
                 return True
-            log.warning("job %s: its process ended with %d", task.id, code)
+            log.warning("job %s: its process ended with exit code %d", task.id, code)
             deaths = live.task.deaths + 1 if live.task.done <= before else 1
             live.task = self.store.change(live.task, deaths=deaths)
             if code == BAD_INPUT or deaths >= self.settings.tries:
@@ -272,14 +272,14 @@ def last_words(log_file: Path) -> str:
 
 
 def end_orphans(folder: Path) -> None:
-    """Kill processes that a crashed server left running: those of the command that write below `folder`."""
+    """Kill the processes that a crashed server left running: commands that write below `folder`."""
     import psutil
 
     begin, found = f"--output={folder}", []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if PYTHON_MODULE in words and any(word.startswith(begin) for word in words):
-            log.warning("ending process %d, which an earlier server left", process.pid)
+            log.warning("ending process %d, which an earlier server left running", process.pid)
             with contextlib.suppress(psutil.Error):
                 process.kill()
                 found.append(process)

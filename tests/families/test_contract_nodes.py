@@ -79,5 +79,5 @@ def test_a_meta_batch_equals_one_run(family, tmp_path):
     assert chunk > 1 and len(batched(pipe, images, first, **more)[0]) < first
     with pytest.raises(ValueError, match=f"frames_per_batch of at least {first}"):
         batched(pipe, images, first - 1, **more)
-    with pytest.raises(ValueError, match="linked to meta_batch, too"):
+    with pytest.raises(ValueError, match="to be linked to meta_batch"):
         batched(pipe, images, first, linked=False, **more)

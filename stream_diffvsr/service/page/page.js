@@ -1,17 +1,17 @@
-// The page: everything it knows it asks of the REST API, as any other program would.
+// The page. It gets all its information from the REST API, as any other program would.
 
 const API = "api/v1/";
 const KINDS = { videos: "video", images: "image" };
 const SIZES = ["4x", "2x", "3x", "720p", "1080p", "1440p", "2160p"];
 const QUALITY = { exact: "Exact", balanced: "Balanced: faster, nearly the same", fast: "Fast: an approximation" };
-// What other fields of the form already set, or what only a folder of pictures has.
+// Options that other fields of the form already set, or that apply only to folders of pictures.
 const ELSEWHERE = ["scale", "short_edge", "rate"];
 const OF_VIDEOS = ["start", "end", "stream", "codec", "crf", "pix_fmt", "scene_cut", "segment_frames", "audio"];
 const ACTIVE = ["queued", "running"];
 
 const byId = (id) => document.getElementById(id);
 let capabilities, models, unique = 0;
-const watched = {}; // the task that a panel shows, by kind
+const watched = {}; // the task that each kind's panel shows
 
 // ---- small helpers
 
@@ -188,7 +188,7 @@ function optionControl(name, rule) {
   const control = make("input", { type: number ? "number" : "text", value: rule.default ?? "", placeholder: "default" });
   if (number) {
     control.step = types.includes("integer") ? 1 : "any";
-    // Beyond these a browser cannot count in whole numbers.
+    // Browsers cannot represent all larger whole numbers.
     if (Math.abs(rule.minimum) < 2 ** 53) control.min = rule.minimum;
     if (Math.abs(rule.maximum) < 2 ** 53) control.max = rule.maximum;
   }
@@ -234,7 +234,7 @@ function jobForm(kind, viewer) {
   const last = remembered(kind), word = KINDS[kind];
   const file = make("input", { type: "file" });
   file.accept = kind === "images" ? capabilities.source_suffixes.images.join() : "video/*,.mkv,.ts,.m2ts,.gif,.webp";
-  const drop = make("div", { className: "file" }, field(`The ${word}`, file, `Choose a file, or drop it here; up to ${gigabytes(capabilities.limits.max_bytes)}.`));
+  const drop = make("div", { className: "file" }, field(`The ${word}`, file, `Choose a file or drop one here, up to ${gigabytes(capabilities.limits.max_bytes)}.`));
   drop.ondragover = (event) => { event.preventDefault(); drop.classList.add("over"); };
   drop.ondragleave = () => drop.classList.remove("over");
   drop.ondrop = (event) => {
@@ -246,7 +246,7 @@ function jobForm(kind, viewer) {
   const source = make("input", { type: "text" }), target = make("input", { type: "text", placeholder: "s3://bucket/key" });
   const model = choice(models.map((each) => [each.name, `${each.name} (${each.title})` + (each.here ? "" : `: ${each.download_gigabytes} GB to download`)]));
   const preset = make("select"), size = choice(SIZES.map((text) => [text, text.endsWith("p") ? `${text} (short edge)` : text]));
-  const format = choice([["", "as the source"], ...capabilities.formats[kind].map((text) => [text, text.slice(1)])]);
+  const format = choice([["", "same as the source"], ...capabilities.formats[kind].map((text) => [text, text.slice(1)])]);
   const own = make("div");
   const change = () => {
     const chosen = models.find((each) => each.name === model.value);
@@ -270,7 +270,7 @@ function jobForm(kind, viewer) {
     field("Model", model, "nano is small and bundled; the others are downloaded when they are first used."),
     field("Quality", preset), field("Size", size), field("Format", format),
     elsewhere.length ? make("details", {}, make("summary", {}, "Other sources and targets"),
-      field("Source", source, `Instead of a file: ${elsewhere.join(" or ")}.`),
+      field("Source", source, `To use instead of a file: ${elsewhere.join(" or ")}.`),
       capabilities.s3 ? field("Target", target, "The result is also uploaded there. You can always download it here.") : null) : null,
     own, start, sent);
   form.onsubmit = async (event) => {
@@ -313,13 +313,13 @@ function upload(kind, file, progress) {
   });
 }
 
-// ---- a job that is watched
+// ---- the job being watched
 
 function numbers(task) {
   const count = task.frames_total ? `${task.frames_done} of ${task.frames_total} frames` : `${task.frames_done} frames`;
-  const waits = task.position ? `${task.position} before it` : "next in line";
+  const waits = task.position ? `${task.position} ahead of it` : "next in line";
   return [
-    { queued: `Waiting, ${waits}`, running: "Runs", finished: "Finished", failed: "Failed", cancelled: "Cancelled", uploaded: "Uploaded" }[task.status],
+    { queued: `Waiting, ${waits}`, running: "Running", finished: "Finished", failed: "Failed", cancelled: "Cancelled", uploaded: "Uploaded" }[task.status],
     count,
     task.fps ? `${task.fps.toFixed(task.fps < 1 ? 3 : 1)} frames per second` : "",
     task.status === "running" && task.seconds_left != null ? `${duration(task.seconds_left)} left` : "",
@@ -371,7 +371,7 @@ function taskView() {
     facts.firstChild.className = { failed: "bad", finished: "good" }[task.status] ?? "";
     message.textContent = task.message;
     message.hidden = !task.message;
-    // Buttons stay the same while the state does, so that the keyboard's focus is not lost.
+    // Keep the buttons while the state is unchanged, so that the keyboard focus is not lost.
     const now = `${task.task_id} ${task.status} ${task.has_result}`;
     if (now !== last) row.replaceChildren(...actions(task, changed));
     last = now;
@@ -394,7 +394,7 @@ function watch(kind, task, place) {
       clearTimeout(mine.timer);
       mine.timer = setTimeout(refresh, ACTIVE.includes(now.status) ? 1000 : 5000);
     } catch (error) {
-      // Removed, or the server is gone for a moment.
+      // Either the job was removed, or the server is unavailable for a moment.
       if (/no task/.test(error.message)) return place.replaceChildren(make("p", { className: "empty" }, "The job was removed."));
       mine.timer = setTimeout(refresh, 3000);
     }
@@ -496,7 +496,7 @@ async function begin() {
   notice("Asking the server for its options.");
   [capabilities, { models }] = [await ask("capabilities"), await ask("models")];
   for (const kind of Object.keys(KINDS)) {
-    const place = make("div", { className: "card" }, make("p", { className: "empty" }, `The newest frame is shown here, before and after, while the ${KINDS[kind]} is upscaled.`));
+    const place = make("div", { className: "card" }, make("p", { className: "empty" }, `While the ${KINDS[kind]} is being upscaled, its newest frame is shown here, before and after.`));
     byId(kind).replaceChildren(make("div", { className: "two" }, jobForm(kind, place), place));
     const { tasks } = await ask(`${kind}?limit=20`);
     const running = tasks.find((task) => task.status === "running") ?? tasks.find((task) => task.status === "queued");
