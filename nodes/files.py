@@ -39,7 +39,7 @@ def _stamp(path: Path) -> str:
 def writable(path: str | Path) -> Path:
     """Return `path` as an absolute path; a relative path is resolved against the output folder.
 
-    Raise `IncompatibleInputError` if nodes may not write there, once links are resolved.
+    Raise `IncompatibleInputError` if nodes may not write there; links are resolved first.
     """
     target = host.folder("output") / path
     allowed = [host.folder(kind) for kind in ("output", "temp")]

@@ -129,7 +129,7 @@ class ManagedPlacement:
 
 
 def manage(pipe: Upscaler, device: torch.device) -> None:
-    """Hand over the networks of `pipe`, which are on the CPU, to ComfyUI's memory management."""
+    """Let ComfyUI's memory management take over the networks of `pipe`, which are on the CPU."""
     pipe.device = device
     mm = memory_management()
     if mm is None:

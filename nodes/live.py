@@ -31,7 +31,7 @@ class Live:
     RETURN_NAMES = ("image", "info")
     OUTPUT_TOOLTIPS = (
         "The frame, exactly 4 times as wide and high; alpha is kept.",
-        "The frame's number in its sequence, and why a new sequence began.",
+        "The frame's number in its sequence and, if a new sequence began, the reason.",
     )
 
     def __init__(self) -> None:

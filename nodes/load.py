@@ -130,7 +130,7 @@ def is_complete(candidate: Candidate, files_identity: str) -> bool:
 
 
 def checkpoint_stamp(folder: Path) -> str:
-    """Return a short string that changes when any file of a checkpoint but its stored prompts changes."""
+    """Return a short string that changes when a checkpoint's files do, apart from its stored prompts."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
 
     inside = [

@@ -112,7 +112,7 @@ def choice_widgets() -> dict[str, Widget]:
             {
                 "default": "torch",
                 "tooltip": "The library that runs Stream-DiffVSR's networks. openvino and onnx are often "
-                "faster on a CPU and give the same results up to rounding; each needs its own Python "
+                "faster on a CPU and produce the same results up to rounding; each needs its own Python "
                 "packages and converts the model once. auto: the fastest of those that are installed, "
                 "found by timing a few small frames.",
             },

@@ -135,8 +135,7 @@ class Settings:
     """Collects settings for the other nodes."""
 
     DESCRIPTION = (
-        "Further settings for the Stream-DiffVSR nodes. The defaults are those of the model and suit "
-        "most uses."
+        "Further settings for the Stream-DiffVSR nodes. The defaults are the model's own and suit most uses."
     )
     SEARCH_ALIASES: ClassVar = ["stream diffvsr options", "video upscale settings", "upscaler settings"]
     CATEGORY = ADVANCED

@@ -57,7 +57,7 @@ def temp_file(name: str, write: Any) -> Path:
 
 
 def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio: Any) -> None:
-    """Write the frames, and the sound cut to the same length, as ComfyUI's Save Video does."""
+    """Write the frames, and the sound up to where they end, as ComfyUI's Save Video does."""
     import av
 
     from ..stream_diffvsr.media.codecs import CODECS, Encoding, open_encoder
@@ -84,7 +84,7 @@ def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio:
 
 
 def sound_packets(stream: Any, audio: Any, samples: int) -> Iterator[Any]:
-    """Yield packets of 24 bits for the first `samples` of ComfyUI's sound, (1, channels, n) in [-1, 1]."""
+    """Yield the first `samples` of ComfyUI's sound, (1, channels, n) in [-1, 1], as 24-bit FLAC packets."""
     import av
 
     from ..stream_diffvsr.media.ways import LAYOUTS

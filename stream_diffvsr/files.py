@@ -122,7 +122,7 @@ def read_pickled(path: Path, device: str = "cpu") -> Any:
         return torch.load(path, map_location=device, mmap=zipped, weights_only=True)
     except Exception as error:  # damaged content can raise any error in the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _damaged(path, f"is not a complete file with weights alone ({reason})") from error
+        raise _damaged(path, f"is not a complete file containing only weights ({reason})") from error
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:

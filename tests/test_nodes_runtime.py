@@ -87,7 +87,7 @@ def test_8_bits_are_a_model_of_their_own(pipe) -> None:
         ({"runtime": "openvino", "quantize": "int8"}, "runtime openvino needs quantize none"),
         ({"provider": "cuda"}, "runtime torch needs provider auto"),
         ({"runtime": "onnx", "provider": "npu"}, "one that this ONNX Runtime supports"),
-        ({"devices": "cpu"}, "needs more than one"),
+        ({"devices": "cpu"}, "must name more than one device"),
         ({"devices": "gpu7"}, "devices must be all, cuda:0,cuda:1"),
     ],
 )
@@ -121,7 +121,7 @@ def test_widgets_are_checked_before_anything_runs() -> None:
     assert RUNTIME.VALIDATE_INPUTS(runtime="onnx", provider=None, compile_mode="auto", devices=" all ")
     with pytest.raises(ValueError, match="runtime must be one of torch, openvino"):
         RUNTIME.VALIDATE_INPUTS(runtime="tflite")
-    with pytest.raises(ValueError, match="needs more than one"):
+    with pytest.raises(ValueError, match="must name more than one device"):
         RUNTIME.VALIDATE_INPUTS(devices="cpu:1")
 
 

@@ -167,7 +167,7 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
         return jobs.status(task(task_id))
 
     @router.delete(
-        "/{task_id}", summary="Cancel, and keep or delete the files", operation_id=f"{kind}_delete"
+        "/{task_id}", summary="Cancel the job, and keep or delete its files", operation_id=f"{kind}_delete"
     )
     async def delete(task_id: str, remove: bool = False) -> Status:
         """With `remove`, delete the task and its files; otherwise keep the finished part, ready to resume."""

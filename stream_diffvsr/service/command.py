@@ -60,7 +60,7 @@ class Checks:
         return about
 
     async def facts(self, arguments: list[str]) -> dict[str, Any]:
-        """Return the command's facts about a job; raise `ProblemError` with its message if it refuses."""
+        """Return the command's facts about a job; if it refuses the job, raise its message as a problem."""
         answer = await self._ask({"upscale": arguments})
         if answer["code"]:
             raise ProblemError(422, answer["message"])

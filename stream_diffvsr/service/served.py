@@ -19,7 +19,7 @@ NOT_SHOWN = ("image/svg+xml",)
 def serve(
     request: Request, path: Path, name: str = "", *, download: bool = False, kind: str = ""
 ) -> Response:
-    """Return a file or the requested part; browsers save it as `name`, and `kind` is its media type.
+    """Return a file, or the requested part of it, for browsers to save as `name`; `kind` is its media type.
 
     Raise `ProblemError` if it does not exist. If it is replaced meanwhile, the old one is still sent in full.
     """

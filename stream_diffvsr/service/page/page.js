@@ -234,7 +234,7 @@ function jobForm(kind, viewer) {
   const last = remembered(kind), word = KINDS[kind];
   const file = make("input", { type: "file" });
   file.accept = kind === "images" ? capabilities.source_suffixes.images.join() : "video/*,.mkv,.ts,.m2ts,.gif,.webp";
-  const drop = make("div", { className: "file" }, field(`The ${word}`, file, `Choose a file or drop one here, up to ${gigabytes(capabilities.limits.max_bytes)}.`));
+  const drop = make("div", { className: "file" }, field(`The ${word}`, file, `Choose a file of up to ${gigabytes(capabilities.limits.max_bytes)}, or drop one here.`));
   drop.ondragover = (event) => { event.preventDefault(); drop.classList.add("over"); };
   drop.ondragleave = () => drop.classList.remove("over");
   drop.ondrop = (event) => {
@@ -267,11 +267,11 @@ function jobForm(kind, viewer) {
   sent.setAttribute("aria-label", "Upload");
   const form = make("form", { className: "card", noValidate: false },
     make("h2", {}, kind === "videos" ? "Upscale a video" : "Upscale an image"), drop,
-    field("Model", model, "nano is small and bundled; the others are downloaded when they are first used."),
+    field("Model", model, "nano is small and comes with the service; the other models are downloaded when they are first used."),
     field("Quality", preset), field("Size", size), field("Format", format),
     elsewhere.length ? make("details", {}, make("summary", {}, "Other sources and targets"),
       field("Source", source, `To use instead of a file: ${elsewhere.join(" or ")}.`),
-      capabilities.s3 ? field("Target", target, "The result is also uploaded there. You can always download it here.") : null) : null,
+      capabilities.s3 ? field("Target", target, "The result is also uploaded to this address. You can always download it here.") : null) : null,
     own, start, sent);
   form.onsubmit = async (event) => {
     event.preventDefault();
