@@ -27,7 +27,7 @@ ANY_SIZE = 8
 PATIENCE = 60.0
 """Seconds allowed for inspecting a file."""
 IDLE = 120.0
-"""Seconds without a question after which the answering process, which uses half a gigabyte, is killed."""
+"""Idle seconds after which the process that answers questions, which uses half a gigabyte, is killed."""
 FRESH = 10.0
 """Seconds for which information about devices and models is reused."""
 STARTING = 300.0

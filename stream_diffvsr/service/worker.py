@@ -46,7 +46,7 @@ class RunningJob:
     numbers: Mapping[str, Any] = field(default_factory=dict)
     """The most recent progress message, parsed."""
     doing: str = ""
-    """What the job is doing other than upscaling, in words, or '' for nothing else."""
+    """A description of what the job is doing if it is not upscaling, otherwise ''."""
 
 
 class Workers:
