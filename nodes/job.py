@@ -272,13 +272,12 @@ def run_spread(pool: Pool, job: VideoJob) -> Generator[Step, None, None]:
 WORDS = {
     "--codec": "codec of Settings",
     "--crf": "crf of Settings",
-    "--pix-fmt": "pix_fmt of Settings",
     "--target": "size",
     "--start": "start_frame",
     "--end": "end_frame",
     "-o": "output_path",
     "--restart": "another output_path",
-    "so write to a folder, or give --target": "so give all pictures the same size, or make a video of each",
+    "write to a folder, or set --target": "give all pictures the same size, or make a video of each",
     "or suffix": "or another ending of output_path",
 }
 """Terms used on the command line, each with the nodes' term for the same thing."""

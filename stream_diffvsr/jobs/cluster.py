@@ -196,7 +196,7 @@ class RayPool:
             self.ray.kill(actor, no_restart=True)
 
     def progress(self) -> Mapping[str, int]:
-        """Return the frames done per scene, as last reported; also log new messages from the workers."""
+        """Return the last reported number of finished frames of each scene; log new messages from the workers."""
         for worker, asked in list(self.asked.items()):
             if self.ray.wait([asked], timeout=0)[0]:
                 del self.asked[worker]
