@@ -196,7 +196,7 @@ class RayPool:
             self.ray.kill(actor, no_restart=True)
 
     def progress(self) -> Mapping[str, int]:
-        """Return the last reported number of finished frames of each scene; log new messages from the workers."""
+        """Return each scene's number of finished frames, as last reported; log the workers' new messages."""
         for worker, asked in list(self.asked.items()):
             if self.ray.wait([asked], timeout=0)[0]:
                 del self.asked[worker]

@@ -1,4 +1,6 @@
-"""Read still and animated pictures as RGB and alpha, and write pictures in the format given by the file's suffix.
+"""Read still and animated pictures as RGB and alpha, and write pictures.
+
+The format to write is given by the file's suffix.
 
 This uses Pillow, except where Pillow would reduce 16 bits to 8; there, it uses PyAV.
 """
