@@ -19,6 +19,7 @@ from stream_diffvsr.cli.main import main
 from stream_diffvsr.cli.model import lora_argument
 from stream_diffvsr.errors import CheckpointError, IncompatibleInputError, ModelNotFoundError
 from stream_diffvsr.families.diffvsr import lora
+from stream_diffvsr.families.diffvsr.plan import Plan
 from stream_diffvsr.files import read_metadata
 from stream_diffvsr.runtimes.torch import folded
 
@@ -128,9 +129,9 @@ def test_half_precision(checkpoint: Path, tmp_path: Path) -> None:
 
 def test_memory_is_counted_for_the_layers_it_has(guided: StreamDiffVSRPipeline, tmp_path: Path) -> None:
     other = guided.with_loras((make(tmp_path / "a.safetensors", guided), 1.0))
-    for pipe in (other, guided):  # then both keep their weights in the same forms
-        pipe(frames(1), FAST)
-    assert other.bytes_needed((20, 28)) == guided.bytes_needed((20, 28))
+    # With the weights: what is kept of them in other forms depends on the frames that were computed.
+    peaks = [pipe.needs((20, 28), FAST, Plan())["peak"] for pipe in (other, guided)]
+    assert peaks[0] == peaks[1] > 0
     assert other.needs is not guided.needs
 
 

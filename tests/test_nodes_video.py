@@ -177,7 +177,7 @@ def test_a_cancelled_run_is_playable_and_goes_on(pipe, clip: Path, monkeypatch: 
     "inputs, said",
     [
         ({}, "either video_path or video; got neither"),
-        ({"video_path": "x.mp4", "video": FromFile("x.mp4")}, "not both"),
+        ({"video_path": "x.mp4", "video": FromFile("x.mp4")}, "got both"),
         ({"video": FromFile("x.mp4", (1.0, 1.0)), "start_frame": 3}, "already trimmed: leave start_frame"),
         ({"video_path": "gone.mp4"}, "gone.mp4"),
     ],
@@ -285,7 +285,7 @@ def test_pictures_of_several_sizes_are_refused_by_name(pipe, tmp_path: Path) -> 
     folder.mkdir(parents=True)
     for index, size in enumerate([(24, 16), (16, 24)]):
         Image.fromarray(pattern(index, *size)).save(folder / f"shot {index}.png")
-    with pytest.raises(Exception, match=r"shot 1.png is 16x24, shot 0.png is 24x16.*give all pictures"):
+    with pytest.raises(Exception, match=r"shot 1.png is 16x24, but shot 0.png is 24x16.*give all pictures"):
         upscale(pipe, video_path="mixed")
 
 

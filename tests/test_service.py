@@ -82,7 +82,7 @@ def test_result_comes_whole_and_in_ranges(server: Server, finished: str, tmp_pat
         ({"options": {"state_out": "elsewhere/x"}}, 422, "no such option"),
         ({"options": {"prompt": "a\0b"}}, 422, "null character"),
         ({"options": {"target": "2000x2000"}}, 413, "pixels allowed here"),
-        ({"format": "gif"}, 422, "none of .mp4"),
+        ({"format": "gif"}, 422, "is not one of .mp4"),
         ({"fromat": "mp4"}, 422, "fromat"),
         ({"target": "s3:/x"}, 422, "not of the form"),
     ],

@@ -65,7 +65,7 @@ def mixed(folder: Path, *files: tuple[str, tuple[int, int]]) -> Path:
 
 def test_pictures_of_several_sizes_with_a_target(pipe, tmp_path: Path) -> None:
     folder = mixed(tmp_path / "in", ("1.png", (16, 16)), ("2.png", (24, 16)))
-    with pytest.raises(VideoError, match="write to a folder, or give --target"):
+    with pytest.raises(VideoError, match="write to a folder, or set --target"):
         upscale(pipe, folder, tmp_path / "b.mp4")
     frames = clips.frames_of(upscale(pipe, folder, tmp_path / "b.mp4", target=(64, 48)))
     assert [picture.shape[:2] for _, picture in frames] == [(48, 64)] * 2
@@ -283,7 +283,7 @@ def test_a_source_that_was_still_being_written(pipe, tmp_path: Path, caplog) -> 
 def test_samples_of_sixteen_bits(pipe, tmp_path: Path) -> None:
     values = np.linspace(0, 1, 16 * 16, dtype=np.float32).reshape(16, 16)
     Image.fromarray(values, "F").save(tmp_path / "a.tif")
-    with pytest.raises(VideoError, match="no known range; convert it to 16 bits"):
+    with pytest.raises(VideoError, match="samples is unknown; convert it to 16 bits"):
         upscale(pipe, tmp_path / "a.tif", tmp_path / "b.tif")
     Image.fromarray((values * 65535).astype(np.uint16)).save(tmp_path / "a.tif")
     assert pictures.size_of(upscale(pipe, tmp_path / "a.tif", tmp_path / "b.tif")) == (64, 64)

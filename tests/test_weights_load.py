@@ -323,7 +323,7 @@ def test_damaged_flow_weights(small_raft: nn.Module, tmp_path: Path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"damaged.*delete it") as caught:
+    with pytest.raises(CheckpointError, match=r"damaged.*delete the file") as caught:
         open_raft("raft_small")
     assert str(path) in str(caught.value)
 

@@ -136,9 +136,7 @@ def _of_any_family(model: Upscaler, args: argparse.Namespace) -> tuple[dict[str,
             f"--{name.replace('_', '-').replace('loras', 'lora')}"
             for name in (*usual, "steps", "compile_mode")
         )
-        raise IncompatibleInputError(
-            f"{args.model} is a {family.title} model, which does not support {names}"
-        )
+        raise IncompatibleInputError(f"{args.model} ({family.title}) does not support {names}")
     options = family.options(**with_preset(family.presets, args.preset, {}))
     return (
         {"preset": args.preset, "compile_mode": "off"},

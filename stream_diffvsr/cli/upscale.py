@@ -208,9 +208,7 @@ def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
     own = {key: value for key, value in vars(args).items() if key in known}
     if foreign := sorted(own.keys() - rules(family.options).keys()):
         flags = ", ".join(f"--{(table[key].flag or key).replace('_', '-')}" for key in foreign)
-        raise IncompatibleInputError(
-            f"{args.model} is a {family.title} model, which does not support {flags}"
-        )
+        raise IncompatibleInputError(f"{args.model} ({family.title}) does not support {flags}")
     options = family.options(**with_preset(family.presets, args.preset, own))
     state = None if args.state_in is None else State.load(args.state_in)
     return VideoJob(source=source, output=output, options=options, state=state, **asked)
