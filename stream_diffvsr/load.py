@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: the functions that recognise and check its files, and the options that it has."""
+    """A model family: the functions that recognise and check its files, and its options."""
 
     recognise: Callable[[Path], bool]
     """Function that returns whether a folder or file looks like a model of this family."""
@@ -162,17 +162,17 @@ def load_pipeline(
 ) -> Upscaler:
     """Load a model and prepare it to run.
 
-    `source` is 'nano' (bundled), the name of a released model (`weights.released.RELEASES`; downloaded if it
-    is not on this machine), the name or folder of a checkpoint that `find_checkpoints(extra_folders)` lists,
-    or the file of a single-image model. `dtype` is the number format of the networks; frames, flow, warp,
-    state and scheduler arithmetic are always float32.
+    `source` is 'nano' (bundled), the name of a released model (one of `weights.released.RELEASES`, which is
+    downloaded if it is not on this machine), the name or folder of a checkpoint that
+    `find_checkpoints(extra_folders)` lists, or the file of a single-image model. `dtype` is the number format
+    of the networks; frames, flow, warp, state and scheduler arithmetic are always float32.
 
     The following arguments are for Stream-DiffVSR only. `flow` is the motion estimator. Setting `quantize`
     to 'int8' or 'fp8' runs linear layers in 8 bits, which is an approximation and requires torchao ('fp8'
     also requires a GPU that supports it). `runtime` is the library that runs the networks: 'torch',
     'openvino', 'onnx', or 'auto' for the fastest exact one installed, as measured on first use. `provider` is
     the runtime's device: 'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda' or 'tensorrt' for
-    ONNX Runtime. `loras` are (file, strength) pairs of LoRAs made by 'stream-diffvsr train', with strengths
+    ONNX Runtime. `loras` are (file, strength) pairs for LoRAs made by 'stream-diffvsr train', with strengths
     from -2 to 2 (1 means as trained).
 
     For FlashVSR only, `version` is 'v1' or 'v1.1'; it is required unless the name of the folder or of one of
@@ -229,7 +229,7 @@ def _refuse_what_is_not_there(
     if family not in WAN and attention != "auto":
         raise IncompatibleInputError(
             f"{FAMILIES[family].title} has no large self-attention: leave attention at 'auto' instead of "
-            f"{attention!r}"
+            f"setting it to {attention!r}"
         )
     own = {"flow": ("diffvsr", flow, "auto"), "quantize": ("diffvsr", quantize, "none")}
     own |= {"runtime": ("diffvsr", runtime, "torch"), "loras": ("diffvsr", loras, ())}
@@ -277,7 +277,7 @@ UNTOLD = "its version could be v1 or v1.1: rename the folder to flashvsr-v1 or f
 
 
 def reason_ignored(candidate: Candidate) -> str | None:
-    """Return why a folder is ignored, or None; the reason may be the message of an `ImportError`."""
+    """Return why a folder is ignored, or None if it is not; the reason may be an `ImportError`'s message."""
     try:
         error = FAMILIES[candidate.family].problem(candidate.path)
     except ImportError as missing:
@@ -318,7 +318,7 @@ def resolve(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> Pat
 
 
 def _is_damaged(candidate: Candidate) -> bool:
-    """Return whether a folder has a problem; log the problem, since the search skips the folder."""
+    """Return whether a folder has a problem; if so, log the problem, since the search skips the folder."""
     error = FAMILIES[candidate.family].problem(candidate.path)
     if error is not None:
         log.info("%s cannot be used as %s: %s", candidate.path, candidate.name, error)
@@ -332,7 +332,7 @@ def download(
     revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Download a released model to the first registered folder or the user's data folder; return its folder.
+    """Download a released model to the first registered folder or the user's data folder; return its path.
 
     Raises `ModelNotFoundError`, whose message explains how to install the files manually.
     """
@@ -375,8 +375,8 @@ def estimate_memory(
 
     The keys are 'weights' and 'frames'; 'flow', 'controlnet', 'unet' and 'vae' for the activations of these
     stages; and 'peak' for the maximum needed at any moment. In float32, 'peak' includes the copies of weights
-    that are kept in a faster form on a CPU. With `memory_plan` 'auto', the counts are for a frame that is not
-    split. `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
+    that are kept for faster computation on a CPU. With `memory_plan` 'auto', the counts are for a frame that
+    is not split. `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
     """
     options = options or UpscaleOptions()
     configs, flow = CONFIGS, "raft_large"

@@ -62,7 +62,7 @@ class Rule:
     unset_help: str = ""
     """Meaning of the default None, for the help text and the tooltip."""
     hidden: bool = False
-    """Whether only jobs set the option; it has no flag, and a schema includes it only on explicit request."""
+    """Whether the option is set only by jobs; it has no flag, and schemas include it only on request."""
 
 
 def option(

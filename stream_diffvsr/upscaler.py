@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 OnStep = Callable[[str, int, int], None]
-"""Called between a frame's parts with (stage, parts done, total parts); it may raise to cancel the work."""
+"""Called between a frame's parts with (stage, parts done, total parts).
+
+It may raise an exception to cancel the work.
+"""
 
 
 def ignore_progress(stage: str, done: int, total: int) -> None:
@@ -69,12 +72,12 @@ class Provenance:
     options: Mapping[str, Any] = field(default_factory=dict)
     """The family's options, as JSON values."""
     details: Mapping[str, str] = field(default_factory=dict)
-    """Further facts recorded by the family, such as its memory plan."""
+    """Further facts recorded by the family, such as the memory plan."""
     parts: str = field(default="", compare=False)
     """Readable description of how a frame is split into parts, or '' if it is not split; never saved."""
 
     def differences(self, now: Provenance) -> str:
-        """Describe what changed between these frames and `now`; return '' if nothing recorded changed."""
+        """Describe which values differ between this record and `now`; return '' if none do."""
         names = {"number_format": "dtype", "runtime": "runtime"}
         pairs = [(name, getattr(self, key), getattr(now, key)) for key, name in names.items()]
         pairs += [(key, value, now.options[key]) for key, value in self.options.items() if key in now.options]
@@ -265,8 +268,8 @@ class Upscaler(Protocol):
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
         """Return how frames of an LQ size (height, width) would be made now, including the memory plan.
 
-        A job calls this once: a state with this provenance and without tensors starts a sequence in the same
-        way.
+        A job calls this only once; it then starts each sequence in the same way, from a state with this
+        provenance and without tensors.
         """
         ...
 

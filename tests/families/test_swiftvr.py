@@ -554,7 +554,7 @@ def test_keys_are_compared_strictly(name, folder):
 
 def test_a_config_of_something_else_is_refused(folder):
     (folder / "transformer/config.json").write_text(json.dumps({"num_layers": "many"}))
-    with pytest.raises(CheckpointError, match=r"config\.json is not SwiftVR's"):
+    with pytest.raises(CheckpointError, match=r"config\.json does not belong to SwiftVR"):
         opened(folder=folder)
 
 

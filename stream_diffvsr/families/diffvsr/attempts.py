@@ -1,4 +1,4 @@
-"""Compute one frame; retry with less memory if it runs out, or in float32 if half precision overflows."""
+"""Compute one frame; if memory runs out, retry with less; if half precision overflows, retry in float32."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OVERFLOWED = "float32_since"
-"""Key in a state's details for the first frame that overflowed in half precision."""
+"""Key in a state's details for the index of the first frame that overflowed in half precision."""
 
 MEGABYTE = 2**20
 

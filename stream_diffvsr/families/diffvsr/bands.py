@@ -97,7 +97,7 @@ def scale_of(layers: Iterable[nn.Module]) -> int:
 
 
 def _encoder_segments(encoder: Encoder) -> list[Layers]:
-    """Split the layers, up to the last block, after each halving, so that little is kept in between."""
+    """Split the layers up to the last block after each halving, so that little is kept between segments."""
     layers = list(encoder.layers)
     last = max(_blocks(layers))
     halvings = [index for index, layer in enumerate(layers) if _halves(layer)]

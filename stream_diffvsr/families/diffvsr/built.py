@@ -22,7 +22,7 @@ from .plan import Plan
 from .vae import TemporalAutoencoderTiny, TemporalBlock, reduce_like
 
 EXAMPLE = (5, 7)
-"""Sides of the latents for export, in multiples of the U-Net's reduction; no other axis has these sizes."""
+"""Sides of the example latents, divided by the U-Net's reduction factor; no other axis has these sizes."""
 
 
 @dataclass(eq=False)
@@ -218,7 +218,7 @@ def block_scales(vae: TemporalAutoencoderTiny) -> list[int]:
 
 
 class _Control(nn.Module):
-    """The ControlNet with its strength as a tensor, so that it can be an input of a graph."""
+    """The ControlNet with its strength as a tensor, so that the strength can be an input of a graph."""
 
     def __init__(self, control: Control) -> None:
         super().__init__()

@@ -125,7 +125,7 @@ def check_width(needed: object, got: object, path: Path) -> None:
 
 
 def default_flow(folder: Path) -> str:
-    """Return the flow estimator named in a checkpoint's index, or by default the reference's, RAFT large."""
+    """Return the flow estimator named in a checkpoint's index, or RAFT large, as in the reference."""
     return read_index(folder).get("flow", "raft_large")
 
 
@@ -148,7 +148,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def remembered_shapes(part: Component) -> Shapes:
     """Return the shapes that a part's network needs, read from a small cache file after the first time.
 
-    Computing them imports diffusers, which takes seconds and would be too slow whenever models are listed.
+    Computing them imports diffusers, which takes seconds and would slow down every listing of models.
     """
     content = json.dumps([part.name, part.config, version("diffusers"), version("transformers")])
     path = user_cache() / f"shapes-{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"
@@ -161,7 +161,7 @@ def remembered_shapes(part: Component) -> Shapes:
 
 
 def name_foreign(part: Component) -> str:
-    """Return a description of another model's weights, or '' if they may be this model's."""
+    """Describe a part's weights if they belong to another model; return '' if they may be this model's."""
     shapes = part.shapes
     if any(key.startswith(SINGLE_FILE) for key in shapes):
         return "a Stable Diffusion checkpoint in single-file layout"

@@ -116,10 +116,10 @@ def _files(path: Path, name: str) -> tuple[Path, ...]:
 
 
 BUFFERS = (".position_ids",)
-"""Endings of keys in older files that are not weights."""
+"""Endings of keys that do not refer to weights; such keys occur in older files."""
 
 PREFIXES = {TEXT_ENCODER: "text_model."}
-"""Prefixes of keys in files and in transformers 4, but not in transformers 5."""
+"""Prefixes that keys have in files and in transformers 4, but not in transformers 5."""
 
 
 def build(part: Component) -> nn.Module:
@@ -139,7 +139,7 @@ def build(part: Component) -> nn.Module:
 def import_library(name: str) -> None:
     """Import the library that builds a network; raise `ImportError` with the cause, which the library hides.
 
-    diffusers and transformers import each other, torchvision and torchaudio, and any of these may fail.
+    diffusers and transformers import each other, torchvision and torchaudio; any of these imports may fail.
     """
     try:
         if name == TEXT_ENCODER:

@@ -1,6 +1,6 @@
 """Count a frame's memory by running its network calls on torch's meta device, where nothing is computed.
 
-The counts are of memory in use. glibc also keeps freed memory in gaps between blocks in use; the amount
+The counts include only memory in use. glibc also keeps freed memory in gaps between blocks in use; the amount
 differs from run to run, so a process on a CPU may occupy up to twice as much. `plan.py` allows for this.
 """
 
@@ -27,7 +27,7 @@ from .plan import Plan
 META = torch.device("meta")
 
 FRAMES = 3
-"""Number of output-sized pictures besides the networks: the previous hq, the warped hq and the caller's."""
+"""Number of output-sized pictures outside the networks: previous hq, warped hq and the caller's picture."""
 
 LIBRARIES = 85 * 2**20
 """Bytes that the libraries allocate on their first computation, for code, threads and workspaces."""
@@ -83,7 +83,7 @@ class Needs:
         return each[0][0] + each[1][0], each[0][1] + each[1][1]
 
     def most(self, size: Sequence[int]) -> int:
-        """Return, without counting, an upper bound on the bytes that an LQ size needs besides the weights.
+        """Return, without counting, an upper bound on the bytes that a frame needs besides the weights.
 
         At any time, the networks use at most a few dozen pictures with as many channels as their widest layer
         (20 with the released widths), and RAFT's volume needs a third of a byte per pair of LQ pixels.
@@ -113,7 +113,7 @@ class Needs:
         return [*own, *(folded.summed_weights(networks) if self.device.type == "cpu" else ())]
 
     def _peak(self, call: Callable[[], object], known: Iterable[Tensor]) -> int:
-        """Count a call in the way in which it runs, besides the weights and `known`."""
+        """Count the bytes that a call would need on the real device besides the weights and `known`."""
         on_cpu = self._meta.stages().values() if self.device.type == "cpu" else ()
         with folded.folded(on_cpu):
             return count_bytes(call, [*self._weights, *known])
@@ -156,7 +156,7 @@ class Needs:
                 calls,
                 latents,
                 lq,
-                Guidance(embedding.clone()),  # held during the call
+                Guidance(embedding.clone()),  # kept during the call
                 prompts=[prompt],
                 schedule=schedule,
                 options=ONE_STEP,

@@ -88,8 +88,8 @@ def denoise(
 
     `guidance` comes from the warped previous frame, or is None if there is no such frame. `prompts` contains
     one embedding (1, 77, D) or, for classifier-free guidance, two, with the negative prompt's first. In that
-    case, the prediction is u + g (c - u) from two separate runs, so that it combines their results exactly
-    and needs no more memory than one run. If there are several tiles, they are blended.
+    case, the prediction is u + g (c - u), where u and c come from two separate runs: this is exact and needs
+    no more memory than one run. If there are several tiles, they are blended.
     """
     scales = schedule.control_scales(options)
     done, total = 0, len(scales) * len(tiles)

@@ -92,15 +92,17 @@ def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
     if told.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} was not made by 'stream-diffvsr train': LoRAs for Stable Diffusion 2 and other "
-            "models do not work with this one."
+            "models do not work with this model."
         )
     found: dict[str, LowRank] = {}
     for name in {key.removesuffix(A).removesuffix(B): None for key in tensors}:
         if not {name + A, name + B} <= tensors.keys():
-            raise CheckpointError(f"{path} is damaged: {name} lacks one of its matrices; copy it again.")
+            raise CheckpointError(
+                f"{path} is damaged: {name} lacks one of its matrices; copy the file again."
+            )
         found[name] = tensors[name + A].float(), tensors[name + B].float()
     if bad := next((name for name, pair in found.items() if not all(map(is_finite, pair))), None):
-        raise CheckpointError(f"{path} contains values that are not finite in {bad}: train it again.")
+        raise CheckpointError(f"{path} contains values in {bad} that are not finite; train the LoRA again.")
     try:
         scale = float(told["alpha"]) / int(told["rank"])
         if not math.isfinite(scale):
@@ -126,7 +128,7 @@ def write_lora(path: Path, changes: Mapping[str, LowRank], told: Mapping[str, st
 
 
 def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> TorchNetworks:
-    """Return networks with the sum of these LoRAs in copies of the changed layers; all others are shared.
+    """Return networks with the sum of these LoRAs in copies of the changed layers; other layers are shared.
 
     `model` is the fingerprint of `networks`. Raises `IncompatibleInputError` for a LoRA of another model.
     """

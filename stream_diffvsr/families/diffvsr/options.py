@@ -25,7 +25,7 @@ PRESET_HELP = (
 
 @dataclass(frozen=True, kw_only=True)
 class UpscaleOptions:
-    """Settings for upscaling frames. Frozen; invalid values raise `IncompatibleInputError` on creation."""
+    """Immutable settings for upscaling frames; invalid values raise `IncompatibleInputError` on creation."""
 
     num_inference_steps: int | None = option(
         None,
@@ -171,8 +171,8 @@ class UpscaleOptions:
     )
     occlusion: str | None = option(
         None,
-        "How to treat guidance where the previous frame does not show what is there now. mask: fades it out. "
-        "off: keeps it, as in the paper.",
+        "How to treat guidance where the previous frame shows different content. mask: fades it out. off: "
+        "keeps it, as in the paper.",
         kind=str,
         choices=("off", "mask"),
         unset="checkpoint",

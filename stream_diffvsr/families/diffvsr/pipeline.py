@@ -99,7 +99,7 @@ class StreamDiffVSRPipeline:
             self.number_format += f", linear layers {kind}"
 
     def with_loras(self, *loras: tuple[str | Path, float]) -> StreamDiffVSRPipeline:
-        """Return a pipeline with these LoRA files, as (path, strength), in addition to those already merged.
+        """Return a pipeline with these LoRAs, (path, strength) pairs, in addition to those already merged.
 
         It shares all unchanged layers with this pipeline, which is not modified. Raises the errors of
         `read_lora` and `merge_loras`, and `IncompatibleInputError` if layers are quantised or run in another
@@ -249,8 +249,7 @@ class StreamDiffVSRPipeline:
 
         If memory runs out, `memory_plan` 'auto' repeats the frame with a plan that needs less memory, and
         records that plan in the state. A frame that overflows in half precision is repeated in float32. Both
-        are logged.
-        Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
+        are logged. Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
         """
         options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
         try:
@@ -357,7 +356,7 @@ class StreamDiffVSRPipeline:
         return need
 
     def prepared(self, options: UpscaleOptions, dtype: torch.dtype) -> tuple[Schedule, list[Tensor]]:
-        """Return the schedule and prompt embeddings for these options; the newest few are cached."""
+        """Return the schedule and prompt embeddings for these options; the latest few are cached."""
         steps, spacing = options.num_inference_steps or self.traits.steps, options.timestep_spacing
         texts = (options.negative_prompt, options.prompt) if options.guided else (options.prompt,)
         key = (steps, spacing, texts, self.device, dtype)

@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Planner:
-    """Return a planner for the released networks, installed or not; `flow` 'auto' means their own."""
+    """Return a planner for the released networks, installed or not; `flow` 'auto' selects their own."""
     estimator = open_flow("raft_large" if flow == "auto" else flow, untrained_flow)
     needs = Needs(without_weights(CONFIGS, estimator, dtype), CONFIGS["scheduler"], dtype, device)
     return Planner(needs, needs.most, estimator.methods, device)

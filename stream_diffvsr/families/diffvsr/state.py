@@ -31,7 +31,7 @@ class StreamDiffVSRState(State):
         tensors: Mapping[str, Tensor] | None = None,
         provenance: Provenance | None = None,
     ) -> None:
-        """Create a state; the first four arguments are aliases of parts of the others and override them.
+        """Create a state; the first four arguments are aliases for parts of the others and override them.
 
         Raises `IncompatibleInputError` for a state that no frame can have produced.
         """

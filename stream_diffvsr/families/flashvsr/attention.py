@@ -29,7 +29,7 @@ Pair = tuple[Tensor, Tensor]
 """Rotated keys and values of a pair, each (heads, windows, 128, head size)."""
 
 TRAINED_AREA = (768, 1280)
-"""Height and width of the picture for which `sparse_ratio` is defined; it is rescaled for other sizes."""
+"""Picture height and width for which `sparse_ratio` is defined; the ratio is rescaled for other sizes."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ def select(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
     """Select the key windows whose mean keys get the most attention.
 
     `q` and `k` are (heads, windows, 128, head size); the result is (heads, query windows, key windows) bool.
-    For each head and each pair of queries, a single threshold applies to the whole map, so a query window may
-    get many key windows, or none.
+    For each head and each query pair, a single threshold applies to the whole map, so a query window may get
+    many key windows, or none.
     """
     n = len(selection.near)
     means = q.mean(2, dtype=torch.float32), k.mean(2, dtype=torch.float32)
@@ -116,7 +116,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
 
 def gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
     """Compute the result of `attend` one query window at a time, from copies of its keys and values."""
-    if q.is_meta:  # the selection is unknown, so assume everything: an upper bound on memory
+    if q.is_meta:  # the selection is unknown, so assume all windows, as an upper bound on memory
         copies = k.clone(), v.clone()
         return torch.empty_like(q) if copies else q
     counts = selected.sum(-1)
@@ -167,7 +167,10 @@ def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., 
         _by_blocks(compiled, x, x, x, torch.ones(1, 2, 2, dtype=torch.bool, device=device))
     except Exception as error:  # compilers fail with all kinds of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        log.warning("FlexAttention does not compile here (%s); the same windows are gathered instead", reason)
+        log.warning(
+            "FlexAttention does not compile here (%s), so copies of the selected windows are used instead",
+            reason,
+        )
         return None
     return compiled
 

@@ -38,7 +38,7 @@ class TinyDecoder(nn.Module):
 
 
 def decode_full(vae: Any, latent: Tensor, memory: Memory) -> Iterator[Tensor]:
-    """Yield the clamped pictures (1, 3, H, W) that Wan's own decoder makes of a latent (1, 16, 1, h, w).
+    """Yield the clamped pictures (1, 3, H, W) that Wan's own decoder makes from a latent (1, 16, 1, h, w).
 
     The first latent of a sequence, for which `memory` is empty, yields 1 picture; each later one yields 4.
     """

@@ -35,7 +35,7 @@ from .state import AHEAD, CHUNK, FAMILY, FIRST, LATENTS, Memory
 from .transformer import denoise
 
 MULTIPLE = 128
-"""Sides are padded to multiples of this, the side of a window: 8 tokens of 2 latent pixels of 8 pixels."""
+"""Sides are padded to multiples of this, the side of a window: 8 tokens x 2 latent pixels x 8 pixels."""
 
 
 class FlashVSR(ChunkUpscaler):
@@ -180,7 +180,7 @@ class FlashVSR(ChunkUpscaler):
         options: FlashVSROptions,
         on_step: OnStep,
     ) -> tuple[list[Tensor], DecoderMemory]:
-        """Decode the latents to cropped, colour-fixed pictures; also return the decoder's new memory."""
+        """Decode the latents to cropped, colour-corrected pictures; also return the decoder's new memory."""
         network: Any = self._acquire(options.decoder, frames[0], options)
         decoder, hq = dict(memory.decoder), []
         shown = groups(frames[:CHUNK]) if memory.latents else [frames[:1], *groups(frames[1:-AHEAD])]
@@ -199,7 +199,7 @@ class FlashVSR(ChunkUpscaler):
         return hq, decoder
 
     def _finished(self, picture: Tensor, lq: Tensor, options: FlashVSROptions) -> Tensor:
-        """Crop a picture, in float32 on the upscaler's device, and match its colours to its LQ frame."""
+        """Crop a picture, in float32 on the upscaler's device, and match its colours to the LQ frame's."""
         height, width = result_size(lq, options)
         hq = picture[..., :height, :width].to(self.device, torch.float32)
         if options.colour_fix == "adain":
@@ -207,7 +207,7 @@ class FlashVSR(ChunkUpscaler):
         return self._checked(hq)
 
     def _four(self, frames: Sequence[Tensor], options: FlashVSROptions) -> Tensor:
-        """Enlarge, pad and stack a push's frames to (4, 3, H, W); a single frame is used for all four."""
+        """Enlarge, pad and stack a push's frames as (4, 3, H, W); a single frame is repeated to make four."""
         size = result_size(frames[0], options)
         padded = padded_size(*size, MULTIPLE)
         large = [pad_to(enlarge(lq, size), *padded).to(self.dtype) for lq in frames]

@@ -36,7 +36,7 @@ class FlashVSROptions:
         group=OWN,
     )
     sparse_ratio: float = option(
-        2.0, "How much each window attends to; 1.5 is faster, but 2 causes less flicker.",
+        2.0, "Controls how many windows each window attends to; 1.5 is faster, but 2 causes less flicker.",
         low=0.01, high=10, step=0.1, expert=True, group=OWN,
     )  # fmt: skip
     kv_ratio: int = option(
@@ -53,8 +53,8 @@ class FlashVSROptions:
     )  # fmt: skip
     memory_plan: str = option(
         "auto",
-        "offload: keeps the transformer and the keys of earlier pairs in system memory between uses, for "
-        "the same picture with less memory. auto: does so only if memory runs out.",
+        "offload: keeps the transformer and the keys of earlier pairs in system memory between uses, "
+        "which needs less memory for the same picture. auto: does so only if memory runs out.",
         choices=("auto", "whole", "offload"),
         expert=True,
         group="memory",

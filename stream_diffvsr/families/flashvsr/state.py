@@ -16,7 +16,7 @@ from .transformer import Pairs
 FAMILY = "flashvsr"
 
 FIRST, CHUNK, AHEAD = 25, 8, 4
-"""Numbers of frames: in a scene's first chunk, new in each later chunk, and read but not yet decoded."""
+"""Frames read by a scene's first chunk, added by each later chunk, and read but not yet decoded."""
 
 LATENTS = 6
 """Number of latents in the first chunk; later chunks have 2."""

@@ -61,6 +61,6 @@ def denoise(
 
 def _conditions(transformer: Any, prompt: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     half = transformer.config.freq_dim // 2
-    # In float64, because the error of the angles of 1000 in float32 would exceed all other errors here.
+    # In float64, because float32 errors in the angles of timestep 1000 would exceed all other errors here.
     angle = TIMESTEP * THETA ** (-torch.arange(half, dtype=torch.float64) / half)
     return conditioning(transformer, prompt, torch.cat([angle.cos(), angle.sin()])[None])

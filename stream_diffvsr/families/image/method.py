@@ -45,8 +45,8 @@ LADDER = (2048, 1024, 512, 256)
 """Tile sides in output pixels, tried in this order when memory runs out."""
 
 ROUGH = 512
-"""Assumed number of values per pixel of the frame and of its result, for models whose memory cannot be
-counted: enough for a few feature maps of 64 channels at once, doubled as a margin."""
+"""Assumed number of values per pixel of the frame and of its result, for models whose memory needs
+cannot be counted: enough for a few feature maps of 64 channels at once, doubled as a margin."""
 
 MEGABYTE = 2**20
 
@@ -104,8 +104,8 @@ class ImageModel:
     def bytes_needed(self, size: tuple[int, int], options: ImageOptions | None = None) -> int:
         """Return how many bytes an LQ frame of `size` (height, width) needs in addition to the weights.
 
-        They are counted on the meta device or, if the model's code does not run there, estimated as `ROUGH`
-        values per pixel of the frame and of its result.
+        The bytes are counted on the meta device or, if the model's code does not run there, estimated as
+        `ROUGH` values per pixel of the frame and of its result.
         """
         options = options or ImageOptions()
         return self._needs(tuple(size), options.tile_size, options.tile_overlap, options.steady > 0)

@@ -1,4 +1,4 @@
-"""Stabilise results over time: average them recursively along the motion, where consecutive frames agree."""
+"""Stabilise results by averaging them recursively along the motion, where consecutive frames agree."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MATCH = 0.12
 """Difference between the two LQ frames, in model range, at which trust falls to about a third."""
 
 AGREE_PIXELS, AGREE_SHARE = 0.5, 0.05
-"""Limits on the disagreement of forward and backward flow, in LQ pixels: its square must be less than the
-square of the first limit plus the second limit times the sum of both squared lengths."""
+"""Limits on the disagreement between forward and backward flow, in LQ pixels: its square must be less than
+the square of the first limit plus the second limit times the sum of both squared lengths."""
 
 WINDOW = 5
 """Side, in LQ pixels, of the window in which differences are averaged and trust is smoothed."""

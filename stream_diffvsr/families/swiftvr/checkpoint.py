@@ -117,7 +117,7 @@ def read_prompt(folder: Path) -> Tensor:
 
 
 def _read(folder: Path) -> tuple[dict[str, nn.Module], Tensor]:
-    """Return a folder's prompt and its networks, checked against the files but without weights."""
+    """Return a folder's networks, checked against the files but without weights, and its prompt."""
     paths = {part: _required(folder, part) for part in FILES}
     prompt, config, shapes = read_prompt(folder), read_json(paths[CONFIG]), read_shapes(paths[AUTOENCODER])
     try:
@@ -126,7 +126,8 @@ def _read(folder: Path) -> tuple[dict[str, nn.Module], Tensor]:
         got = {name: tuple(value.shape) for name, value in converted(meta).items()}
     except (KeyError, IndexError, TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(
-            f"{paths[AUTOENCODER]} or {paths[CONFIG]} is not SwiftVR's ({error!r}); download both again."
+            f"{paths[AUTOENCODER]} or {paths[CONFIG]} does not belong to SwiftVR ({error!r}); download both "
+            "again."
         ) from error
     check_keys(paths[AUTOENCODER], got, shapes_of(networks["encoder"]) | shapes_of(networks["decoder"]))
     check_keys(paths[TRANSFORMER], read_shapes(paths[TRANSFORMER]), shapes_of(networks[TRANSFORMER]))

@@ -6,8 +6,8 @@
 
 No noise is used. The decoder lags 3 frames behind: latents 0 to n decode to frames 0 to 4n. With protocol
 "file", a scene's first clip has 28 frames and later clips have 24; the last clip is padded at its front to 7
-latents, with latents of the previous clip or zeros. With protocol "session", every clip has 24 frames, but
-the last may be shorter.
+latents, with latents of the previous clip or zeros. With protocol "session", every clip has 24 frames,
+except the last, which may be shorter.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from ...errors import IncompatibleInputError
 
 ATTENTIONS = ("auto", "sdpa", "sage", "flash")
-"""auto and sdpa are PyTorch's own; sage is an 8-bit approximation; flash differs only by rounding."""
+"""auto and sdpa use PyTorch's attention; sage is an 8-bit approximation; flash differs only by rounding."""
 
 PACKAGES = {"sage": "sageattention", "flash": "flash-attn"}
 
@@ -23,7 +23,10 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class FusedAttention(TorchFunctionMode):
-    """Keeps attention on the meta device from allocating a query-by-key map, which CPUs and CUDA avoid."""
+    """Keeps attention on the meta device from allocating a query-by-key map.
+
+    On CPUs and CUDA, attention does not allocate one either.
+    """
 
     def __torch_function__(
         self,

@@ -62,7 +62,7 @@ def result_size(lq: Tensor, options: Any) -> tuple[int, int]:
 
 
 class ChunkUpscaler(ABC):
-    """Base class of all chunk families; a family defines how a chunk is computed."""
+    """Base class of all models that process frames in chunks; each family defines how to compute a chunk."""
 
     Options: ClassVar[Any]
     Memory: ClassVar[Any]
@@ -82,7 +82,7 @@ class ChunkUpscaler(ABC):
         dtype: torch.dtype,
         model: str,
     ) -> None:
-        """Wrap loaded `networks` by stage, a `prompt` (1, tokens, width) and the `model` fingerprint."""
+        """Wrap loaded `networks` (by stage), a `prompt` (1, tokens, width) and the `model` fingerprint."""
         self.networks, self.prompt, self.device, self.dtype = networks, prompt, device, dtype
         self.placement: Placement = FixedPlacement(device)
         self.model, self.number_format = model, str(dtype).removeprefix("torch.")
@@ -150,7 +150,7 @@ class ChunkUpscaler(ABC):
         return stream(self.session(options, state, on_step, noise), frames)
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Return how frames are made now; the memory plan is left out, since it does not change them."""
+        """Return how frames are made now; the memory plan is left out, since it does not affect them."""
         settings = asdict(options or self.Options())
         offloads = settings.pop("memory_plan") == "offload" or self.offloaded
         parts = "blocks that are not running are kept in system memory" if offloads else ""
@@ -160,7 +160,7 @@ class ChunkUpscaler(ABC):
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
         """Return how many bytes LQ frames of `size` (height, width) need in addition to the weights.
 
-        They are counted over a scene's first two chunks, on the meta device.
+        The bytes are counted over a scene's first two chunks, on the meta device.
         """
         return self._needs(tuple(size), options or self.Options())
 
@@ -189,7 +189,7 @@ class ChunkUpscaler(ABC):
                     if not is_out_of_memory(error):
                         raise
                     message = str(error).strip().partition("\n")[0]
-                # The error is gone here, and with it the tensors that its traceback kept alive.
+                # The error has now been freed, along with the tensors that its traceback referred to.
                 release_caches(self.device)
                 if options.memory_plan == "whole" or not self._offload():
                     plan = "offload" if self.offloaded else options.memory_plan
@@ -223,9 +223,10 @@ class ChunkUpscaler(ABC):
         return hq.contiguous()
 
     def _offload(self) -> bool:
-        """Keep idle transformer blocks and their stored data in system memory; return whether that is new.
+        """Start keeping idle transformer blocks and their stored data in system memory.
 
-        A host program that places the networks must also move the blocks.
+        Return False if they are already kept there or this is not a CUDA device. If a host program places the
+        networks, it must also move the blocks.
         """
         if self.offloaded or self.device.type != "cuda":
             return False
@@ -313,7 +314,7 @@ class ChunkSession:
         return [result for result in results if result.index < last]
 
     def state(self) -> State | None:
-        """Return the state before the first frame or after a whole chunk; None in between or at the end."""
+        """Return the state before the first frame or after a whole chunk; otherwise, return None."""
         if self._finished or len(self._frames) > self._memory.ahead:
             return None
         provenance = self._upscaler.provenance(self._size or (0, 0), self._options)

@@ -1,4 +1,4 @@
-"""Conversion of a sequence's memory between chunks to a `State` and back."""
+"""Conversion of the memory that a sequence keeps between chunks to a `State`, and back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def packed(
 def unpacked(
     state: State, family: str, device: torch.device, dtype: torch.dtype
 ) -> tuple[int, int, dict[str, Numbered]]:
-    """Return the start, the number of latents, and the tensors by kind of a state made by `packed`.
+    """Return the start, the number of latents and the tensors by kind from a state made by `packed`.
 
     Raises `IncompatibleInputError` if the state belongs to another family.
     """

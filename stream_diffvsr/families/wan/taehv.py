@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Memory = dict[int, Tensor]
-"""The last inputs of layers with memory, by their position in the network; empty at the start."""
+"""The last input of each layer with memory, by the layer's position in the network; empty at the start."""
 
 
 class MemoryBlock(nn.Module):
@@ -50,8 +50,8 @@ class Pool(nn.Module):
 class Grow(nn.Module):
     """Splits the features of one picture into those of several pictures, the earliest first.
 
-    Each is enlarged by 2 afterwards. Published networks enlarge first, which yields the same numbers for four
-    times the work.
+    Each is enlarged by a factor of 2 afterwards. The published networks enlarge first, which yields the same
+    numbers with four times the work.
     """
 
     def __init__(self, channels: int, out: int, pictures: int) -> None:
@@ -89,7 +89,7 @@ def blocks(channels: int) -> list[nn.Module]:
 def enlarging(channels: Sequence[int]) -> list[nn.Module]:
     """Return the middle of a decoder, which turns one picture into 4 with sides 8 times as long.
 
-    `channels` are the numbers of channels at its four sizes.
+    `channels` contains the number of channels at each of the decoder's four sizes.
     """
     layers: list[nn.Module] = []
     for now, then, pictures in zip(channels[:-1], channels[1:], (1, 2, 2), strict=True):
