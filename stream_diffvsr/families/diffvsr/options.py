@@ -116,7 +116,7 @@ class UpscaleOptions:
     )
     flow_scale: float = option(
         1.0,
-        "Resolution of motion estimation, as a fraction of the output. Values below 1 are faster but "
+        "Resolution of motion estimation, relative to the output. Values below 1 are faster but "
         "less accurate; the model was trained with 1.",
         choices=(1.0, 0.5, 0.25),
         group="speed",

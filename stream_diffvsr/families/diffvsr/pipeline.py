@@ -342,7 +342,7 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Return a function from a stage to the bytes that it needs besides the weights.
+        """Return a function that maps a stage to the bytes that it needs besides the weights.
 
         Placements that free memory use this function.
         """

@@ -30,7 +30,7 @@ SMALLEST_TILE = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to compute one frame. Without tiles, the result is exactly that of the whole frame."""
+    """A way to compute one frame. Without tiles, the result is exactly the same as for the whole frame."""
 
     flow: str = "whole"
     """One of the estimator's `methods`: 'whole', 'linear' (RAFT without a correlation volume) or 'tiled'."""
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is that of the whole frame, up to rounding."""
+        """Whether the result is the same as for the whole frame, up to rounding."""
         return self.tile is None and self.flow != "tiled"
 
     def next_plan(self, stage: str, methods: Sequence[str], tile: int | None = None) -> Plan | None:
@@ -136,7 +136,7 @@ class Planner:
     needs: Callable[[Sequence[int], UpscaleOptions, Plan], dict[str, int]]
     """Function that returns the bytes by stage, including `weights` and `peak`; see `counted.Needs`."""
     most: Callable[[Sequence[int]], int]
-    """Function that returns a quick upper bound on a frame's bytes; if that fits, nothing is counted."""
+    """Function that quickly returns an upper bound on a frame's bytes; if they fit, nothing is counted."""
     methods: Sequence[str]
     """Methods of the flow estimator."""
     device: torch.device

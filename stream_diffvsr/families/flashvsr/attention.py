@@ -39,7 +39,7 @@ class Selection:
     near: Tensor
     """(n, n) bool: whether each key window is within reach of each query window."""
     count: int
-    """Approximate number of entries to select from the map of a pair's query windows to all key windows."""
+    """Approximate number of entries to select from the map of a pair's query windows and all key windows."""
 
     @classmethod
     def of(cls, height: int, width: int, sparse_ratio: float, local_range: int) -> Selection:

@@ -173,7 +173,7 @@ class ChunkUpscaler(ABC):
         on_step: OnStep,
         noise: Tensor | None = None,
     ) -> tuple[list[Tensor], Any]:
-        """Return the results of LQ frames and the new memory; if memory runs out, retry with offloading.
+        """Return the results of LQ frames and the new `Memory`; if memory runs out, retry with offloading.
 
         Inputs are never changed, even if the chunk fails.
         """
