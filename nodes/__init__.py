@@ -5,7 +5,8 @@ sockets     socket types, and widgets shared by several nodes
 pipes       records of how each pipe was made
 layout      converts IMAGE tensors to model range and back
 sizes       sizes and presets shared by several nodes
-job         upscales one file to another; temporary first writes in-memory videos to files
+job         upscales one file to another
+temporary   writes in-memory videos to files, for job to read
 load, lora, runtime, upscale, video, simple, live, state, settings, example        the nodes
 """
 

@@ -13,11 +13,11 @@ from ..stream_diffvsr.upscaler import FORMATS
 from . import host
 
 ANY_OUTPUT = "STREAM_DIFFVSR_ALLOW_ANY_OUTPUT"
-"""The environment variable that lets nodes write outside ComfyUI's output and temp folders if set to 1."""
+"""If this environment variable is 1, nodes may write outside ComfyUI's output and temp folders."""
 
 STATE_SUFFIX = ".safetensors"
 HEADER = 1 << 16
-"""The name of a saved state's format is within this many bytes of the start of the file."""
+"""A saved state's file contains the name of its format within this many bytes of the start."""
 
 
 def file_stamp(path: Path) -> str:
@@ -105,7 +105,7 @@ def saved_states() -> list[str]:
 
 
 def listed_name(file: PurePath, root: PurePath, kind: str) -> str:
-    """Return a file's name as the list shows it and workflows store it, with / on every system."""
+    """Return a file's name as shown in the list and stored in workflows, with / on every system."""
     return f"{file.relative_to(root).as_posix()} [{kind}]"
 
 
@@ -120,7 +120,7 @@ def is_state(file: Path) -> bool:
 
 
 def state_path(name: str) -> Path:
-    """Return the path for an entry of `saved_states`; any other text is taken as a path itself."""
+    """Return the path for an entry of `saved_states`; any other text is treated as a path."""
     for kind in ("output", "input"):
         if name.endswith(f" [{kind}]"):
             return host.folder(kind) / name.removesuffix(f" [{kind}]")

@@ -29,7 +29,7 @@ TEXT_SECONDS = 1.0
 LIVE_EVENT = "stream_diffvsr.live"
 """The event that web/nodes.js listens for."""
 SLOW_SECONDS = 2.0
-"""If a frame takes longer than this, the node shows the progress within the frame."""
+"""If a frame takes longer than this, the node shows progress within the frame."""
 STEP_WORDS = {"denoise": "step"}
 """Names shown to users for stages of the engine, where they differ from the engine's own."""
 MODEL_KEY = "streamdiffvsr"
@@ -63,7 +63,7 @@ def install_line() -> Generator[None, None, None]:
             raise
         raise ModuleNotFoundError(
             f'the Python package {error.name!r} is missing: run python -m pip install -r "{REQUIREMENTS}" '
-            "with ComfyUI's Python, and restart ComfyUI"
+            "with ComfyUI's Python, then restart ComfyUI"
         ) from error
 
 
@@ -221,8 +221,8 @@ class Progress:
     def live(self, image: Tensor) -> None:
         """Show the newest frame (H, W, C) through this pack's script, at most five times a second.
 
-        This is for nodes that show a video when done: with ComfyUI's own preview, newer pages might not show
-        the video.
+        Nodes that show a video when they are done need this: if they used ComfyUI's own preview, newer
+        frontends might not show the video.
         """
         instance, now = _page(), time.monotonic()
         if instance and self._node_id and now >= self._next_picture:
@@ -240,7 +240,7 @@ class Progress:
             self._write(f"{self._line}; {now}" if self._line else now)
 
     def say(self, text: str, last: bool = False) -> None:
-        """Show a line on the node, at most once a second; the `last` one is always shown and remains."""
+        """Show a line of text on the node, at most once a second; the `last` one always appears and stays."""
         self._line = text
         self._write(text, last)
 
@@ -293,7 +293,7 @@ def preview_picture(image: Tensor) -> Any:
 
 
 def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> int | None:
-    """Return the number of VideoHelperSuite's current meta-batch, from 0, or None without a batch manager."""
+    """Return VideoHelperSuite's current meta-batch number, counted from 0; None without a batch manager."""
     seen, waiting = set(), [node_id]
     while prompt and waiting:
         current = waiting.pop()
@@ -328,7 +328,7 @@ def is_file_video(video: Any) -> bool:
 
 
 def trim_window(video: Any) -> tuple[float, float]:
-    """Return the start and length, in seconds, to which a VIDEO is trimmed; length 0 means up to the end."""
+    """Return the start and length of a VIDEO's trimmed range in seconds; length 0 means up to the end."""
     # Older ComfyUI versions cannot trim.
     return getattr(video, "get_active_trim_window", lambda: (0.0, 0.0))()
 
@@ -340,7 +340,7 @@ def video_file(path: Path) -> Any:
 
 
 def shown_video(path: Path) -> dict[str, Any]:
-    """Return the UI data that shows a video on the node, or just its path if outside ComfyUI's folders."""
+    """Return UI data that shows a video on the node, or just its path if it is outside ComfyUI's folders."""
     for kind in ("output", "temp"):
         root = folder(kind).resolve()
         if path.is_relative_to(root):
@@ -360,7 +360,7 @@ def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
 
 
 def folder(kind: str) -> Path:
-    """Return ComfyUI's 'output', 'temp' or 'input' folder, or one in the working folder without ComfyUI."""
+    """Return ComfyUI's 'output', 'temp' or 'input' folder; without ComfyUI, one in the working folder."""
     paths = comfy_module("folder_paths")
     return Path(getattr(paths, f"get_{kind}_directory")()) if paths else Path.cwd() / kind
 
@@ -388,7 +388,7 @@ def lora_files() -> list[tuple[str, Path]]:
 def model_folders() -> list[Path]:
     """Return the folders where ComfyUI's user may keep checkpoints; downloads go to the first.
 
-    Folders registered under the key StreamDiffVSR, in any spelling, come before the usual ones.
+    Folders registered under the key StreamDiffVSR, in any spelling, come before the usual folders.
     """
     paths = comfy_module("folder_paths")
     if paths is None:

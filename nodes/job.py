@@ -38,7 +38,7 @@ WITH_QUALITY = ("h264", "h265", "av1")
 """Codecs with a crf setting."""
 LAST = -1
 INSTANTS = 1_000_000
-"""How many instants a second is divided into; each is shorter than any frame."""
+"""The number of instants in a second; each instant is shorter than any frame."""
 
 
 class Source(NamedTuple):
@@ -78,10 +78,10 @@ def check_output(output_path: str | None) -> None:
 
 
 def choose_source(video_path: str, video: Any) -> Source:
-    """Return the source from the one input that is given; refuse both or neither."""
+    """Return the source from whichever input is set; refuse both or neither."""
     given = bool(unquoted(video_path))
     if given == (video is not None):
-        raise IncompatibleInputError(f"give either video_path or video; got {'both' if given else 'neither'}")
+        raise IncompatibleInputError(f"set either video_path or video; got {'both' if given else 'neither'}")
     return Source(source_path(video_path)) if given else video_source(video)
 
 
@@ -177,7 +177,7 @@ def frame_size(job: VideoJob) -> tuple[int, int]:
 
 
 def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]:
-    """Yield the paths to try: first the one that was given, if any, then numbered ones."""
+    """Yield the paths to try: first the given one, if it is a complete file name, then numbered ones."""
     base = files.writable(files.fill_in(output or f"stream_diffvsr/{source.stem}_{size}"))
     base.parent.mkdir(parents=True, exist_ok=True)
     if base.suffix.lower() in CONTAINERS:
@@ -188,7 +188,7 @@ def outputs(source: Path, output: str, suffix: str, size: str) -> Iterator[Path]
 
 
 def run_under_free_name(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str | None) -> Path:
-    """Run the job under the first name that is free or was used by its cancelled run; return the file."""
+    """Run the job under the first name that is free or belongs to its own cancelled run; return the file."""
     with worker_pool(pipe, node_id) as pool:
         for job in jobs:
             begun = job.output.with_name(job.output.name + ".parts").exists()
@@ -217,7 +217,7 @@ def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, N
 def run_with_progress(
     pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None
 ) -> bool:
-    """Run a job with progress and cancellation; return False if another job was begun under its name."""
+    """Run a job with progress and cancellation; return False if a different job has begun under its name."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
@@ -280,7 +280,7 @@ WORDS = {
     "write to a folder, or set --target": "give all pictures the same size, or make a video of each",
     "or suffix": "or another ending of output_path",
 }
-"""Terms used on the command line, each with the nodes' term for the same thing."""
+"""Command-line terms, each with the nodes' term for the same thing."""
 
 
 @contextlib.contextmanager

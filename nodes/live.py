@@ -22,7 +22,7 @@ class Live:
 
     DESCRIPTION = (
         "Upscales one frame each time the workflow runs, guided by the previous run's frame. Use it with "
-        "automatic queueing, for a webcam or a screen."
+        "automatic queueing for live input, such as a webcam or a screen."
     )
     SEARCH_ALIASES: ClassVar = ["webcam upscale", "live upscale", "real time upscale", "screen upscale"]
     CATEGORY = CATEGORY
@@ -76,14 +76,14 @@ class Live:
         options = (settings or SettingsValue()).options(
             pipe, num_inference_steps=num_inference_steps, seed=seed
         )
-        # ComfyUI keeps a node's instance by its id, which a node of another workflow may share.
+        # ComfyUI keeps a node's instance by its id, which a node in another workflow may share.
         workflow = ((extra_pnginfo or {}).get("workflow") or {}).get("id")
         height, width = image.shape[1:3]
         kind = {"workflow": workflow, "model": pipe.info.model, "size": f"{width}x{height}"}
         before, state = self._sequence
         why = "reset is on" if reset else "first run" if state is None else ""
         if not why:
-            why = ", ".join(f"another {name}" for name in kind if kind[name] != before[name])
+            why = ", ".join(f"different {name}" for name in kind if kind[name] != before[name])
         result, state = upscale(pipe, image, None if why else state, options)
         self._sequence = kind, state
         told = f"frame {state.index}, {width}x{height} to {result.shape[2]}x{result.shape[1]}"

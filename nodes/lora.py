@@ -22,7 +22,7 @@ class LoRA:
 
     DESCRIPTION = (
         "Adds a LoRA made by 'stream-diffvsr train' to a Stream-DiffVSR model. Chain several of these nodes "
-        "to combine LoRAs. The input model stays unchanged, so you can use both side by side."
+        "to combine LoRAs. The input model stays unchanged, so you can use the two side by side."
     )
     SEARCH_ALIASES: ClassVar = ["stream diffvsr lora", "fine-tuned video upscale", "load lora"]
     CATEGORY = ADVANCED
@@ -50,7 +50,8 @@ class LoRA:
                         "min": -2.0,
                         "max": 2.0,
                         "step": 0.05,
-                        "tooltip": "How strongly to apply the LoRA: 1 is as trained, and 0 turns it off.",
+                        "tooltip": "How strongly to apply the LoRA: 1 applies it as trained, and 0 turns it "
+                        "off.",
                     },
                 ),
             }
@@ -68,7 +69,7 @@ class LoRA:
             raise IncompatibleInputError(f"a LoRA needs a Stream-DiffVSR model, not {pipe.info.family}")
         path = dict(host.lora_files()).get(lora)
         if path is None:
-            raise ModelNotFoundError(f"LoRA {lora!r}", lora, "Put it into ComfyUI's folder models/loras.")
+            raise ModelNotFoundError(f"LoRA {lora!r}", lora, "Put it in ComfyUI's models/loras folder.")
         made = pipe.with_loras((path, strength))
         host.manage(made, pipe.device)
         about = how_made(pipe)

@@ -20,7 +20,7 @@ class Known:
     model: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of `load_pipeline`, as JSON values, that open the same model in another process."""
     base: Upscaler | None = None
-    """The pipe from which a Runtime node made this one, or None if no Runtime node made it."""
+    """The pipe from which a Runtime node made this pipe, or None if no Runtime node made it."""
     compile_mode: str | None = None
     """Overrides the compile mode in Settings unless it is None."""
     devices: str = ""

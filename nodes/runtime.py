@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..stream_diffvsr.upscaler import Upscaler
 
 OWN = {"runtime": "torch", "provider": "auto", "compile_mode": "off", "quantize": "none"}
-"""The values that every model supports; only Stream-DiffVSR models support any other."""
+"""The values that every model supports; only Stream-DiffVSR models support others."""
 
 
 class Runtime:
@@ -84,7 +84,7 @@ class Runtime:
         if workers_on(devices) and find_spec("ray") is None:
             raise ModuleNotFoundError(
                 'devices needs the Python package ray: run python -m pip install "ray" with ComfyUI\'s '
-                "Python, and restart ComfyUI; or leave devices empty"
+                "Python, then restart ComfyUI; or leave devices empty"
             )
         base = how_made(pipe).base or pipe
         about = how_made(base)
@@ -113,8 +113,8 @@ def choice_widgets() -> dict[str, Widget]:
                 "default": "torch",
                 "tooltip": "The library that runs Stream-DiffVSR's networks. openvino and onnx are often "
                 "faster on a CPU and produce the same results up to rounding; each needs its own Python "
-                "packages and converts the model once. auto: the fastest of those that are installed, "
-                "found by timing a few small frames.",
+                "packages and converts the model once. auto: the fastest installed library, found by "
+                "timing a few small frames.",
             },
         ),
         "provider": (
@@ -178,7 +178,7 @@ def with_runtime(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> 
     made = pipe
     if isinstance(pipe, StreamDiffVSRPipeline):
         with host.install_line():
-            # Check the runtime before loading a model, which takes long.
+            # Check the runtime before loading a model, which takes a long time.
             open_runtime(runtime, provider, pipe.device, pipe.dtype, quantize)
             if quantize != "none":
                 about = how_made(pipe)

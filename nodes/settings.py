@@ -104,7 +104,7 @@ class SettingsValue:
     family: str = "diffvsr"
 
     def options(self, pipe: Upscaler | None = None, preset: str = "settings", **own: Any) -> Any:
-        """Return the options for the family of `pipe`, or Stream-DiffVSR's without one, overridden by `own`.
+        """Return options for the family of `pipe`, or for Stream-DiffVSR if it is None; `own` overrides them.
 
         A `preset` chosen on the node replaces the one from Settings, along with every option that presets
         set. The compile mode of a Runtime node overrides any other. Options that the family lacks are left
@@ -219,7 +219,7 @@ class ImageSettings(FamilySettings):
 
 
 def family_widgets(family: str) -> dict[str, Widget]:
-    """Return widgets for those of a family's options that the upscaling nodes lack, then the file widgets."""
+    """Return widgets for a family's options that the upscaling nodes do not offer, then the file widgets."""
     from ..stream_diffvsr.load import FAMILIES
     from ..stream_diffvsr.options import rules, widgets
 

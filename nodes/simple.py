@@ -34,7 +34,7 @@ class SimpleUpscale:
     OUTPUT_TOOLTIPS = ("The finished file as a video, not loaded into memory.", "Path of the finished file.")
 
     def __init__(self) -> None:
-        self._pipe: Upscaler | None = None  # kept for the next run, since loading takes long
+        self._pipe: Upscaler | None = None  # kept for the next run, since loading takes a long time
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def fidelity_widgets() -> dict[str, Widget]:
 
 
 def size_fields(size: str, info: Info) -> dict[str, Any]:
-    """Convert a size to fields of a job; return none if the model produces that size itself."""
+    """Convert a size to fields of a job; return {} if the model produces that size itself."""
     if size.endswith("p"):
         return {"short_edge": int(size[:-1])}
     factor = float(size[:-1])

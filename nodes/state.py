@@ -49,7 +49,7 @@ class CreateState:
         self, initial_frame: Tensor | None = None, initial_lq: Tensor | None = None
     ) -> tuple[StreamDiffVSRState]:
         if initial_frame is None and initial_lq is not None:
-            raise IncompatibleInputError("initial_lq also needs initial_frame")
+            raise IncompatibleInputError("initial_lq can only be used together with initial_frame")
         if initial_frame is None:
             return (StreamDiffVSRState(),)
         hq = layout.to_model(one_picture(initial_frame, "initial_frame"))
@@ -155,7 +155,7 @@ class LoadState:
         path = files.state_path(state_file)
         return (
             path.is_file()
-            or f"There is no saved state {path}: run Stream-DiffVSR Save State first, or choose another one."
+            or f"There is no saved state {path}: run Stream-DiffVSR Save State first, or choose another."
         )
 
     def execute(self, state_file: str) -> tuple[State]:

@@ -47,7 +47,7 @@ def from_components(components: Any) -> Path:
 
 
 def temp_file(name: str, write: Any) -> Path:
-    """Return a file in the temp folder that is named after its content, writing it if it does not exist."""
+    """Return a temporary file that is named after its content, writing it first if it does not exist."""
     path = host.folder("temp") / f"stream_diffvsr_{name}"
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
@@ -57,7 +57,7 @@ def temp_file(name: str, write: Any) -> Path:
 
 
 def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio: Any) -> None:
-    """Write the frames, and the sound up to where they end, as ComfyUI's Save Video does."""
+    """Write the frames, and the sound up to the end of the frames, as ComfyUI's Save Video does."""
     import av
 
     from ..stream_diffvsr.media.codecs import CODECS, Encoding, open_encoder
@@ -84,7 +84,7 @@ def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio:
 
 
 def sound_packets(stream: Any, audio: Any, samples: int) -> Iterator[Any]:
-    """Yield the first `samples` of ComfyUI's sound, (1, channels, n) in [-1, 1], as 24-bit FLAC packets."""
+    """Yield `samples` samples of ComfyUI's sound, (1, channels, n) in [-1, 1], as 24-bit FLAC packets."""
     import av
 
     from ..stream_diffvsr.media.ways import LAYOUTS

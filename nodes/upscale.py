@@ -80,7 +80,7 @@ class Upscale:
                     {
                         "default": False,
                         "advanced": True,
-                        "tooltip": "Run the U-Net in tiles, which needs the least memory and changes the "
+                        "tooltip": "Run the U-Net in tiles, which needs the least memory but changes the "
                         "picture slightly. When this is off, memory_plan in Settings decides; its default, "
                         "auto, uses tiles only if nothing else fits.",
                     },
@@ -229,9 +229,9 @@ def upscale(
     `fidelity` sets how closely the result follows the images. It affects only the returned images, never
     the state.
 
-    A model that processes frames in chunks finishes the batch as if the video ended there. Its state is the
-    one at the last chunk border plus the frames since then, which the next batch upscales again. Except at
-    the end of each batch, the result therefore equals that of a single run over all frames. Without
+    A model that processes frames in chunks finishes the batch as if the video ended there. The returned state
+    is the one at the last chunk border plus the frames since then, which the next batch upscales again. The
+    result therefore equals that of a single run over all frames, except at the end of each batch. Without
     `finish`, the frames since that border are left out of the result.
     """
     from ..stream_diffvsr.jobs.job import Speed
@@ -305,7 +305,7 @@ class MetaBatch:
         return self.number is None or getattr(self.holder, "has_closed_inputs", False)
 
     def finishes(self, pipe: Upscaler, images: Tensor, linked: bool) -> bool:
-        """Whether the sequence ends with this batch; if not, a model that works in chunks awaits more frames.
+        """Whether the sequence ends with this batch; if not, a model that works in chunks needs more frames.
 
         Raise `IncompatibleInputError` for such a model if the end is unknown, or if a batch might produce no
         frame, because VideoHelperSuite would then stop silently.

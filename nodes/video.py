@@ -111,7 +111,7 @@ class UpscaleVideo:
 
     @classmethod
     def VALIDATE_INPUTS(cls, video_path: str | None = "", output_path: str | None = "") -> bool:
-        """Raise the errors that execution would raise; ComfyUI would report a returned text per argument."""
+        """Raise the errors that execution would raise; ComfyUI would repeat returned text for each input."""
         if video_path and not source_path(video_path).exists():
             raise IncompatibleInputError(
                 f"video_path must be a file or a folder of pictures; {source_path(video_path)} does not "

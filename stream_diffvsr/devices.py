@@ -62,8 +62,8 @@ def repeatable() -> Generator[None, None, None]:
     """Make cuDNN's results repeatable within this context.
 
     Some of cuDNN's algorithms are not repeatable, and the fastest one can differ between processes. The
-    process's TF32 setting is not changed: by torch's default, float32 convolutions use TF32 on CUDA, but
-    matrix products do not. Contexts in several threads may overlap; the process's original settings are
+    process's TF32 setting is not changed: by default, torch uses TF32 on CUDA for float32 convolutions, but
+    not for matrix products. Contexts in several threads may overlap; the process's original settings are
     restored when the last one ends.
     """
     global _nested, _before

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 COLOUR_FIXES = ("model", "none", "lab", "wavelet", "adain")
 LEVELS = 5
-"""Levels of the low-pass filter. Each doubles its reach; 5 keep colour areas of about 30 pixels and up."""
+"""Levels of the low-pass filter. Each doubles its reach; 5 keep colour areas of at least about 30 pixels."""
 
 
 def adain(hq: Tensor, lq_up: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ TO_XYZ = (
 TO_LAB = ((0.0, 116.0, 0.0), (500.0, -500.0, 0.0), (0.0, 200.0, -200.0))
 """The matrix from the cube roots of white-relative XYZ to CIELAB, with an L that is 16 too high."""
 KNEE = 6 / 29
-"""The value of the cube root below which CIELAB uses a straight line instead."""
+"""Where the cube root is below this, CIELAB uses a straight line instead."""
 
 
 def _mix(x: Tensor, rows: Tensor) -> Tensor:

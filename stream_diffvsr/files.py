@@ -57,7 +57,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Memory-map the tensors of a weight file, either safetensors or torch's own format without any code.
+    """Memory-map the tensors of a weight file, in safetensors format or torch's own; run no code from it.
 
     A single unnamed tensor in a file gets the name ''.
     """
@@ -112,13 +112,13 @@ def _read_torch(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def read_pickled(path: Path, device: str = "cpu") -> Any:
-    """Load what torch saved, without running any code in the file; raise `CheckpointError` on failure."""
+    """Load a file saved by torch, without running any code in it; raise `CheckpointError` on failure."""
     try:
         zipped = zipfile.is_zipfile(path)
         names = zipfile.ZipFile(path).namelist() if zipped else []
         # Before 2.6, torch runs programs in these two kinds of archive even with weights_only.
         if tarfile.is_tarfile(path) or any(name.endswith("/constants.pkl") for name in names):
-            raise ValueError("it is a TorchScript program or torch's oldest format: save the weights alone")
+            raise ValueError("it is a TorchScript program or in torch's oldest format: save only the weights")
         return torch.load(path, map_location=device, mmap=zipped, weights_only=True)
     except Exception as error:  # damaged content can raise any error in the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -166,7 +166,7 @@ def keep_json(path: Path, value: object) -> None:
 def fingerprint(paths: Iterable[Path]) -> str:
     """Identify the content of weight files by 32 hex digits, computed from headers and sampled bytes.
 
-    This reads about half a megabyte and the header of each file, so it is fast even for gigabytes. The
+    This reads the header and about half a megabyte of each file, so it is fast even for gigabytes. The
     result does not depend on the location, name or date of the files.
     """
     digest = hashlib.sha256()

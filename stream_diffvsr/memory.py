@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 Network = TypeVar("Network", bound=nn.Module)
 
 MESSAGES = (
-    "out of memory",  # CUDA and MPS, whatever class the error has
+    "out of memory",  # CUDA and MPS, whatever the error's class
     "can't allocate memory",  # torch's allocator on a CPU
     "not enough memory",  # the same on Windows
     "_status_alloc_failed",  # cuDNN and cuBLAS
@@ -116,7 +116,7 @@ class LiveTensors(TorchDispatchMode):
 
 
 def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
-    """Return the most bytes that a call's tensors use at once, not counting inputs and weights (`known`).
+    """Return the peak size of a call's tensors in bytes, not counting inputs and weights (`known`).
 
     The call runs on torch's meta device, which computes nothing, so networks of any size take about a second.
     """
@@ -134,7 +134,7 @@ def on_meta(network: Network) -> Network:
         for tensor in tensors:
             if type(tensor) in (Tensor, nn.Parameter):
                 empty = torch.empty_like(tensor, device="meta")
-            else:  # an 8-bit tensor, which acts as a plain one
+            else:  # an 8-bit tensor, which acts like a plain tensor
                 empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
             memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
         return copy.deepcopy(network, memo)

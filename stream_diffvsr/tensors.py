@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .errors import IncompatibleInputError
 
 SCALE = 4
-"""The upscaling factor: one LQ pixel becomes a square with this side."""
+"""The upscaling factor: one LQ pixel becomes a square of this side length."""
 
 LATENT_MULTIPLE = 4
 """Frames are padded to multiples of this, since the TPM pools 4x4 at latent size too."""

@@ -68,9 +68,9 @@ class Tile:
 def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -> list[Tile]:
     """Cover a picture with tiles of at most `size`, row by row.
 
-    Neighbours overlap by at least `overlap`. Tiles start at multiples of `multiple`, and `size` must also be
-    such a multiple. Weights grow with the squared distance to the tile's edges; they are never 0, even at the
-    edge of the picture.
+    Neighbours overlap by at least `overlap`. Tiles start at multiples of `multiple`, and `size` must be a
+    multiple of it too. Weights grow with the squared distance to the tile's edges; they are never 0, even at
+    the edge of the picture.
     """
     rows, columns = (spans(length, size, overlap, multiple) for length in (height, width))
     return [

@@ -77,10 +77,10 @@ def test_live_begins_anew_where_it_must(pipe) -> None:
     assert torch.equal(again, first) and not torch.equal(followed, first)
     assert info.endswith("new sequence (reset is on)")
     _, info = node.execute(pipe, images[:1, :8], **run)
-    assert info == "frame 1, 16x8 to 64x32; new sequence (another size)"
+    assert info == "frame 1, 16x8 to 64x32; new sequence (different size)"
     workflow = {"workflow": {"id": "another"}}
     _, info = node.execute(pipe, images[:1, :8], extra_pnginfo=workflow, **run)
-    assert info.endswith("new sequence (another workflow)")
+    assert info.endswith("new sequence (different workflow)")
     with pytest.raises(ValueError, match="image must be one picture"):
         node.execute(pipe, images, **run)
 

@@ -60,7 +60,7 @@ def test_a_state_with_its_own_lq() -> None:
 @pytest.mark.parametrize(
     "frame, lq, said",
     [
-        (None, (1, 8, 8, 3), "initial_lq also needs initial_frame"),
+        (None, (1, 8, 8, 3), "initial_lq can only be used together with initial_frame"),
         ((1, 30, 48, 3), None, "48x30"),
         ((2, 32, 48, 3), None, "a batch of 2"),
         ((1, 32, 48, 3), (1, 9, 12, 3), "previous_hq"),

@@ -1,1 +1,1 @@
-"""A web page and a REST API; each job runs the command `upscale` in a separate process."""
+"""A web page and a REST API; each job runs the `upscale` command in a separate process."""

@@ -39,7 +39,7 @@ Body = TypeVar("Body", bound=BaseModel)
 
 
 def json_body(model: type[Body]) -> Callable[[Request], Awaitable[Body]]:
-    """Return a dependency that parses a request of at most BODY_BYTES strictly as JSON for `model`."""
+    """Return a dependency that strictly parses a JSON request of at most BODY_BYTES as `model`."""
 
     async def read(request: Request) -> Body:
         content = b""
@@ -274,7 +274,7 @@ def house_router(settings: Settings, jobs: Jobs) -> APIRouter:
     )
     async def session(request: Request, login: Login = Depends(json_body(Login))) -> Response:  # noqa: B008
         if settings.token and not equal_in_constant_time(login.token, settings.token):
-            raise ProblemError(401, "This is not the right token.")
+            raise ProblemError(401, "The token is incorrect.")
         answer = Response(status_code=204)
         if settings.token:
             secure = request.url.scheme == "https"

@@ -27,11 +27,11 @@ ANY_SIZE = 8
 PATIENCE = 60.0
 """Seconds allowed for inspecting a file."""
 IDLE = 120.0
-"""Idle seconds after which the process that answers questions, which uses half a gigabyte, is killed."""
+"""Seconds of idleness after which the answering process is killed, since it uses half a gigabyte."""
 FRESH = 10.0
 """Seconds for which information about devices and models is reused."""
 STARTING = 300.0
-"""Seconds allowed for starting the answering process: torch may be loaded from a slow disk."""
+"""Seconds allowed for starting the answering process, since torch may be loaded from a slow disk."""
 SIZES = re.compile(r"(?P<factor>[1-8](\.\d{1,3})?)x|(?P<edge>\d{2,5})p")
 SECRETS = ("STREAM_DIFFVSR_TOKEN", "AWS_")
 """Prefixes of environment variables that no child process needs."""
@@ -78,9 +78,7 @@ class Checks:
             self._used = time.monotonic()
             if not line:
                 await self._end()
-                raise ProblemError(
-                    422, "The file could not be inspected, or inspecting it took too long, so it is refused."
-                )
+                raise ProblemError(422, "The file is refused, because inspecting it failed or took too long.")
             return json.loads(line)
 
     async def _started(self) -> asyncio.subprocess.Process:
@@ -129,7 +127,7 @@ def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[st
     model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
     if model is None:
         raise ProblemError(
-            422, f"model: there is no {asked['model']!r} here; GET /api/v1/models lists the available ones."
+            422, f"model: there is no {asked['model']!r} here; GET /api/v1/models lists the available models."
         )
     if not model["here"]:
         if not model["can_download"]:
@@ -173,7 +171,7 @@ def _check_options(options: Mapping[str, Any], model: Mapping[str, Any], about: 
                 f"to the family {family['title']}.",
             )
         raise ProblemError(
-            422, f"options.{name}: there is no such option; GET /api/v1/capabilities lists them."
+            422, f"options.{name}: there is no such option; GET /api/v1/capabilities lists all options."
         )
     schema = {"type": "object", "properties": properties}
     for error in Draft202012Validator(schema).iter_errors(dict(options)):
@@ -197,7 +195,8 @@ def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
         )
     if (facts["seconds"] or 0) > settings.max_seconds:
         raise ProblemError(
-            413, f"{facts['seconds']:.0f} seconds are more than the {settings.max_seconds:g} accepted here."
+            413,
+            f"A length of {facts['seconds']:.0f} seconds exceeds the {settings.max_seconds:g} accepted here.",
         )
 
 

@@ -68,7 +68,7 @@ class Jobs:
         return Task(uuid.uuid4().hex, kind, shown, suffix)
 
     async def submit(self, kind: str, task_id: str, asked: Upscaling) -> Task:
-        """Queue a job; if it cannot work, raise `ProblemError` with the reason."""
+        """Queue a job; if it cannot run, raise `ProblemError` with the reason."""
         request = asked.model_dump()
         _check_texts(request)
         request["size"] = request["size"].lower()
@@ -129,13 +129,13 @@ class Jobs:
     async def _facts(
         self, task: Task, request: Mapping[str, Any], about: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Return the command's facts about the job; they are empty until an S3 source has been downloaded."""
+        """Return the command's facts about the job, which are empty until an S3 source is downloaded."""
         source = self.store.source_of(task)
         if s3.is_url(task.source) and not source.is_file():
             return {}
         if task.source and not s3.is_url(task.source):
             allowed(task.source, self.settings.allow)
-        # The result's own name is not used, so that what is left of an earlier result does not interfere.
+        # The result's own name is not used, so that leftovers of an earlier result do not interfere.
         output = self.store.folder_of(task) / f"check{request['suffix']}"
         if not output.parent.is_dir():
             output = self.store.folder / output.name

@@ -24,7 +24,7 @@ class Problem(BaseModel):
     title: str = Field(examples=["Unprocessable Content"])
     status: int = Field(examples=[422])
     detail: str = Field(
-        examples=["model: there is no 'v9' here; GET /api/v1/models lists the available ones."]
+        examples=["model: there is no 'v9' here; GET /api/v1/models lists the available models."]
     )
 
 

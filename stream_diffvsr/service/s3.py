@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 URL = re.compile(r"s3://(?P<bucket>[a-z0-9][a-z0-9.-]{1,61}[a-z0-9])/(?P<key>[^\x00-\x1f]{1,1024})")
 TRIES, PAUSE = 3, 2.0
-"""The most attempts at a transfer, and the first pause in seconds, which doubles after each attempt."""
+"""How many times to try a transfer, and the first pause in seconds; the pause doubles each time."""
 CHUNK = 8 * 2**20
 
 

@@ -21,7 +21,8 @@ def serve(
 ) -> Response:
     """Return a file, or the requested part of it, for browsers to save as `name`; `kind` is its media type.
 
-    Raise `ProblemError` if it does not exist. If it is replaced meanwhile, the old one is still sent in full.
+    Raise `ProblemError` if it does not exist. If it is replaced while it is being sent, the old version is
+    still sent in full.
     """
     try:
         stat = path.stat()

@@ -12,7 +12,7 @@ from ..errors import IncompatibleInputError
 from ..options import check_options, option, rules
 
 PREFIX = "STREAM_DIFFVSR_"
-"""The prefix of the environment variables, which is followed by the option's name in capitals."""
+"""Each environment variable is named with this prefix and the option's name in capitals."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GIGABYTE = 10**9
 
@@ -26,7 +26,7 @@ def parse_folders(text: str) -> tuple[Path, ...]:
 class Settings:
     """The settings of a server; invalid values raise `IncompatibleInputError`."""
 
-    host: str = option("127.0.0.1", "Address to listen on. Any that other machines can reach needs --token.")
+    host: str = option("127.0.0.1", "Address to listen on; if other machines can reach it, set --token.")
     port: int = option(8000, "Port to listen on; 0 means any free port.", low=0, high=65535)
     root: Path = option(
         Path("stream-diffvsr-service"),
@@ -36,8 +36,8 @@ class Settings:
     )
     token: str = option(
         "",
-        "Password that every request must carry; the page asks for it. It is safer in the environment "
-        "than on the command line.",
+        "Password that every request must carry; the page asks for it. An environment variable is "
+        "safer than the command line.",
     )
     allow: tuple[Path, ...] = option(
         (),
@@ -55,16 +55,19 @@ class Settings:
     max_gigabytes: float = option(20.0, "Largest file accepted, in GB (10^9 bytes).", low=0.001)
     max_pixels: int = option(
         8192 * 4320,
-        "Most pixels allowed in an input frame; an output frame may have 8 times as many.",
+        "Maximum number of pixels in an input frame; an output frame may have 8 times as many.",
         low=64,
     )
     max_seconds: float = option(6 * 3600.0, "Longest video accepted, in seconds.", low=0.1)
-    max_waiting: int = option(1000, "Most jobs allowed in the queue.", low=1)
+    max_waiting: int = option(1000, "Maximum number of jobs in the queue.", low=1)
     keep_days: float = option(
         0.0, "Days after which finished jobs and unused uploads are deleted; 0 means never.", low=0
     )
     tries: int = option(
-        3, "How often a job may crash without progress before it is marked as failed.", low=1, expert=True
+        3,
+        "How many times a job may crash without progress before it is marked as failed.",
+        low=1,
+        expert=True,
     )
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ class Task:
     done: int = 0
     total: int | None = None
     deaths: int = 0
-    """How often the process has died since it last made progress."""
+    """How many times the process has died since it last made progress."""
     created: float = 0.0
     queued: float = 0.0
     ended: float = 0.0
@@ -54,7 +54,7 @@ AS_JSON = ("request", "facts")
 
 
 class Store:
-    """The tasks of one root folder. Every change is on the disk when the call returns."""
+    """The tasks of one root folder. Every change is on disk when the call returns."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "tasks"

@@ -25,7 +25,7 @@ class Upload:
     def __init__(self, target: Path, max_bytes: int) -> None:
         self.target, self.max_bytes = target, max_bytes
         self.name: str | None = None
-        """The file name that the sender gave; None until it has arrived."""
+        """The file name sent by the client; None until it has arrived."""
         self.size = 0
         self._wanted = self._whole = False
         self._key = self._value = b""
@@ -101,7 +101,7 @@ class Upload:
             return
         self.size += end - start
         if self.size > self.max_bytes:
-            raise ProblemError(413, f"The file is larger than the {self.max_bytes / 1e9:g} GB taken here.")
+            raise ProblemError(413, f"The file is larger than the {self.max_bytes / 1e9:g} GB accepted here.")
         self._file.write(data[start:end])
 
     def _part_end(self) -> None:

@@ -1,4 +1,4 @@
-"""Workers that run the jobs, with one process of the command per device, restarted after crashes."""
+"""Workers that run the jobs, with one `upscale` process per device, restarted after a crash."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .store import RUNNING, WAITING, Store, Task
 log = logging.getLogger(__name__)
 
 GRACE = 20.0
-"""Seconds that a process has to put together its finished part after it is asked to stop."""
+"""Seconds that a process has to assemble its finished part after being asked to stop."""
 PAUSE = 2.0
 """Seconds before a crashed job is tried again."""
 LAST_LINES = 5

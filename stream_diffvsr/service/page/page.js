@@ -188,7 +188,7 @@ function optionControl(name, rule) {
   const control = make("input", { type: number ? "number" : "text", value: rule.default ?? "", placeholder: "default" });
   if (number) {
     control.step = types.includes("integer") ? 1 : "any";
-    // Browsers cannot represent all larger whole numbers.
+    // Above this limit, browsers cannot represent every whole number.
     if (Math.abs(rule.minimum) < 2 ** 53) control.min = rule.minimum;
     if (Math.abs(rule.maximum) < 2 ** 53) control.max = rule.maximum;
   }
@@ -270,8 +270,8 @@ function jobForm(kind, viewer) {
     field("Model", model, "nano is small and comes with the service; the other models are downloaded when they are first used."),
     field("Quality", preset), field("Size", size), field("Format", format),
     elsewhere.length ? make("details", {}, make("summary", {}, "Other sources and targets"),
-      field("Source", source, `To use instead of a file: ${elsewhere.join(" or ")}.`),
-      capabilities.s3 ? field("Target", target, "The result is also uploaded to this address. You can always download it here.") : null) : null,
+      field("Source", source, `Enter ${elsewhere.join(" or ")} instead of choosing a file.`),
+      capabilities.s3 ? field("Target", target, "The result is also uploaded to this address. You can still download it on this page.") : null) : null,
     own, start, sent);
   form.onsubmit = async (event) => {
     event.preventDefault();
@@ -449,7 +449,7 @@ async function showCompare() {
   const panel = byId("compare");
   try {
     const done = (await allTasks()).filter((task) => task.status === "finished");
-    if (!done.length) return panel.replaceChildren(make("p", { className: "empty" }, "When a job is finished, its source and its result can be compared here."));
+    if (!done.length) return panel.replaceChildren(make("p", { className: "empty" }, "When a job has finished, you can compare its source and result here."));
     const pick = choice(done.map((task) => [task.task_id, task.name]));
     pick.value = compareTask && done.some((task) => task.task_id === compareTask.task_id) ? compareTask.task_id : done[0].task_id;
     const place = make("div");
@@ -485,8 +485,8 @@ function sideBySide(task) {
   after.onloadedmetadata = () => { time.max = after.duration; };
   after.ontimeupdate = () => { time.value = after.currentTime; together(); };
   time.oninput = () => { before.currentTime = after.currentTime = Number(time.value); };
-  before.onerror = () => { problem.textContent = "This browser cannot play the source; the result is shown alone."; };
-  after.onerror = () => { problem.textContent = "This browser cannot play the result: download it."; };
+  before.onerror = () => { problem.textContent = "This browser cannot play the source; only the result is shown."; };
+  after.onerror = () => { problem.textContent = "This browser cannot play the result: download it instead."; };
   return make("div", {}, comparison(before, after), make("div", { className: "row" }, play), time, problem);
 }
 
