@@ -36,7 +36,7 @@ MODEL_KEY = "streamdiffvsr"
 
 
 def comfy_module(module: str) -> Any:
-    """Import a module of ComfyUI; return None if the pack runs without it."""
+    """Import a ComfyUI module; return None if the pack runs without ComfyUI."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:

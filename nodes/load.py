@@ -209,5 +209,5 @@ def shared_pipe(
         folders = [str(folder) for folder in host.model_folders()]
         model = {"source": located(source), "dtype": str(dtype).removeprefix("torch."), "flow": flow}
         remember(pipe, Known(source, {**model, "extra_folders": folders}))
-        _open[(source_identity(source), *settings)] = pipe  # the identity changes with a download
+        _open[(source_identity(source), *settings)] = pipe  # a download changes the identity
     return pipe

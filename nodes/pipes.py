@@ -1,4 +1,4 @@
-"""Records of how each pipe was opened, and which settings later nodes added to it."""
+"""Records of how each pipe was opened and of the settings that later nodes added to it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def how_made(pipe: Upscaler) -> Known:
 
 
 def memory_plan(how: Provenance | None) -> str:
-    """Describe, for display on the node, what is computed in parts, or return '' if nothing is."""
+    """Return a line for the node that names what is computed in parts, or '' if nothing is."""
     return f"memory plan: {how.parts}" if how and how.parts else ""
 
 

@@ -27,7 +27,7 @@ PRESET: Widget = (
     [AS_SETTINGS, *PRESETS],
     {
         "default": AS_SETTINGS,
-        "tooltip": f"settings: as set in the Settings node, or exact without one. {PRESET_HELP}",
+        "tooltip": f"settings: as set in the Settings node, or exact if none is linked. {PRESET_HELP}",
         "advanced": True,
     },
 )

@@ -92,8 +92,8 @@ class SaveState:
     """Writes a state to a numbered file in the output folder."""
 
     DESCRIPTION = (
-        "Saves a state to a numbered file in the output folder, so that the sequence can continue another "
-        "day, bit for bit."
+        "Saves a state to a numbered file in the output folder, so that the sequence can continue "
+        "another day with the same result, bit for bit."
     )
     SEARCH_ALIASES: ClassVar = ["save video state", "checkpoint state", "resume later"]
     CATEGORY = ADVANCED

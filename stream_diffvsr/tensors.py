@@ -53,7 +53,7 @@ def padded_size(height: int, width: int, multiple: int = LATENT_MULTIPLE) -> tup
 
 
 def pad_to(x: Tensor, height: int, width: int) -> Tensor:
-    """Extend (1, C, H, W) at the right and the bottom by repeating its last column and row."""
+    """Extend (1, C, H, W) on the right and at the bottom by repeating its last column and row."""
     down, right = height - x.shape[-2], width - x.shape[-1]
     return F.pad(x, (0, right, 0, down), mode="replicate") if down or right else x
 

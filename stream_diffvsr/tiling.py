@@ -96,7 +96,7 @@ def feather(parts: list[slice], length: int) -> list[Tensor]:
     far = torch.full_like(position, length)
     weights = torch.zeros(len(parts), length)
     for index, part in enumerate(parts):
-        # Only edges inside the picture fade; in an overlap, the distances to the spans' ends set the weights.
+        # Only edges inside the picture fade; in an overlap, weights depend on the distances to span ends.
         before = position - part.start if index else far
         behind = part.stop - position if index + 1 < len(parts) else far
         # Squared, since a tile has little context near its edge and should have little weight there.

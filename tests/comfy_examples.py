@@ -210,7 +210,7 @@ TABLE = {
     ),
     "resume_state": Example(
         "## Continue from a saved state\n\nRun *save_state* first and reload the page, so that "
-        "its file is in the list. Frames 8 to 15 then follow frame 7, bit for bit as if the run had "
+        "its file appears in the list. Frames 8 to 15 then follow frame 7, bit for bit as if the run had "
         "never stopped.",
         (
             (CLIP,),
@@ -346,7 +346,7 @@ TABLE = {
     "live_webcam": Example(
         "## A camera, frame by frame\n\nSet the queue to run **on change** or **instantly**, "
         "and press Run. Each run takes a picture and upscales it, guided by the previous "
-        "run.\n\nThe camera's picture is first reduced to a width of 160, so that a CPU can keep "
+        "run's frame.\n\nThe camera's picture is first reduced to a width of 160, so that a CPU can keep "
         "up; a GPU can handle more.",
         (
             (N("camera", "WebcamCapture", {"width": 160, "height": 120}), loader()),

@@ -1,4 +1,4 @@
-"""Checks of every request's sender and origin, and headers that restrict browsers."""
+"""Checks of every request's sender and origin, and headers that restrict what browsers may do."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Guard:
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _foreign(headers, host):
             return 403, "Requests from other sites' pages are refused."
         if self.settings.token and path.startswith(API) and path not in OPEN and not self._known(headers):
-            return 401, "This server requires its token: send the header 'Authorization: Bearer TOKEN'."
+            return 401, "This server requires a token: send the header 'Authorization: Bearer TOKEN'."
         return None
 
     def _known(self, headers: Mapping[str, str]) -> bool:

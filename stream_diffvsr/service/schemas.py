@@ -121,7 +121,7 @@ class Capabilities(BaseModel):
         description="Endings of image files; any other file is treated as a video."
     )
     formats: dict[str, list[str]] = Field(description="Possible endings of results.")
-    job: dict[str, Any] = Field(description="JSON schema of the options of a job, and how to display them.")
+    job: dict[str, Any] = Field(description="JSON schema of a job's options, and how to display them.")
     loader: dict[str, Any] = Field(description="The same for the options that load the model.")
     families: dict[str, Any] = Field(description="The same for each family, with its presets.")
 
