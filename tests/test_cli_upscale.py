@@ -142,7 +142,7 @@ def test_unreadable_by_a_failing_system(command, tmp_path: Path, monkeypatch) ->
         (["--pix-fmt", "nonsense"], "use one of"),
         (["--target", "101x51"], "even sides"),
         (["--pre-scale", "0.1"], "too small"),
-        (["--start", "100"], "no frame in the requested span"),
+        (["--start", "100"], "no frames in the requested span"),
         (["--stream", "5"], "no video stream 5"),
         (["--scene-cut", "{folder}/missing.csv"], "cannot be read"),
         (["--scene-cut", "300"], "from 0 to 255"),

@@ -71,4 +71,4 @@ def test_the_scenes_are_those_that_a_run_finds(folder, checkpoint, tmp_path, cap
     assert upscale(checkpoint, folder / "a.mp4", "-o", tmp_path / "out.mkv", "--cuts-out", lists[1]) == 0
     assert lists[0].read_text() == lists[1].read_text()
     assert main(["scenes", str(folder / "a.mp4"), "--start", "90"]) == 2
-    assert "no frame between --start and --end" in capsys.readouterr().err
+    assert "no frames between --start and --end" in capsys.readouterr().err

@@ -90,7 +90,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(
     for name in ("log.csv", "measures.csv"):
         rows = [(tmp_path / each / name).read_text().count("\n") for each in ("whole", "stopped")]
         assert rows[0] == rows[1]
-    with pytest.raises(IncompatibleInputError, match="seed 1 instead of 0"):
+    with pytest.raises(IncompatibleInputError, match="seed was 0 and is now 1"):
         begin(guided, footage, tmp_path / "stopped", steps=3, every=2, seed=1).resume(resumed.state_file)
 
 

@@ -379,7 +379,7 @@ def test_machines_with_equal_packages() -> None:
         "threads": 1,
         "info": {"model": "m"},
     }
-    with pytest.raises(VideoError, match="a has torch 2, but b has 3: all workers must have the same"):
+    with pytest.raises(VideoError, match="a has torch 2, but b has 3: all workers must match"):
         check_same({"1": facts, "2": {**facts, "machine": "b", "torch": "3"}})
     check_same({"1": facts, "2": {**facts, "machine": "b"}})
 

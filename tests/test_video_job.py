@@ -132,8 +132,8 @@ def test_a_state_joins_two_jobs_exactly(source, guided, tmp_path) -> None:
     ("change", "said"),
     [
         ({"crf": 30}, "crf"),
-        ({"options": UpscaleOptions(num_inference_steps=1, seed=5)}, "seed was 0, is now 5"),
-        ({"segment_frames": 4}, "segment was 3, is now 4"),
+        ({"options": UpscaleOptions(num_inference_steps=1, seed=5)}, "seed was 0 and is now 5"),
+        ({"segment_frames": 4}, "segment was 3 and is now 4"),
         ({"scene_cut": "off"}, "scene cuts"),
     ],
 )

@@ -25,7 +25,7 @@ from ..tensors import upsample
 from ..upscaler import Session, Upscaler
 
 STAGES = {"flow": "flow", "controlnet": "control", "unet": "denoise", "vae": "decode"}
-"""Stage names for Stream-DiffVSR's networks; other networks keep their names. Remaining time is `rest`."""
+"""Stage names for Stream-DiffVSR's networks; other networks keep their names. All other time is `rest`."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ def measure(
     """Upscale a moving picture: two frames to warm up, then `frames` frames that are measured.
 
     With `plain`, both pipelines upscale each frame in alternating order, and the ratio is computed for each
-    pair, so it remains valid even if the machine's speed drifts. The plain pipeline is eager, exact and in
-    float32, whatever the settings of `pipe`.
+    pair, so it remains valid even if the machine's speed drifts. The plain pipeline runs eagerly, exactly and
+    in float32, whatever the settings of `pipe`.
     """
     lqs = moving_picture(frames + 2, height, width)
     clock = Clock(pipe.device)
@@ -176,7 +176,7 @@ def _time_pair(
     options: UpscaleOptions,
     ours_first: bool,
 ) -> tuple[float, float, StreamDiffVSRState]:
-    """Run a frame with both; return our time, the plain time (NaN without `plain`), and our new state."""
+    """Run a frame with both pipelines; return our time, the plain time (NaN if not run), and our new state."""
     theirs, reference = math.nan, UpscaleOptions(num_inference_steps=options.num_inference_steps)
     if plain is not None and not ours_first:
         theirs, _ = _time(clock, plain, lq, _unsettled(state), reference)
@@ -231,7 +231,7 @@ def _operations(model: Upscaler, call: Callable[[], object]) -> dict[str, float]
 
 
 def _of_packed(x: list[int], weight: list[int], *_: Any, **__: Any) -> int:
-    """Return the operations of a packed linear layer, from the shapes of its inputs."""
+    """Return the number of operations in a packed linear layer, from the shapes of its inputs."""
     return 2 * math.prod(x) * weight[0]
 
 

@@ -96,7 +96,7 @@ def open_measured(
 
 
 def open_diffvsr(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
-    """Call `open_measured`, and raise `IncompatibleInputError` for a model that is not Stream-DiffVSR."""
+    """Call `open_measured`, and raise `IncompatibleInputError` for a model of any other family."""
     pipe = open_measured(model, device, dtype, flow)
     if not isinstance(pipe, StreamDiffVSRPipeline):
         raise IncompatibleInputError(f"this needs a Stream-DiffVSR model, not {model}")
@@ -121,7 +121,7 @@ def _random_wan(model: str, device: torch.device, dtype: torch.dtype, blocks: in
 
 
 def random_network(name: str, config: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """Build a checkpoint's network with random weights of typical size, in seconds even if it is large."""
+    """Build a checkpoint's network with random weights of typical magnitude; this takes only seconds."""
     return randomized(empty(lambda: from_config(name, config)), device, dtype)
 
 
@@ -166,7 +166,7 @@ class PlainControl(Control):
 
 
 def reference_way(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """Return a pipeline that runs the same weights as the reference does, in float32 without precomputing."""
+    """Return a pipeline that runs the same weights as the reference does: in float32, precomputing nothing."""
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     for network in stages.values():
         network.float()

@@ -31,7 +31,7 @@ BUNDLED_MODEL = Candidate("nano", NANO, "diffvsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "Folders to search first for models and unfinished work."
+    words = "Folders to search for models, before all others, and for unfinished work."
     parser.add_argument("folder", nargs="*", type=Path, help=words)
 
 
@@ -63,7 +63,7 @@ def packages() -> Iterator[str]:
 
 
 def devices() -> Iterator[str]:
-    """Yield each device with the number format that 'auto' selects on it; mark the device 'auto' selects."""
+    """Yield each device with the number format that 'auto' selects on it; mark the one that 'auto' uses."""
     chosen = resolve_device("auto")
     for name in available():
         device = resolve_device(name)
@@ -132,7 +132,7 @@ def raft(name: str, folders: list[Path]) -> str:
 
 
 def searched(folders: list[Path]) -> Iterator[str]:
-    """Yield the folders that were searched, in order, and the folder in which small files are kept."""
+    """Yield the folders that were searched, in order, and the folder in which small files are cached."""
     for folder in models_folders(folders):
         yield f"searched {folder}{'' if folder.is_dir() else ' (does not exist)'}"
     yield f"cache {user_cache()}"

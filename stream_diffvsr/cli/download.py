@@ -1,4 +1,4 @@
-"""Download released weights, or only the missing files."""
+"""Download released weights, or only those files that are missing."""
 
 from __future__ import annotations
 

@@ -38,22 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="Distribute scenes in a Ray cluster: auto for the cluster to which this machine belongs, "
+        help="Distribute scenes across a Ray cluster: auto for the cluster to which this machine belongs, "
         "HOST:PORT, or ray://HOST:PORT.",
     )
     group.add_argument(
         "--split-scenes",
         type=positive,
         metavar="N",
-        help="With several workers, cut longer scenes into parts of N frames. The result is not exact: see "
-        "--warm-up.",
+        help="With several workers, cut scenes of more than N frames into parts of N frames. The result is "
+        "not exact: see --warm-up.",
     )
     group.add_argument(
         "--warm-up",
         type=int,
         default=8,
         metavar="K",
-        help="Start each of these parts K frames early and discard those frames. Default: 8.",
+        help="Start each part of a split scene K frames early, and discard those frames. Default: 8.",
     )
 
 
@@ -128,7 +128,7 @@ class Results:
         try:
             job = make()
             if not self.single and not job.overwrite and job.output.exists() and not begun(job):
-                log.info("%s exists: skipped", job.output)
+                log.info("%s exists, so this input is skipped", job.output)
                 return None
             return job
         except StreamDiffVSRError as error:

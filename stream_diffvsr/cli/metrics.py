@@ -15,13 +15,13 @@ from ..errors import VideoError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", type=Path, help="The result: a video, or a folder of pictures.")
-    parser.add_argument("truth", type=Path, help="The original in full quality.")
+    parser.add_argument("truth", type=Path, help="The original at full quality.")
     parser.add_argument(
         "--border", type=int, default=0, help="Ignore this many pixels at each edge. Default: 0."
     )
     parser.add_argument("--frames", type=int, help="Compare at most this many frames.")
     parser.add_argument("--csv", type=Path, help="Write the figures of each frame to this CSV file.")
-    parser.add_argument("--plot", type=Path, help="Plot the figures in this PNG file.")
+    parser.add_argument("--plot", type=Path, help="Write a plot of the figures to this PNG file.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     pairs = measure(islice(matched(args.result, args.truth), args.frames), args.border)
     measured = list(tqdm(pairs, unit="frame", file=sys.stderr, disable=None))
     if not measured:
-        raise VideoError(f"{args.result} and {args.truth} have no frame in common.")
+        raise VideoError(f"{args.result} and {args.truth} have no frames in common.")
     print(summary(measured))
     print(protocol(args.border), file=sys.stderr)
     if args.csv:
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def matched(result: Path, truth: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pairs of frames, (1, 3, H, W) in [0, 1], until one video ends; report which is longer."""
+    """Yield pairs of frames, (1, 3, H, W) in [0, 1], until one video ends; report which one is longer."""
     from ..media.read import Span, open_source
 
     sources = [open_source(path).frames(Span()) for path in (result, truth)]

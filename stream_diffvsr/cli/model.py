@@ -1,4 +1,4 @@
-"""The options that select a model and determine how it runs, which the subcommands share."""
+"""The subcommands' shared options, which select a model and determine how it runs."""
 
 from __future__ import annotations
 

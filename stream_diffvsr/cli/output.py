@@ -26,7 +26,7 @@ PROGRESS = ("bar", "json", "none")
 
 
 def fail(args: argparse.Namespace, message: str, code: int) -> int:
-    """Print an error in one line, after its traceback if --debug is set; return the exit code."""
+    """Print an error on one line, after its traceback if --debug is set; return the exit code."""
     if args.debug:
         logging.exception(message)
     print(f"stream-diffvsr: {' '.join(message.split())}", file=sys.stderr)
@@ -82,7 +82,7 @@ def _json_lines(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
 
 @contextmanager
 def download_bar(progress: str = "bar") -> Generator[OnProgress, None, None]:
-    """Show a download's bytes, including those from earlier runs; the bar appears once the size is known."""
+    """Show the bytes downloaded, including those of earlier runs; the bar appears once the size is known."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         count = end - scene.first
         print(f"{scene.first} to {end - 1}: {count} frame{'' if count == 1 else 's'}", flush=True)
     if not found:
-        raise VideoError(f"{job.source} has no frame between --start and --end.")
+        raise VideoError(f"{job.source} has no frames between --start and --end.")
     if job.cuts_out is not None and found[-1].end is not None:
         write_list(job.cuts_out, found[0].first, found[-1].end - 1, [scene.first for scene in found[1:]])
     return 0

@@ -24,7 +24,7 @@ from ..training.loop import Run, window
 from ..training.options import TrainOptions
 from ..training.report import stack_rows, write_picture
 
-LICENCE = "The base's licence also covers works derived from it, and you need the rights to the clips."
+LICENCE = "The base model's licence also covers works derived from it; you also need the rights to the clips."
 MEGABYTE = 2**20
 
 
@@ -33,14 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clips",
         nargs="+",
         type=Path,
-        help="Videos or folders of pictures in good quality, or folders that contain several of them.",
+        help="Videos or folders of pictures of good quality, or folders that contain several of these.",
     )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
-        help="Name of the result. Default: the first clip's name with _lora.safetensors, or with _full "
-        "for a folder.",
+        help="Name of the result. Default: the first clip's name, followed by _lora.safetensors or, with "
+        "--what full, by _full.",
     )
     parser.add_argument(
         "--base", default="nano", help="nano, v1, mix, or a Stream-DiffVSR folder. Default: nano."
@@ -84,7 +84,7 @@ def print_note(line: str) -> None:
 
 
 def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
-    """Write a picture of four sequences, each with its true frame next to the enlarged model's input."""
+    """Write a picture of four sequences, each as a true frame next to the model's input, enlarged."""
     rows = []
     for index in range(4):
         lqs, truths = window(footage, recipe, options, np.random.default_rng((options.seed, 2, index)))
@@ -149,7 +149,7 @@ def train(
 
 
 def tell_costs(run: Run) -> None:
-    """Print the memory, disk space and time that the run needs, from a trial step that changes nothing.
+    """Print the memory, disk space and time that the run needs, measured in a trial that changes nothing.
 
     With --minutes, also set the number of steps.
     """
@@ -168,7 +168,7 @@ def tell_costs(run: Run) -> None:
     if files > free:
         raise IncompatibleInputError(
             f"the run needs {files // MEGABYTE} MB of disk space next to the output, but "
-            f"{free // MEGABYTE} MB are free"
+            f"only {free // MEGABYTE} MB are free"
         )
     if options.minutes is not None and run.step == 0:
         run.agree_on(max(1, min(options.steps, int(60 * options.minutes / seconds))))
@@ -182,7 +182,7 @@ def tell_costs(run: Run) -> None:
 
 
 def memory_used(device: torch.device) -> int:
-    """Return the peak bytes allocated on a GPU so far; on other devices, the memory of this process."""
+    """Return the peak bytes allocated on a GPU so far; on other devices, the memory this process uses."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

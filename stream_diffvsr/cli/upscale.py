@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
-    """Upscale one input in this process, or print its plan; the job was checked without opening a model."""
+    """Upscale one input in this process, or print its plan; the job has already been checked."""
     if args.plan:
         for line in plan_lines(args, prepared):
             print(line, flush=True)
@@ -122,7 +122,7 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Return facts about a job with one input, as known without its model. Raises the same errors as `run`.
+    """Return what is known about a job with one input without its model. Raises the same errors as `run`.
 
     Sizes are (width, height) in pixels; `seconds` and `frames` are None if the file does not state them.
     """
@@ -161,7 +161,7 @@ def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
     job, frames, size = prepared.job, prepared.total, prepared.size
     first = next(prepared.source.frames(job.span), None)
     if first is None:
-        raise VideoError(f"{job.source} has no frame between --start and --end.")
+        raise VideoError(f"{job.source} has no frames between --start and --end.")
     if resolve(args.model) is None:
         yield from plan_without_weights(args, job, size, frames)
         return
@@ -215,9 +215,9 @@ def make_job(args: argparse.Namespace, source: Path, output: Path) -> VideoJob:
 
 
 def default_output(args: argparse.Namespace, source: Path) -> Path:
-    """Return the default output: `<stem>_4x`, or the requested size instead of 4x, next to the input.
+    """Return the default output, next to the input: `<stem>_4x`, with any requested size in place of 4x.
 
-    The output has the format of the input if that can be written.
+    The output has the format of the input if that format can be written.
     """
     asked, source = given_options(args, VideoJob), source.absolute()
     if asked.get("target"):

@@ -1,1 +1,1 @@
-"""Jobs, which upscale one file or many from source to result."""
+"""Jobs that upscale one or more files, from source to result."""

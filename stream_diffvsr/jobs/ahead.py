@@ -38,8 +38,8 @@ def find_scenes(
 ) -> Iterator[Scene]:
     """Yield each scene as soon as its end is known; a run in one process finds the same scenes.
 
-    `state` names the file with the state from which the first scene continues. If `told` is set, a job
-    without cut detection yields its single scene without reading frames, and that scene's end may be None.
+    `state` names the file that contains the state from which the first scene continues. If `told` is set, the
+    single scene of a job without cut detection is yielded without reading frames; its end may then be None.
     """
     job, source, split = prepared.job, prepared.source, split or Split()
     if told and not split.frames and _is_one_scene(prepared) and isinstance(job.start, int):
@@ -93,7 +93,7 @@ def _cut(prepared: Prepared, index: int, before: Seen, now: Seen) -> bool:
 
 
 def _is_one_scene(prepared: Prepared) -> bool:
-    """Whether the job is one scene, whatever its frames show; in a folder, a new size begins a scene."""
+    """Whether the job is one scene, whatever its frames show; in a folder, each new size begins a scene."""
     return prepared.cut_rule == NO_CUTS and not isinstance(prepared.source, FolderSource)
 
 

@@ -67,7 +67,7 @@ def parse_devices(text: str) -> Devices:
     names = tuple(f"cuda:{part}" if part.isdecimal() else part for part in text.replace(" ", "").split(","))
     if not all(name.startswith("cuda:") for name in names) or len(set(names)) < len(names):
         raise IncompatibleInputError(
-            f"devices must be all, cuda:0,cuda:1, 0,1, cpu:2, or a similar list, not {text!r}"
+            f"devices must be all, cuda:0,cuda:1 or 0,1 (or a similar list), or cpu:2, not {text!r}"
         )
     for name in names:
         resolve_device(name)
@@ -99,7 +99,7 @@ class FarModel:
         self._ask = ask
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Return how the model makes frames of an LQ size (height, width)."""
+        """Return how the model makes frames from an LQ input of this size (height, width)."""
         found = self._ask("provenance", size, None if options is None else asdict(options))
         return Provenance.from_texts(_checked(found)["made"])
 
@@ -113,7 +113,7 @@ class RayPool:
         self.ray, self.threads, self.on_wait = ray, threads, on_wait
         self.actors = dict(actors)
         self.flying: dict[Any, tuple[str, str]] = {}
-        """The (scene, worker) to which each pending result belongs."""
+        """The (scene, worker) pair to which each pending result belongs."""
         self.asked: dict[str, Any] = {}
         self.frames: dict[str, int] = {}
         self.looked = 0.0
@@ -191,7 +191,7 @@ class RayPool:
         """Drop a lost worker; another worker will redo its scene."""
         actor = self.actors.pop(worker, None)
         if actor is not None:
-            log.warning("%s is lost (%s); %d remaining", worker, why, len(self.actors))
+            log.warning("%s is lost (%s); %d workers remain", worker, why, len(self.actors))
             self.asked.pop(worker, None)
             self.ray.kill(actor, no_restart=True)
 
@@ -237,7 +237,7 @@ def check_same(facts: Mapping[str, Mapping[str, Any]]) -> None:
                 a, b = (each[key] if key != "info" else each[key]["model"][:12] for each in (first, other))
                 raise VideoError(
                     f"{first['machine']} has {what} {a}, but {other['machine']} has {b}: "
-                    "all workers must have the same."
+                    "all workers must match."
                 )
 
 
@@ -263,10 +263,10 @@ def workers(
     threads: int = 0,
     on_wait: Callable[[], object] = lambda: None,
 ) -> Generator[RayPool]:
-    """Yield a pool of workers that end with the block; `model` contains the arguments for `load_pipeline`.
+    """Yield a pool of workers, which end with the block; `model` contains the arguments for `load_pipeline`.
 
     `address` is the address of a cluster, or None to start workers on this machine. `on_wait` is called every
-    half second while waiting for all workers, for example at their start, and may raise an exception to
+    half second while waiting for all workers, for example as they start, and may raise an exception to
     cancel. Raises `VideoError` if no cluster answers or its workers differ, and `IncompatibleInputError` if
     the package ray is missing.
     """
@@ -321,7 +321,7 @@ def _start_here(ray: Any, devices: Devices) -> None:
             if last or "timed out" not in str(error):
                 raise VideoError(
                     f"Ray does not start on this machine: {_first_line(error).rstrip('.')}. "
-                    "Fix this, or use a single device."
+                    "Fix the cause, or use a single device."
                 ) from error
 
 
@@ -344,7 +344,7 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nothing listens at the address, because Ray itself would end this process."""
+    """Raise `OSError` if nothing listens at the address; Ray itself would end this process instead."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

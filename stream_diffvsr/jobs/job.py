@@ -55,7 +55,7 @@ class VideoJob:
     source: Path
     """A video, an animated GIF, WebP or PNG, a picture, or a folder of pictures."""
     output: Path
-    """A file (.mp4, .mov, .mkv or .webm; for one picture, a picture's suffix), or a folder of pictures."""
+    """A file (.mp4, .mov, .mkv or .webm, or a picture if the source is one), or a folder of pictures."""
     options: Any = None
     """Options of the model's family; None for its defaults."""
     model_scale: float = SCALE
@@ -277,7 +277,7 @@ class JobProgress:
     done: int
     """Number of frames done, including those from earlier runs."""
     total: int | None
-    """Number of frames of the job; None if unknown."""
+    """Number of frames in the job; None if unknown."""
     fps: float
     """Frames per second, over the last few frames of this run."""
     segment: int
@@ -323,7 +323,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class FrameTime:
-    """Index and times of a frame, kept until its segment is finished; times are in ticks of the source."""
+    """Index and times of a frame, kept until its segment is finished; times are in the source's ticks."""
 
     index: int
     start: int

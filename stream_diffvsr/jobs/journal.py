@@ -85,7 +85,7 @@ class Journal:
     first: int = -1
     """Index in the source of the job's first frame; -1 if not known yet."""
     segment_frames: int = 0
-    """Number of frames per segment, for a job that does not set it; 0 if not known yet."""
+    """Number of frames per segment, if the job does not set it; 0 if not known yet."""
     scenes: Sequence[Mapping[str, Any]] = ()
     """All scenes of the job, if they were found before rendering; see `scenes.Scene.to_json`."""
     partial: int = -1
@@ -93,7 +93,7 @@ class Journal:
     finished: int = -1
     """Size in bytes of the finished output, set before it is renamed into place; -1 if not finished."""
     segments: tuple[Segment, ...] = ()
-    """Finished segments, sorted by first frame; there may be gaps, because they are finished in any order."""
+    """Finished segments, sorted by first frame; as segments may finish in any order, there may be gaps."""
 
     @property
     def frames(self) -> int:
@@ -257,7 +257,7 @@ class WorkFolder:
         return segment if there else replace(segment, state="")
 
     def token(self) -> str:
-        """Return the lock holder's process ID, by which other machines recognise the folder, or ''."""
+        """Return the lock holder's process ID, by which other machines know the folder; '' if unknown."""
         owner = self.folder / OWNER
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 
@@ -336,7 +336,7 @@ def work_state(folder: Path) -> str | None:
 
 
 def changed_settings(before: Journal, now: Journal) -> list[str]:
-    """Return the changes that prevent continuing, such as 'seed was 0, is now 1'."""
+    """Return the changes that prevent continuing, such as 'seed was 0 and is now 1'."""
     pairs = {
         "source": (before.source, now.source),
         "": (before.settings, now.settings),
@@ -345,7 +345,7 @@ def changed_settings(before: Journal, now: Journal) -> list[str]:
     for kind, (old, new) in pairs.items():
         for key in sorted({*old, *new}):
             if old.get(key) != new.get(key):
-                found.append(f"{kind} {key} was {old.get(key)}, is now {new.get(key)}".strip())
+                found.append(f"{kind} {key} was {old.get(key)} and is now {new.get(key)}".strip())
     return found
 
 
@@ -361,6 +361,7 @@ def continue_from(before: Journal, now: Journal, folder: Path) -> Journal:
         )
     if before.versions != now.versions:
         log.warning(
-            "not an exact continuation: the versions were %s, and are now %s", before.versions, now.versions
+            "this is not an exact continuation: the versions were %s and are now %s",
+            *(before.versions, now.versions),
         )
     return before

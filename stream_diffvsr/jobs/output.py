@@ -1,4 +1,4 @@
-"""The output files of a job: joining is tested before the first frame, and complete files are renamed."""
+"""The output files of a job: joining is tested before the first frame; files are renamed when complete."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Output:
         self.prepared, self.folder = prepared, folder
         self.sides: list[Side] = []
         self.words = True
-        """Whether to copy chapters, metadata, covers and attached files; False once they are refused."""
+        """Whether to copy chapters, metadata, covers and attached files; False once these are refused."""
 
     @property
     def videos(self) -> Mapping[str, Path]:
@@ -47,9 +47,9 @@ class Output:
         return self.folder / f"joined-{name}{self.videos[name].suffix.lower()}"
 
     def rehearse(self, sinks: Mapping[str, Sink], on_progress: OnProgress | None = None) -> None:
-        """Join a black frame with all side streams and metadata, as the output will be joined.
+        """Join a black frame with all side streams and metadata, in the way that the output will be joined.
 
-        This shows what the container refuses before hours of work are spent. `on_progress` reports how much
+        This shows, before hours of work are spent, what the container refuses. `on_progress` reports how much
         of the source has been read for its sound and subtitles. Raises `VideoError` if the container refuses
         the picture itself.
         """
@@ -112,7 +112,7 @@ class Output:
         return self.joined("main").stat().st_size if "main" in self.videos else 0
 
     def _join(self, name: str, parts: Sequence[SegmentFile], window: Window) -> None:
-        """Write one joined file; omit chapters, metadata, covers and attached files if they are refused."""
+        """Write one joined file; if chapters, metadata, covers and attached files are refused, omit them."""
         job, source = self.prepared.job, self.prepared.source
         path, encoding = self.prepared.videos[name]
         main = name == "main"
@@ -161,7 +161,7 @@ class Output:
         return earliest if self.prepared.source.info.free_start else min(earliest, Fraction(0))
 
     def give_names(self) -> None:
-        """Give the joined files the names of the outputs."""
+        """Rename the joined files to the names of the outputs."""
         for name, path in self.videos.items():
             if self.joined(name).is_file():
                 self.joined(name).replace(path)

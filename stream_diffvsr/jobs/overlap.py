@@ -16,9 +16,9 @@ DONE = object()
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
-    """Yield the items, which a thread produces up to `depth` items in advance.
+    """Yield the items; a thread produces up to `depth` of them in advance.
 
-    Errors in the thread are raised here; closing the generator ends the thread and waits for it.
+    Errors in the thread are raised here; closing the generator stops the thread and waits for its end.
     """
     results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(max(1, depth))
     stop = threading.Event()
@@ -38,7 +38,7 @@ def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
 
 
 def _produce(items: Iterable[Any], results: queue.Queue[Any], stop: threading.Event) -> None:
-    """Fill the queue until the items end or the consumer stops; the last entry is DONE, with any error."""
+    """Fill the queue until the items end or the consumer stops; the last entry is DONE, plus any error."""
     iterator = iter(items)
     try:
         for item in iterator:

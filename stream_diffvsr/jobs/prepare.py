@@ -50,7 +50,7 @@ class Model(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """A job with checked paths and an open source."""
+    """A job whose paths have been checked and whose source is open."""
 
     job: VideoJob
     source: Source
@@ -63,7 +63,7 @@ class Prepared:
 
     @property
     def total(self) -> int | None:
-        """Number of frames of the job, estimated from the file; None if unknown."""
+        """Number of frames in the job, estimated from the file; None if unknown."""
         return self.job.span.count(self.source.info.frames, self.source.info.rate)
 
     @property
@@ -125,7 +125,7 @@ def check_paths(job: VideoJob) -> None:
             raise VideoError(f"{path} is the source itself: choose another output.")
     if job.compare is not None and container_of(job.compare) is None:
         raise VideoError(
-            f"{job.compare.name} is not a video file: a comparison must end in {', '.join(CONTAINERS)}."
+            f"{job.compare.name} is not a video file: its name must end in {', '.join(CONTAINERS)}."
         )
     # A folder's name may contain a dot, but must not look like a file in an unsupported format.
     folder = job.output.is_dir() or (job.source.is_dir() and not known_suffix(job.output.suffix))
@@ -188,7 +188,7 @@ def encoding_of(job: VideoJob, path: Path, info: SourceInfo) -> Encoding:
 
 
 def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
-    """Open the writers of a job, by 'main' or 'compare'; 'main', the output itself, is first."""
+    """Open the writers of a job, by 'main' or 'compare'; 'main', the output itself, comes first."""
     job, source, videos = prepared.job, prepared.source, prepared.videos
     sinks: dict[str, Sink] = {}
     if videos and isinstance(source, FolderSource):
@@ -202,7 +202,7 @@ def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
 
 
 def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
-    """Return the path to write for each picture, by index.
+    """Return the path to which to write each picture, by index.
 
     A single picture is written to the output itself. The pictures of a folder are written into the output
     folder, under the same names.
@@ -232,7 +232,7 @@ def check_sizes(job: VideoJob, source: FolderSource) -> None:
 
 
 def source_fingerprint(source: Path) -> dict[str, Any]:
-    """Return facts that identify a source in any location: file count, size and fingerprint of its bytes."""
+    """Return facts that identify a source, wherever it is: its file count, size and fingerprint."""
     files = source_files(source)
     return {"files": len(files), "size": size_of(source), "content": fingerprint(files)}
 

@@ -28,7 +28,7 @@ LAST = "last_lq"
 """Name under which the last frame, (1, 3, h, w), is added to a saved state that does not contain it."""
 
 LONGEST, SEGMENT_SECONDS, MEASURED = 120, 60.0, 3
-"""The maximum frames per segment, its target in seconds, and the frames timed to choose its length."""
+"""The maximum frames per segment, the seconds of work to aim for, and the frames timed to choose a length."""
 
 LARGE_STATE = 1 << 30
 """Size in bytes above which a state is not kept; its scene then starts over when the job is resumed."""
@@ -81,7 +81,7 @@ class Renderer:
         self.scene, self.state_bytes = 0, self._guessed_state()
 
     def _guessed_state(self) -> int:
-        """Return a Stream-DiffVSR state's estimated size in bytes, used until the first state is saved."""
+        """Return the estimated bytes of a Stream-DiffVSR state, used until the first state is saved."""
         if not self.pipe.info.frame_by_frame:
             return 0
         height, width = self.prepared.job.sizes.model(*self.prepared.size)
@@ -126,7 +126,7 @@ class Renderer:
         self._finish(end, None, closed=True)
 
     def _length(self) -> int:
-        """Return the frames per segment: as requested, or a minute's work at the speed of the first frames.
+        """Return the frames per segment: the requested number, or a minute's work at the first frames' speed.
 
         The speed is measured once per job, and the number is recorded in the journal.
         """
@@ -148,7 +148,7 @@ class Renderer:
         return Made(frame.index, lq, hq, cut, how)
 
     def _begin(self, frame: SourceFrame) -> None:
-        """Begin a segment's files; raise `OSError` if they, the state and the joined file do not fit."""
+        """Begin a segment; raise `OSError` if its files, the state and the joined file do not fit on disk."""
         done = [part.size for part in self.journal.segment_files]
         needed = 2 * self.state_bytes + sum(done) + 2 * max(done, default=0) + self.prepared.side_bytes
         check_space(self.work.folder, needed)
@@ -168,7 +168,7 @@ class Renderer:
             self.writer.add(sink.add, prepared[name], frame.index, frame.time)
 
     def close(self) -> SegmentFile | None:
-        """Finish the open segment's files, if not yet done, and return them; None if no segment is open."""
+        """Finish the open segment's files, if not yet done, and return them; return None if none is open."""
         if not self.open or self.closed is not None:
             return self.closed
         self.writer.wait()
@@ -243,7 +243,7 @@ def _seen(
 
 
 def load_state(path: Path) -> tuple[State, Tensor | None]:
-    """Load a state and the last frame before it, (1, 3, h, w) in model range; None if that was not saved."""
+    """Load a state and the frame before it, (1, 3, h, w) in model range; None replaces a frame not saved."""
     state = State.load(path)
     tensors = dict(state.tensors)
     last = tensors.pop(LAST, None)

@@ -79,7 +79,7 @@ def _gigabytes(count: float) -> str:
 
 
 def _disk_free(folder: Path) -> int:
-    """Return the number of free bytes on the disk on which a folder exists or will be created."""
+    """Return the number of free bytes on the disk where a folder exists or will be created."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent

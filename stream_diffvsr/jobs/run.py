@@ -1,4 +1,4 @@
-"""Running a whole job, file to file, for the command line or the nodes, in segments that survive a crash.
+"""Running a whole job, from file to file, for the command line or nodes, in segments that survive a crash.
 
     with contextlib.closing(run(pipe, VideoJob(source="in.mp4", output="out.mp4"))) as progress:
         for step in progress:
@@ -63,7 +63,7 @@ def run(
 
 
 class Run:
-    """One run of a job; subclasses implement how its scenes are rendered."""
+    """One run of a job; subclasses define how its scenes are rendered."""
 
     def __init__(self, model: Model, prepared: Prepared, threads: int = 0) -> None:
         self.model, self.prepared, self.job = model, prepared, prepared.job
@@ -90,7 +90,7 @@ class Run:
         raise NotImplementedError
 
     def _guarded(self, stage: str, index: int, total: int) -> None:
-        """Report a stage's progress to the caller, who may raise an exception to cancel."""
+        """Report a stage's progress to the caller, which may raise an exception to cancel."""
 
     def frame_settings(self) -> dict[str, Any]:
         """Return all settings that affect the frames of the output."""
@@ -144,7 +144,7 @@ class Run:
     def _join(self) -> None:
         """Join the segments and record the size of the output."""
         if not self.journal.segments:
-            raise VideoError(f"{self.job.source} has no frame in the requested span.")
+            raise VideoError(f"{self.job.source} has no frames in the requested span.")
         self._note(finished=self.output.join(self.journal.segment_files, finished=True))
 
     def _complete(self) -> None:
@@ -248,7 +248,7 @@ class _OneProcess(Run):
         now: tuple[SourceFrame, Tensor] | None,
         following: tuple[SourceFrame, Tensor],
     ) -> bool:
-        """Whether a scene begins with the frame `following`, read after `now`.
+        """Whether a scene begins with the frame `following`, which was read after `now`.
 
         If no frame was read before it (`now` is None), a scene begins if `first` is set, or if `following`
         differs enough from `previous`.

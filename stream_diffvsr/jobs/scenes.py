@@ -67,7 +67,7 @@ class SceneCut:
 
 @dataclass(frozen=True)
 class Scene:
-    """Description of consecutive frames that one worker renders; it does not contain the frames."""
+    """Description of consecutive frames that one worker renders; it does not contain their pictures."""
 
     first: int
     """Index of its first frame in the source."""
@@ -80,7 +80,7 @@ class Scene:
     offset: int = 0
     """By how much a state's frame numbers exceed the source's."""
     state: str = ""
-    """Name of the file in the work folder with the state to continue from; '' if there is none."""
+    """Name of the file in the work folder that contains the state to continue from; '' if there is none."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the scene as JSON values."""
@@ -168,7 +168,7 @@ def _hsv(rgb: Tensor) -> Tensor:
 def read_list(path: Path) -> frozenset[int]:
     """Read the indices of scenes' first frames from a CSV file: PySceneDetect's list, or one index per line.
 
-    PySceneDetect counts frames from 1 in its column "Start Frame"; plain indices count from 0.
+    PySceneDetect's "Start Frame" column counts frames from 1; plain indices count from 0.
     """
     try:
         rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"))))

@@ -30,9 +30,9 @@ log = logging.getLogger(__name__)
 POLL = 0.5
 """Seconds between two polls of the workers."""
 LOSSES = 3
-"""Number of workers lost on one scene after which its job is given up."""
+"""A job is given up once this many workers have been lost on one of its scenes."""
 OPEN = 4
-"""Number of extra open jobs beyond one per worker, so that short files keep all workers busy."""
+"""Number of jobs to keep open beyond one per worker, so that short files keep all workers busy."""
 PATIENCE = 10.0
 """Seconds that workers may take to stop."""
 
@@ -216,7 +216,7 @@ class Outcome:
 
     job: VideoJob
     error: Exception | None = None
-    """The error with which it failed; None if its output is complete."""
+    """The error that made it fail; None if its output is complete."""
 
 
 class Spread:
@@ -265,7 +265,7 @@ class Spread:
             self.total += run.prepared.total or 0
 
     def _advance(self) -> None:
-        """Advance each job: take newly found scenes, and join the output if all are rendered."""
+        """Advance each job: take newly found scenes, and join the output once all scenes are rendered."""
         for run in list(self.runs):
             try:
                 next(run.story)
@@ -319,5 +319,5 @@ class Spread:
 
 
 def _length(run: SpreadRun, scene: Scene) -> float:
-    """Return a scene's number of frames; infinity if its end is unknown, because it may be long."""
+    """Return a scene's number of frames, or infinity if its end is unknown, because it may be long."""
     return math.inf if scene.end is None else scene.end - scene.first

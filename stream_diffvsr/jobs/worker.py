@@ -128,7 +128,7 @@ class Worker:
         return self.pipe
 
     def provenance(self, size: tuple[int, int], options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return how the model makes frames of an LQ size (height, width)."""
+        """Return how the model makes frames from an LQ input of this size (height, width)."""
 
         def made() -> dict[str, Any]:
             pipe = self._open()

@@ -73,7 +73,7 @@ class Footage:
 
 
 def read_clips(paths: Iterable[Path], side: int, frames: int) -> Footage:
-    """Read every clip once, and use its scenes of at least `frames` frames and `side` pixels.
+    """Read every clip once; use scenes of at least `frames` frames whose sides have at least `side` pixels.
 
     Raise `IncompatibleInputError` if no scene qualifies.
     """
@@ -137,7 +137,7 @@ def _scenes(path: Path, room: int) -> Iterator[Scene]:
 
 
 def _hold_out(scenes: Sequence[Scene], frames: int) -> tuple[list[Scene], list[Scene]]:
-    """Hold out every sixth scene or, with fewer than four scenes, the last fifth of each if long enough."""
+    """Hold out every sixth scene; of fewer than four scenes, the last fifth of each that is long enough."""
     if len(scenes) >= 4:
         held = [scene for index, scene in enumerate(scenes) if index % 6 == 3]
         return [scene for scene in scenes if scene not in held], held

@@ -1,4 +1,4 @@
-"""Degrading good frames to look like a user's, in steps whose chances and values are drawn per sequence.
+"""Degrading good frames to look like a user's, in steps that are drawn at random for each sequence.
 
     - blur: {chance: 0.5, sigma: [0.3, 1.2]}
     - reduce: {method: [bicubic, area]}
@@ -204,7 +204,7 @@ def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
                 raise IncompatibleInputError(f"{name}: {key} must be within {known[key]}, not {value!r}")
     if [name for name, _ in steps].count("reduce") != 1:
         raise IncompatibleInputError(
-            "a degradation needs exactly one step 'reduce', not " + ", ".join(map(str, dict(steps)))
+            "a degradation needs exactly one 'reduce' step, not " + ", ".join(map(str, dict(steps)))
         )
     return [(name, given or {}) for name, given in steps]
 
@@ -219,7 +219,7 @@ def _fits(value: Any, known: Sequence[Any]) -> bool:
 
 
 def degrade(truth: Tensor, recipe: Recipe, rng: Rng) -> Tensor:
-    """Degrade a sequence (T, 3, 4h, 4w) in [0, 1] to (T, 3, h, w) in steps of 1 / 255."""
+    """Degrade a sequence, (T, 3, 4h, 4w) in [0, 1], to (T, 3, h, w), rounded to multiples of 1 / 255."""
     x = truth
     for name, given in recipe:
         drawn = {key: _draw(value, rng) for key, value in given.items()}

@@ -39,7 +39,7 @@ from .tuned import Tuned
 log = logging.getLogger(__name__)
 
 MARGIN = 64
-"""Width, in true pixels, of a crop's surroundings, which codecs and filters see when they degrade it."""
+"""Width, in true pixels, of the border around a crop that codecs and filters also see as they degrade it."""
 HELD_SCENES, HELD_FRAMES, HELD_SIDE = 4, 8, 256
 """The number of held-out scenes to measure, the frames per scene, and the side of the crops in pixels."""
 SAVED_SECONDS = 60.0
@@ -67,7 +67,7 @@ def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.rand
 
 
 def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
-    """Return sequences from the held-out part; these sequences are always the same."""
+    """Return sequences from the held-out part, the same in every call."""
     found = []
     for index, scene in enumerate(footage.held[:HELD_SCENES]):
         rng = np.random.default_rng((seed, 1, index))

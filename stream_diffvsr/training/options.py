@@ -33,7 +33,7 @@ class TrainOptions:
         False, "Also train the decoder, which makes the finest detail; this helps nano most.", flag="decoder"
     )
     rank: int = option(
-        16, "Rank of the LoRA: a higher rank can learn more, in a larger file.", low=1, high=512
+        16, "Rank of the LoRA: a higher rank can learn more, but makes the file larger.", low=1, high=512
     )
     rate: float | None = option(
         None,
@@ -56,13 +56,16 @@ class TrainOptions:
     )
     perceptual: str | None = option(
         None,
-        "File with VGG-16's weights (torchvision's vgg16-397923af.pth), to also compare that network's "
-        "features, for more texture but a lower PSNR.",
+        "File with VGG-16's weights (torchvision's vgg16-397923af.pth). With it, that network's features are "
+        "also compared, which brings more texture but a lower PSNR.",
         kind=str,
         unset_help="none",
     )
     perceptual_weight: float = option(
-        0.05, "Weight of that comparison; the weight of the pixels is 1.", low=0.0, high=100.0
+        0.05,
+        "Weight of comparing VGG-16's features; the weight of comparing pixels is 1.",
+        low=0.0,
+        high=100.0,
     )
     every: int = option(100, "Measure quality on the held-out part, and save pictures, every N steps.", low=1)
     seed: int = option(0, "Random seed. The same seed produces the same weights.", low=0)

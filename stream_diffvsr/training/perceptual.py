@@ -15,14 +15,14 @@ from ..errors import CheckpointError
 from ..files import read_weights
 
 WIDTHS = 64, 64, "M", 128, 128, "M", 256, 256, 256
-"""Channels of the convolutions up to the one compared; M is a pooling that halves width and height."""
+"""Channels of the convolutions up to the one compared; M is a pooling layer that halves width and height."""
 
 MEAN, SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Mean and standard deviation, by channel, of the pictures on which VGG-16 was trained, in [0, 1]."""
 
 
 class Perceptual(nn.Module):
-    """The distance between two pictures in VGG-16's features."""
+    """The distance between the VGG-16 features of two pictures."""
 
     mean: Tensor
     spread: Tensor

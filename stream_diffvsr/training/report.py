@@ -117,7 +117,7 @@ class Report:
             axes.plot([int(row["step"]) for row in table], [float(row[name]) for row in table], linewidth=1)
             axes.set_ylabel(name.replace("_", " "))
             axes.grid(alpha=0.3)
-        axes.set_xlabel("step (0: the base)")  # pyright: ignore[reportPossiblyUnboundVariable]
+        axes.set_xlabel("step (0 is the base)")  # pyright: ignore[reportPossiblyUnboundVariable]
         figure.savefig(self.folder / CHART, dpi=100)
 
 

@@ -48,7 +48,7 @@ class Trainer(ABC):
         haste: Callable[[str], float] = lambda name: 1.0,
         average: float | None = None,
     ) -> None:
-        """`haste` returns, for a parameter's name, the factor on its learning rate.
+        """`haste` returns, for a parameter's name, the factor that multiplies its learning rate.
 
         `average` is the decay of a moving average, if one is kept; `precision` is accelerate's
         `mixed_precision`.
@@ -79,7 +79,7 @@ class Trainer(ABC):
         """Return the settings that a resumed run must share with the original one, as JSON values."""
 
     def facts(self) -> dict[str, Any]:
-        """Return the other facts about a run that are saved, as JSON values."""
+        """Return the other facts to save about a run, as JSON values."""
         return {"step": self.step, "steps": self.steps}
 
     def fall(self) -> float:
@@ -136,7 +136,7 @@ class Trainer(ABC):
         facts: dict[str, Any] = json.loads(texts["run"])
         now = json.loads(json.dumps(self.settings()))
         changed = [
-            f"{name} {now.get(name)!r} instead of {value!r}"
+            f"{name} was {value!r} and is now {now.get(name)!r}"
             for name, value in facts["settings"].items()
             if now.get(name) != value
         ]

@@ -1,7 +1,7 @@
 """Resumable downloads of released weights: only the files that are needed, and all of them or none.
 
-huggingface_hub runs in a separate process, which can be ended immediately. With every version of the library,
-the bytes that it has written show the progress and where to resume.
+huggingface_hub runs in a separate process, which can be ended immediately. Whatever the library's version,
+the bytes that it has written show how far the download has come and where to resume it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 OnProgress = Callable[[int, int], None]
 """Called with (done_bytes, total_bytes), or with (0, 1) while the total is unknown.
 
-An exception from it ends the download; the next download resumes from there.
+An exception from it ends the download; the next download resumes at that point.
 """
 
 Needed = Callable[[Collection[str], Path], Collection[str]]
@@ -56,7 +56,7 @@ json.dump([info.sha, {file.rfilename: file.size for file in info.siblings}], sys
 """
 
 CHUNK = 1 << 16
-"""Bytes per write; cancelling loses up to one write. The library's 10 MB take minutes on a slow line."""
+"""Bytes per write; cancelling loses at most one write. The library's 10 MB take minutes on a slow line."""
 
 BRING = f"""
 from pathlib import Path
@@ -139,7 +139,7 @@ def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
     return ModelNotFoundError(
         f"weights of {release.name}",
         target,
-        f"They could not be downloaded: {reason}; try again later, or copy the files of "
+        f"They could not be downloaded: {reason}; try again later, or copy the files from "
         f"{endpoint()}/{release.repository} into {target} by other means.",
     )
 
@@ -247,7 +247,7 @@ _ANOTHER_ANSWERS = (
 
 
 def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
-    """Run a short program and return its output; `look` is called while it runs, and may raise to end it."""
+    """Run a program and return its output; `look` is called meanwhile, and may raise an error to end it."""
     settings = {
         "HF_ENDPOINT": endpoint(),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -276,12 +276,16 @@ def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
 
 
 def _reason(trace: str) -> str:
-    """Describe a child's last error for the user."""
+    """Describe the last error of a child process for the user."""
     lines = [line.strip() for line in trace.splitlines() if line.strip()] or ["it ended without a message"]
     last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
     kinds = {
-        ("401 ", "403 ", "GatedRepo"): f"{endpoint()} refuses access: it does not exist, or needs a login "
-        "(set HF_TOKEN, or run 'hf auth login')",
+        (
+            "401 ",
+            "403 ",
+            "GatedRepo",
+        ): f"{endpoint()} refuses access: the repository does not exist, or "
+        "needs a login (set HF_TOKEN, or run 'hf auth login')",
         ("404 ", "NotFoundError"): f"{endpoint()} does not have it",
         ("No space left", "[Errno 28]"): "No space left on the disk",
         ("JSONDecodeError", "KeyError", "TypeError"): _ANOTHER_ANSWERS.format(endpoint()),

@@ -47,7 +47,7 @@ def inside(folder: Path, recognise: Recognise) -> list[Path]:
 
 
 def _inside(folder: Path, recognise: Recognise) -> Iterator[Candidate]:
-    """Yield the folder if it looks like a checkpoint, then its subfolders that do, by name."""
+    """Yield the folder if it looks like a checkpoint, then each subfolder that does, sorted by name."""
     if family := recognise(folder):
         release, usual = release_named(folder.name), RELEASED if family == "diffvsr" else folder.name
         yield Candidate(release.name if release and release.family == family else usual, folder, family)
@@ -75,7 +75,7 @@ def registered(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
 
 
 def _around(start: Path) -> Iterator[Path]:
-    """Yield models folders of the ComfyUI that contains `start`, which may be in custom_nodes/<pack>."""
+    """Yield models folders of the ComfyUI folder that contains `start`, perhaps in custom_nodes/<pack>."""
     for parent in start.parents:
         if (parent / "models").is_dir() and (parent / "custom_nodes").is_dir():
             yield from (path for path in subfolders(parent / "models") if release_named(path.name))
@@ -83,7 +83,7 @@ def _around(start: Path) -> Iterator[Path]:
 
 
 def hub_snapshots(repository: str) -> list[Path]:
-    """Return a repository's snapshots in huggingface_hub's cache: 'main', then from newest to oldest."""
+    """Return a repository's snapshots in huggingface_hub's cache: 'main', then the others, newest first."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE, f"models--{repository.replace('/', '--')}")

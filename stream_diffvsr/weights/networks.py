@@ -29,7 +29,7 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def move_weight(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Move a weight to a device and number format; integers keep their format.
+    """Move a weight to a device and convert it to a number format; integers keep their format.
 
     Weights that have to be copied also get the memory layout that convolutions prefer, channels last.
     """
@@ -45,7 +45,7 @@ def check_keys(path: Path, got: Shapes, needed: Shapes) -> None:
     problems = [f"lacks {key!r}" for key in needed if key not in got]
     problems += [f"has {key!r}, which this network does not have" for key in got if key not in needed]
     problems += [
-        f"has {key!r} of shape {got[key]}, but its configuration says {needed[key]}"
+        f"has {key!r} of shape {got[key]}, but its configuration requires {needed[key]}"
         for key in needed
         if key in got and got[key] != needed[key]
     ]
