@@ -216,12 +216,12 @@ def test_doctor_on_an_empty_machine(
     from huggingface_hub import constants
 
     _, missing, *_ = told(capsys)["Weights"]
-    assert missing.startswith(f"v1: not here; would be downloaded to {home / 'v1'} (")
+    assert missing.startswith(f"v1: not found; would be downloaded to {home / 'v1'} (")
     assert missing.endswith(f"from {hub.url}/Jamichsu/Stream-DiffVSR")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     says = told(capsys)
     assert says["Weights"][1].endswith("but HF_HUB_OFFLINE forbids it")
-    assert says["Flow"][0].startswith(f"raft_large: not here; would be downloaded to {tmp_path / 'torch'}")
+    assert says["Flow"][0].startswith(f"raft_large: not found; would be downloaded to {tmp_path / 'torch'}")
 
 
 def test_doctor_tells_of_work_that_was_left_over(tmp_path: Path, capsys) -> None:

@@ -176,7 +176,7 @@ def _time_pair(
     options: UpscaleOptions,
     ours_first: bool,
 ) -> tuple[float, float, StreamDiffVSRState]:
-    """Run a frame with both pipelines; return our time, the plain time (NaN if not run), and our new state."""
+    """Run a frame with both pipelines; return our time, the plain time or NaN, and our new state."""
     theirs, reference = math.nan, UpscaleOptions(num_inference_steps=options.num_inference_steps)
     if plain is not None and not ours_first:
         theirs, _ = _time(clock, plain, lq, _unsettled(state), reference)

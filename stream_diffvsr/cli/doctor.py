@@ -63,7 +63,7 @@ def packages() -> Iterator[str]:
 
 
 def devices() -> Iterator[str]:
-    """Yield each device with the number format that 'auto' selects on it; mark the one that 'auto' uses."""
+    """Yield each device with the number format that 'auto' selects on it; mark the device used by 'auto'."""
     chosen = resolve_device("auto")
     for name in available():
         device = resolve_device(name)
@@ -99,7 +99,7 @@ def missing(name: str, folders: list[Path]) -> str:
     there = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = f"{release.gigabytes} GB needed, {shutil.disk_usage(there).free / 1e9:.1f} GB free"
     how = "but HF_HUB_OFFLINE forbids it" if offline() else f"from {endpoint()}/{release.repository}"
-    return f"{name}: not here; would be downloaded to {target} ({free}), {how}"
+    return f"{name}: not found; would be downloaded to {target} ({free}), {how}"
 
 
 def flow(folders: list[Path]) -> Iterator[str]:
@@ -123,7 +123,7 @@ def raft(name: str, folders: list[Path]) -> str:
     """Return the location of a RAFT network's weights, or how they would be obtained."""
     path = find_raft(name, folders)
     if path is None:
-        return f"not here; would be downloaded to {hub_file(name)}"
+        return f"not found; would be downloaded to {hub_file(name)}"
     try:
         load_raft(name, path)
     except StreamDiffVSRError as error:

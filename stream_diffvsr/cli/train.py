@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "clips",
         nargs="+",
         type=Path,
-        help="Videos or folders of pictures of good quality, or folders that contain several of these.",
+        help="Good-quality videos or folders of pictures, or folders that contain several of these.",
     )
     parser.add_argument(
         "-o",
@@ -149,7 +149,7 @@ def train(
 
 
 def tell_costs(run: Run) -> None:
-    """Print the memory, disk space and time that the run needs, measured in a trial that changes nothing.
+    """Print the memory, disk space and time that the run needs, measured in steps that change nothing.
 
     With --minutes, also set the number of steps.
     """

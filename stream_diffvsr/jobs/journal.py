@@ -362,6 +362,7 @@ def continue_from(before: Journal, now: Journal, folder: Path) -> Journal:
     if before.versions != now.versions:
         log.warning(
             "this is not an exact continuation: the versions were %s and are now %s",
-            *(before.versions, now.versions),
+            before.versions,
+            now.versions,
         )
     return before

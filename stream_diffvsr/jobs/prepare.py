@@ -202,7 +202,7 @@ def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
 
 
 def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
-    """Return the path to which to write each picture, by index.
+    """Return the output path of each picture, by index.
 
     A single picture is written to the output itself. The pictures of a folder are written into the output
     folder, under the same names.

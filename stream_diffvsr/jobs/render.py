@@ -81,7 +81,7 @@ class Renderer:
         self.scene, self.state_bytes = 0, self._guessed_state()
 
     def _guessed_state(self) -> int:
-        """Return the estimated bytes of a Stream-DiffVSR state, used until the first state is saved."""
+        """Estimate the size in bytes of a Stream-DiffVSR state, for use until the first state is saved."""
         if not self.pipe.info.frame_by_frame:
             return 0
         height, width = self.prepared.job.sizes.model(*self.prepared.size)
@@ -243,7 +243,7 @@ def _seen(
 
 
 def load_state(path: Path) -> tuple[State, Tensor | None]:
-    """Load a state and the frame before it, (1, 3, h, w) in model range; None replaces a frame not saved."""
+    """Load a state and the last frame before it, (1, 3, h, w) in model range, which is None if not saved."""
     state = State.load(path)
     tensors = dict(state.tensors)
     last = tensors.pop(LAST, None)

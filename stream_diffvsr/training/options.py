@@ -13,7 +13,8 @@ class TrainOptions:
 
     what: str = option(
         "lora",
-        "lora: train a small file for --lora. full: train all weights, saved as a folder for --model.",
+        "lora: train a LoRA, a small file for --lora. full: train all weights, and save them as a folder for "
+        "--model.",
         choices=("lora", "full"),
     )
     steps: int = option(1000, "Number of training steps.", low=1)
@@ -30,14 +31,16 @@ class TrainOptions:
         "YAML file.",
     )
     decoder: bool = option(
-        False, "Also train the decoder, which makes the finest detail; this helps nano most.", flag="decoder"
+        False,
+        "Also train the decoder, which produces the finest detail; this helps nano most.",
+        flag="decoder",
     )
     rank: int = option(
         16, "Rank of the LoRA: a higher rank can learn more, but makes the file larger.", low=1, high=512
     )
     rate: float | None = option(
         None,
-        "Learning rate after warm-up; it falls to 0 at the end.",
+        "Learning rate after warm-up; it falls to 0 by the end.",
         kind=float,
         low=0.0,
         high=1.0,
@@ -52,7 +55,7 @@ class TrainOptions:
     batch: int = option(1, "Sequences per step on each device.", low=1, high=256)
     loss: str = option("l1", "l1 keeps more detail; l2 reaches a higher PSNR.", choices=("l1", "l2"))
     steadiness: float = option(
-        0.5, "Weight of the loss for changes over time that the original does not have.", low=0.0, high=100.0
+        0.5, "Weight of the loss for changes over time that are not in the original.", low=0.0, high=100.0
     )
     perceptual: str | None = option(
         None,
@@ -63,7 +66,7 @@ class TrainOptions:
     )
     perceptual_weight: float = option(
         0.05,
-        "Weight of comparing VGG-16's features; the weight of comparing pixels is 1.",
+        "Weight of the comparison of VGG-16's features; that of pixels has weight 1.",
         low=0.0,
         high=100.0,
     )

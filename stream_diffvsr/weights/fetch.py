@@ -280,12 +280,8 @@ def _reason(trace: str) -> str:
     lines = [line.strip() for line in trace.splitlines() if line.strip()] or ["it ended without a message"]
     last = next((line for line in reversed(lines) if "Error" in line or "Exception" in line), lines[-1])
     kinds = {
-        (
-            "401 ",
-            "403 ",
-            "GatedRepo",
-        ): f"{endpoint()} refuses access: the repository does not exist, or "
-        "needs a login (set HF_TOKEN, or run 'hf auth login')",
+        ("401 ", "403 ", "GatedRepo"): f"{endpoint()} refuses access: the repository does "
+        "not exist, or needs a login (set HF_TOKEN, or run 'hf auth login')",
         ("404 ", "NotFoundError"): f"{endpoint()} does not have it",
         ("No space left", "[Errno 28]"): "No space left on the disk",
         ("JSONDecodeError", "KeyError", "TypeError"): _ANOTHER_ANSWERS.format(endpoint()),

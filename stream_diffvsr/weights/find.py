@@ -68,14 +68,14 @@ def models_folders(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
 
 
 def registered(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Return the registered folders: the given folders, then those in the environment variable."""
+    """Return the registered folders: the given folders, then those that the environment variable lists."""
     named = [text for text in os.environ.get(VARIABLE, "").split(os.pathsep) if text]
     # os.path leaves the ~ of an unknown user unchanged: such a folder does not exist, but raises no error.
     return [Path(os.path.expanduser(folder)) for folder in [*extra_folders, *named]]  # noqa: PTH111
 
 
 def _around(start: Path) -> Iterator[Path]:
-    """Yield models folders of the ComfyUI folder that contains `start`, perhaps in custom_nodes/<pack>."""
+    """Yield models folders of the ComfyUI to which `start` belongs, for example in custom_nodes/<pack>."""
     for parent in start.parents:
         if (parent / "models").is_dir() and (parent / "custom_nodes").is_dir():
             yield from (path for path in subfolders(parent / "models") if release_named(path.name))
