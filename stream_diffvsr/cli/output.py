@@ -66,7 +66,7 @@ def _bar(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
 
 
 def _json_lines(steps: Iterable[JobProgress]) -> Iterator[JobProgress]:
-    """Print the numbers of each frame as JSON, for a program that runs the command."""
+    """Print the figures of each frame as JSON, for a program that runs the command."""
     for step in steps:
         left = step.seconds_left
         numbers = {

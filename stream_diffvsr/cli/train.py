@@ -84,7 +84,7 @@ def print_note(line: str) -> None:
 
 
 def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
-    """Write a picture of four sequences, each as a true frame next to the model's input, enlarged."""
+    """Write a picture of four sequences: for each, a true frame next to the enlarged LQ frame."""
     rows = []
     for index in range(4):
         lqs, truths = window(footage, recipe, options, np.random.default_rng((options.seed, 2, index)))

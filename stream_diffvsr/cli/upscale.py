@@ -122,7 +122,7 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Return facts about a job with one input, for which no model is needed. Raises the same errors as `run`.
+    """Return facts about a job with one input, without opening a model. Raises the same errors as `run`.
 
     Sizes are (width, height) in pixels; `seconds` and `frames` are None if the file does not state them.
     """

@@ -61,7 +61,7 @@ class VideoJob:
     model_scale: float = SCALE
     """Factor by which the model enlarges a frame; set by `settle_job`."""
     state: State | None = None
-    """State to continue from; None starts a new sequence, numbered like the source's frames."""
+    """State to continue from; None starts a new sequence, whose frames are numbered like the source's."""
     state_out: Path | None = option(
         None, "Save the state after the last frame to this file.", parse=Path, metavar="FILE"
     )
@@ -212,7 +212,7 @@ class VideoJob:
     )
     audio: bool = option(True, "Copy audio and subtitles.", group="output")
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Metadata to write into the output in addition to the source's."""
+    """Metadata to write to the output in addition to the source's."""
     overwrite: bool = option(False, "Replace existing output files.")
     restart: bool = option(False, "Discard the unfinished work of an earlier run.")
     compare: Path | None = option(

@@ -58,7 +58,7 @@ class Segment:
     place: Place | None = None
     """Place of its last frame, from which reading continues; None to read the source from its start."""
     changed: str = ""
-    """How its scene's frames deviate from the job's provenance, for example after memory ran out."""
+    """How the frames of its scene deviate from the job's provenance, for example after memory ran out."""
 
     @property
     def end(self) -> int:
@@ -257,7 +257,7 @@ class WorkFolder:
         return segment if there else replace(segment, state="")
 
     def token(self) -> str:
-        """Return the lock holder's process ID, by which other machines know the folder; '' if unknown."""
+        """Return the lock holder's process ID, by which other machines recognise the folder; '' if none."""
         owner = self.folder / OWNER
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 

@@ -29,7 +29,7 @@ from .job import VideoJob, settle_job
 from .journal import WorkFolder
 
 MEDIA_FORMATS = ("avi", "asf", "flv", "gif", "mp4", "mov", "mpeg", "mpegts", "ogg", "webm", "matroska", "3gp")
-"""FFmpeg's names for containers whose suffixes are unlikely in the name of a folder of pictures."""
+"""FFmpeg's names for containers whose suffixes are unlikely to end the name of a folder of pictures."""
 SPARE_BYTES = 32 << 20
 """Bytes to leave free on a disk."""
 

@@ -47,7 +47,7 @@ class Pool(Protocol):
 
     @property
     def workers(self) -> Sequence[str]:
-        """Names of the workers that are not lost."""
+        """Names of the workers that have not been lost."""
         ...
 
     def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
@@ -59,7 +59,7 @@ class Pool(Protocol):
         ...
 
     def answers(self, seconds: float) -> list[tuple[str, Mapping[str, Any] | None]]:
-        """Wait up to `seconds` for answers; return them by scene name, with None for a lost worker."""
+        """Wait up to `seconds` for answers; return each with its scene's name, or None for a lost worker."""
         ...
 
     def progress(self) -> Mapping[str, int]:

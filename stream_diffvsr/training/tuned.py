@@ -23,7 +23,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class LowRank(nn.Module):
-    """Changes W to W + B A, where B is 0 at first; this is exactly the weight of the merged layer."""
+    """Changes W to W + B A, where B is 0 at first; the result is exactly the weight of the merged layer."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()

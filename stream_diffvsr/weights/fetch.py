@@ -80,7 +80,7 @@ for name in json.loads(names):
             http_get(known.location, file, resume_size=file.tell(), headers=headers, expected_size=known.size)
     part.replace(target)
 """
-"""Downloads one file after another, because newer versions of `snapshot_download` restart each file."""
+"""Downloads one file after another, because newer versions of `snapshot_download` start each file over."""
 
 
 class FetchError(StreamDiffVSRError):

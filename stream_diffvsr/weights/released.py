@@ -1,4 +1,4 @@
-"""The released weights: where they are published, and under which names they are kept."""
+"""The released weights: where they are published, and the names under which they are stored."""
 
 from __future__ import annotations
 
