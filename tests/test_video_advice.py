@@ -291,7 +291,7 @@ def test_samples_of_sixteen_bits(pipe, tmp_path: Path) -> None:
 
 def test_even_sides_and_a_format_that_is_listed(pipe, tmp_path: Path) -> None:
     source = write(tmp_path / "a.mkv")
-    with pytest.raises(VideoError, match=r"yuv420p needs even sides, .*: change the target size"):
+    with pytest.raises(VideoError, match=r"yuv420p requires even dimensions, .*: change the target size"):
         upscale(pipe, source, tmp_path / "b.mp4", target=(101, 51))
     upscale(pipe, source, tmp_path / "b.mp4", target=(102, 52))
     with pytest.raises(VideoError, match=r"does not support the pixel format 'yuv411p' here; use .*yuv444p,"):

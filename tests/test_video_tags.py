@@ -154,7 +154,7 @@ def test_bits_that_are_lost_are_said(caplog) -> None:
     ):
         caplog.clear()
         codecs.choose_encoding(codec, pix_fmt, None, info, (128, 128))
-        assert ("reducing 10 bits to 8" in caplog.text) == lost
+        assert ("reducing the bit depth from 10 to 8" in caplog.text) == lost
 
 
 def test_an_encoder_that_opens_but_not_for_this(monkeypatch) -> None:

@@ -26,12 +26,12 @@ REACH = 2
 """Number of neighbouring pixels on each side that bicubic enlargement and averaging mix into a pixel."""
 
 COARSEST = 5
-"""Minimum shorter side of the coarsest level, in pixels; less than twice this if there are enough levels."""
+"""Minimum shorter side of the coarsest level, in pixels; with enough levels, it is less than twice this."""
 
 MOST_LEVELS = 6
 
 QUIET = 32
-"""Distance from any change, in pixels, beyond which nothing is assumed to move."""
+"""Distance from any change, in pixels, beyond which the picture is assumed not to move."""
 
 WINDOW = 5
 """Side of the least-squares window, in pixels of a level; the second, wider window averages over it twice."""
@@ -48,7 +48,7 @@ SMOOTHED = 7
 """Side of the window within which reliable flow spreads to unreliable pixels, in pixels of a level."""
 
 ROUNDS = 2
-"""Number of passes over each level, except for the level at half size, which is the most expensive."""
+"""Number of passes over each level, except the most expensive one, at half size, which gets only one pass."""
 
 LONGEST_STEP = 1.5
 """Longest least-squares step, in pixels of a level; for longer steps, linearising the frame is inaccurate."""
@@ -65,7 +65,7 @@ def levels_for(height: int, width: int) -> int:
 def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     """Sample `picture` bilinearly at p + flow(p); also return (N, 1, h, w): 1 where that is inside, else 0.
 
-    Positions are exact: unlike when the reference warps the previous result, zero flow is the identity.
+    Positions are exact: zero flow is the identity, unlike when the reference warps the previous result.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]

@@ -30,17 +30,17 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class FlowEstimator(nn.Module):
-    """Base class of all estimators; a module even without weights, so that each can be moved to a device."""
+    """Base class of all estimators, which are modules even without weights so that all can change device."""
 
     name = "none"
     any_size = True
-    """Whether it can estimate flow at a size smaller than the output's."""
+    """Whether the estimator also accepts frames smaller than the output."""
     countable: tuple[str, ...] = ()
-    """Those `methods` whose memory can be counted on the meta device, since it does not depend on values."""
+    """Those `methods` whose memory can be counted on the meta device, because it is independent of values."""
     bytes_per_pixel = 0.0
-    """Bytes per pixel of a frame that the other methods need."""
+    """Memory that the other methods need, in bytes per pixel of a frame."""
     methods: tuple[str, ...] = ("whole",)
-    """Supported methods, those that need most memory first: 'whole', 'linear' (same numbers as 'whole') and
+    """Supported methods, in order of decreasing memory use: 'whole', 'linear' (same numbers as 'whole') and
     'tiled' (different numbers)."""
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ class BundledFlow(TileableFlow):
         return self._of_reduced(*small)[..., :height, :width]
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
-        """Skip enlarging frames only to average them down again; the result differs only by rounding."""
+        """Avoid enlarging frames and then averaging them down again; the result differs only by rounding."""
         if scale != REDUCTION or method != "whole":
             return super().between(lq, previous, scale, method)
         return self._of_reduced(enlarged_and_reduced(lq), enlarged_and_reduced(previous))

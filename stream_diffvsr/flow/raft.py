@@ -1,4 +1,4 @@
-"""RAFT's iteration, for a single pair of frames and a single flow."""
+"""RAFT's iterative updates, for a single pair of frames and returning only the final flow."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def hub_file(name: str) -> Path:
 
 
 def read_raft(path: Path) -> dict[str, Any]:
-    """Read a file's weights; if its name ends in the beginning of its SHA-256, check that first."""
+    """Read a file's weights; if its name contains the first digits of its SHA-256, check them first."""
     prefix = _hash_prefix(path)
     if prefix and not _digest(path).startswith(prefix):
         raise CheckpointError(

@@ -36,11 +36,11 @@ class Codec:
     """The size of one quality step in the encoder's own unit."""
     options: Mapping[str, str] = field(default_factory=dict)
     native: Mapping[str, str] = field(default_factory=dict)
-    """Pixel format -> the format that contains the same values in the order that the encoder requires."""
+    """Pixel format -> the format with the same values in the order that the encoder requires."""
     narrowest: int = 1
     """The smallest frame width that the encoder can handle."""
     sitings: tuple[str, ...] = ("left",)
-    """Chroma positions that the encoder can signal for 4:2:0; the first replaces any other position."""
+    """Chroma positions that the encoder can signal for 4:2:0; any other position is replaced by the first."""
 
 
 YUV8 = ("yuv420p", "yuv422p", "yuv444p")
@@ -53,7 +53,7 @@ AMF = {"rc": "cqp"}
 APPLE = {"flags": "+qscale"}
 SHUFFLED = {"yuv420p": "nv12", "yuv420p10le": "p010le"}
 LAMBDA = 118
-"""The size of one quality step in FFmpeg's `global_quality`."""
+"""The size of one quality step in units of FFmpeg's `global_quality`."""
 
 CODECS = {
     "h264": Codec("libx264", YUV8 + YUV10, 18, sitings=tuple(SITINGS)),
@@ -130,12 +130,12 @@ class Encoding:
 
     @property
     def reorder(self) -> int:
-        """An upper bound on the number of frames that the encoder delays for reordering."""
+        """An upper bound on the number of frames by which reordering delays the encoder's output."""
         return 0 if self.codec in INTRA_CODECS else 16
 
     @property
     def segment_format(self) -> str:
-        """The container for segments: MP4, which keeps timestamps exact, if it supports the codec."""
+        """The container for segments: MP4 if it supports the codec, because MP4 keeps timestamps exact."""
         return {"prores": "mov", "ffv1": "nut"}.get(self.codec, "mp4")
 
 
@@ -146,7 +146,7 @@ def choose_encoding(
     info: SourceInfo,
     size: tuple[int, int],
 ) -> Encoding:
-    """Return the settings for encoding at `size` (height, width); raises `VideoError` if there are none."""
+    """Return the settings for encoding at `size` (height, width); raises `VideoError` if it is impossible."""
     if codec not in CODECS:
         raise VideoError(f"there is no codec {codec!r}; the known codecs are {', '.join(CODECS)}.")
     spec = CODECS[codec]
@@ -160,11 +160,12 @@ def choose_encoding(
     layout = LAYOUTS[pix_fmt]
     if layout.bits < info.bits:
         log.warning(
-            "reducing %d bits to %d because %s is written as %s", info.bits, layout.bits, codec, pix_fmt
+            "reducing the bit depth from %d to %d because %s is written as %s",
+            *(info.bits, layout.bits, codec, pix_fmt),
         )
     if width % layout.chroma_width or height % layout.chroma_height:
         raise VideoError(
-            f"{pix_fmt} needs even sides, but the output is {width}x{height}: change the target size."
+            f"{pix_fmt} requires even dimensions, but the output is {width}x{height}: change the target size."
         )
     colour = output_colour(info.colour, spec, layout)
     options = encoder_options(codec, crf, info)
@@ -208,7 +209,7 @@ def encoder_options(codec: str, crf: int | None, info: SourceInfo) -> dict[str, 
     if crf is not None and spec.crf is None:
         raise VideoError(f"{codec} has no quality setting: omit --crf.")
     if crf is not None and not 0 <= crf <= spec.crf_most:
-        raise VideoError(f"{codec} accepts a --crf from 0 to {spec.crf_most}, not {crf}.")
+        raise VideoError(f"{codec} accepts --crf values from 0 to {spec.crf_most}, not {crf}.")
     if spec.crf is not None:
         quality = str(spec.crf_unit * (spec.crf if crf is None else crf))
         options |= dict.fromkeys(spec.crf_names, quality)
@@ -258,7 +259,7 @@ def mastering_display(data: bytes, chroma: int, light: int) -> str:
 
 
 def output_colour(colour: Colour, spec: Codec, layout: Layout) -> Colour:
-    """Return the output's colour tags, which are the source's, but with a matrix that fits the pixel format.
+    """Return the output's colour tags: the source's tags, but with a matrix that suits the pixel format.
 
     The chroma samples keep the source's position if the codec can signal it.
     """
@@ -327,7 +328,7 @@ def open_error(codec: str) -> str | None:
 
 
 def silence_svt() -> None:
-    """Set SVT-AV1's environment variable so that it logs only errors instead of flooding stderr."""
+    """Set the environment variable that makes SVT-AV1 log only errors instead of flooding stderr."""
     os.environ.setdefault("SVT_LOG", "1")
 
 

@@ -1,6 +1,6 @@
-"""Convert between code values and RGB, using float32 arithmetic so that nothing is cut to 8 bits.
+"""Convert between code values and RGB, using float32 arithmetic so that nothing is reduced to 8 bits.
 
-PyAV provides planes of integers; this module applies the matrix, the range and the chroma positions, on the
+PyAV provides planes of integers; this module applies the matrix, the range and the chroma positions on the
 tensors' device. Chroma is read and written at the position that the stream specifies, or by default at the
 left sample of each luma pair, as in H.264 and H.265.
 """
@@ -19,7 +19,7 @@ from ..errors import VideoError
 from .av_types import Frame
 
 RGB, BT709, UNSPECIFIED, BT601, BT2020 = 0, 1, 2, 6, 9
-"""The numbers of matrices and primaries in FFmpeg and in ITU-T H.273."""
+"""The numbers that FFmpeg and ITU-T H.273 assign to matrices and primaries."""
 FULL_RANGE, LIMITED_RANGE = 2, 1
 HD_WIDTH, SD_LINES = 1280, 576
 """Untagged video that is at least this wide or has more than this many lines is read as BT.709, and any other
@@ -48,7 +48,7 @@ LUMA_WEIGHTS = {
 
 @dataclass(frozen=True)
 class Colour:
-    """How to interpret code values: a video stream's four tags, as the numbers in ITU-T H.273."""
+    """How to interpret code values: a video stream's four tags, numbered as in ITU-T H.273."""
 
     matrix: int = UNSPECIFIED
     full_range: bool = False
@@ -78,7 +78,7 @@ class Colour:
 
 @dataclass(frozen=True)
 class Layout:
-    """The bit depth of an output pixel format, and the factors by which its chroma planes are smaller."""
+    """The bit depth of an output pixel format, and the factors by which its chroma planes are reduced."""
 
     bits: int
     chroma_width: int
@@ -107,7 +107,7 @@ LAYOUTS = {
 }
 
 PAIRED = {"nv12": 0, "p010le": 6}
-"""4:2:0 formats with the interleaved chroma that hardware requires -> bits by which to shift the values."""
+"""4:2:0 formats with the interleaved chroma that hardware requires -> how many bits to shift the values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -240,7 +240,7 @@ def upsample_chroma(plane: Tensor, size: tuple[int, int], siting: str = "left") 
 
 
 def _between(plane: Tensor, size: tuple[int, int], siting: str) -> tuple[Tensor, Tensor]:
-    """Return the positions of the picture's rows and columns in a plane's samples, clamped to its edges."""
+    """Return where the picture's rows and columns lie among a plane's samples, clamped to its edges."""
     found = []
     for length, have, place in zip(size, plane.shape[-2:], reversed(SITINGS[siting]), strict=True):
         factor = -(-length // have)
@@ -298,7 +298,7 @@ def downsample_chroma(plane: Tensor, layout: Layout, siting: str = "left") -> Te
 
 
 def _halve(plane: Tensor, place: float) -> Tensor:
-    """Halve the columns: average pairs if samples lie midway, else weight 1-2-1 around the sample."""
+    """Halve the number of columns: average pairs if samples lie midway, else apply weights of 1-2-1."""
     # Use slices rather than a convolution, which would run in TF32 on some GPUs.
     first, second = plane[..., ::2], plane[..., 1::2]
     if plane.shape[-1] % 2:

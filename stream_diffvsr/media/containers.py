@@ -9,7 +9,7 @@ from ..errors import VideoError
 from .av_types import Container
 
 PLAYLISTS = {"concat", "dash", "hls", "imf", "rtp", "rtsp", "sap", "sdp", "webm_dash_manifest"}
-"""Formats that open other files or the network; the sender of such a file could choose what is read."""
+"""Formats that refer to other files or to the network; a file's sender could thus choose what is read."""
 ASF = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
 """The bytes with which a WMV or WMA file begins."""
 

@@ -63,7 +63,7 @@ def join(
     metadata: Mapping[str, str],
     window: Window,
 ) -> None:
-    """Write `target` from the segments and, if `source` is given, its other streams.
+    """Write `target` from the segments and, if `source` is given, from the source's other streams.
 
     `sides` are the prepared sound and subtitles of the source, and `stream` is the index of its video stream.
     With `words`, the source's metadata, chapters, covers and attached files are copied too. `target` is
@@ -112,7 +112,7 @@ def seconds_before(original: Container | None, stream: int | None, window: Windo
 
 
 def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate: Fraction) -> None:
-    """Copy title, language, flags and time code (moved `skipped` seconds later) to the output's video."""
+    """Copy the video stream's title, language, flags and time code (moved `skipped` seconds later)."""
     words = with_later_time_code(time_code(original) | kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
         del words[key]
@@ -149,9 +149,9 @@ def video_packets(
 ) -> Iterator[tuple[float, Packet]]:
     """Yield the packets of all segments with the source's timestamps and increasing decoding times.
 
-    Encoders differ in the decoding times that they set, especially at varying frame rates. Here, packet i is
-    decoded when frame i - depth is shown; such times always increase and are never later than the packet's
-    own frame.
+    Encoders differ in the decoding times that they set, especially if the frame rate varies. Here, packet i
+    is decoded when frame i - depth is shown; such times always increase, and they are never later than the
+    time of the packet's own frame.
     """
     depth = max(part.depth for part in parts)
     step = max(1, round(1 / (encoding.rate * encoding.time_base)))
@@ -159,7 +159,7 @@ def video_packets(
     for part, file in zip(parts, files, strict=True):
         times = sorted(packet.pts for packet in segment_packets(file, part, encoding))
         if len(times) != part.frames:
-            raise OSError(f"{file} contains {len(times)} of {part.frames} frames")
+            raise OSError(f"{file} contains {len(times)} frames instead of {part.frames}")
         following = dict(zip(times, [*times[1:], part.end], strict=True))
         for shown, packet in zip(times, segment_packets(file, part, encoding), strict=True):
             earlier.append(shown)

@@ -1,8 +1,6 @@
-"""Read still and animated pictures as RGB and alpha, and write pictures.
+"""Read still and animated pictures as RGB and alpha, and write pictures in the format given by the suffix.
 
-The format to write is given by the file's suffix.
-
-This uses Pillow, except where Pillow would reduce 16 bits to 8; there, it uses PyAV.
+Pillow is used, except where it would reduce 16 bits to 8; PyAV is used there instead.
 """
 
 from __future__ import annotations
@@ -39,7 +37,7 @@ SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".jp2", ".ppm", ".tga"),
     *(".avif", ".jfif", ".heic", ".heif"),
 )
-"""Files in a folder with these suffixes are read as pictures."""
+"""Suffixes of the files in a folder that are read as pictures."""
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".tga")
 ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
@@ -51,7 +49,7 @@ PROFILE_WORDS = {
 }
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF")
 VIDEOS = {"MPEG", "FLI"}
-"""Formats that Pillow supports, but that are videos."""
+"""Video formats that Pillow supports."""
 TGA_SUFFIXES = (".tga", ".icb", ".vda", ".vst")
 """TGA files are recognised only by these suffixes, because some video streams begin with the same bytes."""
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
@@ -59,7 +57,7 @@ HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx")
 IMAGE_LENGTH = 257
 """TIFF's tag for the number of rows."""
 DEFAULT_MILLISECONDS = 100
-"""The duration that viewers use for an animation frame that does not specify any."""
+"""The duration that viewers assume for an animation frame that does not specify one."""
 SAVE_OPTIONS = {
     ".jpg": {"quality": 95, "subsampling": 0},
     ".jpeg": {"quality": 95, "subsampling": 0},
@@ -108,7 +106,7 @@ def say_left_out(folder: Path) -> None:
 
 
 def writable_name(name: str) -> str:
-    """Return the name for a written picture: `name` itself, or with .png if its format cannot be written."""
+    """Return the name for a written picture: `name`, but ending in .png if its format cannot be written."""
     path = Path(name)
     return name if path.suffix.lower() in WRITABLE else f"{path.stem}.png"
 
@@ -130,7 +128,8 @@ def damage() -> tuple[type[Exception], ...]:
 def open_picture(path: Path) -> Image.Image:
     """Open a file as a Pillow image without loading its pixels.
 
-    Raises `VideoError` for a HEIC picture if the package pillow-heif is missing, and for too many pixels.
+    Raises `VideoError` for a HEIC picture if the package pillow-heif is missing, and for a picture with too
+    many pixels.
     """
     from PIL import Image
 
@@ -160,7 +159,7 @@ def open_picture(path: Path) -> Image.Image:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a still picture, judged by its content; a file with several pages counts as one."""
+    """Whether a file is a still picture, judging by its content; a file with several pages also counts."""
     try:
         with open_picture(path) as image:
             if _animated(image):
@@ -184,7 +183,7 @@ def _animated(image: Image.Image) -> bool:
 
 
 def _is_jpeg_stream(path: Path) -> bool:
-    """Whether another JPEG picture follows the first one, so that the file is a stream of pictures."""
+    """Whether another JPEG picture follows the first one, which makes the file a stream of pictures."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         place = 2
         while data[place : place + 1] == b"\xff" and data[place : place + 2] != b"\xff\xda":
@@ -261,7 +260,7 @@ EXIF_WORDS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298}
 EXIF_FOLDERS = (0x8769, 0x8825)
 """Tags of the EXIF directories that describe how (Exif) and where (GPS) the picture was taken."""
 EXIF_OF_PIXELS = {0x9101, 0x9102, 0x927C, 0xA001, 0xA002, 0xA003, 0xA005}
-"""Tags for the original pixels' layout, size and colours, and camera notes with offsets into the old file."""
+"""Tags for the original pixels' layout, size and colours, and for notes with offsets into the old file."""
 EXIF_TURNS = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),
@@ -318,7 +317,7 @@ def _profile(image: Image.Image) -> dict[str, Any]:
 
 
 def _exif(image: Any) -> bytes:
-    """Return the EXIF data without the tags that describe the original pixels; empty if nothing remains."""
+    """Return the EXIF data, possibly empty, without the tags that describe the original pixels."""
     from PIL import Image
 
     try:
@@ -339,7 +338,7 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def write(path: Path, picture: Picture) -> None:
-    """Write a picture in the format that the suffix names; the file appears only once it is complete.
+    """Write a picture in the format given by its suffix; the file appears only once it is complete.
 
     16 bits and alpha are kept if the format supports them. Raises `VideoError` for an unknown suffix.
     """
@@ -408,7 +407,7 @@ def _encode_deep(values: np.ndarray, suffix: str) -> bytes:
 
 
 def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
-    """Insert texts, EXIF data, ICC profile and resolution into a PNG file, as chunks after the header."""
+    """Insert texts, EXIF data, the ICC profile and the resolution as chunks after a PNG file's header."""
     chunks = [chunk[:2] for chunk in _png_texts(profile).chunks]
     if exif := profile.get("exif"):
         chunks.append((b"eXIf", exif.removeprefix(b"Exif\0\0")))
@@ -428,7 +427,7 @@ def _with_png_profile(data: bytes, profile: dict[str, Any]) -> bytes:
 
 
 def _with_tiff_profile(data: bytes, profile: dict[str, Any]) -> bytes:
-    """Add the ICC profile and resolution to a little-endian TIFF file, in a new directory at its end."""
+    """Add the ICC profile and the resolution to a little-endian TIFF file, in a new directory at its end."""
     start = struct.unpack_from("<I", data, 4)[0]
     count = struct.unpack_from("<H", data, start)[0]
     entries = {

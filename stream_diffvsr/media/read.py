@@ -1,7 +1,7 @@
 """Sources of frames: video files, animated pictures and folders of pictures, read one frame at a time.
 
 Each source has `info` and `frames(span)`, which yields every frame of the span with its timestamp and its
-index in the whole source. `notes` counts the repairs.
+index in the whole source. `notes` counts the faults found, by kind.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SourceFrame:
         return self._shown[0]
 
     def thinned(self, step: int) -> Tensor:
-        """Return every step-th row and column of `rgb`, which takes a fraction of the time."""
+        """Return every step-th row and column of `rgb`, computed in a fraction of the time."""
         return self.pixels.to_rgb(self.device, step)[0]
 
     @property
@@ -122,7 +122,7 @@ class Source(Protocol):
     notes: Counter[str]
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
-        """Yield the frames of a span in order; with the `place` of a frame read earlier, this is faster."""
+        """Yield the frames of a span in order; the `place` of a frame read earlier makes this faster."""
         ...
 
     def place(self, frame: SourceFrame) -> Place | None:
@@ -174,7 +174,7 @@ class VideoSource:
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
         """Yield the frames of the span; damaged packets are skipped and counted. Raises `VideoError`.
 
-        `place` is the last frame of an earlier run; reading starts there if possible, else at the start.
+        `place` is the last frame of an earlier run; reading starts there if possible, or else at frame 0.
         """
         index = -1
         for index, time, frame in self._numbered(span, place):
@@ -197,7 +197,7 @@ class VideoSource:
         self.notes.clear()
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Return the place from which to continue after a frame; a faulty source gets no checksum."""
+        """Return the place from which to continue after a frame, with no checksum if the source is faulty."""
         assert isinstance(frame.pixels, Decoded)
         checksum = frame.pixels.planes.checksum() if self._in_order() else None
         return Place(frame.index, frame.time, checksum)
@@ -206,7 +206,7 @@ class VideoSource:
         return self._steady and not self.notes.total()
 
     def _numbered(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
-        """Yield index, time and decoded frame, reading from the middle of the file if that is exact."""
+        """Yield index, time and decoded frame, starting in the middle of the file if that changes nothing."""
         index, time = (-1, None) if place is None else (place.index, place.time)
         if span.start if place is None else place.digest is not None:
             try:
@@ -227,7 +227,7 @@ class VideoSource:
                     yield index, now, frame
 
     def _from_middle(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
-        """Yield index, time and frame, starting at `place` or else the span's start. Raises `DoubtError`."""
+        """Yield index, time and frame, from `place` or else from the span's start. Raises `DoubtError`."""
         with open_container(self.path) as container:
             stream = container.streams[self.stream_index]
             times = None

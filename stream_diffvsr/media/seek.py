@@ -1,8 +1,8 @@
 """Read from the middle of a file, producing the same frames, indices and times as reading from its start.
 
-Seeking is fast but can go wrong: timestamps may repeat, a file's index may be false, and pictures may refer
-to skipped pictures. It is therefore used only to reach a known frame from a key frame before it. As soon as
-anything differs from what is expected, it is abandoned (`DoubtError`), and the file is read from its start.
+Seeking is fast but can go wrong: timestamps may repeat, a file's index may be incorrect, and pictures may
+refer to skipped pictures. It is therefore used only to reach a known frame from a key frame before it. As
+soon as anything is not as expected, seeking is abandoned (`DoubtError`), and the file is read from its start.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ ONE_PACKET_ONE_FRAME = {"h264", "hevc", "av1", "vp9", "prores", "ffv1", "mjpeg",
 INDEXED = ("mp4", "matroska")
 """Containers that store the boundaries of packets."""
 REORDERED = 64
-"""A number larger than the number of packets that any codec reorders."""
+"""More packets than any codec reorders."""
 STEPS_BACK = (0, 1, 4, 16, 64)
-"""The numbers of seconds before the wanted frame to seek to, tried one after another."""
+"""How many seconds to go back from the wanted frame when seeking; the numbers are tried in this order."""
 
 
 class DoubtError(Exception):
@@ -38,7 +38,7 @@ class Place:
     time: int
     """Its presentation timestamp, in ticks."""
     digest: int | None = None
-    """Checksum of its picture, or None if it was not read before or if data or timestamps were faulty."""
+    """Its picture's checksum, or None if the frame was not read before or if data or times were faulty."""
 
 
 def frames_from(
@@ -65,7 +65,7 @@ def frames_from(
 def decode_from(
     container: Container, stream: Stream, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
 ) -> Iterator[Any]:
-    """Yield frames from a key frame before a place; earlier frames may lack references and are skipped."""
+    """Yield frames, starting at a key frame before a place; skip earlier ones, which may lack references."""
     import av
 
     for seconds in STEPS_BACK:
@@ -87,7 +87,7 @@ def count_to(
 ) -> tuple[Place, array[int]]:
     """Return the place where a span starts, and the timestamps of all frames up to it and some beyond it.
 
-    Instead of decoding anything, it counts packets and sorts their timestamps. `first` is the first frame's
+    This counts packets and sorts their timestamps; nothing is decoded. `first` is the first frame's
     timestamp. Raises `DoubtError` if the number of packets may differ from the number of frames.
     """
     containers = container.format.name.split(",")

@@ -2,8 +2,8 @@
 
 A stream is copied if the output's container accepts it. Otherwise it is converted or, failing that, left out;
 either is logged. Each file is written completely, including the container's trailer, because some containers
-refuse a stream only there. The packets that are later joined into the output have thus been accepted once
-already. Finished files are reused when the job is resumed.
+refuse a stream only at that point. The packets that are later joined into the output have thus already been
+accepted once. Finished files are reused when the job is resumed.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Report:
 
 
 def _make(source: Path, container_format: str, folder: Path, report: Report) -> tuple[list[Side], list[str]]:
-    """Write each side stream in the first way that the container accepts; return them and messages to log."""
+    """Write each side stream in the first way that the container accepts; return sides and log messages."""
     with open_container(source) as original:
         wanted = [s for s in original.streams if s.type in ("audio", "subtitle") and s.codec_context]
         said = what_is_lost(original, container_format)
@@ -249,7 +249,7 @@ def what_is_lost(original: Container, container_format: str) -> list[str]:
 
 
 def keeping_advice(stream: Stream, container_format: str) -> str:
-    """Return advice on how to keep a stream unchanged or nearly unchanged, or else how to leave it out."""
+    """Return advice on how to keep a stream unchanged or nearly so, or else on how to leave it out."""
     import av
 
     if container_format != "matroska":
@@ -271,7 +271,7 @@ def _one_reading(
     reasons: dict[int, str],
     report: Report,
 ) -> dict[int, Making]:
-    """Read the source once and write these streams; the result lacks those that were refused."""
+    """Read the source once and write these streams; refused streams are missing from the result."""
     makings: dict[int, Making] = {}
     with open_container(source) as original:
         for index, way in ways.items():

@@ -1,4 +1,4 @@
-"""The sizes of the model's input and of the output, and the single resampling step before and after it."""
+"""The sizes of the model's input and of the output, and the resampling before and after the model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Sizes:
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
 
     def model_scale_for(self, height: int, width: int) -> tuple[float, float]:
-        """Return the scale to request from a model that supports 1 to 4, and the extra factor for the width.
+        """Return the scale to request from a model that supports scales 1 to 4, and a factor for the width.
 
         If the scales of both sides are within this range, the result needs no resampling.
         """
@@ -66,12 +66,12 @@ class Sizes:
         return min(4.0, max(1.0, down, across)), 1.0
 
     def to_model(self, rgb: Tensor) -> Tensor:
-        """Resize (1, 3, h, w) in [0, 1] to the size of the model's input, in [0, 1]."""
+        """Resize (1, 3, h, w) in [0, 1] to the size of the model's input; the values stay in [0, 1]."""
         return resize(rgb, self.model(*rgb.shape[-2:]))
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize with antialiased bicubic interpolation, clamped to [0, 1]; return `x` if it has that size."""
+    """Resize with antialiased bicubic interpolation, clamped to [0, 1]; return `x` if its size is right."""
     if tuple(x.shape[-2:]) == size:
         return x
     return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

@@ -127,8 +127,8 @@ def turned_size(frame: Frame) -> tuple[int, int]:
 def side_data(frame: Frame) -> dict[str, bytes]:
     """Return a frame's side data, keyed by FFmpeg's names.
 
-    PyAV 18 provides no side data if it has no name for one of its kinds, such as EXIF in Motion JPEG from
-    cameras.
+    If PyAV 18 has no name for one of the kinds, such as EXIF in Motion JPEG from cameras, it provides no side
+    data.
     """
     found = {}
     with suppress(ValueError):
@@ -196,7 +196,7 @@ LOST_DATA = {
 
 
 STEREO_WORD = "stereo_mode"
-"""Matroska's metadata key for the arrangement of two views in one picture; it is copied with the others."""
+"""Matroska's metadata key for the arrangement of two views in one picture; copied like other metadata."""
 
 
 def hdr_data(frame: Frame, words: Mapping[str, str]) -> dict[str, bytes]:

@@ -40,7 +40,7 @@ class Timeline:
         self._tracks: dict[int, _Track] = {}
 
     def streams(self, container: Container, *wanted: Any) -> list[Any]:
-        """Return the streams to demux: the wanted ones and, if breaks are possible, all sound and video."""
+        """Return the streams to demux: those wanted and, if breaks are possible, all sound and video."""
         others = [*container.streams.video, *container.streams.audio] if self.jumps else []
         return sorted({stream.index: stream for stream in [*wanted, *others]}.values(), key=lambda s: s.index)
 

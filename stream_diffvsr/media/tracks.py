@@ -36,7 +36,7 @@ MP4_WORDS = {
     *("episode_sort", "season_number", "media_type", "hd_video", "gapless_playback", "compilation", "track"),
     *("disc", "tmpo", "sort_name", "sort_artist", "sort_album", "sort_album_artist", "sort_composer"),
 }
-"""Metadata keys for which MP4 has fields; a file with any other key cannot store a cover."""
+"""Metadata keys for which MP4 has fields; an MP4 file with any other key cannot store a cover."""
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,17 @@ TIME_CODE = re.compile(r"\d\d:\d\d:\d\d[:;.]\d\d?")
 
 
 def time_code(picture: Stream) -> dict[str, str]:
-    """Return the time code that a camera stores in a separate stream, in the form of metadata."""
+    """Return, as metadata, the time code that a camera stores in a separate stream."""
     codes = [s.metadata.get("timecode", "") for s in picture.container.streams if s.type == "data"]
     known = [code for code in codes if TIME_CODE.fullmatch(code)]
     return {"timecode": known[0]} if known else {}
 
 
 def later_time_code(code: str, frames: int, rate: Fraction) -> str:
-    """Return a time code such as `01:00:00:00`, moved `frames` later. Raises `ValueError` for other text.
+    """Return a time code such as `01:00:00:00` moved later by `frames`. Raises `ValueError` for other text.
 
-    A semicolon means drop-frame: at 30 frames per second, two frame numbers are skipped at the beginning of
-    each minute except every tenth.
+    A semicolon marks a drop-frame code: at 30 frames per second, two frame numbers are skipped at the
+    beginning of each minute except every tenth.
     """
     hours, minutes, seconds, number = (int(text) for text in re.split("[:;.]", code))
     second, minute = round(rate), 60 * hours + minutes

@@ -18,7 +18,7 @@ NO_TEXT = b"\0\0"
 """The packet that stands for a gap between subtitles in MP4; the muxer adds such packets itself."""
 EMPTY_SRT = b"1\n00:00:00,000 --> 00:00:01,000\n \n"
 UNENDED = 5
-"""Seconds for which a cue without an end is shown, unless another one starts earlier."""
+"""Seconds for which a cue without an end is shown, unless the next cue starts sooner."""
 STARTS = {
     "aac": (0xFFF6, 0xFFF0),
     "mp2": (0xFFE6, 0xFFE4),
@@ -26,11 +26,11 @@ STARTS = {
     "ac3": (0xFFFF, 0x0B77),
     "eac3": (0xFFFF, 0x0B77),
 }
-"""Codec -> mask for the first two bytes of each packet in a transport stream, and the masked value."""
+"""Codec -> mask for the first two bytes of each packet in a transport stream, and the value expected."""
 LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
 """FFmpeg's default channel layouts for 1 to 8 channels."""
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)
-"""Errors of the disk, which do not depend on the data being written."""
+"""Disk errors, which do not depend on the data being written."""
 
 
 class RefusedError(Exception):
@@ -98,7 +98,7 @@ class Copied:
 class Translated:
     """Translates text subtitles for another container.
 
-    A cue without an end is given one, because MP4 players would not show it otherwise.
+    A cue without an end time is assigned one, because MP4 players would not show it otherwise.
     """
 
     first, damaged = None, 0
@@ -138,7 +138,7 @@ class Translated:
         return self._end(None)
 
     def _end(self, time: int | None) -> Iterator[Any]:
-        """Yield the pending cue, if any; it ends when the next cue begins (`time`, None if none follows)."""
+        """Yield the pending cue, if any; `time` is when the next cue begins, or None if there is none."""
         if (text := self.unended) is not None:
             self.unended = None
             text.duration = round(UNENDED / text.time_base)

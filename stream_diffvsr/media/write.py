@@ -51,7 +51,7 @@ class SegmentWriter:
             self._container.mux(packet)
 
     def _decoding_time(self, number: int) -> int:
-        """Return when to decode packet `number`: when the frame `encoding.reorder` places before it is shown.
+        """Return when to decode packet `number`: when frame `number - encoding.reorder` is shown.
 
         The encoder's own times are not used, because x265 returns random times for segments of one or two
         frames.
@@ -100,7 +100,7 @@ class Sink(Protocol):
         ...
 
     def add(self, prepared: Any, index: int, time: int) -> None:
-        """Write a frame, given its index and its time in ticks in the source."""
+        """Write a frame, given its index and its time (in ticks) in the source."""
         ...
 
     def finish(self) -> tuple[str, int, int]:

@@ -1,4 +1,4 @@
-"""Quality measures of single frames and of two consecutive frames.
+"""Quality measures of single frames and of pairs of consecutive frames.
 
 Convention: pictures are RGB, (1, 3, H, W) float32 in [0, 1]; flow is backward, (1, 2, H, W), in pixels.
 Measures that the library piq offers are computed with it, using the settings that are usual in the field.
@@ -40,7 +40,7 @@ class Measures:
     sharpness: float
     """Mean magnitude of the luminance's gradient, relative to that of the truth; 1 means equal sharpness."""
     colour_error: float
-    """Root mean square error of Cb and Cr after a Gaussian blur of sigma 4, scaled to 255; shows tints."""
+    """Root mean square error of Cb and Cr after a Gaussian blur of sigma 4, scaled to 255; reveals tints."""
     warping_error: float = math.nan
     """Mean squared difference from the previous frame moved along the truth's flow, in pixels that are not
     occluded (Lai et al. 2018); lower means steadier. See `warping_error`."""
@@ -52,9 +52,10 @@ NAMES = tuple(field.name for field in fields(Measures))
 
 
 def measure(pairs: Iterable[tuple[Tensor, Tensor]], border: int = 0) -> Iterator[Measures]:
-    """Yield the measures of each pair (result, truth); those of single pictures ignore `border` edge pixels.
+    """Yield the measures of each pair (result, truth).
 
-    Raises `IncompatibleInputError` if a result and its truth differ in size or are too small.
+    Measures of single pictures ignore `border` pixels at each edge. Raises `IncompatibleInputError` if a
+    result and its truth differ in size or are too small.
     """
     before: tuple[Tensor, Tensor] | None = None
     for one, other in pairs:
@@ -64,7 +65,7 @@ def measure(pairs: Iterable[tuple[Tensor, Tensor]], border: int = 0) -> Iterator
 
 
 def protocol(border: int) -> str:
-    """Return how the measures are computed, so that others can reproduce them."""
+    """Describe how the measures are computed, so that others can reproduce them."""
     import cv2
 
     versions = f"torch {torch.__version__}, piq {_import_piq().__version__}, OpenCV {cv2.__version__}"
@@ -122,7 +123,7 @@ def chroma(picture: Tensor) -> Tensor:
 
 
 def steepness(picture: Tensor) -> float:
-    """Return the mean magnitude of the gradient, from forward differences, per pixel."""
+    """Return the gradient's mean magnitude per pixel, computed from forward differences."""
     across, down = (picture.diff(dim=dim) for dim in (-1, -2))
     return float((across[..., :-1, :].square() + down[..., :-1].square()).sqrt().mean())
 
@@ -171,7 +172,7 @@ def warping_error(current: Tensor, previous: Tensor, flow: Tensor, seen: Tensor)
 def visible(flow: Tensor, reverse: Tensor) -> Tensor:
     """Return 1 where the flow stays inside the picture and `reverse` leads back to its start, else 0.
 
-    The round-trip test is the one by Sundaram et al. 2010.
+    The round-trip test is that of Sundaram et al. 2010.
     """
     back = sample_zero_outside(reverse, flow)
     limit = 0.01 * (flow.square().sum(1, keepdim=True) + back.square().sum(1, keepdim=True)) + 0.5
@@ -180,7 +181,7 @@ def visible(flow: Tensor, reverse: Tensor) -> Tensor:
 
 
 def sample_zero_outside(picture: Tensor, flow: Tensor) -> Tensor:
-    """Sample `picture` bilinearly at p + flow(p), 0 outside; unlike in `warp`, zero flow is the identity."""
+    """Sample `picture` bilinearly at p + flow(p), with 0 outside; unlike for `warp`, 0 is the identity."""
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]

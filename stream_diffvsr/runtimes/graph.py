@@ -22,7 +22,7 @@ Call = Callable[..., list[Tensor]]
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A network to export; its pictures (tensors with 4 axes) may have any height and width later."""
+    """A network to export; the graph will accept pictures (tensors with 4 axes) of any height and width."""
 
     name: str
     network: nn.Module
@@ -89,7 +89,7 @@ class _Flat(nn.Module):
 
 
 def _digest(network: nn.Module) -> str:
-    """Return a digest of a few values from each of a network's weights, enough to detect any training."""
+    """Return a digest of a few values from each of a network's weights, which reveals any training."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         rows: Sequence[Tensor] = [value] if value.ndim == 0 else [value[0], value[len(value) // 2], value[-1]]

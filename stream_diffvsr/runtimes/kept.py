@@ -27,7 +27,7 @@ MANIFEST = "manifest.json"
 def built_once(
     root: Path, key: Mapping[str, str], size: int, make: Callable[[Path], None]
 ) -> Generator[Path, None, None]:
-    """Yield a folder in `root` with the files that `make(folder)` writes, made at most once per `key`.
+    """Yield a folder in `root` with the files that `make(folder)` writes; `make` runs at most once per `key`.
 
     The folder's name begins with `key["graph"]`. `size` is the size of the weights in bytes, from which the
     logged duration is estimated. Files that are incomplete or were made for another key are made again. If
@@ -58,7 +58,7 @@ def built_once(
 def expected_seconds(root: Path, size: int) -> float:
     """Estimate from earlier conversions in `root` how long it takes to convert `size` bytes of weights.
 
-    If there are none, the estimate assumes two cores of a server from 2024.
+    If there are none, the estimate assumes two cores of a 2024 server.
     """
     ratios = []
     for path in root.glob(f"*/{MANIFEST}"):

@@ -20,7 +20,7 @@ HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 class OpenVINO:
-    """A `Runtime` with float32 inputs and outputs; with any other `precision`, it computes approximately."""
+    """A `Runtime` with float32 inputs and outputs; with any other `precision`, results are approximate."""
 
     name = "openvino"
     dtype = torch.float32

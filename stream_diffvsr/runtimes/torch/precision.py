@@ -30,7 +30,7 @@ def _cast(networks: Iterable[nn.Module], dtype: torch.dtype) -> None:
 
 
 class UpcastAttention:
-    """Attention processor for diffusers that computes fused attention in float32 in half-precision networks.
+    """A diffusers attention processor with which half-precision networks compute fused attention in float32.
 
     diffusers' own fused processor ignores `upcast_attention`; its older processor respects this setting, but
     keeps a matrix of all pairs of positions in memory.

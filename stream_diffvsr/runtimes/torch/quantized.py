@@ -68,5 +68,5 @@ def _configuration(kind: str) -> Any:
 
 
 def _runs_in_every_step(layer: nn.Module, name: str) -> bool:
-    """Whether to quantise a layer: not if it is for the prompt's keys and values, which are computed once."""
+    """Whether to quantise a layer; layers for the prompt's keys and values run only once and are excluded."""
     return isinstance(layer, nn.Linear) and ".attentions." in name and not name.endswith(".linear")
