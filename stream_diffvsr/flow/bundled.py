@@ -76,7 +76,7 @@ def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def enlarged_and_reduced(lq: Tensor) -> Tensor:
-    """Enlarge (N, 3, h, w) by REDUCTION (bicubic) and average it down again, in one step (a slight blur)."""
+    """Enlarge (N, 3, h, w) by REDUCTION (bicubic) and average it down again, in one step: a slight blur."""
     height, width = lq.shape[-2:]
     around = F.pad(lq, (REACH,) * 4, mode="replicate")
     # Use slices rather than a convolution, which would run in TF32 on some GPUs.

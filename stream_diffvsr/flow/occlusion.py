@@ -13,8 +13,8 @@ AGREE_PIXELS, AGREE_SHARE = 2.5, 0.05
 the square of this limit is increased by the given share of both flows' squared lengths."""
 
 MATCH, CONTRAST = 0.04, 0.15
-"""Largest difference allowed between two LQ frames along the flow, averaged over colours, in model range, and
-the share of the local contrast that is added to it, since small shifts change edges and fine lines."""
+"""Largest difference allowed between two LQ frames along the flow (averaged over colours, in model range),
+and the share of the local contrast that is added to it, since small shifts change edges and fine lines."""
 
 ERODE, FEATHER = 5, 5
 """Number of HQ pixels by which untrusted areas are enlarged, and over which trust then fades."""

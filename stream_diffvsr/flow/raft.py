@@ -1,4 +1,4 @@
-"""RAFT's iterative updates, for a single pair of frames and returning only the final flow."""
+"""RAFT's iterative updates for a single pair of frames, returning only the final flow."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
     """Sample `frame` bilinearly at the positions to which `flow` points; those outside the picture yield 0.
 
     `frame` is (1, C, H, W), and `flow` is (1, 2, H, W) in pixels, with channel 0 = dx; returns (1, C, H, W).
-    This always uses float32, because half precision cannot even represent the positions in a large frame.
+    This is always in float32, because half precision cannot even represent a large frame's pixel positions.
 
     The reference normalises positions by W-1 but samples with align_corners=False, so zero flow is not the
     identity: it shifts the picture by -0.5 px at the left edge to +0.5 px at the right edge. The weights were

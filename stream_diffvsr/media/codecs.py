@@ -146,7 +146,7 @@ def choose_encoding(
     info: SourceInfo,
     size: tuple[int, int],
 ) -> Encoding:
-    """Return the settings for encoding at `size` (height, width); raises `VideoError` if it is impossible."""
+    """Return the settings for encoding at `size` (height, width); raises `VideoError` if none will work."""
     if codec not in CODECS:
         raise VideoError(f"there is no codec {codec!r}; the known codecs are {', '.join(CODECS)}.")
     spec = CODECS[codec]

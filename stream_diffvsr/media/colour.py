@@ -107,7 +107,7 @@ LAYOUTS = {
 }
 
 PAIRED = {"nv12": 0, "p010le": 6}
-"""4:2:0 formats with the interleaved chroma that hardware requires -> how many bits to shift the values."""
+"""4:2:0 formats with interleaved chroma, as hardware requires -> number of bits by which to shift values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,7 +298,7 @@ def downsample_chroma(plane: Tensor, layout: Layout, siting: str = "left") -> Te
 
 
 def _halve(plane: Tensor, place: float) -> Tensor:
-    """Halve the number of columns: average pairs if samples lie midway, else apply weights of 1-2-1."""
+    """Halve the number of columns: average pairs if samples lie midway, else use 1-2-1 weights."""
     # Use slices rather than a convolution, which would run in TF32 on some GPUs.
     first, second = plane[..., ::2], plane[..., 1::2]
     if plane.shape[-1] % 2:

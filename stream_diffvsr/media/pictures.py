@@ -260,7 +260,8 @@ EXIF_WORDS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298}
 EXIF_FOLDERS = (0x8769, 0x8825)
 """Tags of the EXIF directories that describe how (Exif) and where (GPS) the picture was taken."""
 EXIF_OF_PIXELS = {0x9101, 0x9102, 0x927C, 0xA001, 0xA002, 0xA003, 0xA005}
-"""Tags for the original pixels' layout, size and colours, and for notes with offsets into the old file."""
+"""Tags for the layout, size and colours of the original pixels, and for camera notes, which contain offsets
+into the old file."""
 EXIF_TURNS = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),

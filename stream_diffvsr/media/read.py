@@ -187,7 +187,7 @@ class VideoSource:
         self.notes["frames fewer than its index lists"] += max(0, self._named - index - 1)
 
     def look_at(self, span: Span) -> None:
-        """Set the size to that of the span's first frame, because the size changes within some broadcasts."""
+        """Set the size to that of the span's first frame, because some broadcasts change size midway."""
         for index, time, frame in self._numbered(span, None):
             if not span.before(index, (time - self._first) * self.info.time_base):
                 size = turned_size(frame)
@@ -206,7 +206,7 @@ class VideoSource:
         return self._steady and not self.notes.total()
 
     def _numbered(self, span: Span, place: Place | None) -> Iterator[tuple[int, int, Frame]]:
-        """Yield index, time and decoded frame, starting in the middle of the file if that changes nothing."""
+        """Yield index, time and decoded frame, starting mid-file if that does not change the result."""
         index, time = (-1, None) if place is None else (place.index, place.time)
         if span.start if place is None else place.digest is not None:
             try:

@@ -17,7 +17,7 @@ from .av_types import Container, Frame, Stream
 from .span import Span
 
 ONE_PACKET_ONE_FRAME = {"h264", "hevc", "av1", "vp9", "prores", "ffv1", "mjpeg", "png", "dnxhd"}
-"""Codecs for which packets can be counted instead of frames; some VP8 and MPEG-4 packets show no frame."""
+"""Codecs for which packets can be counted instead of frames; some VP8 and MPEG-4 packets yield no frame."""
 INDEXED = ("mp4", "matroska")
 """Containers that store the boundaries of packets."""
 REORDERED = 64

@@ -36,7 +36,7 @@ LISTING = "side-list.json"
 """The file that lists the finished side streams."""
 OWN_NAME = re.compile(r"side-\d+\.\w+")
 REPORT_PACKETS, REPORT_SECONDS = 50, 10.0
-"""Packets between progress reports to the caller, and seconds between progress reports in the log."""
+"""Number of packets between reports to the caller, and of seconds between reports in the log."""
 OnProgress = Callable[[int, int], None]
 """A function that is called with the amount done and the total."""
 
@@ -186,7 +186,7 @@ class Report:
 
 
 def _make(source: Path, container_format: str, folder: Path, report: Report) -> tuple[list[Side], list[str]]:
-    """Write each side stream in the first way that the container accepts; return sides and log messages."""
+    """Write each stream in the first way that the container accepts; return the sides and messages to log."""
     with open_container(source) as original:
         wanted = [s for s in original.streams if s.type in ("audio", "subtitle") and s.codec_context]
         said = what_is_lost(original, container_format)

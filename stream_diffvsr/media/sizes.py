@@ -1,4 +1,4 @@
-"""The sizes of the model's input and of the output, and the resampling before and after the model."""
+"""The model's input size, the output size, and the single resampling step before and after the model."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Sizes:
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
 
     def model_scale_for(self, height: int, width: int) -> tuple[float, float]:
-        """Return the scale to request from a model that supports scales 1 to 4, and a factor for the width.
+        """Return the scale (1 to 4) to request from a model of variable scale, and the width's extra factor.
 
         If the scales of both sides are within this range, the result needs no resampling.
         """
@@ -71,7 +71,7 @@ class Sizes:
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize with antialiased bicubic interpolation, clamped to [0, 1]; return `x` if its size is right."""
+    """Resize with antialiased bicubic interpolation, clamped to [0, 1]; return `x` if no change is needed."""
     if tuple(x.shape[-2:]) == size:
         return x
     return F.interpolate(x, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)

@@ -11,7 +11,7 @@ from ..errors import VideoError
 
 @dataclass(frozen=True)
 class Span:
-    """A range of frames; an int is a frame's index, and a Fraction is its time in seconds from the first."""
+    """A range of frames; an int is an index, and a Fraction is a time in seconds after the first frame."""
 
     start: int | Fraction = 0
     end: int | Fraction | None = None
@@ -26,7 +26,7 @@ class Span:
         return self.end is not None and (index if isinstance(self.end, int) else seconds) > self.end
 
     def count(self, frames: int | None, rate: Fraction) -> int | None:
-        """Estimate the number of frames in the span; return None if that requires `frames` but it is None."""
+        """Estimate the number of frames in the span; return None if that would require an unknown `frames`."""
         first = self.start if isinstance(self.start, int) else round(self.start * rate)
         if self.end is None:
             return None if frames is None else max(0, frames - first)

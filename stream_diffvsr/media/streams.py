@@ -127,8 +127,8 @@ def turned_size(frame: Frame) -> tuple[int, int]:
 def side_data(frame: Frame) -> dict[str, bytes]:
     """Return a frame's side data, keyed by FFmpeg's names.
 
-    If PyAV 18 has no name for one of the kinds, such as EXIF in Motion JPEG from cameras, it provides no side
-    data.
+    If PyAV 18 has no name for one kind of side data, such as EXIF in Motion JPEG from cameras, it provides no
+    side data of any kind.
     """
     found = {}
     with suppress(ValueError):

@@ -26,7 +26,7 @@ STARTS = {
     "ac3": (0xFFFF, 0x0B77),
     "eac3": (0xFFFF, 0x0B77),
 }
-"""Codec -> mask for the first two bytes of each packet in a transport stream, and the value expected."""
+"""Codec -> the mask for the first two bytes of each packet in a transport stream, and the expected result."""
 LAYOUTS = ("mono", "stereo", "2.1", "4.0", "5.0", "5.1", "6.1", "7.1")
 """FFmpeg's default channel layouts for 1 to 8 channels."""
 DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS)

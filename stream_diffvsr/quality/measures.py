@@ -1,7 +1,7 @@
 """Quality measures of single frames and of pairs of consecutive frames.
 
 Convention: pictures are RGB, (1, 3, H, W) float32 in [0, 1]; flow is backward, (1, 2, H, W), in pixels.
-Measures that the library piq offers are computed with it, using the settings that are usual in the field.
+Measures that the library piq offers are computed with it, using the settings that are common in the field.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..flow import DisFlow
 from ..tensors import from_pixels
 
 LUMA = (0.299, 0.587, 0.114)
-"""BT.601 weights, which are usual in the field for measuring luminance."""
+"""BT.601 weights, which are commonly used in the field to measure luminance."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,10 @@ def visible(flow: Tensor, reverse: Tensor) -> Tensor:
 
 
 def sample_zero_outside(picture: Tensor, flow: Tensor) -> Tensor:
-    """Sample `picture` bilinearly at p + flow(p), with 0 outside; unlike for `warp`, 0 is the identity."""
+    """Sample `picture` bilinearly at p + flow(p), with 0 outside.
+
+    Unlike in `warp`, zero flow is the identity.
+    """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
     y = torch.arange(height, device=flow.device)[:, None] + flow[:, 1]

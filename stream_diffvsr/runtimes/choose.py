@@ -17,7 +17,7 @@ PROVIDERS = ("auto", "cpu", "gpu", "npu", "cuda", "tensorrt")
 def open_runtime(
     name: str, provider: str, device: torch.device, dtype: str | torch.dtype, quantize: str
 ) -> Runtime | None:
-    """Return the named runtime for tensors on `device`, or None for `torch` and for `auto`, chosen later.
+    """Return the named runtime for tensors on `device`, or None for `torch` and `auto` (resolved later).
 
     Raises `IncompatibleInputError` or `ModuleNotFoundError`, each with advice on what to do.
     """

@@ -19,13 +19,13 @@ PROVIDERS = {
     "tensorrt": ("TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"),
 }
 """ONNX Runtime's providers for each name, best first; each runs the operations that the earlier providers
-cannot. Only cpu has been tested so far."""
+cannot run. Only cpu has been tested so far."""
 
 MODEL = "model.onnx"
 
 
 class ONNX:
-    """A `Runtime` that computes in the networks' number format; half precision is part of the graph."""
+    """A `Runtime` that computes in the networks' number format; half precision is built into the graph."""
 
     name = "onnx"
 

@@ -52,7 +52,7 @@ def bytes_beside(networks: Iterable[nn.Module]) -> tuple[int, int]:
 
 
 def _layers(network: nn.Module) -> Iterator[nn.Linear]:
-    """Yield the large linear layers of transformer blocks; other layers have inputs of only a single row."""
+    """Yield the large linear layers of transformer blocks; the inputs of other layers have only one row."""
     for name, layer in network.named_modules() if is_faster_here() else ():
         if type(layer) is nn.Linear and ".attentions." in name and "forward" not in vars(layer):
             weight = layer.weight
