@@ -63,9 +63,10 @@ def levels_for(height: int, width: int) -> int:
 
 
 def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample `picture` bilinearly at p + flow(p); also return (N, 1, h, w): 1 where that is inside, else 0.
+    """Sample `picture` bilinearly at p + flow(p), and return whether each position is inside the picture.
 
-    Positions are exact: zero flow is the identity, unlike when the reference warps the previous result.
+    The second result, (N, 1, h, w), is 1 inside the picture and 0 outside. Positions are exact: zero flow is
+    the identity, unlike when the reference warps the previous result.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]

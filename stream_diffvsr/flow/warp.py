@@ -11,11 +11,12 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
     """Sample `frame` bilinearly at the positions to which `flow` points; those outside the picture yield 0.
 
     `frame` is (1, C, H, W), and `flow` is (1, 2, H, W) in pixels, with channel 0 = dx; returns (1, C, H, W).
-    This is always in float32, because half precision cannot even represent a large frame's pixel positions.
+    The computation is always in float32, because half precision cannot even represent the pixel positions of
+    a large frame.
 
     The reference normalises positions by W-1 but samples with align_corners=False, so zero flow is not the
-    identity: it shifts the picture by -0.5 px at the left edge to +0.5 px at the right edge. The weights were
-    trained that way, so this behaviour is kept for parity (tests/test_golden.py).
+    identity: it shifts the picture by amounts from -0.5 px at the left edge to +0.5 px at the right edge. The
+    weights were trained that way, so this behaviour is kept for parity (tests/test_golden.py).
     """
     height, width = frame.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0].float()

@@ -112,7 +112,7 @@ PAIRED = {"nv12": 0, "p010le": 6}
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """Copies of a decoded frame's code values, which take an eighth of the memory of float32 RGB."""
+    """Copies of a decoded frame's code values, which need an eighth as much memory as float32 RGB."""
 
     values: tuple[np.ndarray, ...]
     """One plane (h, w) per component, as uint8 or int32; alpha comes last."""

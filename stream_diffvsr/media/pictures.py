@@ -234,7 +234,7 @@ def read(path: Path) -> Picture:
 
 
 def sample_bits(image: Any, path: Path) -> int:
-    """Return the bits per sample in the file, which Pillow's mode does not show for colour pictures."""
+    """Return the file's bits per sample, which Pillow's mode does not show for colour pictures."""
     if image.format == "PNG":
         with path.open("rb") as file:
             return file.read(25)[24]
@@ -345,7 +345,9 @@ def write(path: Path, picture: Picture) -> None:
     """
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
-        raise VideoError(f"{path.name} must end in a supported picture format: {', '.join(WRITABLE)}.")
+        raise VideoError(
+            f"{path.name} must end in the suffix of a supported picture format: {', '.join(WRITABLE)}."
+        )
     alpha = picture.alpha if suffix in ALPHA_SUFFIXES else None
     pixels = picture.rgb if alpha is None else torch.cat([picture.rgb, alpha], dim=1)
     deep = picture.bits > 8 and suffix in DEEP_SUFFIXES

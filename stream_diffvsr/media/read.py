@@ -49,7 +49,7 @@ class SourceFrame:
     """One frame of a source, turned upright."""
 
     index: int
-    """Index in the whole source, from 0."""
+    """Index in the whole source, starting from 0."""
     time: int
     """Presentation timestamp, in ticks of the source's time base."""
     duration: int | None

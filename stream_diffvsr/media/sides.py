@@ -1,9 +1,9 @@
 """Prepare a source's sound and subtitles, one file per stream, before the first frame is upscaled.
 
 A stream is copied if the output's container accepts it. Otherwise it is converted or, failing that, left out;
-either is logged. Each file is written completely, including the container's trailer, because some containers
-refuse a stream only at that point. The packets that are later joined into the output have thus already been
-accepted once. Finished files are reused when the job is resumed.
+both cases are logged. Each file is written completely, including the container's trailer, because some
+containers refuse a stream only at that point. The packets that are later joined into the output have thus
+already been accepted once. Finished files are reused when the job is resumed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LISTING = "side-list.json"
 """The file that lists the finished side streams."""
 OWN_NAME = re.compile(r"side-\d+\.\w+")
 REPORT_PACKETS, REPORT_SECONDS = 50, 10.0
-"""Number of packets between reports to the caller, and of seconds between reports in the log."""
+"""Number of packets between reports to the caller, and number of seconds between reports in the log."""
 OnProgress = Callable[[int, int], None]
 """A function that is called with the amount done and the total."""
 
@@ -135,8 +135,8 @@ def make_sides(
     """Write a source's sound and subtitles to files `side-<stream>` in a folder, in the container's format.
 
     Files from an earlier run are reused. Conversions and omissions are logged. `on_progress` is called with
-    the number of bytes read and the source's size in bytes; it may raise an exception to stop. Raises
-    `VideoError` if the source cannot be opened, and `OSError` if the disk fails.
+    the number of bytes read and the source's size in bytes; it may raise an exception to stop the
+    work. Raises `VideoError` if the source cannot be opened, and `OSError` if the disk fails.
     """
     listing = folder / LISTING
     sides, said = _listed(listing) or _make(source, container_format, folder, Report(on_progress))

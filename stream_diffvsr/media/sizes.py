@@ -55,7 +55,7 @@ class Sizes:
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
 
     def model_scale_for(self, height: int, width: int) -> tuple[float, float]:
-        """Return the scale (1 to 4) to request from a model of variable scale, and the width's extra factor.
+        """Return the scale (1 to 4) to request from a variable-scale model, and the extra factor for width.
 
         If the scales of both sides are within this range, the result needs no resampling.
         """

@@ -94,7 +94,7 @@ SMALLEST = 41
 
 
 def picture_measures(result: Tensor, truth: Tensor, border: int) -> dict[str, float]:
-    """Return the measures that need no other frame."""
+    """Return the measures that depend on this frame alone."""
     piq = _import_piq()
     inside = slice(border, -border or None)
     a, b = (x[..., inside, inside].clamp(0, 1) for x in (result, truth))
@@ -129,7 +129,7 @@ def steepness(picture: Tensor) -> float:
 
 
 def blurred(picture: Tensor, sigma: int = 4) -> Tensor:
-    """Apply a Gaussian blur that repeats the pixels at the edges."""
+    """Apply a Gaussian blur, with the edge pixels repeated beyond the edges."""
     places = torch.arange(-3 * sigma, 3 * sigma + 1, device=picture.device, dtype=picture.dtype)
     kernel = torch.exp(-places.square() / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).expand(picture.shape[1], 1, 1, -1)
@@ -139,7 +139,7 @@ def blurred(picture: Tensor, sigma: int = 4) -> Tensor:
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Return the peak signal-to-noise ratio in dB, for a value range of 1; infinite for equal pictures."""
+    """Return the peak signal-to-noise ratio in dB for a value range of 1, or infinity for equal pictures."""
     error = float(F.mse_loss(a, b))
     return -10 * math.log10(error) if error else math.inf
 

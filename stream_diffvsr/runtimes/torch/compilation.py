@@ -1,4 +1,4 @@
-"""Use torch.compile on the blocks of which networks consist; blocks that fail to compile run uncompiled.
+"""Use torch.compile on the blocks that make up the networks; blocks that fail to compile run uncompiled.
 
 Blocks are compiled instead of whole networks. All blocks of a kind share code that works for any size, so
 there are only a few kinds to compile, and a new picture size requires no recompilation. torch stores the

@@ -39,7 +39,7 @@ def quantize(kind: str, *networks: nn.Module) -> None:
     """Quantise the linear layers of attention modules in place, both their weights and their inputs.
 
     'int8' uses one scale per row of weights and per position; 'fp8' (e4m3) uses one scale per tensor.
-    Convolutions, which are most of the work, are not quantised.
+    Convolutions, which account for most of the work, are not quantised.
     """
     from torchao.quantization import quantize_
 
