@@ -161,7 +161,10 @@ def choose_encoding(
     if layout.bits < info.bits:
         log.warning(
             "reducing the bit depth from %d to %d because %s is written as %s",
-            *(info.bits, layout.bits, codec, pix_fmt),
+            info.bits,
+            layout.bits,
+            codec,
+            pix_fmt,
         )
     if width % layout.chroma_width or height % layout.chroma_height:
         raise VideoError(

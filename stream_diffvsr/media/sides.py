@@ -135,8 +135,8 @@ def make_sides(
     """Write a source's sound and subtitles to files `side-<stream>` in a folder, in the container's format.
 
     Files from an earlier run are reused. Conversions and omissions are logged. `on_progress` is called with
-    the number of bytes read and the source's size in bytes; it may raise an exception to stop the
-    work. Raises `VideoError` if the source cannot be opened, and `OSError` if the disk fails.
+    the number of bytes read and the source's size in bytes; it may raise an exception to stop the work.
+    Raises `VideoError` if the source cannot be opened, and `OSError` if the disk fails.
     """
     listing = folder / LISTING
     sides, said = _listed(listing) or _make(source, container_format, folder, Report(on_progress))

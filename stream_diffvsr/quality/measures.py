@@ -129,7 +129,7 @@ def steepness(picture: Tensor) -> float:
 
 
 def blurred(picture: Tensor, sigma: int = 4) -> Tensor:
-    """Apply a Gaussian blur, with the edge pixels repeated beyond the edges."""
+    """Apply a Gaussian blur, with the edge pixels repeated outside the picture."""
     places = torch.arange(-3 * sigma, 3 * sigma + 1, device=picture.device, dtype=picture.dtype)
     kernel = torch.exp(-places.square() / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).expand(picture.shape[1], 1, 1, -1)
