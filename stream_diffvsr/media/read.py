@@ -347,7 +347,9 @@ def alpha_decoder(stream: Stream) -> Any:
         decoder: Any = av.CodecContext.create(name, "r")
     except ValueError:
         log.warning(
-            "the transparency of stream %d is left out because this PyAV lacks %s", stream.index, name
+            "the transparency of stream %d is left out because this version of PyAV lacks %s",
+            stream.index,
+            name,
         )
         return None
     return lambda packet: decoder.decode(packet if packet.size else None)

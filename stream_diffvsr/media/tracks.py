@@ -103,7 +103,9 @@ def later_time_code(code: str, frames: int, rate: Fraction) -> str:
 def copy_chapters(out: Output, original: Container, window: Window) -> None:
     """Copy the chapters, cut to the window, or log that PyAV is too old to do so."""
     if not hasattr(original, "chapters") or not hasattr(out, "set_chapters"):
-        log.info("any chapters are left out because this PyAV cannot copy them: update the package av")
+        log.info(
+            "any chapters are left out because this version of PyAV cannot copy them: update the av package"
+        )
         return
     if chapters := cut_chapters(original.chapters(), window):
         out.set_chapters(chapters)

@@ -115,7 +115,7 @@ class Translated:
             return
         if self.name != "subrip":
             # Older PyAV versions open an encoder for every new stream, but have no encoders for subtitles.
-            raise RefusedError("this PyAV cannot translate it: update the package av")
+            raise RefusedError("this version of PyAV cannot translate it: update the av package")
         with av.open(io.BytesIO(EMPTY_SRT), format="srt") as text:
             self.stream = out.add_stream_from_template(text.streams[0], opaque=True)
 

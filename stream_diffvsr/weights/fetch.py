@@ -147,7 +147,7 @@ def by_hand(release: Release, target: Path, reason: str) -> ModelNotFoundError:
 def usual_targets(release: Release, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
     """Return folders for a download, best first: the registered folders, then the user's own folder.
 
-    Links are resolved, because the partial download must be on the same disk.
+    Links are resolved because the partial download must be on the same disk as the final folder.
     """
     return [(root / release.name).resolve() for root in [*registered(extra_folders), user_models()]]
 

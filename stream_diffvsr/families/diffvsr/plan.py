@@ -195,7 +195,7 @@ class Planner:
         return needs["peak"] - needs["weights"]
 
     def next_plan(self, plan: Plan, stage: str, options: UpscaleOptions) -> Plan | None:
-        """Return the next plan after memory ran out in a stage, or None; only 'auto' has other plans."""
+        """Return the next plan to try after memory ran out in a stage, or None; only 'auto' has fallbacks."""
         if options.memory_plan != "auto":
             return None
         return plan.next_plan(stage, self.methods, options.tile_size)

@@ -21,7 +21,7 @@ CHANNELS = ((3, 3), (1, 1), (4, 3), (4, 4))
 class ImageNetwork(nn.Module):
     """Wrapper around spandrel's descriptor of a model, with the model's network as the only submodule.
 
-    A model for grey pictures processes red, green and blue one after another. A model with an alpha channel
+    A greyscale model processes the red, green and blue channels one at a time. A model with an alpha channel
     receives an opaque alpha channel, and its alpha output is dropped.
     """
 
