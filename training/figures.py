@@ -158,9 +158,10 @@ def gains(rows: dict[str, Figures]) -> str:
     classic = [f["nano"]["warping"] / f["bicubic"]["warping"] - 1 for f in rows.values()]
     return (
         f"PSNR-Y over the better of bicubic and Lanczos: {mean(by_clip):+.2f} dB on average, "
-        f"{min(by_clip):+.2f} dB at least. Warping error against nano without guidance: {mean(steady):+.0%} "
-        f"on average, {max(steady):+.0%} at most; against bicubic: {mean(classic):+.0%} on average, "
-        f"{max(classic):+.0%} at most."
+        f"{min(by_clip):+.2f} dB at least. Warping error "
+        f"compared with nano without guidance: {mean(steady):+.0%} "
+        f"on average, {max(steady):+.0%} at worst; compared with bicubic: {mean(classic):+.0%} on average, "
+        f"{max(classic):+.0%} at worst."
     )
 
 
