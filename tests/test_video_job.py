@@ -156,7 +156,7 @@ def test_a_changed_source_is_refused(source, guided, tmp_path) -> None:
         for _ in range(4):
             next(steps)
     clips.write_video(copy, 9)
-    with pytest.raises(VideoError, match=r"source content was .*, is .*--restart"):
+    with pytest.raises(VideoError, match=r"source content was .* and is now .*--restart"):
         finish(guided, job(copy, tmp_path / "out.mp4"))
 
 

@@ -115,8 +115,9 @@ class Needs:
     def _peak(self, call: Callable[[], object], known: Iterable[Tensor]) -> int:
         """Count the bytes that a call would need on the real device besides the weights and `known`."""
         on_cpu = self._meta.stages().values() if self.device.type == "cpu" else ()
+        known = [*self._weights, *known]  # before the context, in which layers do not look foldable
         with folded.folded(on_cpu):
-            return count_bytes(call, [*self._weights, *known])
+            return count_bytes(call, known)
 
     def _calls(self, plan: Plan) -> TorchCalls:
         return TorchCalls(self._meta, plan, self.dtype, FixedPlacement(META), lambda stage: 0)
