@@ -251,7 +251,7 @@ def family_of(folder: Path) -> str | None:
 def family_named(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> str:
     """Return the family of a source; raise `ModelNotFoundError` as `resolve` does.
 
-    A folder that is not a checkpoint is treated as Stream-DiffVSR, whose checks then report what is missing.
+    For a folder that is not a checkpoint, return Stream-DiffVSR, whose checks then report what is missing.
     """
     if str(source) in RELEASES:
         return RELEASES[str(source)].family

@@ -51,7 +51,7 @@ class Info:
     first: int = 1
     """Number of frames needed before the first results are returned."""
     chunk: int = 1
-    """Number of further frames needed for each later step."""
+    """Number of further frames needed for each later set of results."""
     look_ahead: int = 0
     """Number of later frames that a frame's result may depend on."""
 
@@ -146,7 +146,7 @@ class State:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a file written by `save` into newly allocated CPU memory.
+        """Load a file written by `save`, with its tensors in newly allocated CPU memory.
 
         Raises `ModelNotFoundError` if the file is missing, and `CheckpointError` if it is not a saved state.
         """
@@ -160,7 +160,7 @@ class State:
         if kind not in FORMATS or not (index.isdecimal() and len(index) < 19):
             raise CheckpointError(f"{path} is not a saved state: create one with state.save().")
         family = texts.pop("family", "diffvsr" if tensors else "")
-        # Cloned, since a newer state could not replace the file while this one keeps it memory-mapped.
+        # Cloned, since a newer state could not replace the file while this one kept it memory-mapped.
         own = {name: tensor.clone() for name, tensor in tensors.items()}
         if kind == FORMATS[1]:
             own.pop("flow", None)
@@ -269,7 +269,7 @@ class Upscaler(Protocol):
         """Return how frames of an LQ size (height, width) would be made now, including the memory plan.
 
         A job calls this only once; it then starts each sequence in the same way, from a state with this
-        provenance and without tensors.
+        provenance but no tensors.
         """
         ...
 

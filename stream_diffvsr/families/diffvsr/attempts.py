@@ -39,10 +39,10 @@ REMEDIES = {
 def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tuple[Tensor, Plan, torch.dtype]:
     """Return the frame's hq in newly allocated memory, and the memory plan and number format that worked.
 
-    If memory runs out and the plan is 'auto', the frame is repeated with the same noise and flow but a plan
-    that needs less memory. A frame that is not finite in half precision is repeated in float32. Both are
-    logged. Raises `VRAMError` if no plan is left, and `CheckpointError` if the frame is not finite in float32
-    either.
+    If memory runs out and the plan is 'auto', the frame is recomputed with the same noise and flow, but with
+    a plan that needs less memory. A frame that is not finite in half precision is recomputed in float32. Both
+    are logged. Raises `VRAMError` if no plan is left, and `CheckpointError` if the frame is not finite in
+    float32 either.
     """
     plan, dtype, index = frame.plan, pipe.dtype, frame.state.frame_index
     tried: list[str] = []
@@ -115,9 +115,10 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
 def outside_the_networks(
     pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions, message: str
 ) -> VRAMError:
-    """Return the error to raise when memory runs out where no plan helps.
+    """Return the error to raise when memory runs out where no plan can help.
 
-    This can happen while a frame is moved to the device, or a result is checked and kept for the next frame.
+    This can happen while a frame is moved to the device, or while a result is checked and kept for the next
+    frame.
     """
     release_caches(pipe.device)
     return _no_memory(

@@ -1,9 +1,9 @@
 """Run the convolutional parts over bands of rows.
 
 The result is the same as for whole frames, but needs only a fraction of the memory. These networks do not
-normalise over the picture, so a band needs only some rows around it. Only the TPM looks at the whole frame,
-through a pooled map. This map is first computed band by band, then mixed once, and finally used in a second
-pass over the bands.
+normalise over the picture, so a band needs only a margin of rows around it. Only the TPM looks at the whole
+frame, through a pooled map. This map is first computed band by band, then mixed once, and finally used in a
+second pass over the bands.
 """
 
 from __future__ import annotations

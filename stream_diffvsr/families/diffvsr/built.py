@@ -103,7 +103,7 @@ class BuiltNetworks:
         return 2 ** (len(self.networks.unet.config["block_out_channels"]) - 1)  # type: ignore[index]
 
     def _residuals(self, x: Tensor, timestep: Tensor, prompt: Tensor) -> list[Tensor]:
-        """Return tensors without values, in the shapes of the ControlNet's residuals."""
+        """Return tensors without values, with the shapes of the ControlNet's residuals."""
         control = self.networks.controlnet
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
             large = x.new_empty((1, 3, SCALE * x.shape[-2], SCALE * x.shape[-1]))

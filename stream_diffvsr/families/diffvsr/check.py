@@ -74,7 +74,7 @@ def check(folder: Path) -> None:
 def check_networks(folder: Path, needed_shapes: NeededShapes) -> list[Component]:
     """Check the parts of all networks before any of them is loaded, and return the parts."""
     if not folder.is_dir():
-        raise ModelNotFoundError("checkpoint", folder, "Choose a checkpoint folder, 'nano' or 'v1'.")
+        raise ModelNotFoundError("checkpoint", folder, "Choose 'nano', 'v1' or a checkpoint folder.")
     parts = [open_component(folder, name) for name in NETWORKS]
     for part in parts:
         check_component(part, needed_shapes)

@@ -1,4 +1,4 @@
-"""Recognise a folder of Stream-DiffVSR, list the files that it needs, and open it as a pipeline."""
+"""Recognise a Stream-DiffVSR folder, list the files that it needs, and open it as a pipeline."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ FORMS = (
     "{stem}.fp16.bin",
     "{stem}.pth",
 )
-"""File names of published weights, best first: full before half precision, and one file before several."""
+"""File names of published weights, best first: full precision before half, and one file before several."""
 
 REMEDY = "Copy it there, or get the released folder with 'stream-diffvsr download'."
 

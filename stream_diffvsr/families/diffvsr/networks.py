@@ -155,7 +155,7 @@ class TorchCalls:
         return self._device
 
     def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
-        """Make slow preparations before the first frame of an LQ size; PyTorch needs none."""
+        """Do any slow preparation before the first frame of an LQ size; PyTorch needs none."""
 
     def flow(self, current: Tensor, previous: Tensor, scale: float) -> Tensor:
         device, estimator = self._enter("flow"), self.networks.flow

@@ -247,9 +247,9 @@ class StreamDiffVSRPipeline:
         of 4, replace the seeded noise. `flow` (1, 2, 4h, 4w) in pixels replaces the estimate, and is used
         even if the pipeline estimates none.
 
-        If memory runs out, `memory_plan` 'auto' repeats the frame with a plan that needs less memory, and
-        records that plan in the state. A frame that overflows in half precision is repeated in float32. Both
-        are logged. Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
+        If memory runs out, `memory_plan` 'auto' recomputes the frame with a plan that needs less memory, and
+        records that plan in the state. A frame that overflows in half precision is recomputed in float32.
+        Both are logged. Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
         """
         options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
         try:

@@ -119,7 +119,7 @@ def nearest_method(method: str, methods: Sequence[str]) -> str:
 SHARE, CPU_SHARE = 0.9, 0.5
 """Share of the free memory that a plan may use; the remainder is for memory that cannot be estimated.
 
-On a CPU, the latter is freed memory that the C library keeps: in measurements with glibc, processes occupied
+On a CPU, that is freed memory that the C library keeps: in measurements with glibc, processes occupied
 1.1 to 1.9 times the memory in use, and up to 2.2 times with the faster settings that our commands use.
 """
 
@@ -183,7 +183,7 @@ class Planner:
         return CPU_SHARE if self.device.type == "cpu" else SHARE
 
     def minimum_bytes(self, size: Sequence[int], options: UpscaleOptions) -> int:
-        """Return the bytes that the options' plan, or the smallest for 'auto', needs besides the weights."""
+        """Return the bytes that the options' plan (for 'auto', the smallest) needs besides the weights."""
         if options.memory_plan != "auto":
             return self.bytes_needed(size, options, requested_plan(options, self.methods))
         plans = candidates(options, self.methods, beyond_exact=True)

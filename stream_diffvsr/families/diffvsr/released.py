@@ -44,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "clip_sample": False,
     },
 }
-"""Configurations of the released networks as far as they are known (the SD x4 family's widths)."""
+"""Configurations of the released networks, as far as they are known (the SD x4 family's widths)."""
 
 
 def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Planner:
@@ -57,7 +57,7 @@ def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Pla
 def without_weights(
     configs: dict[str, dict[str, Any]], flow: FlowEstimator, dtype: torch.dtype
 ) -> TorchNetworks:
-    """Build the networks that the configurations describe on the meta device, and prepare them to run."""
+    """On the meta device, build the networks that the configurations describe, and prepare them to run."""
     unet, controlnet, vae = (empty(lambda n=name: from_config(n, configs[n])) for name in NETWORKS)
     for network in (unet, controlnet, vae):
         nn.Module.to(network, dtype)  # diffusers' own `to` warns about casts
@@ -67,7 +67,7 @@ def without_weights(
 
 
 def untrained_flow(name: str) -> nn.Module:
-    """Return a flow network with random weights, as costly to run as a trained one but without a download."""
+    """Return a flow network with random weights, as costly to run as a trained one but not downloaded."""
     if name == "bundled":
         return open_bundled()
     from torchvision.models import optical_flow

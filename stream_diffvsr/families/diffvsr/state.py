@@ -97,7 +97,8 @@ class StreamDiffVSRState(State):
 def _check_pair(hq: Tensor, lq: Tensor) -> None:
     if lq.ndim != 4 or lq.shape[:2] != (1, 3) or str(lq.dtype) != "torch.float32":
         raise IncompatibleInputError(
-            f"previous_lq must be (1, 3, h, w) in float32, not {tuple(lq.shape)} in {lq.dtype}"
+            f"previous_lq must be float32 with shape (1, 3, h, w), not {lq.dtype} with shape "
+            f"{tuple(lq.shape)}"
         )
     height, width = lq.shape[-2:]
     check_shape(hq, (1, 3, height * SCALE, width * SCALE), "previous_hq")

@@ -72,7 +72,7 @@ def upsample_like(x: Tensor, target: Tensor) -> Tensor:
 
 
 def reduce_like(trust: Tensor | None, target: Tensor) -> Tensor | None:
-    """Average a map (1, 1, H, W) down to the height, width and number format of `target`."""
+    """Average a map (1, 1, H, W) down to the height and width of `target`, in its number format."""
     return (
         None
         if trust is None

@@ -82,7 +82,7 @@ def open_image_model(
         if not isinstance(descriptor, ImageModelDescriptor) or channels not in CHANNELS:
             raise CheckpointError(
                 f"{path} ({name}) takes {channels[0]} channels and returns {channels[1]}; choose a model "
-                "for colour or grey pictures."
+                "for colour or greyscale pictures."
             )
         if descriptor.scale not in SCALES:
             raise CheckpointError(

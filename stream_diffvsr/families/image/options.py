@@ -8,7 +8,7 @@ from ...errors import IncompatibleInputError
 from ...options import check_options, option
 
 PRESETS: dict[str, dict[str, float]] = {"exact": {}, "balanced": {}, "fast": {}}
-"""The presets of the other families, all empty here because these models have no faster settings."""
+"""The presets of the other families, all empty here, because these models have no faster settings."""
 
 OWN = "single-image models"
 """Title of the group of flags that only this family has."""

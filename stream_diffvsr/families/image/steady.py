@@ -19,7 +19,7 @@ AGREE_PIXELS, AGREE_SHARE = 0.5, 0.05
 the square of the first limit plus the second limit times the sum of both squared lengths."""
 
 WINDOW = 5
-"""Side, in LQ pixels, of the window in which differences are averaged and trust is smoothed."""
+"""Side, in LQ pixels, of the window over which differences are averaged and trust is smoothed."""
 
 
 def steadied(

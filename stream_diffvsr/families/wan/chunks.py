@@ -68,7 +68,7 @@ class ChunkUpscaler(ABC):
     Memory: ClassVar[Any]
     """The family's memory class, with a constructor `of(state, device, dtype)`; `Memory()` begins a scene."""
     remedy: ClassVar[str]
-    """Advice to the user if memory runs out."""
+    """Advice for the user if memory runs out."""
     fixed: ClassVar[tuple[str, ...]]
     """Options that must stay the same when a state is continued."""
     info: Info
@@ -225,8 +225,8 @@ class ChunkUpscaler(ABC):
     def _offload(self) -> bool:
         """Start keeping idle transformer blocks and their stored data in system memory.
 
-        Return False if they are already kept there or this is not a CUDA device. If a host program places the
-        networks, it must also move the blocks.
+        Return False if they are already kept there or the device is not a CUDA device. If a host program
+        places the networks, it must also move the blocks.
         """
         if self.offloaded or self.device.type != "cuda":
             return False
