@@ -1,7 +1,7 @@
 """nano's own flow estimator: a small coarse-to-fine network that needs only torch.
 
-The input frames have been enlarged by 4 (bicubic), so a quarter of their size is enough for all their detail.
-Frames are therefore averaged down by 4 first, and the flow found at that size is enlarged at the end.
+The input frames have been enlarged by 4 (bicubic), so a quarter of their size can hold all their detail.
+Frames are therefore first averaged down by 4, and the flow found at that size is enlarged at the end.
 
 At every level of a pyramid, the same weights process the frame, the previous frame moved along the current
 flow estimate, and two inputs that need no learning: how well windows match at each shift of a few pixels, and
@@ -120,7 +120,7 @@ def with_detail(picture: Tensor) -> Tensor:
 
 
 class Matcher(nn.Module):
-    """Estimates from the differences between windows how likely each shift is."""
+    """Estimates how likely each shift is, based on the differences between windows."""
 
     def __init__(self, radius: int) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ class FlowNetwork(nn.Module):
                 nn.init.zeros_(decoder.head.bias)
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
-        """Return the flow (N, 2, h, w), in pixels, of frames (N, 3, h, w) in model range and at least 1x1.
+        """Return the flow (N, 2, h, w), in pixels, of frames (N, 3, h, w) in model range, 1x1 or larger.
 
         The flow is exactly 0 wherever the frames are identical within a distance of about QUIET pixels.
         """

@@ -19,7 +19,7 @@ BLOCK = 8
 """Side of a square of pixels that shares one window where the flow is smooth; a power of 2."""
 
 SCRATCH = 2**24
-"""Maximum number of values in one batch of windows, which is 64 MiB in float32."""
+"""Maximum number of values in one batch of windows (64 MiB in float32)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class LinearCorrelation:
         """Return the matches (P, (2r + 1)^2) at positions (P, 2), x first, at one level."""
         corner = places.floor()
         fraction = places - corner
-        # Everything is zero more than a window outside the picture; clamping keeps the integers small.
+        # More than a window's width outside the picture, all is zero; clamping keeps the integers small.
         size = torch.tensor([level.width, level.height], device=places.device)
         corner = corner.clamp(min=-self.side).minimum(size + self.side).long() - self.radius
         out = places.new_empty((len(places), self.side**2))

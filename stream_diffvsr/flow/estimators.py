@@ -36,7 +36,7 @@ class FlowEstimator(nn.Module):
     any_size = True
     """Whether the estimator also accepts frames smaller than the output."""
     countable: tuple[str, ...] = ()
-    """Those `methods` whose memory can be counted on the meta device, because it is independent of values."""
+    """The `methods` whose memory can be counted on the meta device, because it does not depend on values."""
     bytes_per_pixel = 0.0
     """Memory that the other methods need, in bytes per pixel of a frame."""
     methods: tuple[str, ...] = ("whole",)
@@ -157,7 +157,7 @@ class BundledFlow(TileableFlow):
 
 
 class CallableFlow(FlowEstimator):
-    """Wraps a user's function of (current, previous), calls it at the output's size and checks its result."""
+    """Wraps a user's function of (current, previous): calls it at the output's size and checks its result."""
 
     any_size = False
 

@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from ..tensors import upsample
 
 AGREE_PIXELS, AGREE_SHARE = 2.5, 0.05
-"""The distance, in HQ pixels, by which a pixel may miss its start after following the flow there and back;
-the square of this limit is increased by the given share of both flows' squared lengths."""
+"""The distance, in HQ pixels, by which a pixel may miss its starting point after following the flow there and
+back; the square of this limit is increased by the given share of both flows' squared lengths."""
 
 MATCH, CONTRAST = 0.04, 0.15
-"""Largest difference allowed between two LQ frames along the flow (averaged over colours, in model range),
+"""Largest difference allowed between two LQ frames along the flow (averaged over channels, in model range),
 and the share of the local contrast that is added to it, since small shifts change edges and fine lines."""
 
 ERODE, FEATHER = 5, 5

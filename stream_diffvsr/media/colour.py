@@ -142,7 +142,7 @@ class Planes:
         return yuv_to_rgb(planes, self.colour, self.size, step), alpha
 
     def checksum(self) -> int:
-        """Return a checksum of the values, to distinguish frames."""
+        """Return a checksum of the values, for telling frames apart."""
         total = 0
         for values in self.values:
             total = zlib.crc32(values.tobytes(), total)

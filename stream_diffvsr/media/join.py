@@ -80,7 +80,7 @@ def join(
         others = sorted(tags.keys() - MP4_WORDS) if container_format in ("mp4", "mov") else []
         options = {}
         if container_format in ("mp4", "mov"):
-            # Both of the file's timescales use the source's ticks, so that a late start is exact too.
+            # Both of the file's timescales use the source's ticks, so that a late start is also exact.
             ticks = str(encoding.time_base.denominator)
             options = {"movflags": f"+faststart{'+use_metadata_tags' if others else ''}"}
             options |= {"video_track_timescale": ticks, "movie_timescale": ticks}

@@ -41,7 +41,7 @@ SUFFIXES = (
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".ppm", ".tga")
 ALPHA_SUFFIXES = (".png", ".webp", ".tif", ".tiff")
 DEEP_SUFFIXES = (".png", ".tif", ".tiff")
-"""Formats that can be written with alpha, and formats that can be written with 16 bits."""
+"""Formats that can be written with alpha, and formats that can be written with 16 bits per sample."""
 EXIF_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PROFILE_WORDS = {
     "exif": "its EXIF data, which .jpg, .png and .webp can store",
@@ -128,7 +128,7 @@ def damage() -> tuple[type[Exception], ...]:
 def open_picture(path: Path) -> Image.Image:
     """Open a file as a Pillow image without loading its pixels.
 
-    Raises `VideoError` for a HEIC picture if the package pillow-heif is missing, and for a picture with too
+    Raises `VideoError` for a HEIC picture if the pillow-heif package is missing, and for a picture with too
     many pixels.
     """
     from PIL import Image
@@ -220,8 +220,8 @@ def read(path: Path) -> Picture:
                 )
             if getattr(image, "format", "") in ("PNG", "TIFF") and sample_bits(image, path) == 16:
                 return _read_deep(path, image)
-            # Pillow leaves the missing rows of a TIFF file black. Pillow's `height` is that of the turned
-            # picture, so the tag is read instead.
+            # Pillow leaves the missing rows of a TIFF file black. Pillow's `height` is that of the
+            # rotated picture, so the tag is read instead.
             height = getattr(image, "tag_v2", {}).get(IMAGE_LENGTH, 0)
             if image.tile and (rows := max(tile[1][3] for tile in image.tile)) < height:
                 raise ValueError(f"it contains only {rows} of {height} rows")
@@ -260,8 +260,8 @@ EXIF_WORDS = {0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298}
 EXIF_FOLDERS = (0x8769, 0x8825)
 """Tags of the EXIF directories that describe how (Exif) and where (GPS) the picture was taken."""
 EXIF_OF_PIXELS = {0x9101, 0x9102, 0x927C, 0xA001, 0xA002, 0xA003, 0xA005}
-"""Tags for the layout, size and colours of the original pixels, and for camera notes, which contain offsets
-into the old file."""
+"""Tags for the layout, size and colours of the original pixels, and for the camera maker's notes, which
+contain offsets into the old file."""
 EXIF_TURNS = {
     2: (-1, 0, 0, 1),
     3: (-1, 0, 0, -1),

@@ -38,7 +38,7 @@ class Place:
     time: int
     """Its presentation timestamp, in ticks."""
     digest: int | None = None
-    """Its picture's checksum, or None if the frame was not read before or if data or times were faulty."""
+    """Its picture's checksum, or None if the frame had not been read or if data or times were faulty."""
 
 
 def frames_from(

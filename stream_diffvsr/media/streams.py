@@ -58,7 +58,7 @@ def choose_stream(container: Container, path: Path, wanted: int | None) -> Strea
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise VideoError(f"{path} has no video stream that can be decoded, only {kinds}.")
     if wanted is None:
-        # Some cameras store a still picture before the film, as a stream with a single frame.
+        # Some cameras store a still picture before the video itself, as a stream with a single frame.
         best = max(videos, key=lambda s: (s.frames != 1, s.width * s.height, s.frames, -s.index))
         if others := [str(s.index) for s in videos if s is not best]:
             log.warning(
@@ -220,12 +220,12 @@ QUARTERS = {90: (0, -1, 1, 0), 180: (-1, 0, 0, -1), 270: (0, 1, -1, 0)}
 def display_matrix(frame: Frame) -> tuple[int, int, int, int] | None:
     """Return the signs (a, b, c, d) of the frame's display matrix, or None if the frame is upright.
 
-    A pixel (x, y) is shown at (a x + c y, b x + d y). Only quarter turns and mirrors are recognised.
+    A pixel (x, y) is shown at (a x + c y, b x + d y). Only quarter turns and mirroring are recognised.
     """
     import numpy as np
 
     if (data := side_data(frame).get("DISPLAYMATRIX")) is None:
-        # Without side data, the angle is still available: counterclockwise in degrees, without mirrors.
+        # Without side data, the angle is still available: in degrees anticlockwise, without mirroring.
         return QUARTERS.get(frame.rotation % 360)
     values = np.frombuffer(data, np.int32)
     a, b, c, d = (int(np.sign(values[i]) if abs(values[i]) > 1 << 15 else 0) for i in (0, 1, 3, 4))

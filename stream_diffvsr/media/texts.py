@@ -1,8 +1,8 @@
 """Translate text subtitles from one codec's format to another's.
 
 SubRip and WebVTT use tags for styles, and ASS uses braces; MP4's timed text is plain, and its styles are
-stored separately.
-Bold, italic and underline are kept if the new format has tags for them; all other markup is removed.
+stored separately. Bold, italic and underline are kept if the new format has tags for them; all other markup
+is removed.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def why_no_cover(stream: Stream, container_format: str) -> str | None:
     if container_format not in ("mp4", "matroska"):
         return f"{container_format} cannot store a cover picture"
     if not stream.codec_context or stream.codec_context.name not in COVERS:
-        return f"a cover picture must be one of {', '.join(COVERS)}"
+        return f"a cover picture's codec must be one of {', '.join(COVERS)}"
     return None
 
 

@@ -1,7 +1,7 @@
 """Quality measures of single frames and of pairs of consecutive frames.
 
 Convention: pictures are RGB, (1, 3, H, W) float32 in [0, 1]; flow is backward, (1, 2, H, W), in pixels.
-Measures that the library piq offers are computed with it, using the settings that are common in the field.
+Measures that the piq library offers are computed with it, using the settings that are common in the field.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def protocol(border: int) -> str:
 
 
 def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
-    """Refuse frames whose sizes differ, and a border that leaves too little to compare."""
+    """Reject frames whose sizes differ, and a border that leaves too little to compare."""
     (height, width), size = truth.shape[-2:], f"{result.shape[-1]}x{result.shape[-2]}"
     if result.shape != truth.shape:
         raise IncompatibleInputError(

@@ -49,7 +49,7 @@ def write_plot(path: Path, frames: Sequence[Measures]) -> None:
     except ImportError as error:
         raise ModuleNotFoundError("a plot needs matplotlib: pip install 'stream-diffvsr[quality]'") from error
     if path.suffix.lower() != ".png":
-        raise VideoError(f"the plot is written as a PNG file: name it something.png, not {path.name}.")
+        raise VideoError(f"the plot is written as a PNG file: choose a name ending in .png, not {path.name}.")
     figure = Figure(figsize=(10, 1.6 * len(NAMES)), layout="constrained")
     for axes, name in zip(figure.subplots(len(NAMES), sharex=True), NAMES, strict=True):
         axes.plot([getattr(each, name) for each in frames], linewidth=1)

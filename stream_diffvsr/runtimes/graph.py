@@ -89,7 +89,7 @@ class _Flat(nn.Module):
 
 
 def _digest(network: nn.Module) -> str:
-    """Return a digest of a few values from each of a network's weights, which reveals any training."""
+    """Return a digest of a few values from each of a network's weights; training would change it."""
     digest = hashlib.sha256()
     for name, value in network.state_dict().items():
         rows: Sequence[Tensor] = [value] if value.ndim == 0 else [value[0], value[len(value) // 2], value[-1]]

@@ -27,7 +27,7 @@ BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "TemporalBlock", "ControlNet
 """Names of the classes whose `forward` is compiled, because it has sums, norms and activations to fuse."""
 
 CPU_BLOCKS = ("BasicTransformerBlock",)
-"""Names of the classes compiled on a CPU. In the other classes, convolutions are so slow there that compiling
+"""Names of the classes compiled on a CPU. In the others, convolutions are so slow on a CPU that compiling
 gains almost nothing.
 
 Compiling whole levels of the networks would gain a little more, but their code depends on which frame came
