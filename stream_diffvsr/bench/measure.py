@@ -110,7 +110,7 @@ class Clock:
 
 
 def _parts(model: Upscaler, name: str, network: nn.Module) -> Iterable[nn.Module]:
-    """Return modules that cover a network's computation; of nested modules, the outermost is measured."""
+    """Return modules that cover a network's computation; of nested ones, only the outermost is measured."""
     if not isinstance(model, StreamDiffVSRPipeline):
         return network.modules()
     # No module inside a compiled block, where a hook would cause recompilation.
@@ -137,9 +137,9 @@ def measure(
 ) -> Result:
     """Upscale a moving picture: two frames to warm up, then `frames` frames that are measured.
 
-    With `plain`, both pipelines upscale each frame in alternating order, and the ratio is computed for each
-    pair, so it remains valid even if the machine's speed drifts. The plain pipeline runs eagerly, exactly and
-    in float32, whatever the settings of `pipe`.
+    With `plain`, both pipelines upscale each frame, taking turns to go first, and the ratio is computed for
+    each pair, so it remains valid even if the machine's speed drifts. The plain pipeline runs eagerly,
+    exactly and in float32, whatever the settings of `pipe`.
     """
     lqs = moving_picture(frames + 2, height, width)
     clock = Clock(pipe.device)
@@ -203,7 +203,7 @@ def _unsettled(state: StreamDiffVSRState) -> StreamDiffVSRState:
 def _stages(
     clock: Clock, pipe: StreamDiffVSRPipeline, lq: Tensor, state: Any, options: UpscaleOptions
 ) -> dict[str, float]:
-    """Time the stages by running the frame again; the clock in the networks adds a little time."""
+    """Time the stages by running the frame again; timing the networks adds a little time."""
     with clock.watching(pipe):
         total, _ = _time(clock, pipe, lq, state, options)
     return {**clock.spent, "rest": total - sum(clock.spent.values())}
@@ -288,7 +288,7 @@ def _next_results(session: Session, frames: Iterator[Tensor]) -> int:
 def best_rates(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Measure the device's best rates for a 'convolution' and a 'linear' layer, in 1e9 operations per second.
 
-    A plain matrix product would be less meaningful: on AMD's processors with AVX-512, torch's matrix product
+    A plain matrix product would be less meaningful: on AMD processors with AVX-512, torch's matrix product
     takes twice as long as the same linear layer with packed weights.
     """
     large = device.type == "cuda"

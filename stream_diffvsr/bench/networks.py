@@ -155,7 +155,7 @@ class PlainControl(Control):
         self.embedding, self.body = control.embedding, control.body
 
     def embed(self, warped: Tensor) -> Tensor:
-        # Only reshape to the size that embeddings have; the real work is repeated in each step.
+        # Only reshape to the size of the embeddings; the real work is repeated in each step.
         return F.pixel_unshuffle(warped, SCALE)
 
     def forward(

@@ -101,7 +101,7 @@ def draw(phase: float) -> Tensor:
 def spoke_ends(
     centre: tuple[float, float], angle: float, near: float, far: float
 ) -> list[tuple[float, float]]:
-    """Return both ends of a line that points away from a centre."""
+    """Return both ends of a line that radiates from a centre."""
     x, y = math.cos(angle), math.sin(angle)
     return [(centre[0] + x * near, centre[1] + y * near), (centre[0] + x * far, centre[1] + y * far)]
 

@@ -75,7 +75,7 @@ def is_first() -> bool:
 
 
 def print_note(line: str) -> None:
-    """Print a line for people to standard error, separate from the output that scripts read.
+    """Print a line for human readers to standard error, separate from the output that scripts read.
 
     The line is printed only once, however many processes share the run.
     """
@@ -99,7 +99,7 @@ def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
     own: Path = args.output or args.clips[0].with_name(f"{args.clips[0].stem}_{options.what}")
     named = options.what == "full" or own.suffix == ".safetensors"
     output = own if named else own.with_name(f"{own.name}.safetensors")
-    if not is_first():  # the first process checks, and may have begun already
+    if not is_first():  # the first process checks, and may already have begun
         return output
     begun = run_folder(output).exists()
     if begun and not args.resume:

@@ -33,7 +33,7 @@ ANSWER = 300.0
 """Seconds that a worker may take to answer a question."""
 RESTARTS = 3
 LOOK = 2.0
-"""Seconds between two checks for lost nodes."""
+"""Seconds between checks for lost nodes."""
 PACKAGE = Path(__file__).resolve().parents[2]
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 ENVIRONMENT = {
@@ -82,7 +82,7 @@ def import_ray() -> Any:
         import ray
     except ImportError:
         raise IncompatibleInputError(
-            f"the package ray is needed to use several devices or machines: run {INSTALL}"
+            f"the ray package is needed to use several devices or machines: run {INSTALL}"
         ) from None
     return ray
 
@@ -268,7 +268,7 @@ def workers(
     `address` is the address of a cluster, or None to start workers on this machine. `on_wait` is called every
     half second while waiting for all workers, for example as they start, and may raise an exception to
     cancel. Raises `VideoError` if no cluster answers or its workers differ, and `IncompatibleInputError` if
-    the package ray is missing.
+    the ray package is missing.
     """
     ray = import_ray()
     names = devices.names
@@ -344,7 +344,7 @@ def _connect(ray: Any, address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raise `OSError` if nothing listens at the address; Ray itself would end this process instead."""
+    """Raise `OSError` if nothing is listening at the address; Ray itself would end this process instead."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if host and port.isdecimal():
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()

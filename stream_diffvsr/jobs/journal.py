@@ -241,7 +241,7 @@ class WorkFolder:
         try:
             content = _object(file)
             if content.pop("format", None) != FORMAT:
-                raise ValueError("another version wrote it")
+                raise ValueError("it was written by another version")
             segments = []
             for file in sorted(self.folder.glob(RECORDS)):
                 number = int(file.stem.rpartition("-")[2])

@@ -47,7 +47,7 @@ class Output:
         return self.folder / f"joined-{name}{self.videos[name].suffix.lower()}"
 
     def rehearse(self, sinks: Mapping[str, Sink], on_progress: OnProgress | None = None) -> None:
-        """Join a black frame with all side streams and metadata, in the way that the output will be joined.
+        """Join a black frame with all side streams and metadata, just as the output will be joined.
 
         This shows, before hours of work are spent, what the container refuses. `on_progress` reports how much
         of the source has been read for its sound and subtitles. Raises `VideoError` if the container refuses

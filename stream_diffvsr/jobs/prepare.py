@@ -90,7 +90,7 @@ class Prepared:
 
     @property
     def side_bytes(self) -> int:
-        """Upper limit for the number of bytes that the source's other streams need."""
+        """Upper limit on the number of bytes that the source's other streams need."""
         return self.job.source.stat().st_size if self.job.audio and self.job.source.is_file() else 0
 
     def between(self, first: int, end: int | None) -> Span:

@@ -28,11 +28,11 @@ from .worker import to_json
 log = logging.getLogger(__name__)
 
 POLL = 0.5
-"""Seconds between two polls of the workers."""
+"""Seconds between polls of the workers."""
 LOSSES = 3
 """A job is given up once this many workers have been lost on one of its scenes."""
 OPEN = 4
-"""Number of jobs to keep open beyond one per worker, so that short files keep all workers busy."""
+"""Number of jobs to keep open beyond one per worker, so that even short files keep all workers busy."""
 PATIENCE = 10.0
 """Seconds that workers may take to stop."""
 

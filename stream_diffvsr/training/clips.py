@@ -137,7 +137,7 @@ def _scenes(path: Path, room: int) -> Iterator[Scene]:
 
 
 def _hold_out(scenes: Sequence[Scene], frames: int) -> tuple[list[Scene], list[Scene]]:
-    """Hold out every sixth scene; of fewer than four scenes, the last fifth of each that is long enough."""
+    """Hold out every sixth scene; with fewer than four, the last fifth of each that is long enough."""
     if len(scenes) >= 4:
         held = [scene for index, scene in enumerate(scenes) if index % 6 == 3]
         return [scene for scene in scenes if scene not in held], held

@@ -5,7 +5,7 @@
     - video: {chance: 0.9, codec: [h264, hevc, mpeg2], quality: [22, 34]}
 
 A single number is fixed, two numbers are a range, and one word is drawn from a list of words. All draws use
-the same generator, so a seed always produces the same frames. `docs/training.md` has the table of steps.
+the same generator, so a given seed always produces the same frames. `docs/training.md` has a table of steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Rng = np.random.Generator
 
 
 def blur(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
-    """Blur with a Gaussian; `sigma` is in pixels, at the size that the picture has in this step."""
+    """Blur with a Gaussian; `sigma` is in pixels, at the picture's size in this step."""
     from torchvision.transforms.functional import gaussian_blur
 
     return gaussian_blur(x, [2 * round(3 * sigma) + 1] * 2, [max(sigma, 0.01)] * 2)

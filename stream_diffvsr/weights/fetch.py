@@ -34,13 +34,13 @@ Needed = Callable[[Collection[str], Path], Collection[str]]
 """Selects, from the names of all published files, those that a folder needs to be complete."""
 
 COMMIT = ".commit"
-"""Name of the file that records, in a partial download's folder, the revision of the other files."""
+"""Name of the file in a partial download's folder that records the revision of the other files."""
 
 SPARE = 1 << 26
 """Bytes to leave free on the disk."""
 
 INTERVAL = 0.1
-"""Seconds between two calls of `on_progress`."""
+"""Seconds between calls of `on_progress`."""
 
 LIFELINE = """
 import json, os, sys, threading
@@ -56,7 +56,7 @@ json.dump([info.sha, {file.rfilename: file.size for file in info.siblings}], sys
 """
 
 CHUNK = 1 << 16
-"""Bytes per write; cancelling loses at most one write. The library's 10 MB take minutes on a slow line."""
+"""Bytes per write; cancelling loses at most one write. The library's 10 MB take minutes on a slow link."""
 
 BRING = f"""
 from pathlib import Path
@@ -247,7 +247,7 @@ _ANOTHER_ANSWERS = (
 
 
 def _child(program: str, arguments: list[str], look: Callable[[], None]) -> str:
-    """Run a program and return its output; `look` is called meanwhile, and may raise an error to end it."""
+    """Run a program and return its output; meanwhile, call `look`, which may raise an error to end it."""
     settings = {
         "HF_ENDPOINT": endpoint(),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

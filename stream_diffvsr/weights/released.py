@@ -21,7 +21,7 @@ class Release:
     gigabytes: float
     """Approximate size of the download."""
     folders: tuple[str, ...] = ()
-    """Further folder names that identify it, in lower case, without hyphens, underscores or dots."""
+    """Other folder names that identify it, in lower case, without hyphens, underscores or dots."""
     version: str | None = None
     """The model's version, if the files alone do not reveal it."""
 
