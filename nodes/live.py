@@ -1,4 +1,4 @@
-"""The node that continues its sequence from one queue run to the next, for a webcam or a screen."""
+"""The node that continues its sequence from one queue run to the next, for live input such as a webcam."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations

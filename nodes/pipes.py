@@ -22,7 +22,7 @@ class Known:
     base: Upscaler | None = None
     """The pipe from which a Runtime node made this pipe, or None if no Runtime node made it."""
     compile_mode: str | None = None
-    """Overrides the compile mode in Settings unless it is None."""
+    """Compile mode that overrides the one in Settings, or None to keep that one."""
     devices: str = ""
     """Devices over which Upscale Video spreads its scenes, or '' for the Loader's device alone."""
 
@@ -36,7 +36,7 @@ def how_made(pipe: Upscaler) -> Known:
 
 
 def memory_plan(how: Provenance | None) -> str:
-    """Return a line for the node that names what is computed in parts, or '' if nothing is."""
+    """Return a line to show on the node, naming what is computed in parts, or '' if nothing is."""
     return f"memory plan: {how.parts}" if how and how.parts else ""
 
 

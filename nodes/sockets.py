@@ -14,7 +14,7 @@ STATE = "STREAM_DIFFVSR_STATE"
 SETTINGS = "STREAM_DIFFVSR_SETTINGS"
 
 SINCE = "frames_since"
-"""Key of the tensor with the frames since the last chunk border, (N, 3, h, w); absent at a border."""
+"""Key of the tensor with the frames since the last chunk boundary, (N, 3, h, w); absent at a boundary."""
 
 CATEGORY = "StreamDiffVSR"
 ADVANCED = "StreamDiffVSR/Advanced"

@@ -25,7 +25,7 @@ def from_bytes(content: bytes) -> Path:
 
 
 def from_components(components: Any) -> Path:
-    """Write frames (N, H, W, C) in [0, 1], with their rate and sound, to one file, and return its path.
+    """Write frames (N, H, W, C) in [0, 1], with their frame rate and sound, to one file; return its path.
 
     The frames are encoded as FFV1 with 16 bits per channel, and the sound as FLAC. The bytes of the file
     depend only on its content, so a cancelled job can be resumed.
@@ -84,7 +84,7 @@ def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio:
 
 
 def sound_packets(stream: Any, audio: Any, samples: int) -> Iterator[Any]:
-    """Yield `samples` samples of ComfyUI's sound, (1, channels, n) in [-1, 1], as 24-bit FLAC packets."""
+    """Yield the first `samples` samples of ComfyUI audio, (1, channels, n) in [-1, 1], as 24-bit FLAC."""
     import av
 
     from ..stream_diffvsr.media.ways import LAYOUTS

@@ -43,9 +43,9 @@ class Upscale:
     """Upscales a batch of images, treated as consecutive frames of a video."""
 
     DESCRIPTION = (
-        "Upscales frames by 4 with Stream-DiffVSR. The batch dimension is time: frame 0 comes first, and "
-        "each frame is guided by the previous one. If you link state from one Upscale to the next, or link "
-        "meta_batch, a video upscaled in parts equals one upscaled in a single run."
+        "Upscales frames by a factor of 4 with Stream-DiffVSR. The batch dimension is time: frame 0 comes "
+        "first, and each frame is guided by the previous one. If you link state from one Upscale to the "
+        "next, or link meta_batch, a video upscaled in parts equals one upscaled in a single run."
     )
     SEARCH_ALIASES: ClassVar = [
         "video super resolution",
@@ -169,7 +169,7 @@ class Upscale:
 class ProcessFrame:
     """Upscales a single frame, for use in loops."""
 
-    DESCRIPTION = "Upscales one frame by 4 and passes on its state, for loops over single frames."
+    DESCRIPTION = "Upscales one frame by a factor of 4 and passes on its state, for loops over single frames."
     SEARCH_ALIASES: ClassVar = ["single frame upscale", "video loop upscale", "stream upscale"]
     CATEGORY = CATEGORY
     FUNCTION = "execute"
@@ -230,9 +230,9 @@ def upscale(
     the state.
 
     A model that processes frames in chunks finishes the batch as if the video ended there. The returned state
-    is the one at the last chunk border plus the frames since then, which the next batch upscales again. The
+    is the one at the last chunk boundary plus the frames since then, which the next batch upscales again. The
     result therefore equals that of a single run over all frames, except at the end of each batch. Without
-    `finish`, the frames since that border are left out of the result.
+    `finish`, the frames since that boundary are left out of the result.
     """
     from ..stream_diffvsr.jobs.job import Speed
 
@@ -266,7 +266,7 @@ def upscale(
 
 
 def opened(state: State) -> tuple[State, list[Tensor]]:
-    """Split a state into the state at the last border and the frames since then."""
+    """Split a state into the state at the last chunk boundary and the frames since then."""
     if SINCE not in state.tensors:
         return state, []
     tensors = dict(state.tensors)
@@ -275,7 +275,7 @@ def opened(state: State) -> tuple[State, list[Tensor]]:
 
 
 def closed(border: State, since: list[Tensor], device: torch.device) -> State:
-    """Reverse `opened`: combine the border's state and the frames since then into one state on `device`."""
+    """Reverse `opened`: combine the state at the boundary and the frames since then into one on `device`."""
     if since:
         tensors = {**border.tensors, SINCE: torch.cat(since)}
         border = replace(border, index=border.index + len(since), tensors=tensors)
@@ -301,7 +301,7 @@ class MetaBatch:
 
     @property
     def last(self) -> bool:
-        """Whether this is the last batch; False if unknown because no manager is linked to the node."""
+        """Whether this is the last batch; False if unknown, as when no manager is linked to the node."""
         return self.number is None or getattr(self.holder, "has_closed_inputs", False)
 
     def finishes(self, pipe: Upscaler, images: Tensor, linked: bool) -> bool:

@@ -21,9 +21,9 @@ class UpscaleVideo:
     """Upscales a video file and writes the result to a new file."""
 
     DESCRIPTION = (
-        "Upscales a video of any length by 4, from file to file in constant memory, and keeps its sound, "
-        "timing and colours. Cancelling leaves a playable file with the finished part; queue the workflow "
-        "again to resume."
+        "Upscales a video of any length by a factor of 4, from file to file in constant memory, and keeps "
+        "its sound, timing and colours. Cancelling leaves a playable file with the finished part; queue the "
+        "workflow again to resume."
     )
     SEARCH_ALIASES: ClassVar = [
         "upscale long video",

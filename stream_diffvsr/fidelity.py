@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 COLOUR_FIXES = ("model", "none", "lab", "wavelet", "adain")
 LEVELS = 5
-"""Levels of the low-pass filter. Each doubles its reach; 5 keep colour areas of at least about 30 pixels."""
+"""Levels of the low-pass filter. Each doubles its reach; 5 keep colour areas of about 30 pixels or more."""
 
 
 def adain(hq: Tensor, lq_up: Tensor) -> Tensor:

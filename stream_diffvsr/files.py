@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all tensors and the metadata of a safetensors file; raise `CheckpointError` if it is damaged.
 
-    On a CPU the file is memory-mapped: data is read only when it is used, and is kept in the system's file
+    On a CPU, the file is memory-mapped: data is read only when it is used, and is kept in the system's file
     cache, not in this process's memory.
     """
     with _opened(path, device) as file:
@@ -131,7 +131,7 @@ def _damaged(path: Path, how: str) -> CheckpointError:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, which appears under its name only once it is complete and on the disk."""
+    """Write a safetensors file, which appears under its name only once it is complete and on disk."""
     from safetensors.torch import save
 
     with atomic(path) as file:

@@ -60,7 +60,7 @@ def pad_to(x: Tensor, height: int, width: int) -> Tensor:
 
 def check_frame(lq: Tensor) -> None:
     """Raise `IncompatibleInputError` unless `lq` is a valid LQ frame."""
-    needed = f"an LQ frame must be (1, 3, h, w) in float32 with sides of at least {MINIMUM_SIDE}"
+    needed = f"an LQ frame must be float32 with shape (1, 3, h, w) and sides of at least {MINIMUM_SIDE}"
     if not isinstance(lq, Tensor):
         raise IncompatibleInputError(f"{needed}, not {type(lq).__name__}")
     height, width = lq.shape[-2:] if lq.ndim == 4 else (0, 0)

@@ -262,7 +262,7 @@ class Upscaler(Protocol):
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Iterator[Upscaled]:
-        """Upscale frames one after another; short for `stream(self.session(...), frames)`."""
+        """Upscale frames one after another; shorthand for `stream(self.session(...), frames)`."""
         ...
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:

@@ -250,7 +250,7 @@ def house_router(settings: Settings, jobs: Jobs) -> APIRouter:
     async def models() -> Models:
         return Models.model_validate(await jobs.checks.about(fresh=True))
 
-    @router.get("/capabilities", summary="List devices with their memory, options, limits and formats")
+    @router.get("/capabilities", summary="List devices (with their memory), options, limits and formats")
     async def capabilities() -> Capabilities:
         about = await jobs.checks.about(fresh=True)
         devices = jobs.workers.devices

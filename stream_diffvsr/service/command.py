@@ -27,11 +27,11 @@ ANY_SIZE = 8
 PATIENCE = 60.0
 """Seconds allowed for inspecting a file."""
 IDLE = 120.0
-"""Seconds of idleness after which the answering process is killed, since it uses half a gigabyte."""
+"""Seconds of idleness after which the `Checks` process is killed, since it uses half a gigabyte of memory."""
 FRESH = 10.0
 """Seconds for which information about devices and models is reused."""
 STARTING = 300.0
-"""Seconds allowed for starting the answering process, since torch may be loaded from a slow disk."""
+"""Seconds allowed for starting the `Checks` process, since torch may be loaded from a slow disk."""
 SIZES = re.compile(r"(?P<factor>[1-8](\.\d{1,3})?)x|(?P<edge>\d{2,5})p")
 SECRETS = ("STREAM_DIFFVSR_TOKEN", "AWS_")
 """Prefixes of environment variables that no child process needs."""
@@ -98,7 +98,7 @@ class Checks:
         line = await asyncio.wait_for(process.stdout.readline(), STARTING)
         if not line:
             await self._end()
-            raise ProblemError(500, "The engine does not start: run 'stream-diffvsr doctor' to find out why.")
+            raise ProblemError(500, "The engine failed to start: run 'stream-diffvsr doctor' to see why.")
         self._about = time.monotonic(), json.loads(line)
         return process
 

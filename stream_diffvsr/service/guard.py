@@ -31,12 +31,12 @@ HEADERS = {
 
 
 def cookie_of(token: str) -> str:
-    """Return the value of the page's cookie, which proves that the token is known without containing it."""
+    """Return the value of the page's cookie, which proves knowledge of the token without containing it."""
     return hmac.new(token.encode(), b"stream-diffvsr page", hashlib.sha256).hexdigest()
 
 
 def equal_in_constant_time(given: str, wanted: str) -> bool:
-    """Whether two strings are equal, compared in a time that does not reveal how similar they are."""
+    """Whether two strings are equal; the time taken does not reveal how similar they are."""
     return hmac.compare_digest(given.encode("utf-8", "replace"), wanted.encode())
 
 

@@ -49,7 +49,7 @@ class Jobs:
     def _check_disk(self, needed: int) -> None:
         free = shutil.disk_usage(self.store.folder).free
         if free < needed + SPARE:
-            told = f"{needed / 1e9:.2f} GB are needed, but {free / 1e9:.2f} GB are free on the server's disk"
+            told = f"{needed / 1e9:.2f} GB is needed, but {free / 1e9:.2f} GB is free on the server's disk"
             raise ProblemError(507, f"About {told}.")
 
     async def named(self, kind: str, name: str) -> Task:

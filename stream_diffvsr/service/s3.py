@@ -30,7 +30,7 @@ def check_url(url: str) -> None:
         raise ProblemError(422, f"{url[:200]!r} is not of the form s3://bucket/key.")
     if importlib.util.find_spec("obstore") is None:
         raise ProblemError(
-            501, "S3 needs the package obstore on the server: pip install 'stream-diffvsr[s3]'."
+            501, "S3 needs the obstore package on the server: pip install 'stream-diffvsr[s3]'."
         )
 
 

@@ -40,6 +40,6 @@ def serve(
 
 
 def media_type(path: Path) -> str:
-    """Return the media type of a picture or video, or the type of plain bytes for anything else."""
+    """Return the media type of a picture or video, or the generic binary type for anything else."""
     guessed = TYPES.get(path.suffix.lower()) or mimetypes.guess_type(path.name)[0] or ""
     return guessed if guessed.startswith(SHOWN) and guessed not in NOT_SHOWN else "application/octet-stream"

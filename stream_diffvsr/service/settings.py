@@ -12,7 +12,7 @@ from ..errors import IncompatibleInputError
 from ..options import check_options, option, rules
 
 PREFIX = "STREAM_DIFFVSR_"
-"""Each environment variable is named with this prefix and the option's name in capitals."""
+"""Each environment variable's name is this prefix plus the option's name in capitals."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 GIGABYTE = 10**9
 
@@ -41,7 +41,7 @@ class Settings:
     )
     allow: tuple[Path, ...] = option(
         (),
-        f"Folders whose files may be used as a source, separated by '{os.pathsep}'.",
+        f"Folders whose files may be used as sources, separated by '{os.pathsep}'.",
         parse=parse_folders,
         metavar="FOLDERS",
     )

@@ -1,4 +1,4 @@
-"""Uploads, streamed from the network to the disk."""
+"""Uploads, streamed from the network to disk."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ function upload(kind, file, progress) {
 
 function numbers(task) {
   const count = task.frames_total ? `${task.frames_done} of ${task.frames_total} frames` : `${task.frames_done} frames`;
-  const waits = task.position ? `${task.position} ahead of it` : "next in line";
+  const waits = task.position ? `${task.position} ahead in the queue` : "next in line";
   return [
     { queued: `Waiting, ${waits}`, running: "Running", finished: "Finished", failed: "Failed", cancelled: "Cancelled", uploaded: "Uploaded" }[task.status],
     count,
