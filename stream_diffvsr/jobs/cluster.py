@@ -263,8 +263,9 @@ def workers(
     threads: int = 0,
     on_wait: Callable[[], object] = lambda: None,
 ) -> Generator[RayPool]:
-    """Yield a pool of workers, which end with the block; `model` contains the arguments for `load_pipeline`.
+    """Yield a pool of workers that is shut down at the end of the block.
 
+    `model` contains the arguments for `load_pipeline`.
     `address` is the address of a cluster, or None to start workers on this machine. `on_wait` is called every
     half second while waiting for all workers, for example as they start, and may raise an exception to
     cancel. Raises `VideoError` if no cluster answers or its workers differ, and `IncompatibleInputError` if

@@ -257,7 +257,7 @@ class WorkFolder:
         return segment if there else replace(segment, state="")
 
     def token(self) -> str:
-        """Return the lock holder's process ID, by which other machines recognise the folder; '' if none."""
+        """Return the lock file's ID, by which machines check that they see the same folder; '' if none."""
         owner = self.folder / OWNER
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 

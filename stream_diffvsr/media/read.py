@@ -122,7 +122,7 @@ class Source(Protocol):
     notes: Counter[str]
 
     def frames(self, span: Span, place: Place | None = None) -> Iterator[SourceFrame]:
-        """Yield the frames of a span in order; the `place` of a frame read earlier makes this faster."""
+        """Yield the frames of a span in order; passing the `place` of an earlier frame makes this faster."""
         ...
 
     def place(self, frame: SourceFrame) -> Place | None:

@@ -60,7 +60,7 @@ class Side:
 
 
 class Making:
-    """Writes one sound or subtitle stream in one of the possible ways."""
+    """Writes one sound or subtitle stream, either copied or converted."""
 
     def __init__(self, stream: Stream, way: Any, path: Path, container_format: str) -> None:
         import av

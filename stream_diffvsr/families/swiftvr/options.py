@@ -28,7 +28,7 @@ class SwiftVROptions:
     stretch: float = option(1.0, "Additional scale factor for the width.", low=0.25, high=4, hidden=True)
     protocol: str = option(
         "file",
-        "file: reads 4 extra frames at the start and fills up the last clip, as for the published results. "
+        "file: reads 4 extra frames at the start and pads the last clip, as for the published results. "
         "session: uses clips of equal length from the start and waits for 4 fewer frames.",
         choices=("file", "session"),
         expert=True,
