@@ -316,11 +316,11 @@ def test_a_newer_av(tmp_path: Path, caplog) -> None:
         clips.needs(out, "add_mux_stream")
         text = given.streams.subtitles[0]
         older = types.SimpleNamespace(format=out.format)
-        with pytest.raises(RefusedError, match="update the package av"):
+        with pytest.raises(RefusedError, match="update the av package"):
             Translated(older, text)
         with caplog.at_level("INFO"):
             copy_chapters(older, given, Window())
-        assert "update the package av" in caplog.text
+        assert "update the av package" in caplog.text
         assert Translated(out, text).name == "webvtt"
         copy_chapters(out, given, Window())
         assert len(out.chapters()) == 1
