@@ -42,7 +42,8 @@ def example(page: ComfyPage, server: Server, path: Path) -> None:
         time.sleep(4)
         for _ in range(3):  # a node that shows a video grows once more after it was made to fit
             page.fit()
-    page.picture(path.with_suffix(".jpg"), page.graph_box())
+    as_app = path.stem.endswith(".app")  # newer pages show these without a graph
+    page.picture(path.with_suffix(".jpg"), None if as_app else page.graph_box())
 
 
 def node(page: ComfyPage, kind: str) -> None:
