@@ -44,7 +44,10 @@ def rows(report: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             f"{result['first_frame'] / 1000:.1f}",
             f"{result['peak_mb']:.0f}",
             f"{result['rates']['frame'] / best:.0%}",
-            f"{result['stages']['rest'] / sum(result['stages'].values()):.1%}",
+            # Of another runtime's networks, the time is not known by stage.
+            f"{result['stages']['rest'] / sum(result['stages'].values()):.1%}"
+            if report["runtime"] == "torch"
+            else "",
             f"{result['plain_ratio']:.2f}" if result["plain_ratio"] else "",
         )
 
