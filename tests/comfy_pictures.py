@@ -42,7 +42,12 @@ def example(page: ComfyPage, server: Server, path: Path) -> None:
         time.sleep(4)
         for _ in range(3):  # a node that shows a video grows once more after it was made to fit
             page.fit()
-    as_app = path.stem.endswith(".app")  # newer pages show these without a graph
+    as_app = path.stem.endswith(".app")  # newer pages show these without a graph, behind a tutorial
+    if as_app:
+        page.evaluate(
+            "[...document.querySelectorAll('button')].find(b => b.innerText === 'Skip')?.click(); 0"
+        )
+        time.sleep(2)
     page.picture(path.with_suffix(".jpg"), None if as_app else page.graph_box())
 
 
