@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -348,3 +349,14 @@ def test_the_bar_of_a_file_whose_length_nobody_knows(checkpoint: Path, tmp_path:
     assert main(["upscale", "--model", str(checkpoint), *options, str(source)]) == 0
     shown = [line for line in capsys.readouterr().err.splitlines() if "frame/s" in line]
     assert shown[-1].startswith("5frame ") and not any("-" in line for line in shown)
+
+
+def test_a_reader_that_has_seen_enough_gets_no_error():
+    """As in `stream-diffvsr doctor | head`: the pipe is closed before anything was written."""
+    command = [sys.executable, "-m", "stream_diffvsr.cli.main", "doctor"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout and process.stderr
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 1
+    assert "Broken pipe" not in error and "Traceback" not in error

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from .. import __version__
 from ..errors import StreamDiffVSRError, VRAMError
@@ -36,18 +37,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        return COMMANDS[args.command].run(args)
+        code = COMMANDS[args.command].run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return fail(args, "interrupted", 130)
     except VRAMError as error:
         return fail(args, str(error), 1)
     except StreamDiffVSRError as error:
         return fail(args, str(error), 2)
+    except BrokenPipeError as error:
+        if is_read(sys.stdout):
+            return fail(args, f"reading or writing failed: {error}", 1)
+        return 1
     except OSError as error:
         reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
         return fail(args, f"reading or writing failed: {reason or error}", 1)
     except Exception as error:
         return fail(args, f"{type(error).__name__}: {error}", 1)
+
+
+def is_read(stream: TextIO) -> bool:
+    """Whether somebody still reads a stream; if not, as after `| head`, what is left in it is discarded."""
+    try:
+        stream.write("\n")
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 class Parser(argparse.ArgumentParser):

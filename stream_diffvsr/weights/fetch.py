@@ -190,7 +190,7 @@ def _download_missing(
 ) -> None:
     """Download missing files next to the folder, and move them into it when all have the right size."""
     if offline():
-        raise FetchError("HF_HUB_OFFLINE is set")
+        raise FetchError("HF_HUB_OFFLINE is set, which forbids it; unset it")
     commit, sizes = _listed(release.repository, revision, tell)
     wanted = needed(list(sizes), target)
     missing = [name for name in wanted if sizes[name] == 0 or _size(target / name) != sizes[name]]
