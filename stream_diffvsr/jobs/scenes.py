@@ -74,7 +74,7 @@ class Scene:
     end: int | None = None
     """Index of the frame after its last one; None if it lasts until the end of the job."""
     place: Place | None = None
-    """Place of the frame before the first one to read; None to count frames from the source's start."""
+    """Where the frame before the first one lies; if None, the first is found by counting from the start."""
     warm_up: int = 0
     """Number of frames before `first` to render and discard; above 0 only for parts of a longer scene."""
     offset: int = 0
