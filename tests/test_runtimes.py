@@ -16,6 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from samples import moving, shift_flow
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from stream_diffvsr import IncompatibleInputError, StreamDiffVSRError, UpscaleOptions, load_pipeline
 from stream_diffvsr.bench.networks import random_network
@@ -124,6 +125,7 @@ class Eager:
     """A runtime whose graphs are the networks themselves: all but the conversion is as with the others."""
 
     name, dtype, number_format, details = "eager", torch.float32, "float32", "as it is"
+    needs_profile = False
 
     def __init__(self) -> None:
         self.opened: list[tuple[str, str]] = []
@@ -154,6 +156,70 @@ def test_all_graphs_are_ready_before_the_first_frame(tiny):
         torch.testing.assert_close(result.hq[0], hq, atol=2e-5, rtol=0)
     pipe.process_frame(moving(1, 16, 28), options=options)
     assert len(runtime.opened) == 6, "these sizes share their graphs"
+
+
+@pytest.mark.parametrize("size", [(12, 20), (8, 8), (150, 30)])
+def test_a_profile_covers_the_sizes_it_is_for(tiny, size):
+    """A runtime that must know sizes beforehand gets shapes that the networks accept, and that hold ours."""
+
+    class Ranged(Eager):
+        needs_profile = True
+
+        def open(self, graph: Graph) -> Call:
+            assert graph.profile is not None
+            smallest, largest = graph.profile
+            for shapes in graph.profile:
+                with FakeTensorMode(allow_non_fake_inputs=True):
+                    graph.network(
+                        *(x.new_zeros(shape) for x, shape in zip(graph.inputs, shapes, strict=True))
+                    )
+            call = super().open(graph)
+
+            def checked(*inputs: torch.Tensor) -> list[torch.Tensor]:
+                for x, low, high in zip(inputs, smallest, largest, strict=True):
+                    fits = zip(low, x.shape, high, strict=True)
+                    assert all(least <= side <= most for least, side, most in fits), (graph.name, x.shape)
+                return call(*inputs)
+
+            return checked
+
+    runtime, options = Ranged(), UpscaleOptions(num_inference_steps=1, occlusion="mask")
+    pipe, clip = tiny.on(runtime), moving(2, *size)
+    torch.testing.assert_close(pipe(clip, options)[0], tiny(clip, options)[0], atol=2e-5, rtol=0)
+    count = len(runtime.opened)
+    pipe(moving(2, size[0], size[1] + 8), options)
+    assert len(runtime.opened) == count, "one engine for a range of sizes"
+    pipe(moving(2, size[0], size[1] + 128), options)
+    assert len(runtime.opened) > count
+
+
+@pytest.mark.long
+def test_tensorrt_is_told_the_names_and_shapes(tiny, tmp_path):
+    """As its settings want them; ONNX Runtime itself reads the converted graph at both ends."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from stream_diffvsr.runtimes.onnx import _convert, profile_settings
+
+    for name in ("unet", "decode"):
+        graph = on(tiny, "onnx").built._graph(name, "", (256, 384))  # type: ignore[union-attr]
+        assert graph.profile is not None
+        path = tmp_path / f"{name}.onnx"
+        _convert(graph, path)
+        told = profile_settings(path, graph.profile)
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        names = {each.name: each.shape for each in session.get_inputs()}
+        for ends in told.values():
+            shapes = dict(part.split(":") for part in ends.split(","))
+            assert set(shapes) == {name for name, shape in names.items() if shape}
+        kinds = {each.name: each.type for each in session.get_inputs()}
+        small = dict(part.split(":") for part in told["trt_profile_min_shapes"].split(","))
+        feed = {
+            name: torch.zeros(
+                [int(side) for side in small[name].split("x")] if name in small else [],
+                dtype=torch.int64 if "int64" in kinds[name] else torch.float32,
+            ).numpy()
+            for name in names
+        }
+        assert session.run(None, feed)[0].shape[0] == 1
 
 
 def test_cancel_while_building_leaves_a_pipe_that_works(tiny):

@@ -19,6 +19,9 @@ VERSION = "1"
 Call = Callable[..., list[Tensor]]
 """A function that runs a graph on its inputs, in order; the outputs are in new memory on the same device."""
 
+Shapes = tuple[tuple[int, ...], ...]
+"""The shapes of a graph's inputs, in order."""
+
 
 @dataclass(frozen=True, eq=False)
 class Graph:
@@ -31,6 +34,8 @@ class Graph:
     """Example inputs."""
     form: str = ""
     """The sizes to which the graph applies, if the network's operations depend on the size."""
+    profile: tuple[Shapes, Shapes] | None = None
+    """The smallest and the largest shapes of the inputs, if the runtime needs them in advance."""
 
     @property
     def size(self) -> int:
@@ -65,6 +70,8 @@ class Runtime(Protocol):
     """Number format of the graphs' inputs and outputs."""
     number_format: str
     """Number format of the computation, as readable text."""
+    needs_profile: bool
+    """Whether graphs must have a `profile`."""
 
     @property
     def details(self) -> str:

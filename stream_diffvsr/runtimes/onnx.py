@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..errors import IncompatibleInputError
 from ..weights.folders import user_cache
-from .graph import Call, Graph
+from .graph import Call, Graph, Shapes
 from .kept import built_once
 
 PROVIDERS = {
@@ -60,7 +61,7 @@ class ONNX:
             raise IncompatibleInputError(f"provider {self.provider} needs device {wanted}, not {self.device}")
         if dtype == torch.bfloat16:
             raise IncompatibleInputError("runtime onnx needs dtype float32 or float16, not bfloat16")
-        self.version = onnxruntime.__version__
+        self.version, self.needs_profile = onnxruntime.__version__, self.provider == "tensorrt"
 
     @property
     def details(self) -> str:
@@ -81,28 +82,47 @@ class ONNX:
             # Threads that spin while waiting slow down everything else.
             options.add_session_config_entry("session.intra_op.allow_spinning", "0")
             session = onnxruntime.InferenceSession(
-                folder / MODEL, options, providers=self._providers(folder.name)
+                folder / MODEL, options, providers=self._providers(graph, folder)
             )
         return _Session(session, self.device)
 
-    def _providers(self, key: str) -> list[Any]:
+    def _providers(self, graph: Graph, folder: Path) -> list[Any]:
         index = self.device.index or 0
         settings: dict[str, dict[str, Any]] = {
             "CPUExecutionProvider": {},
             "CUDAExecutionProvider": {"device_id": index, "use_tf32": 0},
         }
-        if self.provider == "tensorrt":
-            engines = user_cache() / "tensorrt" / f"{key}-{_card(index)}"
+        if graph.profile is not None:
+            sizes = hashlib.sha256(repr(graph.profile).encode()).hexdigest()[:8]
+            engines = user_cache() / "tensorrt" / f"{folder.name}-{sizes}-{_card(index)}"
             engines.mkdir(parents=True, exist_ok=True)
-            # Whenever a new size does not fit, TensorRT rebuilds the engine with a wider range of sizes.
             settings["TensorrtExecutionProvider"] = {
                 "device_id": index,
                 "trt_engine_cache_enable": True,
                 "trt_engine_cache_path": str(engines),
                 "trt_timing_cache_enable": True,
                 "trt_timing_cache_path": str(engines),
+                **profile_settings(folder / MODEL, graph.profile),
             }
         return [(name, settings[name]) for name in PROVIDERS[self.provider]]
+
+
+def profile_settings(path: Path, profile: tuple[Shapes, Shapes]) -> dict[str, str]:
+    """Return TensorRT's settings for one engine that runs a converted graph at all sizes of its profile.
+
+    The engine is optimised for the largest size.
+    """
+    import onnx
+
+    names = [each.name for each in onnx.load(path, load_external_data=False).graph.input]
+
+    def text(shapes: Shapes) -> str:
+        sized = ((name, shape) for name, shape in zip(names, shapes, strict=True) if shape)
+        return ",".join(f"{name}:{'x'.join(map(str, shape))}" for name, shape in sized)
+
+    smallest, largest = (text(shapes) for shapes in profile)
+    keys = "trt_profile_min_shapes", "trt_profile_opt_shapes", "trt_profile_max_shapes"
+    return dict(zip(keys, (smallest, largest, largest), strict=True))
 
 
 class _Session:

@@ -22,7 +22,7 @@ HINTS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 class OpenVINO:
     """A `Runtime` with float32 inputs and outputs; with any other `precision`, results are approximate."""
 
-    name = "openvino"
+    name, needs_profile = "openvino", False
     dtype = torch.float32
 
     def __init__(self, provider: str = "auto", precision: torch.dtype = torch.float32) -> None:
