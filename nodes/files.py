@@ -47,7 +47,7 @@ def writable(path: str | Path) -> Path:
     if not inside and os.environ.get(ANY_OUTPUT) != "1":
         places = " or ".join(map(str, allowed))
         raise IncompatibleInputError(
-            f"outputs must be below {places}, but {target} is not: choose another path, or set {ANY_OUTPUT}=1"
+            f"outputs must be inside {places}, but {target} is not: choose another path or set {ANY_OUTPUT}=1"
         )
     return target.resolve()
 
@@ -95,7 +95,7 @@ def fill_in(prefix: str) -> str:
 
 
 def saved_states() -> list[str]:
-    """List saved states below the output and input folders as '<relative path> [output]', newest first."""
+    """List saved states in the output and input folders as '<relative path> [output]', newest first."""
     found = []
     for kind in ("output", "input"):
         root = host.folder(kind)
@@ -105,7 +105,7 @@ def saved_states() -> list[str]:
 
 
 def listed_name(file: PurePath, root: PurePath, kind: str) -> str:
-    """Return a file's name as shown in the list and stored in workflows, with / on every system."""
+    """Return a file's name as listed and as stored in workflows, with / as the separator on every system."""
     return f"{file.relative_to(root).as_posix()} [{kind}]"
 
 

@@ -55,7 +55,7 @@ REQUIREMENTS = Path(__file__).parent.parent / "requirements.txt"
 
 @contextmanager
 def install_line() -> Generator[None, None, None]:
-    """If the code in this context needs a package that is missing, explain how to install it."""
+    """If the code in the `with` block needs a missing package, explain how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -240,7 +240,7 @@ class Progress:
             self._write(f"{self._line}; {now}" if self._line else now)
 
     def say(self, text: str, last: bool = False) -> None:
-        """Show a line of text on the node, at most once a second; the `last` one always appears and stays."""
+        """Show a line of text on the node, at most once a second; if `last`, it always appears and stays."""
         self._line = text
         self._write(text, last)
 
@@ -321,7 +321,7 @@ def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str,
 
 
 def is_file_video(video: Any) -> bool:
-    """Whether a VIDEO is simply a file, or the bytes of a file, without pending edits."""
+    """Whether a VIDEO is just a file, or the bytes of a file, with no pending edits."""
     implementations = comfy_module("comfy_api.input_impl")
     known = implementations is None or isinstance(video, implementations.VideoFromFile)
     return known and not getattr(video, "has_pending_frame_edits", bool)()
@@ -350,7 +350,7 @@ def shown_video(path: Path) -> dict[str, Any]:
 
 
 def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
-    """Return the reference that the page uses for a file in ComfyUI's folders, with / on every system."""
+    """Return the page's reference to a file in ComfyUI's folders, with / as the separator on every system."""
     inside = path.relative_to(root)
     subfolder = "" if len(inside.parts) == 1 else inside.parent.as_posix()
     return {"filename": inside.name, "subfolder": subfolder, "type": kind}

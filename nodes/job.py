@@ -136,7 +136,7 @@ def make_job(
     size: str = "",
     **fidelity: Any,
 ) -> VideoJob:
-    """Return the job; its output is only a suffix for now."""
+    """Return the job; its output is only a suffix until a name is chosen."""
     from ..stream_diffvsr.jobs.run import VideoJob
 
     path, start, end, drawn = source
@@ -194,7 +194,7 @@ def run_under_free_name(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str |
             begun = job.output.with_name(job.output.name + ".parts").exists()
             if (begun or not job.output.exists()) and run_with_progress(pipe, job, begun, node_id, pool):
                 return job.output
-    raise AssertionError("there is always another name")
+    raise AssertionError("the numbered names never run out")
 
 
 @contextlib.contextmanager
@@ -217,7 +217,7 @@ def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, N
 def run_with_progress(
     pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None
 ) -> bool:
-    """Run a job with progress and cancellation; return False if a different job has begun under its name."""
+    """Run a job with progress and cancellation; return False if another job has started under its name."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
@@ -278,7 +278,7 @@ WORDS = {
     "-o": "output_path",
     "--restart": "another output_path",
     "write to a folder, or set --target": "give all pictures the same size, or make a video of each",
-    "or suffix": "or another ending of output_path",
+    "or suffix": "or another ending for output_path",
 }
 """Command-line terms, each with the nodes' term for the same thing."""
 

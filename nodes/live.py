@@ -1,4 +1,4 @@
-"""The node that continues its sequence from one queue run to the next, for live input such as a webcam."""
+"""The node that continues its sequence from one workflow run to the next, for live input such as a webcam."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Live:
-    """Upscales one frame per queue run; the next run continues the sequence."""
+    """Upscales one frame per workflow run; the next run continues the sequence."""
 
     DESCRIPTION = (
         "Upscales one frame each time the workflow runs, guided by the previous run's frame. Use it with "

@@ -79,7 +79,7 @@ class Loader:
                         "default": "auto",
                         "advanced": True,
                         "tooltip": "How motion between frames is estimated (Stream-DiffVSR only). auto: the "
-                        "method that the model was made with. raft_large, raft_small: torchvision's RAFT. "
+                        "model's own method. raft_large, raft_small: torchvision's RAFT. "
                         "bundled: the small network that comes with this pack. dis: OpenCV's DIS, for CPUs. "
                         "none: no guidance from the previous frame, so the result flickers.",
                     },
@@ -130,7 +130,7 @@ def is_complete(candidate: Candidate, files_identity: str) -> bool:
 
 
 def checkpoint_stamp(folder: Path) -> str:
-    """Return a short string that changes when a checkpoint's files change, except for its stored prompts."""
+    """Return a short string that changes when any file of a checkpoint does, except its stored prompts."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
 
     inside = [

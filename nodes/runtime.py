@@ -64,7 +64,7 @@ class Runtime:
         quantize: str | None = None,
         devices: str | None = None,
     ) -> bool:
-        """Raise the errors that execution would raise; None means that the input is linked."""
+        """Raise the same errors as execution; None means that the input is linked."""
         given = {"runtime": runtime, "provider": provider, "compile_mode": compile_mode, "quantize": quantize}
         check_values(choice_widgets(), given)
         workers_on(devices or "")
@@ -121,8 +121,8 @@ def choice_widgets() -> dict[str, Widget]:
             list(PROVIDERS),
             {
                 "default": "auto",
-                "tooltip": "What the runtime runs on: cpu, or Intel's gpu or npu, for openvino; cpu, cuda or "
-                "tensorrt for onnx. auto: the Loader's device. With torch, leave this at auto.",
+                "tooltip": "What the runtime runs on. openvino: cpu, or Intel's gpu or npu. onnx: cpu, cuda "
+                "or tensorrt. auto: the Loader's device. With torch, leave this at auto.",
             },
         ),
         "compile_mode": (
@@ -134,7 +134,7 @@ def choice_widgets() -> dict[str, Widget]:
             {
                 "default": "none",
                 "tooltip": "int8 and fp8 run linear layers in 8 bits, which is an approximation. Both need "
-                "the Python package torchao; fp8 also needs an NVIDIA card of the 40 series or newer. Only "
+                "the Python package torchao; fp8 also needs an NVIDIA 40-series card or newer. Only "
                 "for torch.",
             },
         ),
@@ -170,7 +170,7 @@ def workers_on(devices: str) -> Devices | None:
 
 
 def with_runtime(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upscaler:
-    """Return a copy of `pipe` with the given runtime; they share weights unless the copy's are in 8 bits."""
+    """Return a copy of `pipe` with the given runtime; the two share weights unless the copy is in 8 bits."""
     from ..stream_diffvsr.families.diffvsr.fastest import with_runtime
     from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
     from ..stream_diffvsr.runtimes.choose import open_runtime

@@ -26,7 +26,7 @@ def check_values(widgets: Mapping[str, Widget], values: Mapping[str, Any]) -> No
     """Refuse values that a widget does not offer; None means that the input is linked.
 
     ComfyUI does not check the inputs of nodes that have their own validation. Nodes raise errors instead of
-    returning them as text, which ComfyUI would report once for every argument.
+    returning them as text, which ComfyUI would repeat for every input.
     """
     for name, value in values.items():
         kind, about = widgets[name]

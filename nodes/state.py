@@ -72,7 +72,7 @@ class ExtractState:
         "The last upscaled frame, or a black 8x8 picture if the state is empty.",
         "How many frames of the video have been upscaled so far.",
         "Whether there is a frame to continue from.",
-        "A summary in words, with the model and the settings used.",
+        "A text summary that includes the model and the settings used.",
     )
 
     @classmethod
@@ -106,7 +106,7 @@ class SaveState:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         prefix = (
-            "Name of the file below the output folder; a number is appended. %year%, %month%, %day%, "
+            "Path of the file within the output folder; a number is appended. %year%, %month%, %day%, "
             "%hour%, %minute% and %second% are filled in."
         )
         return {

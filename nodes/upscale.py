@@ -45,7 +45,7 @@ class Upscale:
     DESCRIPTION = (
         "Upscales frames by a factor of 4 with Stream-DiffVSR. The batch dimension is time: frame 0 comes "
         "first, and each frame is guided by the previous one. If you link state from one Upscale to the "
-        "next, or link meta_batch, a video upscaled in parts equals one upscaled in a single run."
+        "next, or link meta_batch, a video upscaled in parts is identical to one upscaled in a single run."
     )
     SEARCH_ALIASES: ClassVar = [
         "video super resolution",
@@ -126,7 +126,7 @@ class Upscale:
     def VALIDATE_INPUTS(
         cls, enable_tiling: Any = None, tile_size: int | None = None, tile_overlap: int | None = None
     ) -> bool:
-        """Raise the errors that execution would raise; None means that the input is linked."""
+        """Raise the same errors as execution; None means that the input is linked."""
         given = {"tile_size": tile_size, "tile_overlap": tile_overlap}
         check_values({name: cls.INPUT_TYPES()["optional"][name] for name in given}, given)
         if enable_tiling and tile_size and tile_overlap and 2 * tile_overlap >= tile_size:
@@ -231,7 +231,7 @@ def upscale(
 
     A model that processes frames in chunks finishes the batch as if the video ended there. The returned state
     is the one at the last chunk boundary plus the frames since then, which the next batch upscales again. The
-    result therefore equals that of a single run over all frames, except at the end of each batch. Without
+    result is therefore the same as in a single run over all frames, except at the end of each batch. Without
     `finish`, the frames since that boundary are left out of the result.
     """
     from ..stream_diffvsr.jobs.job import Speed
@@ -275,7 +275,7 @@ def opened(state: State) -> tuple[State, list[Tensor]]:
 
 
 def closed(border: State, since: list[Tensor], device: torch.device) -> State:
-    """Reverse `opened`: combine the state at the boundary and the frames since then into one on `device`."""
+    """Reverse `opened`: merge the boundary state and the frames since then into one state on `device`."""
     if since:
         tensors = {**border.tensors, SINCE: torch.cat(since)}
         border = replace(border, index=border.index + len(since), tensors=tensors)
@@ -307,8 +307,8 @@ class MetaBatch:
     def finishes(self, pipe: Upscaler, images: Tensor, linked: bool) -> bool:
         """Whether the sequence ends with this batch; if not, a model that works in chunks needs more frames.
 
-        Raise `IncompatibleInputError` for such a model if the end is unknown, or if a batch might produce no
-        frame, because VideoHelperSuite would then stop silently.
+        Raise `IncompatibleInputError` for a model that works in chunks if the end is unknown, or if a batch
+        might produce no frames, in which case VideoHelperSuite would stop silently.
         """
         if pipe.info.frame_by_frame or self.number is None:
             return True

@@ -59,7 +59,7 @@ class UpscaleVideo:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "File to write, below the output folder; a number is added if it already "
+                        "tooltip": "File to write in the output folder; a number is added if it already "
                         "exists. Leave empty for a numbered file in the subfolder stream_diffvsr, named "
                         "after the video.",
                     },
@@ -111,7 +111,7 @@ class UpscaleVideo:
 
     @classmethod
     def VALIDATE_INPUTS(cls, video_path: str | None = "", output_path: str | None = "") -> bool:
-        """Raise the errors that execution would raise; ComfyUI would repeat returned text for each input."""
+        """Raise errors instead of returning messages, which ComfyUI would repeat for every input."""
         if video_path and not source_path(video_path).exists():
             raise IncompatibleInputError(
                 f"video_path must be a file or a folder of pictures; {source_path(video_path)} does not "

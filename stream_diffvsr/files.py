@@ -57,7 +57,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Memory-map the tensors of a weight file, in safetensors format or torch's own; run no code from it.
+    """Memory-map the tensors of a weight file, safetensors or torch's own, without running any code from it.
 
     A single unnamed tensor in a file gets the name ''.
     """
@@ -154,7 +154,7 @@ def atomic(path: Path) -> Generator[BinaryIO, None, None]:
 
 
 def keep_json(path: Path, value: object) -> None:
-    """Write a small JSON file that saves work later; failures are only logged."""
+    """Cache a value in a small JSON file; if that fails, only log it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:

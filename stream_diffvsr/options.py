@@ -79,7 +79,7 @@ def option(
 
 
 def rules(cls: type) -> dict[str, Rule]:
-    """Return the rules of an options dataclass by name, in the order of its fields."""
+    """Return the rule of each option by name, in the order of the fields."""
     return {each.name: each.metadata["rule"] for each in fields(cls) if "rule" in each.metadata}
 
 
@@ -131,7 +131,7 @@ def _problem(value: object, rule: Rule) -> str | None:
 
 
 def from_json(cls: type[Made], values: Mapping[str, Any]) -> Made:
-    """Create options from JSON values such as those of `to_json`; missing options keep their defaults.
+    """Create options from JSON values such as `to_json` returns; missing options keep their defaults.
 
     Raises `IncompatibleInputError` for an unknown name or a value that is not allowed.
     """
@@ -177,8 +177,8 @@ def json_schema(cls: type, only: Iterable[str] | None = None) -> dict[str, Any]:
 def add_flags(parser: argparse.ArgumentParser, *classes: type, titles: Sequence[str]) -> dict[str, Any]:
     """Add a flag for every option, in groups with these `titles`, and return the groups by title.
 
-    An option without a group is added to the parser itself or, if it is for experts, to a final group. An
-    unused flag sets no attribute; `given_options` collects the values of the used flags. An option that
+    An option without a group is added to the parser itself or, if it is for experts, to a final group. A
+    flag sets an attribute only if it is used; `given_options` collects these attributes. An option that
     several classes share becomes one flag, with the help text of the first class and the choices of all.
     """
     groups: dict[str, Any] = {title: parser.add_argument_group(title) for title in (*titles, EXPERTS)}
@@ -201,7 +201,7 @@ def add_flag(
     cls: type,
     name: str,
 ) -> argparse.Action:
-    """Add the flag of one option, and return the parser's action for it."""
+    """Add the flag for one option, and return the parser's action for it."""
     rule, default = rules(cls)[name], defaults(cls)[name]
     flag = "--" + (rule.flag or name).replace("_", "-")
     told = rule.unset_help or ("" if default is None or rule.kind is bool else str(default))

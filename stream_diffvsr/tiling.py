@@ -25,11 +25,11 @@ class Band:
         )
 
     def see(self, x: Tensor) -> Tensor:
-        """Return the band with the rows around it from (1, C, H, W)."""
+        """Cut the band, with the rows around it, out of (1, C, H, W)."""
         return x[..., self.seen, :]
 
     def crop(self, x: Tensor) -> Tensor:
-        """Keep the band's own rows of (1, C, seen, W)."""
+        """Crop (1, C, seen, W) to the band's own rows."""
         return x[..., self.rows.start - self.seen.start : self.rows.stop - self.seen.start, :]
 
 

@@ -266,7 +266,7 @@ class Upscaler(Protocol):
         ...
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Return how frames of an LQ size (height, width) would be made now, including the memory plan.
+        """Return how frames of a given LQ size (height, width) would be made now, including the memory plan.
 
         A job calls this only once; it then starts each sequence in the same way, from a state with this
         provenance but no tensors.

@@ -258,10 +258,10 @@ TABLE = {
         ),
     ),
     "loop_with_state": Example(
-        "## A loop over frames, with the state carried along\n\nNeeds ComfyUI 0.38 or newer, "
+        "## A loop over frames that passes the state on\n\nNeeds ComfyUI 0.38 or newer, "
         "which has **Start Loop** and **End Loop**. Each iteration takes one frame and the "
-        "previous iteration's state, so the result equals that of a single run over all frames. Other "
-        "nodes can go into the loop.\n\nSet **num_iterations** to the number of "
+        "previous iteration's state, so the result is the same as in a single run over all frames. "
+        "You can add other nodes to the loop.\n\nSet **num_iterations** to the number of "
         f"frames.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP, N("start", OURS + "CreateState")),
@@ -311,8 +311,8 @@ TABLE = {
         ),
     ),
     "upscale_and_interpolate": Example(
-        "## Larger and smoother\n\nUpscales the video, then inserts a frame between every two frames "
-        "with ComfyUI's own frame interpolation. Needs ComfyUI 0.33 or newer, and the model FILM "
+        "## Larger and smoother\n\nUpscales the video, then uses ComfyUI's own frame interpolation "
+        "to insert a frame between every two. Needs ComfyUI 0.33 or newer, and the model FILM "
         "(69 MB), which the page offers to download.\n\nSet **fps** of Create Video to twice "
         f"that of your video; the sound stays as it is.\n\n{OWN_VIDEO} {NANO}",
         (
@@ -370,7 +370,7 @@ TABLE = {
     "image_model_steady": Example(
         "## A single-image model, without flicker\n\nUse RealESRGAN_x4plus (67 MB), which the page offers to "
         "download, or any other model in *models/upscale_models*. **steady** blends in the previous result "
-        "where both show the same thing; 0 turns this off.\n\n" + OWN_VIDEO,
+        "where both frames show the same thing; 0 turns this off.\n\n" + OWN_VIDEO,
         (
             (
                 CLIP,
@@ -383,7 +383,7 @@ TABLE = {
     "several_devices": Example(
         "## Scenes spread over several devices\n\n**Runtime** sets the devices: *all*, or a list such as "
         "*cuda:0,cuda:1*, or *cpu:2* for two workers on the CPU. First run **python -m pip install "
-        "ray** with ComfyUI's Python.\n\nEach scene goes to the next device that is free. With a "
+        "ray** with ComfyUI's Python.\n\nEach scene goes to the next free device. With a "
         f"single device, everything runs on that device.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP, loader()),
@@ -408,8 +408,8 @@ TABLE = {
     "vhs_meta_batch": Example(
         "## A long video in chunks, as one sequence\n\nNeeds ComfyUI-VideoHelperSuite. The "
         "**Meta Batch Manager** cuts the video into batches. Because it is also linked to **Upscale**, "
-        "the sequence continues from batch to batch, and the result equals that of a single "
-        f"run.\n\n{NANO}",
+        "the sequence continues from batch to batch, and the result is the same as in a "
+        f"single run.\n\n{NANO}",
         (
             (
                 CLIP,

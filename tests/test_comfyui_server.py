@@ -480,7 +480,7 @@ def test_an_error_reaches_the_page_with_its_remedy(server: Server) -> None:
         (file_job(video_path="gone.mp4"), "video_path must be a file"),
         (file_job(video_path="video.mp4", output_path="x.gif"), "output_path must end in one of"),
         (pictures("bad", enable_tiling=True, tile_size=256, tile_overlap=256), "below half of tile_size 256"),
-        (file_job(video_path="video.mp4", output_path="../x.mp4"), "outputs must be below"),
+        (file_job(video_path="video.mp4", output_path="../x.mp4"), "outputs must be inside"),
         (
             {
                 "1": ours("LoadState", state_file="gone.safetensors [output]"),

@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_told_in_a_sentence(guided: StreamDiffVSRPipeline, 
     refused(IncompatibleInputError, "was trained for another model", spoiled(whole, bad, base="f" * 32))
     refused(
         CheckpointError,
-        "values in unet.conv_in that are not finite",
+        "NaN or infinite values in unet.conv_in",
         spoiled(whole, bad, key, torch.full((3, 7, 3, 3), torch.nan)),
     )
     refused(CheckpointError, "lacks one of its matrices", spoiled(whole, bad, key))

@@ -318,7 +318,7 @@ def test_what_is_no_picture_here_is_one_sentence(tmp_path: Path, monkeypatch) ->
         pictures.is_picture(tmp_path / "a.heic")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     Image.fromarray(RGB).save(tmp_path / "huge.png")
-    with pytest.raises(VideoError, match="more pixels than one picture may have"):
+    with pytest.raises(VideoError, match="pixels that a picture may have"):
         pictures.is_picture(tmp_path / "huge.png")
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")

@@ -181,7 +181,7 @@ def test_clips_are_cut_at_scenes_and_told(tmp_path: Path) -> None:
     found = read_clips([two, small, tmp_path / "bad.mp4"], 32, 2)
     assert [(scene.first, scene.end) for scene in found.train] == [(0, 4), (6, 10)]
     assert [(scene.first, scene.end) for scene in found.held] == [(4, 6), (10, 12)]
-    assert "2 scenes" in found.told[0] and "below 32" in found.told[1] and "skipped" in found.told[2]
+    assert "2 scenes" in found.told[0] and "smaller than 32" in found.told[1] and "skipped" in found.told[2]
     with pytest.raises(IncompatibleInputError, match="no clip has scenes of at least 2 frames"):
         read_clips([small], 32, 2)
 

@@ -1,4 +1,4 @@
-"""Setting how the C library treats memory that tensors have freed."""
+"""Control how the C library handles memory that tensors have freed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 def keep_freed_memory() -> None:
     """Make this process keep freed memory for the next tensor; this has an effect only on Linux with glibc.
 
-    Otherwise, every large tensor is allocated from the system and returned to it, page by page, which took an
-    eighth of the CPU time per frame. Call this only in a dedicated process, not in a host such as ComfyUI.
+    Otherwise, the system allocates and frees every large tensor page by page, which took an eighth of the CPU
+    time per frame. Call this only in a dedicated process, not in a host such as ComfyUI.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
         return

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     with contextlib.closing(run_job(open_model(args), job)) as steps:
         last = run_to_end(steps, args.progress)
     compare = folder / "compare.png"
-    assert last is not None, "a restarted job has frames"
+    assert last is not None, "a restarted job always yields frames"
     size = (last.hq.shape[-2], last.hq.shape[-1])
     nearest = F.interpolate(last.lq, size=size, mode="nearest")
     pictures.write(compare, Picture(side_by_side(nearest, enlarge(last.lq, size), last.hq, gap=8)))

@@ -31,7 +31,7 @@ BUNDLED_MODEL = Candidate("nano", NANO, "diffvsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "Folders to search for models, before all others, and for unfinished work."
+    words = "Folders to search for unfinished work and, before all other folders, for models."
     parser.add_argument("folder", nargs="*", type=Path, help=words)
 
 
@@ -83,7 +83,7 @@ def weights(folders: list[Path]) -> Iterator[str]:
 
 
 def verdict(found: Found, used: set[str]) -> str:
-    """Return whether a checkpoint will be used, given the names that earlier checkpoints already use."""
+    """Return whether a checkpoint will be used, given the names that earlier checkpoints have taken."""
     if found.problem:
         return f"ignored: {found.problem}"
     return (

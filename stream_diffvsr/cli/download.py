@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def already_whole(name: str, folder: Path | None) -> Path | None:
-    """Return the folder of complete released weights, or None; if `folder` is given, look only there."""
+    """Return the folder with a release's complete weights, or None; if `folder` is given, look only there."""
     path = resolve(name, [folder] if folder else [])
     inside = path and (folder is None or folder.resolve() in [path.resolve(), *path.resolve().parents])
     return path if inside else None

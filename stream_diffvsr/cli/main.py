@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_read(stream: TextIO) -> bool:
-    """Whether somebody still reads a stream; if not, as after `| head`, what is left in it is discarded."""
+    """Return whether a stream still has a reader; if not, as after `| head`, discard its unwritten output."""
     try:
         stream.write("\n")
         stream.flush()

@@ -128,7 +128,7 @@ class Results:
         try:
             job = make()
             if not self.single and not job.overwrite and job.output.exists() and not begun(job):
-                log.info("%s exists, so this input is skipped", job.output)
+                log.info("%s already exists; skipping this input", job.output)
                 return None
             return job
         except StreamDiffVSRError as error:

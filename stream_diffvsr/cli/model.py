@@ -1,4 +1,4 @@
-"""The subcommands' shared options, which select a model and determine how it runs."""
+"""The options shared by the subcommands: which model to use and how to run it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .output import PROGRESS, download_bar
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --lora, --device, and the other options that determine how a model is opened and runs."""
+    """Add --model, --lora, --device, and the other options that determine how a model is loaded and run."""
     parser.add_argument(
         "--model",
         default="nano",
@@ -61,7 +61,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--provider",
         default="auto",
         choices=PROVIDERS,
-        help="Where the runtime runs: cpu, gpu or npu with openvino; cpu, cuda or tensorrt with onnx. "
+        help="Device for the runtime: cpu, gpu or npu with openvino; cpu, cuda or tensorrt with onnx. "
         "Only cpu has been tried so far. Default: auto.",
     )
     parser.add_argument(
@@ -87,7 +87,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def lora_argument(text: str) -> tuple[str, float]:
-    """Split text into a path and the strength after its last colon; the strength is 1 if it is missing."""
+    """Split text at the last colon into a path and a strength, which is 1 if missing."""
     path, colon, strength = text.rpartition(":")
     try:
         return (path, float(strength)) if colon else (text, 1.0)

@@ -95,7 +95,7 @@ def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: Trai
 
 
 def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
-    """Return the path of the result. Raises `IncompatibleInputError` if it is taken or cannot be resumed."""
+    """Return the result's path; raise `IncompatibleInputError` if it is taken, or no run can be resumed."""
     own: Path = args.output or args.clips[0].with_name(f"{args.clips[0].stem}_{options.what}")
     named = options.what == "full" or own.suffix == ".safetensors"
     output = own if named else own.with_name(f"{own.name}.safetensors")
@@ -149,7 +149,7 @@ def train(
 
 
 def tell_costs(run: Run) -> None:
-    """Print the memory, disk space and time that the run needs, measured in steps that change nothing.
+    """Print the memory, disk space and time that the run needs, measured in trial steps that change nothing.
 
     With --minutes, also set the number of steps.
     """

@@ -122,7 +122,7 @@ def run_one(args: argparse.Namespace, prepared: Prepared) -> int:
 
 
 def check(args: argparse.Namespace) -> dict[str, Any]:
-    """Return facts about a job with one input, without opening a model. Raises the same errors as `run`.
+    """Describe a job with one input, without opening a model. Raises the same errors as `run`.
 
     Sizes are (width, height) in pixels; `seconds` and `frames` are None if the file does not state them.
     """
@@ -154,7 +154,7 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
-    """Yield lines about what the job would need; the time is estimated by upscaling a few frames.
+    """Yield lines that state what the job would need; the time is estimated by upscaling a few frames.
 
     Released weights are not downloaded for this; without them, the time is not estimated.
     """
@@ -181,7 +181,7 @@ def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
 def plan_without_weights(
     args: argparse.Namespace, job: VideoJob, size: tuple[int, int], frames: int | None
 ) -> Iterator[str]:
-    """Yield the lines of `plan_lines` for networks whose weights are missing, from their configurations."""
+    """Yield the lines of `plan_lines` without the weights, using only the networks' configurations."""
     if family_named(args.model) != "diffvsr":
         raise IncompatibleInputError(
             f"--plan needs the weights of {args.model}: run 'stream-diffvsr download {args.model}' first"

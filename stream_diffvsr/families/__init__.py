@@ -1,1 +1,1 @@
-"""Model families, each of which implements the types of `upscaler.py`."""
+"""Model families, each of which implements the types defined in `upscaler.py`."""

@@ -1,7 +1,8 @@
 """nano's own flow estimator: a small coarse-to-fine network that needs only torch.
 
 The input frames have been enlarged by 4 (bicubic), so a quarter of their size can hold all their detail.
-Frames are therefore first averaged down by 4, and the flow found at that size is enlarged at the end.
+Frames are therefore first shrunk by averaging 4x4 pixels, and the flow found at that size is enlarged at the
+end.
 
 At every level of a pyramid, the same weights process the frame, the previous frame moved along the current
 flow estimate, and two inputs that need no learning: how well windows match at each shift of a few pixels, and
@@ -66,7 +67,7 @@ def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     """Sample `picture` bilinearly at p + flow(p), and return whether each position is inside the picture.
 
     The second result, (N, 1, h, w), is 1 inside the picture and 0 outside. Positions are exact: zero flow is
-    the identity, unlike when the reference warps the previous result.
+    the identity, unlike in the reference's warping of the previous result.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
@@ -77,7 +78,7 @@ def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def enlarged_and_reduced(lq: Tensor) -> Tensor:
-    """Enlarge (N, 3, h, w) by REDUCTION (bicubic) and average it down again, in one step: a slight blur."""
+    """Enlarge (N, 3, h, w) by REDUCTION (bicubic) and shrink it by averaging, in one step: a slight blur."""
     height, width = lq.shape[-2:]
     around = F.pad(lq, (REACH,) * 4, mode="replicate")
     # Use slices rather than a convolution, which would run in TF32 on some GPUs.
@@ -114,7 +115,7 @@ def window_differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
 
 
 def with_detail(picture: Tensor) -> Tensor:
-    """Stack 0.5 times the picture and its difference from the local mean, which lighting does not affect."""
+    """Stack `picture / 2` and `picture` minus its local mean; lighting does not affect the latter."""
     mean = F.avg_pool2d(picture, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return torch.cat([picture / 2, picture - mean], 1)
 
@@ -161,7 +162,7 @@ def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tenso
 
 
 def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each window's step and its reliability, computed from mean products of gradients and change."""
+    """Return each window's step and its reliability, from the mean products of gradients and differences."""
     xx, xy, yy, xt, yt = products.split(1, 1)
     xx, yy = xx + DAMPING, yy + DAMPING
     determinant = xx * yy - xy * xy
@@ -171,7 +172,7 @@ def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decoder(nn.Module):
-    """Computes a better flow, and features for the next level, from a level's inputs."""
+    """Computes a refined flow, and features for the next level, from a level's inputs."""
 
     def __init__(self, inputs: int, widths: Sequence[int], proposals: int, hidden: int) -> None:
         super().__init__()
@@ -198,7 +199,7 @@ def blurred(picture: Tensor) -> Tensor:
 
 
 class FlowNetwork(nn.Module):
-    """Estimates backward flow between pictures that have already been averaged down by `REDUCTION`."""
+    """Estimates backward flow between pictures that have already been shrunk by `REDUCTION`."""
 
     def __init__(
         self, features: int, radius: int, widths: Sequence[int], refinement: Sequence[int], hidden: int

@@ -143,8 +143,8 @@ def bilinear(square: Tensor, fraction: Tensor) -> Tensor:
 def block_order(height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Order a picture's pixels so that each square of side `BLOCK`, and each quarter of it, is contiguous.
 
-    Returns the pixel at each place in this order, with the last row and column repeated to complete the
-    squares, and the place of each pixel.
+    Returns the pixel at each place in this order (repeating the last row and column to complete the squares)
+    and the place of each pixel.
     """
     y = torch.arange(-(-height // BLOCK) * BLOCK, device=device)[:, None]
     x = torch.arange(-(-width // BLOCK) * BLOCK, device=device)

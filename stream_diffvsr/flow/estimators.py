@@ -146,7 +146,7 @@ class BundledFlow(TileableFlow):
         return self._of_reduced(*small)[..., :height, :width]
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
-        """Avoid enlarging frames and then averaging them down again; the result differs only by rounding."""
+        """Avoid enlarging frames only to shrink them again; the result differs only by rounding."""
         if scale != REDUCTION or method != "whole":
             return super().between(lq, previous, scale, method)
         return self._of_reduced(enlarged_and_reduced(lq), enlarged_and_reduced(previous))
@@ -195,7 +195,7 @@ FLOW_MODELS = ("raft_large", "raft_small", "bundled", "dis", "none")
 def open_flow(
     flow: str | Callable[[Tensor, Tensor], Tensor], open_network: Callable[[str], Any]
 ) -> FlowEstimator:
-    """Return the estimator named `flow`, or wrap a callable; `open_network` loads a network by its name."""
+    """Return the estimator named `flow`, or wrap a callable; `open_network` loads a network by name."""
     if isinstance(flow, FlowEstimator):
         return flow
     if callable(flow):

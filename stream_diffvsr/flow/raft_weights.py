@@ -71,7 +71,7 @@ def hub_file(name: str) -> Path:
 
 
 def read_raft(path: Path) -> dict[str, Any]:
-    """Read a file's weights, after checking its SHA-256 against the digits in its name, if there are any."""
+    """Read a file's weights, after checking its SHA-256 against the digits in its name, if any."""
     prefix = _hash_prefix(path)
     if prefix and not _digest(path).startswith(prefix):
         raise CheckpointError(

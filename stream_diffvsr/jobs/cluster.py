@@ -99,7 +99,7 @@ class FarModel:
         self._ask = ask
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Return how the model makes frames from an LQ input of this size (height, width)."""
+        """Return the provenance of frames made from an LQ input of this size (height, width)."""
         found = self._ask("provenance", size, None if options is None else asdict(options))
         return Provenance.from_texts(_checked(found)["made"])
 
@@ -196,7 +196,7 @@ class RayPool:
             self.ray.kill(actor, no_restart=True)
 
     def progress(self) -> Mapping[str, int]:
-        """Return each scene's number of finished frames, as last reported; log the workers' new messages."""
+        """Return the number of frames done in each scene, as last reported; log the workers' new messages."""
         for worker, asked in list(self.asked.items()):
             if self.ray.wait([asked], timeout=0)[0]:
                 del self.asked[worker]
@@ -227,7 +227,7 @@ def check_same(facts: Mapping[str, Mapping[str, Any]]) -> None:
     told = {
         "version": "stream-diffvsr",
         "torch": "torch",
-        "device": "a device of kind",
+        "device": "device type",
         "threads": "threads per worker",
         "info": "the model",
     }

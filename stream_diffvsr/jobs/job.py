@@ -189,7 +189,7 @@ class VideoJob:
         metavar="HOW",
     )
     cuts_out: Path | None = option(
-        None, "Write the scenes that were found to this CSV file.", parse=Path, group="input", metavar="FILE"
+        None, "Write a list of the scenes to this CSV file.", parse=Path, group="input", metavar="FILE"
     )
     segment_frames: int | None = option(
         None,
@@ -204,7 +204,7 @@ class VideoJob:
     )
     read_ahead: int = option(
         4,
-        "Number of frames to decode in advance. This never changes pixels.",
+        "Number of frames to decode in advance. This does not affect the result.",
         low=1,
         group="input",
         expert=True,
@@ -256,7 +256,7 @@ class VideoJob:
 
 
 def settle_job(job: VideoJob, info: Info, options: type, height: int, width: int) -> VideoJob:
-    """Return the job, completed with the values that depend on the model and the source's size.
+    """Return a copy of the job, filling in the values that depend on the model and the source's size.
 
     A family that supports any scale produces the requested size itself, so nothing is resampled afterwards.
     """

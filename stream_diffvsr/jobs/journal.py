@@ -62,7 +62,7 @@ class Segment:
 
     @property
     def end(self) -> int:
-        """Index of the frame after its last one."""
+        """Index one past its last frame."""
         return self.start + self.part.frames
 
     @property
@@ -83,7 +83,7 @@ class Journal:
     provenance: Mapping[str, str] = field(default_factory=dict)
     """How the frames of all scenes are made, including the memory plan."""
     first: int = -1
-    """Index in the source of the job's first frame; -1 if not known yet."""
+    """Source index of the job's first frame; -1 if not known yet."""
     segment_frames: int = 0
     """Number of frames per segment, if the job does not set it; 0 if not known yet."""
     scenes: Sequence[Mapping[str, Any]] = ()
@@ -107,7 +107,7 @@ class Journal:
 
     @property
     def first_index(self) -> int:
-        """Index in the source of the job's first frame; 0 if not known yet."""
+        """Source index of the job's first frame; 0 if not known yet."""
         return max(0, self.first)
 
     @property
@@ -136,7 +136,7 @@ def read_segment(content: Mapping[str, Any]) -> Segment:
     segment = Segment(**values)
     named = [name for name in (part.name, part.compare, segment.state, *segment.digests) if name]
     if not all(OWN_FILES.fullmatch(name) for name in named):
-        raise ValueError("it names files that jobs do not write")
+        raise ValueError("it names files that no job writes")
     if not all(isinstance(number, int) for number in (segment.start, segment.scene, part.frames)):
         raise ValueError("it does not state which frames it contains")
     return segment
@@ -145,7 +145,7 @@ def read_segment(content: Mapping[str, Any]) -> Segment:
 def resumable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Return the segments that a resumed job can keep, sorted by their frames.
 
-    For each scene, they run without a gap from its first frame to its end or to its last saved state.
+    In each scene, they cover every frame from the first to the scene's end or to its last saved state.
     """
     kept: list[Segment] = []
     for segment in sorted(segments, key=lambda each: each.start):
@@ -257,7 +257,7 @@ class WorkFolder:
         return segment if there else replace(segment, state="")
 
     def token(self) -> str:
-        """Return the lock file's ID, by which machines check that they see the same folder; '' if none."""
+        """Return the lock file's ID ('' if none), by which machines check that they see the same folder."""
         owner = self.folder / OWNER
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 

@@ -36,7 +36,7 @@ class Output:
         self.prepared, self.folder = prepared, folder
         self.sides: list[Side] = []
         self.words = True
-        """Whether to copy chapters, metadata, covers and attached files; False once these are refused."""
+        """Whether to copy chapters, metadata, covers and attached files; False once they are rejected."""
 
     @property
     def videos(self) -> Mapping[str, Path]:
@@ -49,9 +49,9 @@ class Output:
     def rehearse(self, sinks: Mapping[str, Sink], on_progress: OnProgress | None = None) -> None:
         """Join a black frame with all side streams and metadata, just as the output will be joined.
 
-        This shows, before hours of work are spent, what the container refuses. `on_progress` reports how much
-        of the source has been read for its sound and subtitles. Raises `VideoError` if the container refuses
-        the picture itself.
+        Anything that the container rejects thus shows up before hours of work are spent. `on_progress`
+        reports how much of the source has been read for its sound and subtitles. Raises `VideoError` if the
+        container rejects the video stream itself.
         """
         job = self.prepared.job
         if "main" in self.videos and job.audio and isinstance(self.prepared.source, VideoSource):
@@ -161,7 +161,7 @@ class Output:
         return earliest if self.prepared.source.info.free_start else min(earliest, Fraction(0))
 
     def give_names(self) -> None:
-        """Rename the joined files to the names of the outputs."""
+        """Give the joined files their final names."""
         for name, path in self.videos.items():
             if self.joined(name).is_file():
                 self.joined(name).replace(path)

@@ -1,4 +1,4 @@
-"""Preparing a job: paths, source, encoders, writers, and the facts by which a later run recognises it."""
+"""Preparing a job: paths, source, encoders, writers, and the values that identify it to a later run."""
 
 from __future__ import annotations
 
@@ -72,14 +72,14 @@ class Prepared:
         return max(1, round(1 / (self.source.info.rate * self.source.info.time_base)))
 
     def fitted(self, model: Model) -> Prepared:
-        """Return the job, completed with the values that depend on the model."""
+        """Return a copy of the job, filling in the values that depend on the model."""
         return Prepared(
             settle_job(self.job, model.info, model.Options, *self.size), self.source, self.cut_rule
         )
 
     @cached_property
     def videos(self) -> dict[str, tuple[Path, Encoding]]:
-        """The video files to write and their encodings, by 'main' or 'compare'; see `video_outputs`."""
+        """The video files to write and their encodings, keyed by 'main' or 'compare'; see `video_outputs`."""
         return video_outputs(self.job, self.source.info)
 
     @property
@@ -98,7 +98,7 @@ class Prepared:
         return Span(first, self.job.span.end if end is None else end - 1)
 
     def offset(self, first: int) -> int:
-        """Return by how much a state's frame numbers exceed the source's; the job begins at frame `first`."""
+        """Return a state's frame number minus the source's, for a job that begins at frame `first`."""
         return 0 if self.job.state is None else self.job.state.index - first
 
 
@@ -165,7 +165,7 @@ def open_job_source(job: VideoJob) -> Source:
 
 
 def video_outputs(job: VideoJob, info: SourceInfo) -> dict[str, tuple[Path, Encoding]]:
-    """Return the video files that a job writes and their encodings, by 'main' or 'compare'.
+    """Return the video files that a job writes and their encodings, keyed by 'main' or 'compare'.
 
     Raises `VideoError` if an encoding is not possible.
     """
@@ -188,7 +188,7 @@ def encoding_of(job: VideoJob, path: Path, info: SourceInfo) -> Encoding:
 
 
 def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
-    """Open the writers of a job, by 'main' or 'compare'; 'main', the output itself, comes first."""
+    """Open the writers of a job, keyed by 'main' (the output itself, which comes first) or 'compare'."""
     job, source, videos = prepared.job, prepared.source, prepared.videos
     sinks: dict[str, Sink] = {}
     if videos and isinstance(source, FolderSource):
@@ -204,7 +204,7 @@ def open_sinks(prepared: Prepared, folder: Path) -> dict[str, Sink]:
 def picture_names(job: VideoJob, source: FolderSource) -> dict[int, Path]:
     """Return the output path of each picture, by index.
 
-    A single picture is written to the output itself. The pictures of a folder are written into the output
+    A single picture is written to the output path. The pictures of a folder are written into the output
     folder, under the same names.
     """
     if job.source.is_file():
@@ -232,7 +232,7 @@ def check_sizes(job: VideoJob, source: FolderSource) -> None:
 
 
 def source_fingerprint(source: Path) -> dict[str, Any]:
-    """Return facts that identify a source, wherever it is: its file count, size and fingerprint."""
+    """Return values that identify a source, wherever it is stored: its file count, size and fingerprint."""
     files = source_files(source)
     return {"files": len(files), "size": size_of(source), "content": fingerprint(files)}
 

@@ -1,4 +1,4 @@
-"""Rendering a scene into segments, which any process that has the model and the files can do."""
+"""Rendering a scene into segments; any process that has the model and the files can do this."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LARGE_STATE = 1 << 30
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """A frame that was handed to the encoder."""
+    """A frame that has been handed to the encoder."""
 
     index: int
     """Its index in the source."""

@@ -72,13 +72,13 @@ class Scene:
     first: int
     """Index of its first frame in the source."""
     end: int | None = None
-    """Index of the frame after its last one; None if it lasts until the end of the job."""
+    """Index one past its last frame; None if it lasts until the end of the job."""
     place: Place | None = None
-    """Where the frame before the first one lies; if None, the first is found by counting from the start."""
+    """Place of the frame before the first one; if None, the first is found by counting from the start."""
     warm_up: int = 0
     """Number of frames before `first` to render and discard; above 0 only for parts of a longer scene."""
     offset: int = 0
-    """By how much a state's frame numbers exceed the source's."""
+    """A state's frame number minus the source's."""
     state: str = ""
     """Name of the file in the work folder that contains the state to continue from; '' if there is none."""
 
@@ -188,7 +188,7 @@ def read_list(path: Path) -> frozenset[int]:
 
 
 def write_list(path: Path, first: int, last: int, cuts: Sequence[int]) -> None:
-    """Write the scenes in PySceneDetect's format: frames are counted from 1, and `last` is included."""
+    """Write the scenes in PySceneDetect's format: frames are counted from 1, and `last` is inclusive."""
     starts = sorted({first, *cuts})
     ends = [*(start - 1 for start in starts[1:]), last]
     table = io.StringIO(newline="")

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 POLL = 0.5
 """Seconds between polls of the workers."""
 LOSSES = 3
-"""A job is given up once this many workers have been lost on one of its scenes."""
+"""A job fails once this many workers have been lost while rendering the same scene."""
 OPEN = 4
 """Number of jobs to keep open beyond one per worker, so that even short files keep all workers busy."""
 PATIENCE = 10.0
@@ -167,7 +167,10 @@ class SpreadRun(Run):
             self.losses[scene.first] = self.losses.get(scene.first, 0) + 1
             if self.losses[scene.first] >= LOSSES:
                 self.fail(
-                    OSError(f"{LOSSES} workers were lost on the scene that starts at frame {scene.first}")
+                    OSError(
+                        f"{LOSSES} workers were lost while rendering the scene that starts at frame "
+                        f"{scene.first}"
+                    )
                 )
             elif self.error is None:
                 self.ready.append(scene)
@@ -190,7 +193,7 @@ class SpreadRun(Run):
         self.prepared.source.notes.update(answer["notes"])
 
     def fail(self, error: Exception) -> None:
-        """Give up the job, which ends when its workers have stopped."""
+        """Fail the job; it ends once its workers have stopped."""
         self.error = self.error or error
         self.ready.clear()
         for name in self.busy:

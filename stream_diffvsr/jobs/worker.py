@@ -68,8 +68,8 @@ def from_json(content: Mapping[str, Any], options: type) -> VideoJob:
 
 
 def place_of_work() -> str:
-    """Return this machine's name for messages."""
-    return platform.node() or "a machine without a name"
+    """Return this machine's name, for use in messages."""
+    return platform.node() or "an unnamed machine"
 
 
 class Lines(logging.Handler):
@@ -128,7 +128,7 @@ class Worker:
         return self.pipe
 
     def provenance(self, size: tuple[int, int], options: Mapping[str, Any] | None) -> dict[str, Any]:
-        """Return how the model makes frames from an LQ input of this size (height, width)."""
+        """Return the provenance of frames made from an LQ input of this size (height, width)."""
 
         def made() -> dict[str, Any]:
             pipe = self._open()

@@ -1,7 +1,7 @@
 """Types for the parts of PyAV that this package uses.
 
-PyAV's own stubs allow None nearly everywhere (`pts`, `time_base`, `rate`). With them, every use of a value
-that `timeline.py` or `streams.py` has already checked would need another assertion.
+PyAV's own stubs allow None nearly everywhere (`pts`, `time_base`, `rate`). With those stubs, every use of a
+value that `timeline.py` or `streams.py` has already checked would need another assertion.
 """
 
 from __future__ import annotations

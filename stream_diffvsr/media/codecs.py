@@ -111,7 +111,7 @@ CONTAINERS = {".mp4": "mp4", ".m4v": "mp4", ".mov": "mov", ".mkv": "matroska", "
 
 @dataclass(frozen=True)
 class Encoding:
-    """All settings with which an encoder is opened."""
+    """All the settings used to open an encoder."""
 
     codec: str
     pix_fmt: str
@@ -125,7 +125,7 @@ class Encoding:
 
     @property
     def native_format(self) -> str:
-        """The pixel format with which the encoder is opened."""
+        """The pixel format used to open the encoder."""
         return CODECS[self.codec].native.get(self.pix_fmt, self.pix_fmt)
 
     @property
@@ -230,7 +230,7 @@ HDR_OPTIONS = {
 
 
 def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
-    """Return the source's HDR10 data as an option for the encoder, which writes the data into the stream."""
+    """Return the encoder option that writes the source's HDR10 data into the stream."""
     if not info.side_data:
         return {}
     if codec not in HDR_OPTIONS:

@@ -112,7 +112,7 @@ def seconds_before(original: Container | None, stream: int | None, window: Windo
 
 
 def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate: Fraction) -> None:
-    """Copy the video stream's title, language, flags and time code (moved `skipped` seconds later)."""
+    """Copy the video stream's title, language, flags and time code (advanced by `skipped` seconds)."""
     words = with_later_time_code(time_code(original) | kept_words(original.metadata), skipped, rate)
     for key in [key for key in words if key.lower() in ("vendor_id", "handler_name", "alpha_mode")]:
         del words[key]
@@ -121,7 +121,7 @@ def keep_words_of_video(video: Stream, original: Stream, skipped: Fraction, rate
 
 
 def mux(out: Output, streams: Iterable[Iterator[tuple[float, Packet]]]) -> None:
-    """Write the packets of all streams in order of time."""
+    """Write the packets of all streams in time order."""
     for _, packet in heapq.merge(*streams, key=lambda item: item[0]):
         out.mux(packet)
 
@@ -150,7 +150,7 @@ def video_packets(
     """Yield the packets of all segments with the source's timestamps and increasing decoding times.
 
     Encoders differ in the decoding times that they set, especially if the frame rate varies. Here, packet i
-    is decoded when frame i - depth is shown; such times always increase, and they are never later than the
+    is decoded when frame i - depth is shown; these times always increase, and they are never later than the
     time of the packet's own frame.
     """
     depth = max(part.depth for part in parts)

@@ -93,7 +93,7 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def say_left_out(folder: Path) -> None:
-    """Log the suffixes of the files in a folder that cannot be read as pictures."""
+    """Log the suffixes of a folder's files that cannot be read as pictures."""
     others = {
         f.suffix.lower() or f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")
     }
@@ -140,7 +140,7 @@ def open_picture(path: Path) -> Image.Image:
             from pillow_heif import register_heif_opener  # type: ignore[import-not-found]
         except ImportError as error:
             raise VideoError(
-                f"{path} is a HEIC picture, which requires the package pillow-heif: pip install pillow-heif, "
+                f"{path} is a HEIC picture, which requires the pillow-heif package: pip install pillow-heif, "
                 "or save it as JPEG."
             ) from error
         register_heif_opener()
@@ -153,13 +153,13 @@ def open_picture(path: Path) -> Image.Image:
             return Image.open(path, formats=sorted(set(Image.ID) - others))
     except Image.DecompressionBombError as error:
         raise VideoError(
-            f"{path} has more pixels than one picture may have ({2 * (Image.MAX_IMAGE_PIXELS or 0):,}): "
+            f"{path} has more than the {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels that a picture may have: "
             "cut it into parts, or make it smaller."
         ) from error
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a still picture, judging by its content; a file with several pages also counts."""
+    """Whether a file is a still picture, possibly with several pages, judging by its content."""
     try:
         with open_picture(path) as image:
             if _animated(image):
@@ -339,7 +339,7 @@ def _tensor(image: Image.Image) -> Tensor:
 
 
 def write(path: Path, picture: Picture) -> None:
-    """Write a picture in the format given by its suffix; the file appears only once it is complete.
+    """Write a picture in the format given by its suffix; the file appears only when complete.
 
     16 bits and alpha are kept if the format supports them. Raises `VideoError` for an unknown suffix.
     """
@@ -451,7 +451,7 @@ def _with_tiff_profile(data: bytes, profile: dict[str, Any]) -> bytes:
 
 
 def describe_animation(path: Path) -> tuple[int, tuple[int, int], int, bool]:
-    """Return the frame count, (width, height), length in milliseconds, and whether it has transparency."""
+    """Return an animation's frame count, (width, height), length in ms, and whether it has transparency."""
     count = length = 0
     size, transparent = (0, 0), False
     for picture, milliseconds in read_animation(path):

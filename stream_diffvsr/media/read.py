@@ -246,7 +246,7 @@ class VideoSource:
                     raise DoubtError("its data or its timestamps are damaged")
                 yield index, time, frame
             if not self._in_order():
-                raise DoubtError("it is damaged at its end")
+                raise DoubtError("it is damaged at the end")
 
     def _looks(self, frame: Frame) -> int:
         return planes_of(frame, self.info.colour).checksum()
@@ -279,7 +279,7 @@ class VideoSource:
                 packet = next(packets, None)
             except (av.FFmpegError, OSError) as error:
                 self.notes["unreadable places in the file"] += 1
-                log.warning("%s cannot be read to its end (%s)", self.path, error)
+                log.warning("%s cannot be read to the end (%s)", self.path, error)
                 return
             if packet is None:
                 return
@@ -313,7 +313,7 @@ class VideoSource:
             if frames or not packet.size:
                 lost, idle = idle if packet.size else idle - len(frames), 0
                 if lost > MOST_DELAYED:
-                    self.notes["packets without a picture skipped: the codec may change in the file"] += lost
+                    self.notes["packets without a picture skipped: the codec may change midway"] += lost
             else:
                 # A decoder accepts another codec's packets without an error.
                 idle += may_change and not packet.is_discard

@@ -1,8 +1,8 @@
 """Read from the middle of a file, producing the same frames, indices and times as reading from its start.
 
 Seeking is fast but can go wrong: timestamps may repeat, a file's index may be incorrect, and pictures may
-refer to skipped pictures. It is therefore used only to reach a known frame from a key frame before it. As
-soon as anything is not as expected, seeking is abandoned (`DoubtError`), and the file is read from its start.
+refer to skipped pictures. Seeking is therefore used only to reach a known frame from an earlier key frame. If
+anything is not as expected, seeking is abandoned (`DoubtError`), and the file is read from its start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class DoubtError(Exception):
 
 @dataclass(frozen=True)
 class Place:
-    """A known frame of a source from which reading can continue."""
+    """A known frame of a source, from which reading can continue."""
 
     index: int
     time: int
@@ -65,7 +65,7 @@ def frames_from(
 def decode_from(
     container: Container, stream: Stream, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
 ) -> Iterator[Any]:
-    """Yield frames, starting at a key frame before a place; skip earlier ones, which may lack references."""
+    """Yield the frames from a key frame before a place; skip earlier ones, which may lack references."""
     import av
 
     for seconds in STEPS_BACK:

@@ -2,8 +2,8 @@
 
 A stream is copied if the output's container accepts it. Otherwise it is converted or, failing that, left out;
 both cases are logged. Each file is written completely, including the container's trailer, because some
-containers refuse a stream only at that point. The packets that are later joined into the output have thus
-already been accepted once. Finished files are reused when the job is resumed.
+containers refuse a stream only at that point. Every packet that is later joined into the output has therefore
+already been accepted. Finished files are reused when the job is resumed.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def set_rising_dts(packet: Packet, last: int | None) -> int:
 
 
 def encoder_delay(packet: Packet) -> Fraction:
-    """Return the encoder's delay: the number of seconds at the beginning of a packet that are not heard."""
+    """Return the encoder's delay: how many seconds at the start of a packet are not played."""
     context = getattr(packet.stream, "codec_context", None)
     rate = getattr(context, "rate", 0)
     if not rate or not hasattr(packet, "has_sidedata") or not packet.has_sidedata("skip_samples"):

@@ -1,4 +1,4 @@
-"""The model's input size, the output size, and the single resampling step before and after the model."""
+"""The model's input size and the output size, with one resampling step before the model and one after."""
 
 from __future__ import annotations
 

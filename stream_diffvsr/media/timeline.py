@@ -31,7 +31,7 @@ class _Track:
 
 
 class Timeline:
-    """Removes breaks from the timestamps during a single reading of a file."""
+    """Removes breaks from a file's timestamps in a single pass."""
 
     def __init__(self, container: Container) -> None:
         self.jumps = bool(container.format.flags & MAY_JUMP)
@@ -45,7 +45,7 @@ class Timeline:
         return sorted({stream.index: stream for stream in [*wanted, *others]}.values(), key=lambda s: s.index)
 
     def straighten(self, packet: Packet) -> bool:
-        """Move the packet's timestamps to the continuous timeline; packets must be passed in file order.
+        """Convert the packet's timestamps to the continuous timeline; packets must be passed in file order.
 
         Return whether a new break was found.
         """
@@ -81,7 +81,7 @@ class Timeline:
 
 
 class ShownTimes:
-    """Assigns times to frames in the order in which they are shown.
+    """Assigns times to frames in display order.
 
     Frames keep their own times as long as these increase. Some files store only decoding times, or store them
     as presentation times; in these files, each frame gets the earliest packet time that is still unused.
@@ -105,7 +105,7 @@ class ShownTimes:
             heapq.heapify(self._waiting)
 
     def show(self, time: int | None) -> int | None:
-        """Return the time of the next frame, whose own time is `time`, or None if it cannot be determined."""
+        """Return the time to assign to the next frame, given its own time; None if that is unknown."""
         rises = time is not None and (self._last is None or time > self._last)
         if not self.by_order and (time is None or rises):
             self._last = self._last if time is None else time

@@ -1,4 +1,4 @@
-"""Write frames as segments of a video file or as pictures; a segment appears only once it is complete."""
+"""Write frames as segments of a video file or as pictures; a segment appears only when complete."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class VideoSink:
 
 
 class PictureSink:
-    """Writes pictures directly under their final names; each appears only once it is complete."""
+    """Writes pictures directly under their final names; each appears only when complete."""
 
     def __init__(self, names: dict[int, Path], numbered: Path | None = None) -> None:
         self.names = names

@@ -1,7 +1,7 @@
-"""Quality measures of single frames and of pairs of consecutive frames.
+"""Quality measures for single frames and for pairs of consecutive frames.
 
 Convention: pictures are RGB, (1, 3, H, W) float32 in [0, 1]; flow is backward, (1, 2, H, W), in pixels.
-Measures that the piq library offers are computed with it, using the settings that are common in the field.
+Measures that the piq library offers are computed with it, using the settings customary in the field.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
         )
     if min(height, width) - 2 * border < SMALLEST:
         raise IncompatibleInputError(
-            f"frames must be at least {SMALLEST} pixels wide and high inside the border of {border} pixels, "
-            f"but they are {size}"
+            f"frames must be at least {SMALLEST} pixels wide and high, not counting {border} pixels at each "
+            f"edge, but they are {size}"
         )
 
 
@@ -164,15 +164,15 @@ def estimate(current: Tensor, previous: Tensor) -> Tensor:
 
 
 def warping_error(current: Tensor, previous: Tensor, flow: Tensor, seen: Tensor) -> float:
-    """Return the mean squared difference of `current` from `previous` moved along `flow`, where `seen`."""
+    """Return the mean squared difference between `current` and `previous` warped by `flow`, where `seen`."""
     squared = (current - sample_zero_outside(previous, flow)).square().mean(1, keepdim=True)
     return float((squared * seen).sum() / seen.sum().clamp(min=1))
 
 
 def visible(flow: Tensor, reverse: Tensor) -> Tensor:
-    """Return 1 where the flow stays inside the picture and `reverse` leads back to its start, else 0.
+    """Return 1 where `flow` stays inside the picture and `reverse` leads back to the same pixel, else 0.
 
-    The round-trip test is that of Sundaram et al. 2010.
+    The round-trip test follows Sundaram et al. 2010.
     """
     back = sample_zero_outside(reverse, flow)
     limit = 0.01 * (flow.square().sum(1, keepdim=True) + back.square().sum(1, keepdim=True)) + 0.5

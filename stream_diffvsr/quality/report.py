@@ -43,7 +43,7 @@ def write_csv(path: Path, frames: Sequence[Measures]) -> None:
 
 
 def write_plot(path: Path, frames: Sequence[Measures]) -> None:
-    """Plot each measure over the frames and save the plot as a PNG file."""
+    """Plot each measure frame by frame, and save the plot as a PNG file."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

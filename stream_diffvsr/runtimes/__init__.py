@@ -1,1 +1,1 @@
-"""Runtimes: the libraries that run the networks, and ways to use these libraries."""
+"""Runtimes: the libraries that run the networks, and the code that calls them."""

@@ -58,7 +58,7 @@ def built_once(
 def expected_seconds(root: Path, size: int) -> float:
     """Estimate from earlier conversions in `root` how long it takes to convert `size` bytes of weights.
 
-    If there are none, the estimate assumes two cores of a 2024 server.
+    If there are no earlier conversions, assume two cores of a 2024 server.
     """
     ratios = []
     for path in root.glob(f"*/{MANIFEST}"):

@@ -1,4 +1,4 @@
-"""The routes: the REST API below /api/v1, and the page."""
+"""The routes: the REST API under /api/v1, and the page."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ FORM = {
 FILE_ANSWER: dict[int | str, dict[str, Any]] = {
     200: {"description": "The file.", "content": {"application/octet-stream": {}}},
     206: {"description": "The part requested with the Range header."},
-    304: {"description": "Unchanged: If-None-Match names the current ETag."},
+    304: {"description": "Unchanged: If-None-Match matches the current ETag."},
 }
 
 
@@ -170,7 +170,7 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
         "/{task_id}", summary="Cancel the job, and keep or delete its files", operation_id=f"{kind}_delete"
     )
     async def delete(task_id: str, remove: bool = False) -> Status:
-        """With `remove`, delete the task and its files; otherwise keep the finished part, ready to resume."""
+        """Cancel the job, and keep its finished part or, with `remove`, delete the task and its files."""
         found = await jobs.workers.cancel(task(task_id))
         if remove:
             await asyncio.to_thread(store.remove_files, found)

@@ -60,7 +60,7 @@ class Checks:
         return about
 
     async def facts(self, arguments: list[str]) -> dict[str, Any]:
-        """Return the command's facts about a job; if it refuses the job, raise its message as a problem."""
+        """Return what `upscale` reports about a job, or raise its refusal as a problem."""
         answer = await self._ask({"upscale": arguments})
         if answer["code"]:
             raise ProblemError(422, answer["message"])
@@ -78,7 +78,7 @@ class Checks:
             self._used = time.monotonic()
             if not line:
                 await self._end()
-                raise ProblemError(422, "The file is refused, because inspecting it failed or took too long.")
+                raise ProblemError(422, "The file is refused because inspecting it failed or took too long.")
             return json.loads(line)
 
     async def _started(self) -> asyncio.subprocess.Process:
@@ -123,7 +123,7 @@ class Checks:
 
 
 def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Check a request, and return the entry of its model; raise `ProblemError` if the request is invalid."""
+    """Check a request, and return its model's entry; raise `ProblemError` if the request is invalid."""
     model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
     if model is None:
         raise ProblemError(

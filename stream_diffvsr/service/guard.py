@@ -1,4 +1,4 @@
-"""Checks of every request's sender and origin, and headers that restrict what browsers may do."""
+"""Checks on every request's sender and origin, and headers that restrict what browsers may do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .settings import LOOPBACK, Settings
 
 COOKIE = "stream_diffvsr"
 API, OPEN = "/api/", ("/api/v1/session", "/api/v1/openapi.json")
-"""Paths below API require the token, except those in OPEN; the page itself contains nothing secret."""
+"""Paths under API require the token, except those in OPEN; the page itself contains nothing secret."""
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' blob:; media-src 'self' blob:; manifest-src 'self'; base-uri 'none'; form-action 'self'; "
@@ -41,7 +41,7 @@ def equal_in_constant_time(given: str, wanted: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware that refuses bad requests with a problem and adds HEADERS to every response."""
+    """ASGI middleware that answers bad requests with problem responses and adds HEADERS to every response."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -74,10 +74,10 @@ class Guard:
         if not self.settings.token and _hostname(host) not in LOOPBACK:
             return (
                 421,
-                "This server answers only to localhost and 127.0.0.1; other names need --token.",
+                "This server accepts only the host names localhost and 127.0.0.1 unless --token is set.",
             )
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _foreign(headers, host):
-            return 403, "Requests from other sites' pages are refused."
+            return 403, "Requests from pages of other sites are refused."
         if self.settings.token and path.startswith(API) and path not in OPEN and not self._known(headers):
             return 401, "This server requires a token: send the header 'Authorization: Bearer TOKEN'."
         return None

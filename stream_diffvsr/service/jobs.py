@@ -26,7 +26,7 @@ SPARE = 256 * 2**20
 
 
 class Jobs:
-    """The operations that the routes and the page request."""
+    """The operations behind the routes and the page."""
 
     def __init__(self, store: Store, settings: Settings, checks: Checks, workers: Workers) -> None:
         self.store, self.settings, self.checks, self.workers = store, settings, checks, workers
@@ -35,7 +35,7 @@ class Jobs:
         """Return a task; raise `ProblemError` if there is none."""
         task = self.store.get(plain_id(task_id))
         if task is None or task.kind != kind:
-            raise ProblemError(404, f"There is no task {task_id[:80]!r} among {kind}.")
+            raise ProblemError(404, f"There is no task {task_id[:80]!r} in /api/v1/{kind}.")
         return task
 
     def check_room(self, needed: int) -> None:
@@ -49,7 +49,7 @@ class Jobs:
     def _check_disk(self, needed: int) -> None:
         free = shutil.disk_usage(self.store.folder).free
         if free < needed + SPARE:
-            told = f"{needed / 1e9:.2f} GB is needed, but {free / 1e9:.2f} GB is free on the server's disk"
+            told = f"{needed / 1e9:.2f} GB is needed, but the server's disk has only {free / 1e9:.2f} GB free"
             raise ProblemError(507, f"About {told}.")
 
     async def named(self, kind: str, name: str) -> Task:
@@ -208,7 +208,7 @@ def plain_id(task_id: str) -> str:
 
 
 def allowed(path: str, folders: tuple[Path, ...]) -> Path:
-    """Return the real path, with links resolved, of a file below one of the folders.
+    """Return the real path, with links resolved, of a file inside one of the folders.
 
     Raise the same `ProblemError` for a file outside these folders as for one that does not exist.
     """

@@ -29,7 +29,7 @@ class Problem(BaseModel):
 
 
 class ProblemError(StreamDiffVSRError):
-    """The refusal of a request; the message states the reason."""
+    """Raised to refuse a request; the message states the reason."""
 
     def __init__(self, status: int, detail: str, **headers: str) -> None:
         self.status, self.headers = status, {name.replace("_", "-"): text for name, text in headers.items()}
@@ -57,7 +57,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Report every failure as a problem."""
+    """Make the application report every failed request as an RFC 9457 problem."""
 
     @app.exception_handler(ProblemError)
     def refused(request: Request, error: ProblemError) -> JSONResponse:

@@ -46,7 +46,7 @@ async def exists(url: str) -> int:
 
 
 async def fetch(url: str, target: Path, max_bytes: int) -> None:
-    """Download an object to a file that appears only once it is complete; raise `ProblemError` on failure."""
+    """Download an object to a file that appears only when complete; raise `ProblemError` on failure."""
     import obstore
 
     from ..files import atomic
@@ -68,7 +68,7 @@ async def fetch(url: str, target: Path, max_bytes: int) -> None:
 
 
 async def deliver(source: Path, url: str) -> None:
-    """Upload a file, in parts if it is large; the object appears only once it is complete."""
+    """Upload a file, in parts if it is large; the object appears only when complete."""
     import obstore
 
     async def once() -> None:

@@ -31,7 +31,7 @@ class Upscaling(BaseModel):
     source: str | None = Field(
         None,
         max_length=2000,
-        description="Source to use instead of an upload: s3://bucket/key, or a path below a folder that the "
+        description="Source to use instead of an upload: s3://bucket/key, or a path inside a folder that the "
         "server allows. The caller then chooses the task id, a UUID; sending the same request again is "
         "harmless.",
     )
@@ -104,7 +104,7 @@ class Device(BaseModel):
     total: int
     used: int
     free: int
-    works: bool = Field(description="Whether this server runs jobs on it.")
+    works: bool = Field(description="Whether this server runs jobs on the device.")
 
 
 class Capabilities(BaseModel):
@@ -120,10 +120,10 @@ class Capabilities(BaseModel):
     source_suffixes: dict[str, list[str]] = Field(
         description="Endings of image files; any other file is treated as a video."
     )
-    formats: dict[str, list[str]] = Field(description="Possible endings of results.")
+    formats: dict[str, list[str]] = Field(description="File endings that results can have.")
     job: dict[str, Any] = Field(description="JSON schema of a job's options, and how to display them.")
-    loader: dict[str, Any] = Field(description="The same for the options that load the model.")
-    families: dict[str, Any] = Field(description="The same for each family, with its presets.")
+    loader: dict[str, Any] = Field(description="JSON schema of the options for loading a model.")
+    families: dict[str, Any] = Field(description="JSON schema of each family's options, with its presets.")
 
 
 class Login(BaseModel):

@@ -27,7 +27,7 @@ def serve(
     try:
         stat = path.stat()
     except OSError as error:
-        raise ProblemError(404, "The file does not exist, at least not yet.") from error
+        raise ProblemError(404, "The file does not exist (yet).") from error
     etag = f'"{stat.st_mtime_ns:x}-{stat.st_size:x}"'
     wanted = [tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")]
     headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Accept-Ranges": "bytes"}

@@ -54,7 +54,7 @@ AS_JSON = ("request", "facts")
 
 
 class Store:
-    """The tasks of one root folder. Every change is on disk when the call returns."""
+    """The tasks stored in one root folder. Every change is on disk when the call returns."""
 
     def __init__(self, root: Path) -> None:
         self.folder = root / "tasks"
@@ -82,7 +82,7 @@ class Store:
         return self.folder_of(task) / "result_preview.jpg"
 
     def add(self, task: Task) -> Task:
-        """Store a new task, and return it with its time of creation."""
+        """Store a new task, and return it with its creation time."""
         task = replace(task, created=time.time())
         marks = ", ".join("?" for _ in COLUMNS)
         self.database.execute(f"INSERT INTO tasks VALUES ({marks})", _row(task))
@@ -108,7 +108,7 @@ class Store:
         return self._select("WHERE kind = ? ORDER BY created DESC LIMIT ? OFFSET ?", kind, limit, offset)
 
     def waiting(self) -> list[Task]:
-        """Return the waiting jobs, the next one first."""
+        """Return the waiting jobs in queue order."""
         return self._select("WHERE state = ? ORDER BY queued", WAITING)
 
     def running(self) -> list[Task]:
@@ -130,7 +130,7 @@ class Store:
         shutil.rmtree(self.folder_of(task), ignore_errors=True)
 
     def remove_leftovers(self) -> None:
-        """Delete folders without a task, which interrupted uploads left behind."""
+        """Delete folders that interrupted uploads left behind without a task."""
         for folder in self.folder.iterdir():
             if TASK_ID.fullmatch(folder.name) and self.get(folder.name) is None:
                 shutil.rmtree(folder, ignore_errors=True)

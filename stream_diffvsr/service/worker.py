@@ -50,7 +50,7 @@ class RunningJob:
 
 
 class Workers:
-    """The workers of all devices; `live` contains the running jobs by task id."""
+    """The workers of all devices; `live` maps task ids to running jobs."""
 
     def __init__(self, store: Store, settings: Settings, checks: Checks) -> None:
         self.store, self.settings, self.checks = store, settings, checks
@@ -272,7 +272,7 @@ def last_words(log_file: Path) -> str:
 
 
 def end_orphans(folder: Path) -> None:
-    """Kill the processes that a crashed server left running: commands that write below `folder`."""
+    """Kill the processes that a crashed server left running: commands that write inside `folder`."""
     import psutil
 
     begin, found = f"--output={folder}", []

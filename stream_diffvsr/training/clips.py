@@ -44,7 +44,7 @@ class Scene:
         return self.end - self.first
 
     def read(self, start: int, count: int, rows: slice, columns: slice) -> Tensor:
-        """Return `count` cropped frames, beginning with `start`: (count, 3, ., .) in [0, 1]."""
+        """Return `count` cropped frames, starting at `start`: (count, 3, ., .) in [0, 1]."""
         if self.kept is not None:
             return self.kept[start : start + count, :, rows, columns].float() / 255
         first = self.first + start
@@ -73,7 +73,7 @@ class Footage:
 
 
 def read_clips(paths: Iterable[Path], side: int, frames: int) -> Footage:
-    """Read every clip once; use scenes of at least `frames` frames whose sides have at least `side` pixels.
+    """Read every clip once; use scenes with at least `frames` frames and sides of at least `side` pixels.
 
     Raise `IncompatibleInputError` if no scene qualifies.
     """
@@ -90,7 +90,7 @@ def read_clips(paths: Iterable[Path], side: int, frames: int) -> Footage:
         used = [scene for scene in scenes if len(scene) >= frames and min(scene.size) >= side]
         room -= sum(scene.kept.nbytes for scene in used if scene.kept is not None)
         total, count = sum(map(len, scenes)), sum(map(len, used))
-        why = f"its sides are below {side}" if min(height, width) < side else f"shorter than {frames} frames"
+        why = f"smaller than {side}x{side}" if min(height, width) < side else f"shorter than {frames} frames"
         left_out = f", {len(scenes) - len(used)} skipped: {why}" if len(used) < len(scenes) else ""
         told.append(f"{path.name}: {width}x{height}, {count} of {total} frames, {len(used)} scenes{left_out}")
         found += used

@@ -1,4 +1,4 @@
-"""Degrading good frames to look like a user's, in steps that are drawn at random for each sequence.
+"""Degrading good frames so that they look like a user's, in steps drawn at random for each sequence.
 
     - blur: {chance: 0.5, sigma: [0.3, 1.2]}
     - reduce: {method: [bicubic, area]}

@@ -67,7 +67,7 @@ def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.rand
 
 
 def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
-    """Return sequences from the held-out part, the same in every call."""
+    """Return sequences from the held-out part; every call returns the same ones."""
     found = []
     for index, scene in enumerate(footage.held[:HELD_SCENES]):
         rng = np.random.default_rng((seed, 1, index))
@@ -131,7 +131,7 @@ class Run(Trainer):
             yield window(self.footage, self.recipe, self.options, np.random.default_rng(seed))
 
     def gradients(self, step: int) -> float:
-        """Add up the gradients of a step, and return its loss."""
+        """Accumulate the gradients of a step, and return its loss."""
         losses = [
             self._sequence(lqs.to(self.base.device), truths.to(self.base.device), step)
             for lqs, truths in self.sequences(step)
@@ -139,7 +139,7 @@ class Run(Trainer):
         return sum(losses) / len(losses)
 
     def _sequence(self, lqs: Tensor, truths: Tensor, step: int) -> float:
-        """Add up a sequence's gradients, none of which flow through the previous frame; return its loss."""
+        """Accumulate a sequence's gradients, which never flow through the previous frame; return its loss."""
         options, pipe, state, total = UpscaleOptions(seed=step * 1000), self.base, StreamDiffVSRState(), 0.0
         masked = pipe.traits.occlusion == "mask"
         schedule, prompts = pipe.prepared(options, torch.float32)
@@ -167,7 +167,7 @@ class Run(Trainer):
     # The whole run
 
     def rehearse(self) -> float:
-        """Return the seconds per step, including measurements, as timed in steps that change nothing."""
+        """Return the seconds per step, including measurements, timed in trial steps that change nothing."""
         if self.step == 0 and self.accelerator.is_main_process:
             self._measure_base()
         seconds = 0.0

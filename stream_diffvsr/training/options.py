@@ -66,7 +66,7 @@ class TrainOptions:
     )
     perceptual_weight: float = option(
         0.05,
-        "Weight of the comparison of VGG-16's features; that of pixels has weight 1.",
+        "Weight of the loss on VGG-16's features; the loss on pixels has weight 1.",
         low=0.0,
         high=100.0,
     )

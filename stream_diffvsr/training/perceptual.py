@@ -52,6 +52,6 @@ class Perceptual(nn.Module):
         self.register_buffer("spread", torch.tensor(SPREAD).view(1, 3, 1, 1))
 
     def forward(self, result: Tensor, truth: Tensor) -> Tensor:
-        """Return the mean absolute difference of features; both pictures are (N, 3, H, W) in model range."""
+        """Return the mean absolute feature difference between two (N, 3, H, W) pictures in model range."""
         seen = [self.features((x / 2 + 0.5 - self.mean) / self.spread) for x in (result, truth)]
         return (seen[0] - seen[1]).abs().mean()

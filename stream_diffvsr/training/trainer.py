@@ -72,7 +72,7 @@ class Trainer(ABC):
 
     @abstractmethod
     def gradients(self, step: int) -> float:
-        """Add up the gradients of a step in this process, and return its loss."""
+        """Accumulate the gradients of a step in this process, and return its loss."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class Trainer(ABC):
         return {"step": self.step, "steps": self.steps}
 
     def fall(self) -> float:
-        """Return the learning rate's factor at this step, which falls from 1 to 0, by default as a cosine."""
+        """Return the learning rate's current factor, which falls from 1 to 0, by default along a cosine."""
         return 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps)))
 
     def rate_now(self) -> float:
@@ -128,9 +128,9 @@ class Trainer(ABC):
         save_tensors(path, plain, {"run": json.dumps({**self.facts(), "settings": self.settings()})})
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """Restore the state that `keep` saved, and return its facts.
+        """Restore the state that `keep` saved, and return the facts saved with it.
 
-        Raises `IncompatibleInputError` if it belongs to a run with other settings.
+        Raises `IncompatibleInputError` if the state belongs to a run with different settings.
         """
         tensors, texts = read_tensors(path)
         facts: dict[str, Any] = json.loads(texts["run"])
@@ -141,7 +141,7 @@ class Trainer(ABC):
             if now.get(name) != value
         ]
         if changed:
-            raise IncompatibleInputError(f"this run began with other settings: {', '.join(changed)}")
+            raise IncompatibleInputError(f"this run began with different settings: {', '.join(changed)}")
         self.step, self.steps = facts["step"], facts["steps"]
         with torch.no_grad():
             for name, weight in self.parameters.items():

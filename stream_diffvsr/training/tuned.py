@@ -23,7 +23,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class LowRank(nn.Module):
-    """Changes W to W + B A, where B is 0 at first; the result is exactly the weight of the merged layer."""
+    """Changes W to W + B A, where B starts at 0; the result is exactly the weight of the merged layer."""
 
     def __init__(self, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Tuned:
         return {name: weight.requires_grad_() for name, weight in named if self._learns(name)}
 
     def pipe(self, saved: Path) -> StreamDiffVSRPipeline:
-        """Return the current model for measuring; a LoRA is read from `saved`, which `save` wrote."""
+        """Return the current model for measurement; a LoRA is read from `saved`, as written by `save`."""
         if self.options.what == "lora":
             return self.base.with_loras((saved, 1.0))
         return self.base.around(self.networks)

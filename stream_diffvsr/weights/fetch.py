@@ -1,7 +1,7 @@
 """Resumable downloads of released weights: only the files that are needed, and all of them or none.
 
-huggingface_hub runs in a separate process, which can be ended immediately. Whatever the library's version,
-the bytes that it has written show how far the download has come and where to resume it.
+huggingface_hub runs in a separate process, which can be ended immediately. With any version of the library,
+the size of the partial file shows how far the download has come and where to resume it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def offline() -> bool:
 
 
 def endpoint() -> str:
-    """Return the hub's address, which HF_ENDPOINT may set."""
+    """Return the hub's address, which HF_ENDPOINT can override."""
     from huggingface_hub import constants
 
     return constants.ENDPOINT
@@ -117,7 +117,7 @@ def fetch(
     """
     target = next((target for target in targets if _can_bring_to(target)), None)
     if target is None:
-        hint = f"No models folder is writable; name one in {VARIABLE}."
+        hint = f"No models folder is writable; name a writable one in {VARIABLE}."
         raise ModelNotFoundError(f"weights of {release.name}", targets[-1], hint)
     tell = on_progress or (lambda done, total: None)
     log.info("downloading %s to %s", release.repository, target)
@@ -190,7 +190,7 @@ def _download_missing(
 ) -> None:
     """Download missing files next to the folder, and move them into it when all have the right size."""
     if offline():
-        raise FetchError("HF_HUB_OFFLINE is set, which forbids it; unset it")
+        raise FetchError("HF_HUB_OFFLINE is set, which forbids downloads; unset it")
     commit, sizes = _listed(release.repository, revision, tell)
     wanted = needed(list(sizes), target)
     missing = [name for name in wanted if sizes[name] == 0 or _size(target / name) != sizes[name]]
@@ -309,6 +309,6 @@ def _check_space(work: Path, needed: int) -> None:
     free = shutil.disk_usage(work.parent).free
     if needed and free < lacking:
         raise FetchError(
-            f"the disk of {work.parent} has {free / 1e9:.2f} GB free, but {lacking / 1e9:.2f} GB are needed; "
-            f"make room, or name a folder on another disk in {VARIABLE}"
+            f"the disk that holds {work.parent} has {free / 1e9:.2f} GB free, but "
+            f"{lacking / 1e9:.2f} GB is needed; make room, or name a folder on another disk in {VARIABLE}"
         )

@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
 
 
 def candidates(extra_folders: Iterable[str | Path], recognise: Recognise) -> list[Candidate]:
-    """Return folders that look like checkpoints, each only once, in search order."""
+    """Return folders that look like checkpoints, in search order and without duplicates."""
     found = [each for folder in models_folders(extra_folders) for each in _inside(folder, recognise)]
     for release in RELEASES.values():
         found += [Candidate(release.name, path, release.family) for path in hub_snapshots(release.repository)]

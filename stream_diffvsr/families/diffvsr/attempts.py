@@ -87,8 +87,8 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
             if OVERFLOWED not in frame.state.provenance.details:
                 name = str(dtype).removeprefix("torch.")
                 log.warning(
-                    "frame %d overflowed in %s; it is recomputed in float32, and so is any later frame that "
-                    "overflows",
+                    "frame %d overflowed in %s; it and any later frame that overflows are recomputed in "
+                    "float32",
                     index,
                     name,
                 )
@@ -115,7 +115,7 @@ def attempt(pipe: StreamDiffVSRPipeline, frame: Frame, compile_mode: str) -> tup
 def outside_the_networks(
     pipe: StreamDiffVSRPipeline, lq: Tensor, options: UpscaleOptions, message: str
 ) -> VRAMError:
-    """Return the error to raise when memory runs out where no plan can help.
+    """Return the error to raise if memory runs out outside the networks, where no plan can help.
 
     This can happen while a frame is moved to the device, or while a result is checked and kept for the next
     frame.

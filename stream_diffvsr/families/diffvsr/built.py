@@ -72,7 +72,7 @@ class BuiltNetworks:
         return padded_size(*size, RANGE) if self.runtime.needs_profile else None
 
     def opened(self, name: str, size: tuple[int, int], form: str = "") -> Call:
-        """Return a graph that is ready to run, converting it the first time.
+        """Return a graph that is ready to run, converting it on first use.
 
         Raises `StreamDiffVSRError` if memory runs out.
         """
@@ -101,7 +101,8 @@ class BuiltNetworks:
     def form(self, height: int, width: int) -> str:
         """Return a name for the sizes that share one built U-Net.
 
-        Their sides have the same remainders, which determine how the U-Net's levels are enlarged.
+        Sizes share a U-Net if their sides leave the same remainders, which determine how its levels are
+        enlarged.
         """
         multiple = self._multiple
         return f"{height % multiple}x{width % multiple} over {multiple}"
@@ -175,7 +176,7 @@ class BuiltCalls(TorchCalls):
     def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
         """Open the graphs for frames of this size before the first frame, since conversion takes minutes.
 
-        For tiles, the U-Net is opened later, by the calls themselves; bands are computed in PyTorch.
+        If the U-Net runs in tiles, its graph is opened later, when first called; bands run in PyTorch.
         """
         wanted = [] if self.plan.tile else [("unet", self.built.form(*padded_size(*size)))]
         wanted += [("control", "")] if guided else []

@@ -146,7 +146,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def remembered_shapes(part: Component) -> Shapes:
-    """Return the shapes that a part's network needs, read from a small cache file after the first time.
+    """Return the shapes that a part's network needs, cached in a small file after the first call.
 
     Computing them imports diffusers, which takes seconds and would slow down every listing of models.
     """

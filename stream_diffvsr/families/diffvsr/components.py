@@ -88,7 +88,7 @@ def choose(present: Collection[str], name: str) -> str | None:
 
 
 def shards(present: Collection[str], index: str) -> list[str]:
-    """Return the names of an index's files, recognised by their form: stem-00001-of-00002.safetensors."""
+    """Return the file names that belong to an index; they look like stem-00001-of-00002.safetensors."""
     stem, kind, variant = re.fullmatch(r"(.+)\.(safetensors|bin)\.index(\..+)?\.json", index).groups()  # type: ignore[union-attr]
     pattern = re.compile(rf"{re.escape(stem)}{re.escape(variant or '')}-\d+-of-\d+\.{kind}")
     return sorted(name for name in present if pattern.fullmatch(name))
@@ -154,7 +154,7 @@ def import_library(name: str) -> None:
 
 
 def cause(error: BaseException) -> BaseException:
-    """Return the error at the start of a chain of causes."""
+    """Return the original error in a chain of causes."""
     return cause(error.__cause__) if error.__cause__ else error
 
 
@@ -171,7 +171,7 @@ def from_config(name: str, config: dict[str, Any]) -> Any:
     if name == "unet":
         return UNet2DConditionModel.from_config(config)
     if config.get("controlnet_conditioning_channel_order", "rgb") != "rgb":
-        raise ValueError("the ControlNet's picture must be in RGB order")
+        raise ValueError("the ControlNet's image channels must be in RGB order")
     return ControlNetModel.from_config(config)
 
 
@@ -195,7 +195,7 @@ Value = TypeVar("Value")
 
 
 def named_for(part: Component, values: Mapping[str, Value], needed: Shapes) -> dict[str, Value]:
-    """Return the values of a part's files under the installed library's names, without known buffers."""
+    """Rename the values of a part's files as the installed library expects, and drop known buffers."""
     kept = {key: value for key, value in values.items() if not key.endswith(BUFFERS)}
     prefix = PREFIXES.get(part.name, "")
     if prefix and not any(key.startswith(prefix) for key in needed):
@@ -205,7 +205,7 @@ def named_for(part: Component, values: Mapping[str, Value], needed: Shapes) -> d
 
 @dataclass(frozen=True)
 class Traits:
-    """Properties of a checkpoint from its index; the defaults are those of the released checkpoints."""
+    """Properties of a checkpoint, read from its index; the defaults are those of the released checkpoints."""
 
     steps: int = 4
     """Number of denoising steps if the options specify none."""

@@ -1,4 +1,4 @@
-"""The ControlNet, with its image embedding outside the denoising loop, since it is the same in every step."""
+"""The ControlNet, whose image embedding is computed once, since it is the same in every denoising step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ Residuals = tuple[list[Tensor], Tensor]
 
 
 class Control(nn.Module):
-    """diffusers' ControlNet, unchanged except for where its picture is embedded.
+    """diffusers' ControlNet, unchanged except that its embedding network is a separate module.
 
-    The embedding of the warped frame is the same in every denoising step, so it is computed once. The
-    embedding network therefore becomes a separate module, and an identity replaces it in the ControlNet,
-    which then receives the finished embedding as its picture.
+    The embedding of the warped frame is the same in every denoising step, so it is computed once. Inside the
+    ControlNet, an identity replaces the embedding network, so the finished embedding is passed in place of
+    the picture.
     """
 
     def __init__(self, controlnet: Any) -> None:

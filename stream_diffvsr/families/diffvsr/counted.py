@@ -1,4 +1,4 @@
-"""Count a frame's memory by running its network calls on torch's meta device, where nothing is computed.
+"""Count the bytes that a frame needs by running its network calls on the meta device, computing nothing.
 
 The counts include only memory in use. glibc also keeps freed memory in gaps between blocks in use; the amount
 differs from run to run, so a process on a CPU may occupy up to twice as much. `plan.py` allows for this.
@@ -85,8 +85,8 @@ class Needs:
     def most(self, size: Sequence[int]) -> int:
         """Return, without counting, an upper bound on the bytes that a frame needs besides the weights.
 
-        At any time, the networks use at most a few dozen pictures with as many channels as their widest layer
-        (20 with the released widths), and RAFT's volume needs a third of a byte per pair of LQ pixels.
+        At any time, the networks hold at most a few dozen pictures (20 with the released widths), each with
+        as many channels as the widest layer. RAFT's volume needs a third of a byte per pair of LQ pixels.
         """
         height, width = padded_size(*size)
         networks = self.networks.stages().values()

@@ -102,13 +102,15 @@ def read_lora(path: str | Path, strength: float = 1.0) -> Lora:
             )
         found[name] = tensors[name + A].float(), tensors[name + B].float()
     if bad := next((name for name, pair in found.items() if not all(map(is_finite, pair))), None):
-        raise CheckpointError(f"{path} contains values in {bad} that are not finite; train the LoRA again.")
+        raise CheckpointError(f"{path} contains NaN or infinite values in {bad}; train the LoRA again.")
     try:
         scale = float(told["alpha"]) / int(told["rank"])
         if not math.isfinite(scale):
             raise ValueError("alpha is not finite")
     except (KeyError, ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path} has no valid rank and alpha ({error}); copy it again.") from error
+        raise CheckpointError(
+            f"{path} is damaged: its rank and alpha are missing or invalid ({error}); copy the file again."
+        ) from error
     return Lora(path.name, fingerprint([path]), told.get("base", ""), found, scale, float(strength))
 
 

@@ -1,6 +1,6 @@
 """The network calls that the method makes, and their implementation in PyTorch.
 
-Every other runtime is a class with the same calls. The U-Net and the ControlNet share one call, so that the
+Every other runtime implements the same calls. The U-Net and the ControlNet share one call, so that the
 ControlNet's residuals never leave the runtime.
 """
 
@@ -71,7 +71,7 @@ class Networks(Protocol):
     ) -> Tensor:
         """Return the prediction (1, C, h, w) from the latents and LQ frame in `x` (1, C + 3, h, w).
 
-        `slot` is the number of the prompt, under which residuals are kept for reuse.
+        `slot` is the prompt's index, which identifies the residuals kept for reuse.
         """
         ...
 
@@ -122,7 +122,7 @@ class TorchNetworks:
     ) -> Generator[TorchCalls, None, None]:
         """Yield the calls for one frame; the networks are stored in `own` and temporarily cast to `dtype`.
 
-        `need` returns the bytes that a stage needs, for a placement that moves networks.
+        `need` maps a stage to the bytes that it needs; it is called only if the placement moves networks.
         """
         calls = TorchCalls(self, plan, dtype, placement, need, latent_channels=self.vae.latent_channels)
         if dtype == own:

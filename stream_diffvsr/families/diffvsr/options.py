@@ -42,7 +42,7 @@ class UpscaleOptions:
     seed: int = option(
         0,
         "Noise seed. Frame n of the whole video uses seed + n, so a video upscaled in parts equals one "
-        "upscaled at once.",
+        "upscaled in a single run.",
         low=-(2**63),
         high=2**64 - 1,
         usual=(0, 2**64 - 1),
@@ -50,8 +50,8 @@ class UpscaleOptions:
     )
     guidance_scale: float = option(
         0.0,
-        "Strength of classifier-free guidance. Up to 1, it is off, as in training; above 1, the U-Net takes "
-        "twice as long.",
+        "Strength of classifier-free guidance. Values up to 1 turn it off, as in training; above 1, the "
+        "U-Net takes twice as long.",
         low=0,
         usual=(0.0, 20.0),
         step=0.1,

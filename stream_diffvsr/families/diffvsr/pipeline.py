@@ -118,7 +118,7 @@ class StreamDiffVSRPipeline:
         return other
 
     def around(self, networks: TorchNetworks) -> StreamDiffVSRPipeline:
-        """Return a copy of this pipeline with `networks`, which have the same layers but other weights."""
+        """Return a copy of this pipeline that uses `networks`, which differ only in their weights."""
         other = copy.copy(self)
         other.torch_networks = networks
         other.needs = Needs(networks, self.scheduler_config, self.dtype, self.device)
@@ -146,7 +146,7 @@ class StreamDiffVSRPipeline:
 
     @property
     def runtime_details(self) -> str:
-        """Description of what the runtime's results depend on besides the weights; '' for PyTorch."""
+        """What the runtime's results depend on besides the weights; '' for PyTorch."""
         return "" if self.built is None else self.built.runtime.details
 
     @property
@@ -176,7 +176,7 @@ class StreamDiffVSRPipeline:
 
     @property
     def planner(self) -> Planner:
-        """A planner that estimates a frame's memory and chooses how to compute the frame."""
+        """A planner that estimates a frame's memory needs and chooses how to compute the frame."""
         return Planner(self.needs, self.needs.most, self.flow.methods, self.device)
 
     def bytes_needed(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> int:
@@ -194,7 +194,7 @@ class StreamDiffVSRPipeline:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> Sequence:
-        """Start a sequence, or continue that of `state`; the first N frames use `noise` (N, C, h', w')."""
+        """Start a sequence, or continue from `state`; the first N frames use `noise` (N, C, h', w')."""
         return Sequence(self, options or UpscaleOptions(), StreamDiffVSRState.of(state), on_step, noise)
 
     def stream(
@@ -247,9 +247,9 @@ class StreamDiffVSRPipeline:
         of 4, replace the seeded noise. `flow` (1, 2, 4h, 4w) in pixels replaces the estimate, and is used
         even if the pipeline estimates none.
 
-        If memory runs out, `memory_plan` 'auto' recomputes the frame with a plan that needs less memory, and
-        records that plan in the state. A frame that overflows in half precision is recomputed in float32.
-        Both are logged. Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
+        If memory runs out and `memory_plan` is 'auto', the frame is recomputed with a plan that needs less
+        memory; the state records that plan. A frame that overflows in half precision is recomputed in
+        float32. Both are logged. Raises `IncompatibleInputError`, and `VRAMError` if no plan fits.
         """
         options, before = options or UpscaleOptions(), StreamDiffVSRState.of(state)
         try:
@@ -344,7 +344,7 @@ class StreamDiffVSRPipeline:
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
         """Return a function that maps a stage to the bytes that it needs besides the weights.
 
-        Placements that free memory use this function.
+        Placements that move networks use it to decide how much memory to free.
         """
 
         def need(stage: str) -> int:

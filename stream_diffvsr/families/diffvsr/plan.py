@@ -142,7 +142,7 @@ class Planner:
     device: torch.device
 
     def plan(self, size: Sequence[int], details: Mapping[str, str], options: UpscaleOptions) -> Plan:
-        """Return the options' plan for an LQ size (height, width) or, for 'auto', the one in the `details`.
+        """Return the options' plan for an LQ size (height, width) or, for 'auto', the one in `details`.
 
         If no plan is recorded for this size, the fastest plan that fits the free memory is chosen and logged.
         On an accelerator, only exact plans are considered: if the chosen plan does not fit after all, an
@@ -202,7 +202,7 @@ class Planner:
 
 
 def plan_details(plan: Plan, size: Sequence[int]) -> dict[str, str]:
-    """Return a plan as details of a state's provenance."""
+    """Return a plan and its frame size as entries for the details of a state's provenance."""
     return {PLAN: plan.to_json(), SIZE: size_text(size)}
 
 

@@ -68,7 +68,7 @@ class PromptEmbeddings:
         try:
             tensors, metadata = read_tensors(path) if path.is_file() else ({}, {})
         except (CheckpointError, OSError) as error:
-            log.warning("stored prompt embeddings are not used: %s", error)
+            log.warning("stored prompt embeddings cannot be used: %s", error)
             return {}
         ours = self.encoder in ("", metadata.get(ENCODER_KEY))
         return {key: value.clone() for key, value in tensors.items()} if ours else {}

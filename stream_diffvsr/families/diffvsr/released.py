@@ -48,7 +48,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Planner:
-    """Return a planner for the released networks, installed or not; `flow` 'auto' selects their own."""
+    """Return a planner for the released networks, installed or not; `flow` 'auto' means 'raft_large'."""
     estimator = open_flow("raft_large" if flow == "auto" else flow, untrained_flow)
     needs = Needs(without_weights(CONFIGS, estimator, dtype), CONFIGS["scheduler"], dtype, device)
     return Planner(needs, needs.most, estimator.methods, device)
@@ -67,7 +67,7 @@ def without_weights(
 
 
 def untrained_flow(name: str) -> nn.Module:
-    """Return a flow network with random weights, as costly to run as a trained one but not downloaded."""
+    """Return a flow network with random weights, to estimate costs without downloading the trained one."""
     if name == "bundled":
         return open_bundled()
     from torchvision.models import optical_flow

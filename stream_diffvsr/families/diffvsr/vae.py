@@ -1,7 +1,7 @@
 """The tiny autoencoder with its Temporal Processor Module (TPM).
 
 Parameter names are those of the released weights. The networks keep no state between frames: features of
-the previous frame are an argument of `decode`.
+the previous frame are passed to `decode`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
 
 class TemporalAutoencoderTiny(nn.Module):
-    """Autoencoder between pictures in model range and latents at a quarter of their size.
+    """Autoencoder that converts pictures in model range to latents a quarter of their size, and back.
 
     It is built from the checkpoint's own configuration. Keys for variants that this network does not
     implement must have the value that the reference always uses.

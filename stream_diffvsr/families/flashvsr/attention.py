@@ -52,7 +52,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Reach:
-    """Additional inputs of one block's self-attention, passed in place of the rotary embedding."""
+    """Additional inputs to one block's self-attention, passed in place of the rotary embedding."""
 
     cos: Tensor
     sin: Tensor
@@ -104,7 +104,7 @@ def select(q: Tensor, k: Tensor, selection: Selection) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
-    """Compute exact attention of each window's queries to its selected windows, or 0 if it has none.
+    """Compute each window's exact attention to its selected windows; if it has none, the result is 0.
 
     `q`, `k` and `v` are (heads, windows, 128, head size); `selected` is the result of `select`.
     """

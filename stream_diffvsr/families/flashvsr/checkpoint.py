@@ -123,9 +123,7 @@ def read_prompt(folder: Path) -> Tensor:
     path = _required(folder, PROMPT)
     tensors = list(read_weights(path).values())
     if len(tensors) != 1 or tensors[0].ndim not in (2, 3):
-        raise CheckpointError(
-            f"{path} does not contain the embedding of exactly one prompt; download it again."
-        )
+        raise CheckpointError(f"{path} does not contain exactly one prompt embedding; download it again.")
     prompt = tensors[0] if tensors[0].ndim == 3 else tensors[0][None]
     if not bool(torch.isfinite(prompt).all()):
         raise CheckpointError(

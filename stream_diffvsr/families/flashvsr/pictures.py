@@ -16,7 +16,7 @@ def groups(frames: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 def enlarge(lq: Tensor, size: tuple[int, int]) -> Tensor:
-    """Enlarge a frame to `size` by bicubic interpolation (a = -0.5) and clamp it, unless it has that size."""
+    """Enlarge a frame to `size` (bicubic, a = -0.5) and clamp it, unless it already has that size."""
     if size == (lq.shape[-2], lq.shape[-1]):
         return lq
     return F.interpolate(lq, size=size, mode="bicubic", align_corners=False, antialias=True).clamp(-1, 1)

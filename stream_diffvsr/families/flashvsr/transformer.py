@@ -17,7 +17,7 @@ Pairs = tuple[tuple[Pair, ...], ...]
 
 
 def prepare(transformer: Any) -> Any:
-    """Replace the self-attention of a `WanTransformer3DModel` with that of this family."""
+    """Replace the self-attention of a `WanTransformer3DModel` with this family's own."""
     for block in transformer.blocks:
         block.attn1.set_processor(SparseAttention())
     return transformer

@@ -80,7 +80,7 @@ class ImageModel:
         on_step: OnStep | None = None,
         noise: Tensor | None = None,
     ) -> ImageSession:
-        """Start a sequence, or continue that of `state`; `noise` must be None for these models."""
+        """Start a sequence, or continue from `state`; `noise` must be None for these models."""
         if noise is not None:
             raise IncompatibleInputError("single-image models use no noise, so noise must be None")
         return ImageSession(self, options or ImageOptions(), state or State(), on_step or ignore_progress)
@@ -97,7 +97,7 @@ class ImageModel:
         return stream(self.session(options, state, on_step, noise), frames)
 
     def provenance(self, size: tuple[int, int], options: ImageOptions | None = None) -> Provenance:
-        """Return how frames would be made now: in tiles if `tile_size` is set, and whole otherwise."""
+        """Return how frames would be made now: in tiles if `tile_size` is set, otherwise whole."""
         options = options or ImageOptions()
         return self._provenance(options, options.tile_size)
 
@@ -229,7 +229,7 @@ class ImageModel:
         try:
             return count_bytes(frame, [*network.state_dict().values(), *flow.state_dict().values()])
         except Exception as error:  # some models read values, which do not exist on the meta device
-            log.debug("the memory that this model needs cannot be counted: %r", error)
+            log.debug("this model's memory needs cannot be counted: %r", error)
             scale = self.network.scale
             height, width = (min(side, (tile or side * scale) // scale + 1) for side in size)
             return ROUGH * self.dtype.itemsize * height * width * (1 + scale**2)

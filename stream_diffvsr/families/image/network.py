@@ -54,7 +54,7 @@ class ImageNetwork(nn.Module):
         return hq
 
     def forward(self, lq: Tensor) -> Tensor:
-        """Upscale a frame, repeating its last row and column up to a supported size, and crop the result."""
+        """Upscale a frame: repeat its last row and column to reach a supported size, and crop the result."""
         height, width = lq.shape[-2:]
         right, down = self.descriptor.size_requirements.get_padding(width, height)
         dtype = next(self.model.parameters()).dtype

@@ -86,7 +86,7 @@ class SwiftVR(ChunkUpscaler):
     def filled(self, frames: list[Tensor], memory: Memory, options: SwiftVROptions) -> list[Tensor]:
         """Repeat the last frame until the number of new frames is one more than a multiple of 4.
 
-        A sequence can end only with such a number of frames.
+        No other number is possible at the end of a sequence.
         """
         new = len(frames) - memory.ahead
         frames = [*frames, *[frames[-1]] * ((1 - new) % GROUP)]

@@ -48,7 +48,7 @@ def window_starts(count: int, side: int, shift: int) -> list[int]:
 
 
 def prepare(transformer: Any, window: tuple[int, int]) -> Any:
-    """Replace the self-attention of a `WanTransformer3DModel` with that of this family."""
+    """Replace the self-attention of a `WanTransformer3DModel` with this family's own."""
     for index, block in enumerate(transformer.blocks):
         block.attn1.set_processor(WindowAttention(window, shifted=bool(index % 2)))
     return transformer
@@ -62,7 +62,7 @@ class WindowAttention:
         self.attend: Attend = attention("auto")
 
     def corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Return the windows' corners in writing order; where windows overlap, the last one written wins.
+        """Return the windows' corners in the order of writing; where windows overlap, the last one wins.
 
         The order is from bottom right to top left or, in shifted layers, from top left to bottom right.
         """

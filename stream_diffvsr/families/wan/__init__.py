@@ -1,1 +1,1 @@
-"""Shared code of the families built on Wan: its transformer, TAEHV's blocks, and processing in chunks."""
+"""Code shared by the families built on Wan: its transformer, TAEHV's blocks, and processing in chunks."""

@@ -23,9 +23,9 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class FusedAttention(TorchFunctionMode):
-    """Keeps attention on the meta device from allocating a query-by-key map.
+    """Prevents attention from allocating a query-by-key map on the meta device.
 
-    On CPUs and CUDA, attention does not allocate one either.
+    Attention does not allocate such a map on CPUs and CUDA either.
     """
 
     def __torch_function__(

@@ -160,7 +160,7 @@ class ChunkUpscaler(ABC):
     def bytes_needed(self, size: tuple[int, int], options: Any = None) -> int:
         """Return how many bytes LQ frames of `size` (height, width) need in addition to the weights.
 
-        The bytes are counted over a scene's first two chunks, on the meta device.
+        The bytes are counted by running a scene's first two chunks on the meta device.
         """
         return self._needs(tuple(size), options or self.Options())
 
@@ -173,7 +173,7 @@ class ChunkUpscaler(ABC):
         on_step: OnStep,
         noise: Tensor | None = None,
     ) -> tuple[list[Tensor], Any]:
-        """Return the results of LQ frames and the new `Memory`; if memory runs out, retry with offloading.
+        """Return the results for LQ frames and the new `Memory`; retry with offloading if memory runs out.
 
         Inputs are never changed, even if the chunk fails.
         """
@@ -260,7 +260,7 @@ class ChunkUpscaler(ABC):
 
 
 class ChunkSession:
-    """One sequence, which collects frames until a chunk is complete, and fills up the last chunk.
+    """One sequence, which collects frames until a chunk is complete, and pads the last chunk.
 
     To continue from a state, push the frames from `state.index` on, including those that the state's last
     chunk already saw when it looked ahead.

@@ -50,8 +50,8 @@ class Pool(nn.Module):
 class Grow(nn.Module):
     """Splits the features of one picture into those of several pictures, the earliest first.
 
-    Each is enlarged by a factor of 2 afterwards. The published networks enlarge first, which yields the same
-    numbers with four times the work.
+    Each is enlarged by a factor of 2 afterwards. The published networks enlarge first, which gives the same
+    results but takes four times the work.
     """
 
     def __init__(self, channels: int, out: int, pictures: int) -> None:
@@ -60,7 +60,7 @@ class Grow(nn.Module):
         self.pictures = pictures
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the features of each picture, not yet enlarged."""
+        """Return the features of each picture, before enlargement."""
         return self.conv(x).chunk(self.pictures, 1)
 
 
@@ -87,7 +87,7 @@ def blocks(channels: int) -> list[nn.Module]:
 
 
 def enlarging(channels: Sequence[int]) -> list[nn.Module]:
-    """Return the middle of a decoder, which turns one picture into 4 with sides 8 times as long.
+    """Return the middle of a decoder, which turns one picture into 4, each with sides 8 times as long.
 
     `channels` contains the number of channels at each of the decoder's four sizes.
     """
@@ -98,7 +98,7 @@ def enlarging(channels: Sequence[int]) -> list[nn.Module]:
 
 
 def decoded(layers: Sequence[nn.Module], x: Tensor, memory: Memory, start: int = 0) -> Iterator[Tensor]:
-    """Yield the pictures decoded from (1, C, h, w), finishing each before the next; update `memory`."""
+    """Decode (1, C, h, w), yielding each picture before computing the next; `memory` is updated in place."""
     for index, layer in enumerate(layers[start:], start):
         if isinstance(layer, Grow):
             x = layer(x)

@@ -39,10 +39,10 @@ def transformer(config: Mapping[str, Any]) -> nn.Module:
 
 
 def conditioning(transformer: Any, prompt: Tensor, sinusoid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return two embeddings of the time and one of the prompt.
+    """Return two embeddings of the timestep and one of the prompt.
 
-    The embeddings of the time are (1, width) and, for the blocks, (1, 6, width). `sinusoid` is the sinusoidal
-    encoding of the time, (1, frequencies), with the cosines first.
+    The timestep embeddings are (1, width) and, for the blocks, (1, 6, width). `sinusoid` is the timestep's
+    sinusoidal encoding, (1, frequencies), with the cosines first.
     """
     embed = transformer.condition_embedder
     time = embed.time_embedder(sinusoid.to(prompt.device, prompt.dtype))
@@ -59,8 +59,8 @@ def run(
 ) -> Tensor:
     """Run tokens (1, tokens, width) through all blocks; return (tokens, channels of a patch).
 
-    `conditions` is the result of `conditioning`; `attention` contains one object per block, which is passed
-    to the block's self-attention as the rotary embedding.
+    `conditions` is the result of `conditioning`; `attention` contains one object per block, which its
+    self-attention receives in place of the rotary embedding.
     """
     time, modulation, prompt = conditions
     for index, (block, own) in enumerate(zip(transformer.blocks, attention, strict=True), 1):

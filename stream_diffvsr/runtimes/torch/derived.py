@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class Derived:
-    """A cache for the results of `make` on layers' weights; a result is recomputed if its weight changes."""
+    """Caches what `make` computes from layers' weights; a result is recomputed if its weight changes."""
 
     def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
         self.make = make

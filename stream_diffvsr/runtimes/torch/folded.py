@@ -72,7 +72,7 @@ def summed_weights(networks: Iterable[nn.Module]) -> list[Tensor]:
 def summed(weight: Tensor) -> Tensor:
     """Sum weights (out, in, 3, 3) to (in, out, 4, 4), transposed, or, for many channels, (4 out, in, 2, 2).
 
-    The latter stacks the weights for even and odd rows and, within each, for even and odd columns.
+    The second form stacks the weights for even and odd rows and, within each, for even and odd columns.
     """
     spread, sums = SPREAD.to(weight.device), SUMS.to(weight.device)
     if weight.shape[1] <= NARROW:

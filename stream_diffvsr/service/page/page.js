@@ -3,7 +3,7 @@
 const API = "api/v1/";
 const KINDS = { videos: "video", images: "image" };
 const SIZES = ["4x", "2x", "3x", "720p", "1080p", "1440p", "2160p"];
-const QUALITY = { exact: "Exact", balanced: "Balanced: faster, nearly the same", fast: "Fast: an approximation" };
+const QUALITY = { exact: "Exact", balanced: "Balanced: faster, nearly the same result", fast: "Fast: an approximation" };
 // Options that other fields of the form already set, or that apply only to folders of pictures.
 const ELSEWHERE = ["scale", "short_edge", "rate"];
 const OF_VIDEOS = ["start", "end", "stream", "codec", "crf", "pix_fmt", "scene_cut", "segment_frames", "audio"];
