@@ -63,7 +63,7 @@ def remember_made(node_id: str | None, path: Path) -> None:
 
 
 def lost_stamp(node_id: str | None) -> str:
-    """Return a string for IS_CHANGED that changes once a node's file is missing, so that the node reruns."""
+    """Return a string for IS_CHANGED that changes when a node's file disappears, so that the node reruns."""
     path = _made.get(node_id)
     if path is not None and not path.exists():
         del _made[node_id]

@@ -1,4 +1,4 @@
-"""The interface to ComfyUI. Only this module talks to it, and every function also works without it."""
+"""The interface to ComfyUI. Only this module talks to ComfyUI, and every function also works without it."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ class Progress:
     def live(self, image: Tensor) -> None:
         """Show the newest frame (H, W, C) through this pack's script, at most five times a second.
 
-        Nodes that show a video when they are done need this: if they used ComfyUI's own preview, newer
+        Nodes that show a video when they finish need this: if they used ComfyUI's own preview, newer
         frontends might not show the video.
         """
         instance, now = _page(), time.monotonic()
@@ -240,7 +240,7 @@ class Progress:
             self._write(f"{self._line}; {now}" if self._line else now)
 
     def say(self, text: str, last: bool = False) -> None:
-        """Show a line of text on the node, at most once a second; if `last`, it always appears and stays."""
+        """Show a line of text on the node, at most once a second; a `last` line always appears and stays."""
         self._line = text
         self._write(text, last)
 
@@ -257,7 +257,7 @@ def _page() -> Any:
 
 
 def frames_done(done: int, total: int | None, fps: float) -> str:
-    """Format progress as in '120 of 300 frames, 2.50 per second, 1:12 left'."""
+    """Return progress as text, such as '120 of 300 frames, 2.50 per second, 1:12 left'."""
     of = f" of {total}" if total else ""
     left = int(max(0, total - done) / fps) if total and fps > 0 else None
     time_left = "" if left is None else f", {left // 60}:{left % 60:02} left"
@@ -350,7 +350,7 @@ def shown_video(path: Path) -> dict[str, Any]:
 
 
 def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
-    """Return the page's reference to a file in ComfyUI's folders, with / as the separator on every system."""
+    """Describe a file in ComfyUI's folders as the page expects, with / as the separator on every system."""
     inside = path.relative_to(root)
     subfolder = "" if len(inside.parts) == 1 else inside.parent.as_posix()
     return {"filename": inside.name, "subfolder": subfolder, "type": kind}
@@ -386,7 +386,7 @@ def lora_files() -> list[tuple[str, Path]]:
 
 
 def model_folders() -> list[Path]:
-    """Return the folders where ComfyUI's user may keep checkpoints; downloads go to the first.
+    """Return the folders in which ComfyUI users may keep checkpoints; downloads go to the first.
 
     Folders registered under the key StreamDiffVSR, in any spelling, come before the usual folders.
     """

@@ -67,7 +67,7 @@ def source_path(video_path: str) -> Path:
 
 
 def check_output(output_path: str | None) -> None:
-    """Refuse a path where nodes may not write, or one with an unsupported ending."""
+    """Refuse a path to which nodes may not write, or one with an unsupported ending."""
     name = unquoted(output_path)
     files.writable(name)
     ending = Path(name).suffix.lower()
@@ -194,7 +194,7 @@ def run_under_free_name(pipe: Upscaler, jobs: Iterable[VideoJob], node_id: str |
             begun = job.output.with_name(job.output.name + ".parts").exists()
             if (begun or not job.output.exists()) and run_with_progress(pipe, job, begun, node_id, pool):
                 return job.output
-    raise AssertionError("the numbered names never run out")
+    raise AssertionError("unreachable: there is always another numbered name")
 
 
 @contextlib.contextmanager
@@ -217,7 +217,7 @@ def worker_pool(pipe: Upscaler, node_id: str | None) -> Generator[Pool | None, N
 def run_with_progress(
     pipe: Upscaler, job: VideoJob, begun: bool, node_id: str | None, pool: Pool | None = None
 ) -> bool:
-    """Run a job with progress and cancellation; return False if another job has started under its name."""
+    """Run a job with progress and cancellation; return False if another job has taken its name."""
     from ..stream_diffvsr.jobs.journal import WorkFolder
     from ..stream_diffvsr.jobs.run import run
 
@@ -246,7 +246,7 @@ def run_with_progress(
 
 
 class Step(NamedTuple):
-    """The progress of several workers, which send no pictures."""
+    """The progress of a job on several workers, which send no pictures."""
 
     done: int
     total: int | None
@@ -277,7 +277,7 @@ WORDS = {
     "--end": "end_frame",
     "-o": "output_path",
     "--restart": "another output_path",
-    "write to a folder, or set --target": "give all pictures the same size, or make a video of each",
+    "write to a folder, or set --target": "give all pictures the same size, or turn each into its own video",
     "or suffix": "or another ending for output_path",
 }
 """Command-line terms, each with the nodes' term for the same thing."""

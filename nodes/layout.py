@@ -55,8 +55,8 @@ def lq_frames(images: Tensor) -> Iterator[Tensor]:
 def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) -> Tensor:
     """Allocate the upscaled batch, (N, H, W, C) float32, for frames of `size` (H, W).
 
-    Raise `VRAMError` if memory is short, since the system might promise memory that it lacks and kill ComfyUI
-    later.
+    Raise `VRAMError` if memory is short, since the system may promise memory that it does not have and later
+    kill ComfyUI.
     """
     from ..stream_diffvsr.memory import free_memory
 

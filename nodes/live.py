@@ -30,7 +30,7 @@ class Live:
     RETURN_TYPES = ("IMAGE", "STRING")
     RETURN_NAMES = ("image", "info")
     OUTPUT_TOOLTIPS = (
-        "The frame, exactly 4 times as wide and high; alpha is kept.",
+        "The upscaled frame, exactly 4 times as wide and high; alpha is kept.",
         "The frame's number in its sequence and, if a new sequence began, the reason.",
     )
 
@@ -40,8 +40,8 @@ class Live:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         reset = (
-            "Start a new sequence with this frame, as after a cut. While this is on, every frame starts "
-            "a new sequence."
+            "Start a new sequence with this frame, for example after a cut. While this is on, every frame "
+            "starts a new sequence."
         )
         return {
             "required": {

@@ -141,7 +141,7 @@ def checkpoint_stamp(folder: Path) -> str:
 
 
 def source_identity(source: str) -> str:
-    """Return a string that changes when a source's files do, or 'missing' if it is not on this machine."""
+    """Return a string that changes when a source's files do, or 'missing' if they are not on this machine."""
     from ..stream_diffvsr.load import resolve
 
     try:

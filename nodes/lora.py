@@ -22,7 +22,7 @@ class LoRA:
 
     DESCRIPTION = (
         "Adds a LoRA made by 'stream-diffvsr train' to a Stream-DiffVSR model. Chain several of these nodes "
-        "to combine LoRAs. The input model stays unchanged, so you can use the two side by side."
+        "to combine LoRAs. The input model stays unchanged, so you can use both side by side."
     )
     SEARCH_ALIASES: ClassVar = ["stream diffvsr lora", "fine-tuned video upscale", "load lora"]
     CATEGORY = ADVANCED

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Known:
-    """The record of one pipe."""
+    """How one pipe was opened, and the settings that later nodes added to it."""
 
     source: str = ""
     """The model's name as selected in the Loader."""

@@ -41,7 +41,7 @@ class Runtime:
     FUNCTION = "execute"
     RETURN_TYPES = (PIPE,)
     RETURN_NAMES = ("pipe",)
-    OUTPUT_TOOLTIPS = ("The model, set up as chosen here.",)
+    OUTPUT_TOOLTIPS = ("The model with these settings, for the pipe input of the other nodes.",)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -64,7 +64,7 @@ class Runtime:
         quantize: str | None = None,
         devices: str | None = None,
     ) -> bool:
-        """Raise the same errors as execution; None means that the input is linked."""
+        """Raise the errors that a run would raise; None means that the input is linked."""
         given = {"runtime": runtime, "provider": provider, "compile_mode": compile_mode, "quantize": quantize}
         check_values(choice_widgets(), given)
         workers_on(devices or "")
@@ -170,7 +170,7 @@ def workers_on(devices: str) -> Devices | None:
 
 
 def with_runtime(pipe: Upscaler, runtime: str, provider: str, quantize: str) -> Upscaler:
-    """Return a copy of `pipe` with the given runtime; the two share weights unless the copy is in 8 bits."""
+    """Return a copy of `pipe` with the given runtime; both share weights unless the copy runs in 8 bits."""
     from ..stream_diffvsr.families.diffvsr.fastest import with_runtime
     from ..stream_diffvsr.families.diffvsr.pipeline import StreamDiffVSRPipeline
     from ..stream_diffvsr.runtimes.choose import open_runtime

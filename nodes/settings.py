@@ -107,8 +107,8 @@ class SettingsValue:
         """Return options for the family of `pipe`, or for Stream-DiffVSR if it is None; `own` overrides them.
 
         A `preset` chosen on the node replaces the one from Settings, along with every option that presets
-        set. The compile mode of a Runtime node overrides any other. Options that the family lacks are left
-        out. Raise `IncompatibleInputError` for settings of another family.
+        can set. The compile mode of a Runtime node overrides any other. Options that the family lacks are
+        left out. Raise `IncompatibleInputError` for settings of another family.
         """
         from ..stream_diffvsr.load import FAMILIES
         from ..stream_diffvsr.options import rules

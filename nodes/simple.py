@@ -1,4 +1,4 @@
-"""The only node that a beginner needs: it turns a video into a larger video."""
+"""The only node that a beginner needs: it upscales a video."""
 
 # ruff: noqa: N802 (ComfyUI prescribes the names)
 from __future__ import annotations

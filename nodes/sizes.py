@@ -54,7 +54,7 @@ def size_fields(size: str, info: Info) -> dict[str, Any]:
 def fitted_job(
     pipe: Upscaler, options: Any, height: int, width: int, size: str = OWN, **fidelity: Any
 ) -> VideoJob:
-    """Return a job with its options and final size settled for frames of `height` x `width`."""
+    """Return a job with the options and final size that apply to frames of `height` x `width`."""
     from ..stream_diffvsr.jobs.job import VideoJob, settle_job
 
     asked_for = {**size_fields(size, pipe.info), **fidelity} if size else fidelity

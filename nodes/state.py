@@ -92,8 +92,8 @@ class SaveState:
     """Writes a state to a numbered file in the output folder."""
 
     DESCRIPTION = (
-        "Saves a state to a numbered file in the output folder, so that the sequence can continue "
-        "another day with the same result, bit for bit."
+        "Saves a state to a numbered file in the output folder, so that you can continue the sequence "
+        "another day and get the same result, bit for bit."
     )
     SEARCH_ALIASES: ClassVar = ["save video state", "checkpoint state", "resume later"]
     CATEGORY = ADVANCED
@@ -190,12 +190,12 @@ def describe(state: State) -> str:
     elif state.has_previous:
         frame = f"{state.family} data, {state.nbytes / 1e6:.1f} MB; the picture is black"
     else:
-        frame = f"no previous frame, so the picture is black, {BLACK_SIDE}x{BLACK_SIDE}"
+        frame = f"no previous frame, so the picture is black ({BLACK_SIDE}x{BLACK_SIDE})"
     lines = [f"frames done: {state.index}", frame]
     if since is not None:
         lines.append(
-            f"The last {len(since)} frames belong to an unfinished chunk and are computed again before "
-            "the next batch."
+            f"The last {len(since)} frames belong to an unfinished chunk and will be computed again "
+            "before the next batch."
         )
     texts = sorted(state.provenance.to_texts().items())
     return "\n".join([*lines, *(f"{key}: {value}" for key, value in texts)])

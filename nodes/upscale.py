@@ -58,7 +58,7 @@ class Upscale:
     FUNCTION = "execute"
     RETURN_TYPES = ("IMAGE", STATE)
     RETURN_NAMES = ("images", "state")
-    OUTPUT_TOOLTIPS = ("The frames, exactly 4 times as wide and high; alpha is kept.", STATE_OUT)
+    OUTPUT_TOOLTIPS = ("The upscaled frames, exactly 4 times as wide and high; alpha is kept.", STATE_OUT)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -126,7 +126,7 @@ class Upscale:
     def VALIDATE_INPUTS(
         cls, enable_tiling: Any = None, tile_size: int | None = None, tile_overlap: int | None = None
     ) -> bool:
-        """Raise the same errors as execution; None means that the input is linked."""
+        """Raise the errors that a run would raise; None means that the input is linked."""
         given = {"tile_size": tile_size, "tile_overlap": tile_overlap}
         check_values({name: cls.INPUT_TYPES()["optional"][name] for name in given}, given)
         if enable_tiling and tile_size and tile_overlap and 2 * tile_overlap >= tile_size:
@@ -169,13 +169,13 @@ class Upscale:
 class ProcessFrame:
     """Upscales a single frame, for use in loops."""
 
-    DESCRIPTION = "Upscales one frame by a factor of 4 and passes on its state, for loops over single frames."
+    DESCRIPTION = "Upscales one frame by a factor of 4 and passes on the state, for use in loops."
     SEARCH_ALIASES: ClassVar = ["single frame upscale", "video loop upscale", "stream upscale"]
     CATEGORY = CATEGORY
     FUNCTION = "execute"
     RETURN_TYPES = ("IMAGE", STATE)
     RETURN_NAMES = ("image", "state")
-    OUTPUT_TOOLTIPS = ("The frame, exactly 4 times as wide and high; alpha is kept.", STATE_OUT)
+    OUTPUT_TOOLTIPS = ("The upscaled frame, exactly 4 times as wide and high; alpha is kept.", STATE_OUT)
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
@@ -275,7 +275,7 @@ def opened(state: State) -> tuple[State, list[Tensor]]:
 
 
 def closed(border: State, since: list[Tensor], device: torch.device) -> State:
-    """Reverse `opened`: merge the boundary state and the frames since then into one state on `device`."""
+    """Undo `opened`: merge the boundary state and the frames since then into one state on `device`."""
     if since:
         tensors = {**border.tensors, SINCE: torch.cat(since)}
         border = replace(border, index=border.index + len(since), tensors=tensors)
@@ -301,7 +301,7 @@ class MetaBatch:
 
     @property
     def last(self) -> bool:
-        """Whether this is the last batch; False if unknown, as when no manager is linked to the node."""
+        """Whether this is the last batch; False if that is unknown, for example without a linked manager."""
         return self.number is None or getattr(self.holder, "has_closed_inputs", False)
 
     def finishes(self, pipe: Upscaler, images: Tensor, linked: bool) -> bool:
@@ -318,7 +318,8 @@ class MetaBatch:
             )
         if not self.last and len(images) < pipe.info.first:
             raise IncompatibleInputError(
-                f"{pipe.info.family} needs frames_per_batch of at least {pipe.info.first}, not {len(images)}"
+                f"{pipe.info.family} needs a frames_per_batch of at least {pipe.info.first}, "
+                f"not {len(images)}"
             )
         return self.last
 
@@ -333,7 +334,7 @@ class MetaBatch:
         if state is not None and waiting is not None and number == self.number - 1:
             return opened(state)[0], torch.cat([waiting, images]) if len(waiting) else images
         log.warning(
-            "meta-batch %d does not follow one that this node has upscaled: a new sequence starts",
+            "meta-batch %d does not follow one that this node has upscaled: starting a new sequence",
             self.number,
         )
         return given, images

@@ -47,8 +47,8 @@ class UpscaleVideo:
                     "STRING",
                     {
                         "default": "",
-                        "tooltip": "A video file or a folder of pictures; relative paths start from the "
-                        "input folder. Leave empty if video is connected.",
+                        "tooltip": "Path of a video file or a folder of pictures, absolute or relative to "
+                        "the input folder. Leave empty if video is connected.",
                     },
                 ),
                 "video": (
@@ -71,8 +71,8 @@ class UpscaleVideo:
                         "min": 0,
                         "max": 256,
                         "advanced": True,
-                        "tooltip": "Frames decoded in advance; 0 means automatic. This never changes the "
-                        "result.",
+                        "tooltip": "Number of frames to decode in advance; 0 means automatic. This never "
+                        "changes the result.",
                     },
                 ),
                 "start_frame": (

@@ -312,9 +312,9 @@ TABLE = {
     ),
     "upscale_and_interpolate": Example(
         "## Larger and smoother\n\nUpscales the video, then uses ComfyUI's own frame interpolation "
-        "to insert a frame between every two. Needs ComfyUI 0.33 or newer, and the model FILM "
-        "(69 MB), which the page offers to download.\n\nSet **fps** of Create Video to twice "
-        f"that of your video; the sound stays as it is.\n\n{OWN_VIDEO} {NANO}",
+        "to insert a frame between each pair of frames. Needs ComfyUI 0.33 or newer, and the model FILM "
+        "(69 MB), which ComfyUI offers to download.\n\nSet **fps** of Create Video to twice "
+        f"your video's frame rate; the sound stays as it is.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (PARTS, loader()),
@@ -368,7 +368,7 @@ TABLE = {
         ((CLIP, loader("swiftvr")), (to_file(),)),
     ),
     "image_model_steady": Example(
-        "## A single-image model, without flicker\n\nUse RealESRGAN_x4plus (67 MB), which the page offers to "
+        "## A single-image model, without flicker\n\nUse RealESRGAN_x4plus (67 MB), which ComfyUI offers to "
         "download, or any other model in *models/upscale_models*. **steady** blends in the previous result "
         "where both frames show the same thing; 0 turns this off.\n\n" + OWN_VIDEO,
         (

@@ -130,8 +130,8 @@ def test_unreadable_by_a_failing_system(command, tmp_path: Path, monkeypatch) ->
     ("arguments", "said"),
     [
         (["-o", "{folder}/missing/out.mp4"], "does not exist"),
-        (["-o", "{folder}/out.avi"], "a supported ending"),
-        (["-o", "{folder}/out.png"], "a supported ending"),
+        (["-o", "{folder}/out.avi"], "a supported extension"),
+        (["-o", "{folder}/out.png"], "a supported extension"),
         (["-o", "{folder}/in.mp4", "--overwrite"], "is the source itself"),
         (["--steps", "0"], "num_inference_steps"),
         (["--codec", "prores", "--crf", "3"], "no quality setting"),

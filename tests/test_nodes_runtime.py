@@ -88,7 +88,7 @@ def test_8_bits_are_a_model_of_their_own(pipe) -> None:
         ({"provider": "cuda"}, "runtime torch needs provider auto"),
         ({"runtime": "onnx", "provider": "npu"}, "one that this ONNX Runtime supports"),
         ({"devices": "cpu"}, "must name more than one device"),
-        ({"devices": "gpu7"}, "devices must be all, cuda:0,cuda:1"),
+        ({"devices": "gpu7"}, "devices must be all, a list such as cuda:0,cuda:1"),
     ],
 )
 def test_what_cannot_be_is_refused(pipe, asked: dict[str, str], message: str) -> None:

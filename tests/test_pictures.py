@@ -342,7 +342,7 @@ def test_names_with_signs_of_their_own(pipe, tmp_path: Path, monkeypatch) -> Non
             Image.fromarray(RGB).save(folder / name)
     output = upscale(pipe, folder, tmp_path / "shots_2024.05.01_4x")
     assert sorted(file.name for file in output.iterdir()) == ["a.gif.png", "a.png", "b.png"]
-    with pytest.raises(VideoError, match="a supported ending"):
+    with pytest.raises(VideoError, match="a supported extension"):
         upscale(pipe, folder, tmp_path / "out.avi")
 
 

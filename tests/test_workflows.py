@@ -154,4 +154,4 @@ def test_a_note_says_how_big_the_models_are_that_the_page_offers(path: Path) -> 
     workflow = read(path)
     offered = [node for node in workflow["nodes"] if node.get("properties", {}).get("models")]
     said = " ".join(node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote")
-    assert len(re.findall(r"\(\d+ MB\), which the page offers to download", said)) == len(offered)
+    assert len(re.findall(r"\(\d+ MB\), which ComfyUI offers to download", said)) == len(offered)

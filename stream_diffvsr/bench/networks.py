@@ -166,7 +166,7 @@ class PlainControl(Control):
 
 
 def reference_way(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """Return a pipeline that runs these weights as the reference does: in float32, precomputing nothing."""
+    """Return a pipeline that runs these weights as the reference does: in float32, without precomputation."""
     stages = {name: copy.deepcopy(network) for name, network in pipe.stages.items() if name != "flow"}
     for network in stages.values():
         network.float()

@@ -7,7 +7,7 @@ end.
 At every level of a pyramid, the same weights process the frame, the previous frame moved along the current
 flow estimate, and two inputs that need no learning: how well windows match at each shift of a few pixels, and
 the step that least squares proposes (Lucas and Kanade). The network decides how far to follow these proposals
-and what to add.
+and what to add to them.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ def levels_for(height: int, width: int) -> int:
 
 
 def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample `picture` bilinearly at p + flow(p), and return whether each position is inside the picture.
+    """Sample `picture` bilinearly at p + flow(p); also return whether each position is inside the picture.
 
-    The second result, (N, 1, h, w), is 1 inside the picture and 0 outside. Positions are exact: zero flow is
-    the identity, unlike in the reference's warping of the previous result.
+    The second result, (N, 1, h, w), is 1 inside the picture and 0 outside. Positions are exact: zero flow
+    changes nothing, unlike when the reference warps the previous result.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
@@ -230,7 +230,7 @@ class FlowNetwork(nn.Module):
         return flow * near_change(current, previous)
 
     def flows(self, current: Tensor, previous: Tensor) -> list[Tensor]:
-        """Return the flow after each pass, coarsest level first, in that level's pixels and padded size."""
+        """Return each pass's flow, coarsest level first, in its level's pixels and at its padded size."""
         levels = levels_for(*current.shape[-2:])
         pairs = [self._padded(current, levels), self._padded(previous, levels)]
         pyramid = [torch.cat(pairs)]

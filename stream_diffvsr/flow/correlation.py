@@ -32,7 +32,7 @@ class Level:
     width: int
 
     def index(self, y: Tensor, x: Tensor) -> Tensor:
-        """Return the index of each position's row."""
+        """Return, for each position, the index of its row in `rows`."""
         inside = (y >= 0) & (y < self.height) & (x >= 0) & (x < self.width)
         return torch.where(inside, y * self.width + x, self.height * self.width)
 
@@ -40,7 +40,7 @@ class Level:
 class LinearCorrelation:
     """A replacement for torchvision's `CorrBlock` that has the same two methods and returns the same numbers.
 
-    Neighbouring pixels look up nearly the same position, so all pixels of a square share one window of
+    Neighbouring pixels look up nearly the same positions, so all pixels of a square share one window of
     features, and a small matrix product computes their matches. A square whose lookup positions are too
     spread out is split into four, repeatedly if necessary, down to single pixels.
     """

@@ -69,7 +69,7 @@ class NoFlow(FlowEstimator):
 
 
 class TileableFlow(FlowEstimator):
-    """Base class of estimators that see only each pixel's surroundings and can therefore run in tiles."""
+    """Base class of estimators that look only at each pixel's surroundings and so can run in tiles."""
 
     methods = ("whole", "tiled")
 

@@ -1,4 +1,4 @@
-"""Trust in the previous frame: flow in both directions must agree, and frames must match along the flow."""
+"""How far to trust the previous frame: flow must agree in both directions, and frames must match along it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ERODE, FEATHER = 5, 5
 def mask(lq: Tensor, previous: Tensor, flow: Tensor, back: Tensor | None, scale: int) -> Tensor:
     """Return how far to trust each pixel of the warped previous frame, from 0 to 1 (fully).
 
-    `lq` and `previous` are (1, 3, h, w) in model range. `flow`, (1, 2, H, W), leads from `lq` back to
+    `lq` and `previous` are (1, 3, h, w) in model range. `flow`, (1, 2, H, W), points from `lq` back to
     `previous`, in pixels of the large frame (H = scale * h). `back` is the flow from `previous` to `lq`, or
     None if the caller supplied the flow, in which case only the frames are compared. Pixels that have moved
     in from outside the picture are not trusted. The result is (1, 1, H, W), float32.

@@ -26,7 +26,7 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
 
 
 def centred(flow: Tensor) -> Tensor:
-    """Return the flow with which `warp` samples exactly where `flow` points, compensating for the shift.
+    """Return a flow, corrected for the shift, with which `warp` samples exactly where `flow` points.
 
     (1, 2, H, W) -> (1, 2, H, W). Used for checkpoints whose index states that they were trained this way.
     """

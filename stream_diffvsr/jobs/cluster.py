@@ -67,7 +67,8 @@ def parse_devices(text: str) -> Devices:
     names = tuple(f"cuda:{part}" if part.isdecimal() else part for part in text.replace(" ", "").split(","))
     if not all(name.startswith("cuda:") for name in names) or len(set(names)) < len(names):
         raise IncompatibleInputError(
-            f"devices must be all, cuda:0,cuda:1 or 0,1 (or a similar list), or cpu:2, not {text!r}"
+            "devices must be all, a list such as cuda:0,cuda:1 or 0,1, or a count such as cpu:2, "
+            f"not {text!r}"
         )
     for name in names:
         resolve_device(name)

@@ -1,4 +1,4 @@
-"""The work folder of an unfinished job: `<output>.parts/` with a lock, a journal, segments and a state.
+"""The work folder of an unfinished job: `<output>.parts/`, with a lock, a journal, segments and a state.
 
 Each file is written under a temporary name, synced, and then renamed. The journal contains the job's
 settings. Each finished segment has a record, which is written last, so the files that it names are complete.
@@ -102,7 +102,7 @@ class Journal:
 
     @property
     def segment_files(self) -> tuple[SegmentFile, ...]:
-        """Files and times of the segments, in frame order."""
+        """The segments' files with their times, in frame order."""
         return tuple(segment.part for segment in self.segments)
 
     @property
@@ -257,7 +257,7 @@ class WorkFolder:
         return segment if there else replace(segment, state="")
 
     def token(self) -> str:
-        """Return the lock file's ID ('' if none), by which machines check that they see the same folder."""
+        """Return the lock file's ID ('' if none); machines use it to check that they see the same folder."""
         owner = self.folder / OWNER
         return owner.read_text(encoding="utf-8").strip() if owner.is_file() else ""
 

@@ -49,7 +49,7 @@ class Output:
     def rehearse(self, sinks: Mapping[str, Sink], on_progress: OnProgress | None = None) -> None:
         """Join a black frame with all side streams and metadata, just as the output will be joined.
 
-        Anything that the container rejects thus shows up before hours of work are spent. `on_progress`
+        This way, anything that the container rejects shows up before hours of work are spent. `on_progress`
         reports how much of the source has been read for its sound and subtitles. Raises `VideoError` if the
         container rejects the video stream itself.
         """
@@ -100,8 +100,8 @@ class Output:
             told = STEREO_WORD in after.streams.video[0].metadata
             if STEREO_WORD in before.streams[source.stream_index].metadata and not told:
                 log.warning(
-                    "the source's 3D arrangement is left out: to keep it, write an .mkv file, without "
-                    "--no-audio"
+                    "the source's 3D arrangement is left out: to keep it, write an .mkv file and do "
+                    "not set --no-audio"
                 )
 
     def join(self, parts: Sequence[SegmentFile], finished: bool) -> int:

@@ -18,7 +18,7 @@ DONE = object()
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
     """Yield the items; a thread produces up to `depth` of them in advance.
 
-    Errors in the thread are raised here; closing the generator stops the thread and waits until it ends.
+    Errors in the thread are raised here; closing the generator stops the thread and waits for it to end.
     """
     results: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(max(1, depth))
     stop = threading.Event()

@@ -134,7 +134,7 @@ def check_paths(job: VideoJob) -> None:
         known = pictures.WRITABLE if single else CONTAINERS
         if job.output.suffix.lower() not in known:
             raise VideoError(
-                f"{job.output.name} does not have a supported ending: use {', '.join(known)}"
+                f"{job.output.name} does not have a supported extension: use {', '.join(known)}"
                 f"{'' if single else ', or a folder name for pictures'}."
             )
 
@@ -277,7 +277,7 @@ def state_key(state: State) -> str:
 
 
 def versions(device: torch.device, threads: int) -> dict[str, str]:
-    """Return the versions of the libraries used; on a CPU, also the number of threads, which affects sums."""
+    """Return the libraries' versions; on a CPU, also the number of threads, which affects rounding."""
     found = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "av")}
     return {**found, "threads": str(threads)} if device.type == "cpu" else found
 

@@ -118,7 +118,7 @@ class Run:
         journal = replace(journal, segments=resumable(journal.segments))
         self.work.remove_leftovers(journal)
         if journal.segments:
-            log.info("resuming after %d frames done earlier", journal.frames)
+            log.info("resuming after the %d frames already done", journal.frames)
         return journal
 
     def _check_free(self, before: Journal | None) -> None:

@@ -2,7 +2,7 @@
 
 The measure is the one that PySceneDetect documents for its content detector: the mean difference of hue,
 saturation and value between two frames, in 8-bit units. It depends only on the two LQ frames, so splitting or
-resuming a video does not change any decision. As in the detector, only every n-th row and column of large
+resuming a video does not move any cut. As in the detector, only every n-th row and column of large
 frames is compared, so that finding scenes takes little longer than decoding.
 """
 
@@ -67,7 +67,7 @@ class SceneCut:
 
 @dataclass(frozen=True)
 class Scene:
-    """Description of consecutive frames that one worker renders; it does not contain their pictures."""
+    """Describes consecutive frames that one worker renders, but does not contain their pictures."""
 
     first: int
     """Index of its first frame in the source."""

@@ -1,7 +1,7 @@
 """Jobs run by several workers: one pass reads ahead to find the scenes, and the longest are rendered first.
 
-The driver never handles the resulting pictures: workers write segments into the job's folder, and the driver
-checks the records that they return against the files before accepting them. A `Pool` manages the workers.
+The driver never handles the resulting pictures: workers write segments into the job's folder and return
+records, which the driver checks against the files before accepting them. A `Pool` manages the workers.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Pool(Protocol):
         ...
 
     def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> list[str]:
-        """Return messages about paths that some worker cannot access."""
+        """Return the errors of workers that cannot access the job's files."""
         ...
 
     def give(self, worker: str, name: str, job: Mapping[str, Any], scene: Mapping[str, Any]) -> None:
@@ -161,7 +161,7 @@ class SpreadRun(Run):
         return bool(within) and (within[-1].closed or within[-1].end == scene.end)
 
     def take(self, name: str, answer: Mapping[str, Any] | None) -> None:
-        """Process the answer for a scene; the job fails if files of its segments are missing or changed."""
+        """Process a worker's answer for a scene; fail the job if segment files are missing or changed."""
         scene = self.busy.pop(name)
         if answer is None:
             self.losses[scene.first] = self.losses.get(scene.first, 0) + 1

@@ -102,14 +102,14 @@ class Worker:
         self.prepared: tuple[Any, Prepared] | None = None
 
     def keep_lines(self) -> None:
-        """Keep log messages for the driver, instead of writing them where nobody reads them."""
+        """Keep log messages for the driver, instead of writing them where nobody would see them."""
         logger = logging.getLogger("stream_diffvsr")
         logger.setLevel(logging.INFO)
         logger.addHandler(self.lines)
         logger.propagate = False
 
     def describe(self) -> dict[str, Any]:
-        """Open the model; return facts about it, its machine and its process, or an error."""
+        """Open the model; return details of the model, this machine and this process, or an error."""
         facts = {
             "version": __version__,
             "torch": torch.__version__,
@@ -234,7 +234,7 @@ class Worker:
         self.stopped = name
 
     def progress(self) -> tuple[str, int, list[tuple[int, str]]]:
-        """Return the current scene, its number of frames done, and the messages since the last call."""
+        """Return the current scene, how many of its frames are done, and the messages since the last call."""
         return self.scene, self.done, self.lines.take()
 
 

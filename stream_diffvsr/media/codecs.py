@@ -199,7 +199,7 @@ def kept_aspect(info: SourceInfo, width: int, height: int) -> Fraction | None:
 
 
 def default_format(spec: Codec, bits: int) -> str:
-    """Return the format with the lowest sufficient bit depth, or else the highest; 4:2:0 is preferred."""
+    """Return the format with the lowest sufficient bit depth, or the highest available; prefer 4:2:0."""
     depths = {LAYOUTS[name].bits for name in spec.formats}
     depth = min((d for d in depths if d >= bits), default=max(depths))
     return next(name for name in spec.formats if LAYOUTS[name].bits == depth)

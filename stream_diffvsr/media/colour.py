@@ -112,7 +112,7 @@ PAIRED = {"nv12": 0, "p010le": 6}
 
 @dataclass(frozen=True, eq=False)
 class Planes:
-    """Copies of a decoded frame's code values, which need an eighth as much memory as float32 RGB."""
+    """Copies of a decoded frame's code values, which take up an eighth of the memory of float32 RGB."""
 
     values: tuple[np.ndarray, ...]
     """One plane (h, w) per component, as uint8 or int32; alpha comes last."""
@@ -323,7 +323,7 @@ def samples(plane: Tensor, name: str) -> np.ndarray:
 
 
 def planes_to_frame(planes: list[np.ndarray], name: str) -> Any:
-    """Return an `av.VideoFrame` made of these planes, in a format from `LAYOUTS` or `PAIRED`."""
+    """Return an `av.VideoFrame` made from the planes, in a format from `LAYOUTS` or `PAIRED`."""
     import av
 
     height, width = planes[0].shape[:2]

@@ -149,9 +149,9 @@ def video_packets(
 ) -> Iterator[tuple[float, Packet]]:
     """Yield the packets of all segments with the source's timestamps and increasing decoding times.
 
-    Encoders differ in the decoding times that they set, especially if the frame rate varies. Here, packet i
-    is decoded when frame i - depth is shown; these times always increase, and they are never later than the
-    time of the packet's own frame.
+    Encoders differ in the decoding times that they set, especially if the frame rate varies. They are
+    therefore replaced: packet i is decoded when frame i - depth is shown. These times always increase, and
+    none is later than the time of the packet's own frame.
     """
     depth = max(part.depth for part in parts)
     step = max(1, round(1 / (encoding.rate * encoding.time_base)))

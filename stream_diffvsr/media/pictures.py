@@ -1,6 +1,6 @@
 """Read still and animated pictures as RGB and alpha, and write pictures in the format given by the suffix.
 
-Pillow is used, except where it would reduce 16 bits to 8; PyAV is used there instead.
+PyAV is used where Pillow would reduce 16 bits to 8; Pillow is used everywhere else.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def say_left_out(folder: Path) -> None:
-    """Log the suffixes of a folder's files that cannot be read as pictures."""
+    """Log the suffixes of the files in a folder that are left out because they cannot be read as pictures."""
     others = {
         f.suffix.lower() or f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")
     }
@@ -106,7 +106,7 @@ def say_left_out(folder: Path) -> None:
 
 
 def writable_name(name: str) -> str:
-    """Return the name for a written picture: `name`, but ending in .png if its format cannot be written."""
+    """Return a picture's output name: `name`, but with the suffix .png if its format cannot be written."""
     path = Path(name)
     return name if path.suffix.lower() in WRITABLE else f"{path.stem}.png"
 

@@ -1,7 +1,7 @@
 """Sources of frames: video files, animated pictures and folders of pictures, read one frame at a time.
 
 Each source has `info` and `frames(span)`, which yields every frame of the span with its timestamp and its
-index in the whole source. `notes` counts the faults found, by kind.
+index in the whole source. `notes` maps each kind of fault to the number found.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def frames_from(
 def decode_from(
     container: Container, stream: Stream, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
 ) -> Iterator[Any]:
-    """Yield the frames from a key frame before a place; skip earlier ones, which may lack references."""
+    """Yield frames from a key frame before a place onwards; skip earlier ones, which may lack references."""
     import av
 
     for seconds in STEPS_BACK:
@@ -85,7 +85,7 @@ def decode_from(
 def count_to(
     container: Container, stream: Stream, span: Span, first: int, interlaced: bool
 ) -> tuple[Place, array[int]]:
-    """Return the place where a span starts, and the timestamps of all frames up to it and some beyond it.
+    """Return the place where a span starts, with the timestamps of all frames up to it and of some after it.
 
     This counts packets and sorts their timestamps; nothing is decoded. `first` is the first frame's
     timestamp. Raises `DoubtError` if the number of packets may differ from the number of frames.
@@ -103,11 +103,14 @@ def count_to(
     for index, time in enumerate(times):
         if not span.before(index, (time - first) * stream.time_base):
             return Place(index, time), times
-    raise DoubtError("its packets end before the frame to start from")
+    raise DoubtError("its packets end before the first frame to read")
 
 
 def timestamps(container: Container, stream: Stream, span: Span, first: int) -> array[int]:
-    """Return the sorted timestamps of frames up to a span's start and some beyond it. Raises `DoubtError`."""
+    """Return the sorted timestamps of frames up to a span's start and of some after it.
+
+    Raises `DoubtError` if a packet has no time, or is damaged or discarded.
+    """
     times: array[int] = array("q")
     left = REORDERED
     for packet in container.demux(stream):

@@ -55,9 +55,9 @@ class Sizes:
         return max(2, 2 * round(height * factor / 2)), max(2, 2 * round(width * factor / 2))
 
     def model_scale_for(self, height: int, width: int) -> tuple[float, float]:
-        """Return the scale (1 to 4) to request from a variable-scale model, and the extra factor for width.
+        """Return the scale (1 to 4) to request from a variable-scale model, and an extra factor for width.
 
-        If the scales of both sides are within this range, the result needs no resampling.
+        If the scales of both sides are between 1 and 4, the result needs no resampling.
         """
         sides = zip(self.output(height, width), self.model(height, width), strict=True)
         down, across = (a / b for a, b in sides)

@@ -26,7 +26,7 @@ class Span:
         return self.end is not None and (index if isinstance(self.end, int) else seconds) > self.end
 
     def count(self, frames: int | None, rate: Fraction) -> int | None:
-        """Return an estimate of the span's frame count, or None if it depends on an unknown `frames`."""
+        """Return an estimate of the span's frame count, or None if its end and `frames` are both None."""
         first = self.start if isinstance(self.start, int) else round(self.start * rate)
         if self.end is None:
             return None if frames is None else max(0, frames - first)

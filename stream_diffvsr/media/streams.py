@@ -128,7 +128,7 @@ def side_data(frame: Frame) -> dict[str, bytes]:
     """Return a frame's side data, keyed by FFmpeg's names.
 
     If PyAV 18 has no name for one kind of side data, such as EXIF in Motion JPEG from cameras, it provides no
-    side data of any kind.
+    side data at all.
     """
     found = {}
     with suppress(ValueError):

@@ -105,7 +105,7 @@ class ShownTimes:
             heapq.heapify(self._waiting)
 
     def show(self, time: int | None) -> int | None:
-        """Return the time to assign to the next frame, given its own time; None if that is unknown."""
+        """Return the time to assign to the next frame, given its own time (None if unknown)."""
         rises = time is not None and (self._last is None or time > self._last)
         if not self.by_order and (time is None or rises):
             self._last = self._last if time is None else time

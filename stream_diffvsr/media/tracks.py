@@ -61,7 +61,7 @@ def kept_words(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def with_later_time_code(words: dict[str, str], skipped: Fraction, rate: Fraction) -> dict[str, str]:
-    """Return metadata with its time code advanced by `skipped` seconds, or omitted if it is unreadable."""
+    """Return metadata with the time code advanced by `skipped` seconds, or removed if it is unreadable."""
     moved = dict(words)
     for key in [key for key in words if key.lower() == "timecode" and skipped]:
         try:
@@ -86,7 +86,7 @@ def time_code(picture: Stream) -> dict[str, str]:
 def later_time_code(code: str, frames: int, rate: Fraction) -> str:
     """Return a time code such as `01:00:00:00`, advanced by `frames` frames.
 
-    Raises `ValueError` for other text.
+    Raises `ValueError` if `code` is not a time code.
 
     A semicolon marks a drop-frame code: at 30 frames per second, two frame numbers are skipped at the
     beginning of each minute except every tenth.

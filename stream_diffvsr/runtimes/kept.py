@@ -30,8 +30,8 @@ def built_once(
     """Yield a folder in `root` with the files that `make(folder)` writes; `make` runs at most once per `key`.
 
     The folder's name begins with `key["graph"]`. `size` is the size of the weights in bytes, from which the
-    logged duration is estimated. Files that are incomplete or were made for another key are made again. If
-    two processes need the same folder, the second one waits. If `root` is read-only, the folder exists only
+    logged duration is estimated. Files that are incomplete or were built for another key are rebuilt. If two
+    processes need the same folder, the second one waits. If `root` is read-only, the folder exists only
     inside the context.
     """
     name = hashlib.sha256(json.dumps(dict(key), sort_keys=True).encode()).hexdigest()[:32]
@@ -58,7 +58,7 @@ def built_once(
 def expected_seconds(root: Path, size: int) -> float:
     """Estimate from earlier conversions in `root` how long it takes to convert `size` bytes of weights.
 
-    If there are no earlier conversions, assume two cores of a 2024 server.
+    If there are no earlier conversions, assume the speed of two cores of a 2024 server.
     """
     ratios = []
     for path in root.glob(f"*/{MANIFEST}"):

@@ -60,7 +60,7 @@ class Checks:
         return about
 
     async def facts(self, arguments: list[str]) -> dict[str, Any]:
-        """Return what `upscale` reports about a job, or raise its refusal as a problem."""
+        """Return what `upscale` reports about a job; raise `ProblemError` if it refuses the job."""
         answer = await self._ask({"upscale": arguments})
         if answer["code"]:
             raise ProblemError(422, answer["message"])
@@ -137,8 +137,8 @@ def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[st
         if not asked["download"]:
             raise ProblemError(
                 409,
-                f'{model["name"]} is not on this machine: send "download": true to have its '
-                f"{model['download_gigabytes']} GB downloaded first.",
+                f'{model["name"]} is not on this machine: send "download": true to download its '
+                f"{model['download_gigabytes']} GB first.",
             )
     if not SIZES.fullmatch(asked["size"]):
         raise ProblemError(
@@ -196,7 +196,7 @@ def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
     if (facts["seconds"] or 0) > settings.max_seconds:
         raise ProblemError(
             413,
-            f"A length of {facts['seconds']:.0f} seconds exceeds the {settings.max_seconds:g} accepted here.",
+            f"A length of {facts['seconds']:.0f} seconds exceeds the limit of {settings.max_seconds:g}.",
         )
 
 

@@ -53,7 +53,7 @@ class Jobs:
             raise ProblemError(507, f"About {told}.")
 
     async def named(self, kind: str, name: str) -> Task:
-        """Return a new, unsaved task for a file with that name; raise `ProblemError` for a bad suffix."""
+        """Return a new, unsaved task for a file called `name`; raise `ProblemError` for a bad suffix."""
         suffix = Path(name.replace("\\", "/")).suffix.lower()
         if not SUFFIX.fullmatch(suffix):
             raise ProblemError(

@@ -99,7 +99,7 @@ class Store:
         return task
 
     def get(self, task_id: str) -> Task | None:
-        """Return the task with that id, or None."""
+        """Return the task with the given id, or None."""
         found = self._select("WHERE id = ?", task_id)
         return found[0] if found else None
 

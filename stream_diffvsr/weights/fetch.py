@@ -1,7 +1,7 @@
-"""Resumable downloads of released weights: only the files that are needed, and all of them or none.
+"""Resumable downloads of released weights: only the files that are needed, and either all of them or none.
 
 huggingface_hub runs in a separate process, which can be ended immediately. With any version of the library,
-the size of the partial file shows how far the download has come and where to resume it.
+the size of the partial file shows how far the download has got and where to resume it.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ for name in json.loads(names):
     target.parent.mkdir(parents=True, exist_ok=True)
     known, headers = get_hf_file_metadata(url), build_hf_headers()
     if urlsplit(known.location).netloc != urlsplit(url).netloc:
-        headers.pop("authorization", None)  # a token is the hub's, and nobody else's
+        headers.pop("authorization", None)  # the token must go only to the hub
     with part.open("ab") as file:
         if known.size is None or file.tell() < known.size:
             http_get(known.location, file, resume_size=file.tell(), headers=headers, expected_size=known.size)

@@ -1,4 +1,4 @@
-"""Compute one frame; if memory runs out, retry with less; if half precision overflows, retry in float32."""
+"""Compute one frame; retry with less memory if it runs out, and in float32 if half precision overflows."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class BuiltNetworks:
         return (name, form, self.area(size)) in self._open
 
     def area(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Return the largest (height, width) of the latents of graphs opened for `size`; None: any size."""
+        """Return the largest latents (height, width) that graphs for `size` accept, or None for no limit."""
         return padded_size(*size, RANGE) if self.runtime.needs_profile else None
 
     def opened(self, name: str, size: tuple[int, int], form: str = "") -> Call:
@@ -176,7 +176,7 @@ class BuiltCalls(TorchCalls):
     def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
         """Open the graphs for frames of this size before the first frame, since conversion takes minutes.
 
-        If the U-Net runs in tiles, its graph is opened later, when first called; bands run in PyTorch.
+        If the U-Net runs in tiles, its graph is opened only when it is first called; bands run in PyTorch.
         """
         wanted = [] if self.plan.tile else [("unet", self.built.form(*padded_size(*size)))]
         wanted += [("control", "")] if guided else []

@@ -44,7 +44,7 @@ def recognise(folder: Path) -> bool:
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Return the published names needed to run the model, with each part once, in its best form."""
+    """Return the published names needed to run the model, choosing the best weights file of each part."""
     text = not PromptEmbeddings(folder, user_cache()).has("")
     wanted = {INDEX, SCHEDULER_CONFIG.as_posix()}
     for part in [*NETWORKS, *([TEXT_ENCODER] if text else [])]:

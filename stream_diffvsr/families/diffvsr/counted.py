@@ -1,4 +1,4 @@
-"""Count the bytes that a frame needs by running its network calls on the meta device, computing nothing.
+"""Count the bytes that a frame needs by running its networks on the meta device, which computes nothing.
 
 The counts include only memory in use. glibc also keeps freed memory in gaps between blocks in use; the amount
 differs from run to run, so a process on a CPU may occupy up to twice as much. `plan.py` allows for this.

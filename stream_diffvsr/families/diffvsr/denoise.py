@@ -62,7 +62,7 @@ class Schedule:
 
 
 def latent_tiles(height: int, width: int, size: int | None, overlap: int) -> list[Tile]:
-    """Return tiles of latents (., ., height, width).
+    """Return the tiles that cover latents (., ., height, width).
 
     `size` and `overlap` are in HQ pixels; if `size` is None, one tile covers everything.
     """

@@ -50,8 +50,8 @@ class Guidance:
 class Networks(Protocol):
     """The network calls, bound to one frame's size, memory plan and number format.
 
-    Pictures are float32, (1, ., height, width), on the caller's device. The runtime decides which types
-    `embed` and `features` return.
+    Pictures are float32, (1, ., height, width), on the caller's device. The types that `embed` and
+    `features` return depend on the runtime.
     """
 
     stage: str
@@ -155,7 +155,7 @@ class TorchCalls:
         return self._device
 
     def get_ready(self, size: tuple[int, int], guided: bool, on_step: OnStep) -> None:
-        """Do any slow preparation before the first frame of an LQ size; PyTorch needs none."""
+        """Do any slow preparation for an LQ size before its first frame; PyTorch needs none."""
 
     def flow(self, current: Tensor, previous: Tensor, scale: float) -> Tensor:
         device, estimator = self._enter("flow"), self.networks.flow

@@ -245,7 +245,7 @@ class StreamDiffVSRPipeline:
 
         `lq` is (1, 3, h, w) float32 in model range. `latents` (1, C, h', w'), at the size padded to multiples
         of 4, replace the seeded noise. `flow` (1, 2, 4h, 4w) in pixels replaces the estimate, and is used
-        even if the pipeline estimates none.
+        even if the pipeline does not estimate flow.
 
         If memory runs out and `memory_plan` is 'auto', the frame is recomputed with a plan that needs less
         memory; the state records that plan. A frame that overflows in half precision is recomputed in

@@ -102,7 +102,7 @@ class Plan:
 
 
 def requested_plan(options: UpscaleOptions, methods: Sequence[str]) -> Plan:
-    """Return the plan that the options ask for; for 'auto', the first one to try, which splits nothing."""
+    """Return the plan that the options ask for; for 'auto', the first one to try, without splitting."""
     if options.memory_plan in ("auto", "whole"):
         return Plan(overlap=options.tile_overlap)
     plan = Plan(nearest_method("linear", methods), BAND_ROWS, overlap=options.tile_overlap)
@@ -112,7 +112,7 @@ def requested_plan(options: UpscaleOptions, methods: Sequence[str]) -> Plan:
 
 
 def nearest_method(method: str, methods: Sequence[str]) -> str:
-    """Return `method` if the estimator has it, and otherwise the estimator's first method."""
+    """Return `method` if the estimator supports it; otherwise, return the estimator's first method."""
     return method if method in methods else methods[0]
 
 
@@ -202,7 +202,7 @@ class Planner:
 
 
 def plan_details(plan: Plan, size: Sequence[int]) -> dict[str, str]:
-    """Return a plan and its frame size as entries for the details of a state's provenance."""
+    """Return a plan and its frame size as entries for `details` in a state's provenance."""
     return {PLAN: plan.to_json(), SIZE: size_text(size)}
 
 

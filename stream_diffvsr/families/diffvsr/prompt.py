@@ -37,7 +37,7 @@ class PromptEmbeddings:
         return self._known[prompt]
 
     def has(self, prompt: str) -> bool:
-        """Return whether `get` can do without the text encoder."""
+        """Return whether `get` works without the text encoder."""
         return prompt in self._known or self._stored(prompt) is not None
 
     @cached_property

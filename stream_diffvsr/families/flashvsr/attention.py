@@ -146,7 +146,7 @@ def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, s
     def among(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Return whether a query may attend to a key.
 
-        This is called only if FlexAttention is not compiled, in which case it skips no blocks.
+        This is called only if FlexAttention is not compiled and therefore cannot skip blocks.
         """
         return selected[head, query // TOKENS, key // TOKENS]
 

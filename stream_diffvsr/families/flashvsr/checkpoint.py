@@ -258,6 +258,6 @@ def _required(folder: Path, part: str) -> Path:
             else "It is published with FlashVSR's weights."
         )
         raise ModelNotFoundError(
-            f"FlashVSR's {part}", folder / FILES[part][0], f"{where} Its name may be {names}."
+            f"FlashVSR's {part}", folder / FILES[part][0], f"{where} Accepted file names: {names}."
         )
     return path

@@ -6,7 +6,7 @@
 
 No noise is used. The decoder lags 3 frames behind: latents 0 to n decode to frames 0 to 4n. With protocol
 "file", a scene's first clip has 28 frames and later clips have 24; the last clip is padded at its front to 7
-latents, with latents of the previous clip or zeros. With protocol "session", every clip has 24 frames,
+latents, with zeros or latents of the previous clip. With protocol "session", every clip has 24 frames,
 except the last, which may be shorter.
 """
 
@@ -86,7 +86,7 @@ class SwiftVR(ChunkUpscaler):
     def filled(self, frames: list[Tensor], memory: Memory, options: SwiftVROptions) -> list[Tensor]:
         """Repeat the last frame until the number of new frames is one more than a multiple of 4.
 
-        No other number is possible at the end of a sequence.
+        A sequence cannot end with any other number of new frames.
         """
         new = len(frames) - memory.ahead
         frames = [*frames, *[frames[-1]] * ((1 - new) % GROUP)]

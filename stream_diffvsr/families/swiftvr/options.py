@@ -40,7 +40,7 @@ class SwiftVROptions:
         low=GROUP, high=CLIP, step=GROUP, expert=True, group=OWN,
     )  # fmt: skip
     overlap: int | None = option(
-        None, "Number of groups of 4 earlier frames that a clip sees again.",
+        None, "Number of groups of 4 earlier frames that a clip reuses.",
         kind=int, low=0, high=CLIP // GROUP, unset=-1, expert=True, group=OWN,
         unset_help="0 for protocol file, 1 for session",
     )  # fmt: skip
@@ -60,7 +60,7 @@ class SwiftVROptions:
 
     @property
     def context(self) -> int:
-        """The number of earlier latents that a clip sees again."""
+        """The number of earlier latents that a clip reuses."""
         return int(self.protocol == "session") if self.overlap is None else self.overlap
 
     @property

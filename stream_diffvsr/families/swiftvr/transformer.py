@@ -62,7 +62,7 @@ class WindowAttention:
         self.attend: Attend = attention("auto")
 
     def corners(self, rows: int, columns: int) -> list[tuple[int, int]]:
-        """Return the windows' corners in the order of writing; where windows overlap, the last one wins.
+        """Return the windows' corners in writing order; where windows overlap, the last one written wins.
 
         The order is from bottom right to top left or, in shifted layers, from top left to bottom right.
         """

@@ -25,7 +25,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 class FusedAttention(TorchFunctionMode):
     """Prevents attention from allocating a query-by-key map on the meta device.
 
-    Attention does not allocate such a map on CPUs and CUDA either.
+    On CPUs and CUDA devices, attention does not allocate this map either.
     """
 
     def __torch_function__(

@@ -43,7 +43,7 @@ class Memory(Protocol):
 
     @property
     def index(self) -> int:
-        """The number of frames of the video finished so far."""
+        """The number of frames finished so far in the whole video."""
         ...
 
     @property

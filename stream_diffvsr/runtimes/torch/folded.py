@@ -1,12 +1,12 @@
 """Convolutions that follow an enlargement by 2, computed on the picture before it is enlarged.
 
 If a picture was enlarged by repeating pixels, each result of a 3x3 convolution depends on only 2x2 different
-pixels. With the weights of equal pixels summed, the four results for a small pixel need 16 products instead
+pixels. With the weights of equal pixels summed, the four results for an input pixel need 16 products instead
 of 36, and no enlarged picture is needed. The numbers differ only by rounding.
 
 With few channels, a single transposed convolution is fastest; with many channels, four 2x2 convolutions are.
-On one core of a Xeon with AVX-512, 24 channels at 320x180 take 9 and 18 ms, respectively (26 ms when not
-folded), and 1024 channels at 16x16 take 116 and 71 ms (129 ms when not folded).
+On one core of a Xeon with AVX-512, 24 channels at 320x180 take 9 ms with one convolution and 18 ms with four
+(26 ms when not folded); 1024 channels at 16x16 take 116 and 71 ms, respectively (129 ms when not folded).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SPREAD = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
 def folded(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
     """Fold the float32 convolutions that follow enlargements on a CPU, for the duration of the context.
 
-    The summed weights are kept for as long as their layer exists; the layers' own weights do not change.
+    Summed weights are kept for as long as their layer exists; the layer's own weights do not change.
     """
     pairs = [pair for network in networks for pair in _pairs(network)]
     changed: list[nn.Module] = []
@@ -70,9 +70,10 @@ def summed_weights(networks: Iterable[nn.Module]) -> list[Tensor]:
 
 
 def summed(weight: Tensor) -> Tensor:
-    """Sum weights (out, in, 3, 3) to (in, out, 4, 4), transposed, or, for many channels, (4 out, in, 2, 2).
+    """Sum weights (out, in, 3, 3) into (in, out, 4, 4); for many input channels, into (4 out, in, 2, 2).
 
-    The second form stacks the weights for even and odd rows and, within each, for even and odd columns.
+    The first form is for a transposed convolution. The second form stacks the weights for even and odd rows
+    and, within each, for even and odd columns.
     """
     spread, sums = SPREAD.to(weight.device), SUMS.to(weight.device)
     if weight.shape[1] <= NARROW:

@@ -30,7 +30,7 @@ def _cast(networks: Iterable[nn.Module], dtype: torch.dtype) -> None:
 
 
 class UpcastAttention:
-    """A diffusers attention processor with which half-precision networks compute fused attention in float32.
+    """A diffusers attention processor that computes fused attention in float32 for half-precision networks.
 
     diffusers' own fused processor ignores `upcast_attention`; its older processor respects this setting, but
     keeps a matrix of all pairs of positions in memory.

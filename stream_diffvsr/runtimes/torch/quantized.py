@@ -50,7 +50,7 @@ def quantize(kind: str, *networks: nn.Module) -> None:
 
 
 def multiplies_fp8(device: torch.device) -> bool:
-    """Whether the device has hardware for 8-bit floats."""
+    """Whether the device has hardware support for multiplying 8-bit floats."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
