@@ -1,10 +1,10 @@
-"""Compare a result with the original: PSNR, SSIM, GMSD, VIF, sharpness, colour, warping error, tOF."""
+"""Compare a result with the original: PSNR, SSIM, sharpness, warping error, LPIPS, ghosts and others."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice, zip_longest
 from pathlib import Path
 
@@ -19,6 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--border", type=int, default=0, help="Ignore this many pixels at each edge. Default: 0."
     )
+    parser.add_argument(
+        "--weights",
+        type=Path,
+        metavar="FOLDER",
+        help="Also compute LPIPS, DISTS, tLPIPS and the tOF of RAFT, with networks whose weights are in this "
+        "folder. If any are missing, a message says where to download them.",
+    )
+    parser.add_argument(
+        "--unguided",
+        type=Path,
+        metavar="RESULT",
+        help="Also count ghosts, by comparison with a result made without guidance by the previous frame "
+        "(for Stream-DiffVSR: --controlnet-conditioning-scale 0 --no-use-tpm).",
+    )
     parser.add_argument("--frames", type=int, help="Compare at most this many frames.")
     parser.add_argument("--csv", type=Path, help="Write the figures of each frame to this CSV file.")
     parser.add_argument("--plot", type=Path, help="Write a plot of the figures to this PNG file.")
@@ -28,14 +42,16 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..quality.measures import measure, protocol
+    from ..quality.networks import open_networks
     from ..quality.report import summary, write_csv, write_plot
 
-    pairs = measure(islice(matched(args.result, args.truth), args.frames), args.border)
-    measured = list(tqdm(pairs, unit="frame", file=sys.stderr, disable=None))
+    networks = open_networks(args.weights) if args.weights else None
+    paths = [args.result, args.truth, *([args.unguided] if args.unguided else [])]
+    frames = measure(islice(matched(paths), args.frames), args.border, networks)
+    measured = list(tqdm(frames, unit="frame", file=sys.stderr, disable=None))
     if not measured:
-        raise VideoError(f"{args.result} and {args.truth} have no frames in common.")
-    print(summary(measured))
-    print(protocol(args.border), file=sys.stderr)
+        raise VideoError(f"{' and '.join(map(str, paths))} have no frames in common.")
+    print(summary(measured, protocol(args.border, networks)))
     if args.csv:
         write_csv(args.csv, measured)
     if args.plot:
@@ -43,14 +59,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def matched(result: Path, truth: Path) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield pairs of frames, (1, 3, H, W) in [0, 1], until one video ends; report which one is longer."""
+def matched(paths: Sequence[Path]) -> Iterator[list[Tensor]]:
+    """Yield frames of all videos together, each (1, 3, H, W) in [0, 1], until one ends; name longer ones."""
     from ..media.read import Span, open_source
 
-    sources = [open_source(path).frames(Span()) for path in (result, truth)]
-    for one, other in zip_longest(*sources):
-        if one is None or other is None:
-            longer = truth if one is None else result
-            print(f"stream-diffvsr: {longer} has more frames; the extra frames are ignored", file=sys.stderr)
+    for frames in zip_longest(*(open_source(path).frames(Span()) for path in paths)):
+        if None in frames:
+            for path, frame in zip(paths, frames, strict=True):
+                if frame is not None:
+                    print(
+                        f"stream-diffvsr: {path} has more frames; the extra frames are ignored",
+                        file=sys.stderr,
+                    )
             return
-        yield one.rgb, other.rgb
+        yield [frame.rgb for frame in frames]

@@ -7,9 +7,8 @@ Measures that the piq library offers are computed with it, using the settings cu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from ..errors import IncompatibleInputError
 from ..flow import DisFlow
 from ..tensors import from_pixels
+from .networks import Networks, import_piq
 
 LUMA = (0.299, 0.587, 0.114)
 """BT.601 weights, which are commonly used in the field to measure luminance."""
@@ -25,7 +25,11 @@ LUMA = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Measures:
-    """The measures of one frame; those that involve the previous frame are NaN for the first frame."""
+    """The measures of one frame.
+
+    Measures that involve the previous frame are NaN for the first frame; measures whose weights or unguided
+    result were not given are always NaN.
+    """
 
     psnr_y: float
     """Peak signal-to-noise ratio of luminance, in dB; higher is better."""
@@ -41,38 +45,74 @@ class Measures:
     """Mean magnitude of the luminance's gradient, relative to that of the truth; 1 means equal sharpness."""
     colour_error: float
     """Root mean square error of Cb and Cr after a Gaussian blur of sigma 4, scaled to 255; reveals tints."""
+    lpips: float = math.nan
+    """Distance of features of VGG-16 (LPIPS, Zhang et al. 2018); 0 is best."""
+    dists: float = math.nan
+    """Distance of structure and texture in features of VGG-16 (DISTS, Ding et al. 2020); 0 is best."""
     warping_error: float = math.nan
     """Mean squared difference from the previous frame moved along the truth's flow, in pixels that are not
     occluded (Lai et al. 2018); lower means steadier. See `warping_error`."""
     tof: float = math.nan
     """Mean absolute difference of the result's flow from the truth's, in pixels (tOF, Chu et al. 2020)."""
+    tof_raft: float = math.nan
+    """The same with the flow of RAFT instead of DIS, as in StableVSR (Rota et al. 2024), which prints ten
+    times this value. As there, RAFT (torchvision's raft_large, 12 updates) is given pictures in [0, 1]."""
+    tlpips: float = math.nan
+    """|LPIPS(truth, previous truth) - LPIPS(result, previous result)| (tLPIPS, Chu et al. 2020). StableVSR
+    prints a thousand times this value, and uses AlexNet where piq uses VGG-16: do not mix the two."""
+    ghosts: float = math.nan
+    """Number of regions in which guidance brings back the previous frame. See `ghosts`."""
 
 
 NAMES = tuple(field.name for field in fields(Measures))
 
 
-def measure(pairs: Iterable[tuple[Tensor, Tensor]], border: int = 0) -> Iterator[Measures]:
-    """Yield the measures of each pair (result, truth).
+def measure(
+    frames: Iterable[Sequence[Tensor]], border: int = 0, networks: Networks | None = None
+) -> Iterator[Measures]:
+    """Yield the measures of each frame, given as (result, truth) or as (result, truth, unguided result).
 
     Measures of single pictures ignore `border` pixels at each edge. Raises `IncompatibleInputError` if a
     result and its truth differ in size or are too small.
     """
-    before: tuple[Tensor, Tensor] | None = None
-    for one, other in pairs:
-        check_pair(one, other, border)
-        yield Measures(**picture_measures(one, other, border), **temporal_measures(one, other, before))
-        before = one, other
+    before: Sequence[Tensor] | None = None
+    for each in frames:
+        for result in (each[0], *each[2:]):
+            check_pair(result, each[1], border)
+        yield Measures(
+            **picture_measures(each[0], each[1], border, networks),
+            **temporal_measures(each, before, networks),
+        )
+        before = each
 
 
-def protocol(border: int) -> str:
-    """Describe how the measures are computed, so that others can reproduce them."""
+def protocol(border: int, networks: Networks | None = None) -> dict[str, str]:
+    """Describe how each measure is computed, so that others can reproduce it."""
     import cv2
 
-    versions = f"torch {torch.__version__}, piq {_import_piq().__version__}, OpenCV {cv2.__version__}"
-    return (
-        f"luminance and chroma by BT.601; {border} pixels at each edge ignored, except in measures over "
-        f"time; SSIM with an 11x11 window, without downsampling; motion estimated by DIS (medium); {versions}"
-    )
+    piq, torch_ = f"piq {import_piq().__version__}", f"torch {torch.__version__}"
+    inside, whole = f"{border} pixels at each edge ignored", "whole frames"
+    luminance, window = "luminance by BT.601", "11x11 window, without downsampling"
+    dis = f"flow of DIS (medium), OpenCV {cv2.__version__}"
+    files = networks.files if networks else {}
+    vgg, raft = files.get("vgg16"), files.get("raft_large")
+    return {
+        "psnr_y": f"{luminance}; {inside}; {torch_}",
+        "psnr_rgb": f"RGB; {inside}; {torch_}",
+        "ssim_y": f"{luminance}, {window}; {inside}; {piq}",
+        "ssim_rgb": f"RGB, {window}; {inside}; {piq}",
+        "gmsd": f"{inside}; {piq}",
+        "vif": f"VIFp; {inside}; {piq}",
+        "sharpness": f"gradient of luminance by BT.601; {inside}; {torch_}",
+        "colour_error": f"chroma by BT.601, blurred with sigma 4, of 255; {inside}; {torch_}",
+        "lpips": f"{vgg}, {files.get('lpips')}; {inside}; {piq}",
+        "dists": f"{vgg}, {files.get('dists')}; {inside}; {piq}",
+        "warping_error": f"of 1 squared; {dis}, of the original; {whole}; {torch_}",
+        "tof": f"pixels; {dis}; {whole}; {torch_}",
+        "tof_raft": f"pixels; flow of {raft}, 12 updates, pictures in [0, 1]; {whole}; {torch_}",
+        "tlpips": f"{vgg}, {files.get('lpips')}; {whole}; {piq}",
+        "ghosts": f"regions per frame; {dis}, of the original; {whole}; {torch_}",
+    }
 
 
 def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
@@ -93,12 +133,16 @@ SMALLEST = 41
 """Smallest side, in pixels, into which VIF's largest window fits."""
 
 
-def picture_measures(result: Tensor, truth: Tensor, border: int) -> dict[str, float]:
+def picture_measures(
+    result: Tensor, truth: Tensor, border: int, networks: Networks | None = None
+) -> dict[str, float]:
     """Return the measures that depend on this frame alone."""
-    piq = _import_piq()
+    piq = import_piq()
     inside = slice(border, -border or None)
     a, b = (x[..., inside, inside].clamp(0, 1) for x in (result, truth))
+    learned = {"lpips": networks.lpips, "dists": networks.dists} if networks else {}
     return {
+        **{name: float(network(a, b)) for name, network in learned.items()},
         "psnr_y": psnr(luma(a), luma(b)),
         "psnr_rgb": psnr(a, b),
         "ssim_y": float(piq.ssim(luma(a), luma(b), downsample=False)),
@@ -128,12 +172,13 @@ def steepness(picture: Tensor) -> float:
     return float((across[..., :-1, :].square() + down[..., :-1].square()).sqrt().mean())
 
 
-def blurred(picture: Tensor, sigma: int = 4) -> Tensor:
+def blurred(picture: Tensor, sigma: float = 4) -> Tensor:
     """Apply a Gaussian blur, with the edge pixels repeated outside the picture."""
-    places = torch.arange(-3 * sigma, 3 * sigma + 1, device=picture.device, dtype=picture.dtype)
+    reach = math.ceil(3 * sigma)
+    places = torch.arange(-reach, reach + 1, device=picture.device, dtype=picture.dtype)
     kernel = torch.exp(-places.square() / (2 * sigma**2))
     kernel = (kernel / kernel.sum()).expand(picture.shape[1], 1, 1, -1)
-    padded = F.pad(picture, (3 * sigma,) * 4, mode="replicate")
+    padded = F.pad(picture, (reach,) * 4, mode="replicate")
     rows = F.conv2d(padded, kernel, groups=picture.shape[1])
     return F.conv2d(rows, kernel.transpose(2, 3), groups=picture.shape[1])
 
@@ -145,17 +190,31 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 
 def temporal_measures(
-    result: Tensor, truth: Tensor, before: tuple[Tensor, Tensor] | None
+    frame: Sequence[Tensor], before: Sequence[Tensor] | None, networks: Networks | None = None
 ) -> dict[str, float]:
-    """Return the measures of a frame and its predecessor, or an empty dict for the first frame."""
+    """Return the measures of a frame and its predecessor, or an empty dict for the first frame.
+
+    Both are given as to `measure`.
+    """
     if before is None:
         return {}
+    result, truth, *unguided = frame
     flow = estimate(truth, before[1])
     seen = visible(flow, estimate(before[1], truth))
-    return {
+    values = {
         "warping_error": warping_error(result, before[0], flow, seen),
         "tof": float((estimate(result, before[0]) - flow).abs().mean()),
     }
+    if networks:
+        flows, changes = (
+            [network(now, previous) for now, previous in ((result, before[0]), (truth, before[1]))]
+            for network in (networks.flow, networks.lpips)
+        )
+        values["tof_raft"] = float((flows[0] - flows[1]).abs().mean())
+        values["tlpips"] = float((changes[0] - changes[1]).abs())
+    if unguided:
+        values["ghosts"] = ghosts(result, truth, unguided[0], before[0], flow)
+    return values
 
 
 def estimate(current: Tensor, previous: Tensor) -> Tensor:
@@ -192,11 +251,30 @@ def sample_zero_outside(picture: Tensor, flow: Tensor) -> Tensor:
     return F.grid_sample(picture, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
 
 
-def _import_piq() -> ModuleType:
-    try:
-        import piq
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "measuring quality needs piq: pip install 'stream-diffvsr[quality]'"
-        ) from error
-    return piq
+WORSE, LEAST, ALIKE = 6 / 255, 60, 0.4
+"""A ghost's error added by guidance, its number of pixels, and its correlation, all as minima."""
+
+
+def ghosts(result: Tensor, truth: Tensor, unguided: Tensor, previous: Tensor, flow: Tensor) -> int:
+    """Count regions in which guidance makes the frame worse by making it more like the `previous` result.
+
+    Such a region has at least 60 connected pixels in which the absolute error of luminance, blurred with
+    sigma 1.5, is larger than that of the `unguided` result by more than 6 of 255. Inside it, the difference
+    between the two results correlates by more than 0.4 with what separates the unguided result from the
+    previous one, either at the same place or moved along the truth's `flow`. The measure is this project's
+    own; pictures are (1, 3, H, W) in [0, 1], and `flow` is (1, 2, H, W) in pixels.
+    """
+    import cv2
+
+    now, true, plain = (luma(x) for x in (result, truth, unguided))
+    worse = blurred((now - true).abs() - (plain - true).abs(), 1.5)[0, 0] > WORSE
+    count, labels, figures, _ = cv2.connectedComponentsWithStats(worse.byte().cpu().numpy())
+    regions = torch.from_numpy(labels).to(worse.device)
+    sources = [luma(x) - plain for x in (previous, sample_zero_outside(previous, flow))]
+
+    def alike(region: Tensor, source: Tensor) -> bool:
+        pair = torch.stack([(now - plain)[0, 0, region], source[0, 0, region]])
+        return float(torch.corrcoef(pair)[0, 1]) > ALIKE
+
+    large = [regions == index for index in range(1, count) if figures[index, cv2.CC_STAT_AREA] >= LEAST]
+    return sum(any(alike(region, source) for source in sources) for region in large)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -24,12 +24,17 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def summary(frames: Sequence[Measures]) -> str:
-    """Return a Markdown table with one row of means."""
+def measured(frames: Sequence[Measures]) -> list[str]:
+    """Return the names of the measures that at least one frame has."""
+    return [name for name, value in means(frames).items() if not math.isnan(value)]
+
+
+def summary(frames: Sequence[Measures], how: Mapping[str, str]) -> str:
+    """Return a Markdown table of each measure's mean and how it is computed (see `protocol`)."""
     values = means(frames)
-    head = ["frames", *NAMES]
-    row = [str(len(frames)), *(f"{values[name]:.5g}" for name in NAMES)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), row))
+    rows = [("measure", f"mean of {len(frames)} frames", "computed from"), ("---",) * 3]
+    rows += [(name, f"{values[name]:.5g}", how[name]) for name in measured(frames)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
 def write_csv(path: Path, frames: Sequence[Measures]) -> None:
@@ -50,8 +55,9 @@ def write_plot(path: Path, frames: Sequence[Measures]) -> None:
         raise ModuleNotFoundError("a plot needs matplotlib: pip install 'stream-diffvsr[quality]'") from error
     if path.suffix.lower() != ".png":
         raise VideoError(f"the plot is written as a PNG file: choose a name ending in .png, not {path.name}.")
-    figure = Figure(figsize=(10, 1.6 * len(NAMES)), layout="constrained")
-    for axes, name in zip(figure.subplots(len(NAMES), sharex=True), NAMES, strict=True):
+    names = measured(frames)
+    figure = Figure(figsize=(10, 1.6 * len(names)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(names), sharex=True), names, strict=True):
         axes.plot([getattr(each, name) for each in frames], linewidth=1)
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)
