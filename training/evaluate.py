@@ -6,6 +6,7 @@ python -m training.evaluate CHECKPOINT.safetensors CLIP... [--frames 12] [--crf 
 from __future__ import annotations
 
 import argparse
+from itertools import islice
 from pathlib import Path
 
 import av
@@ -25,15 +26,14 @@ from training.sequences import h264
 LUMA = torch.tensor([65.481, 128.553, 24.966]) / 255
 
 
-def read(path: Path, frames: int) -> Tensor:
-    """Return the largest stream's first frames, (T, 3, H, W) in 0..1, cropped to multiples of 4."""
+def read(path: Path, frames: int, first: int = 0) -> Tensor:
+    """Return frames of the largest stream, (T, 3, H, W) in 0..1, cropped to multiples of 4."""
     with av.open(str(path)) as container:
         stream = max(container.streams.video, key=lambda s: s.width * s.height)
-        arrays = []
-        for picture in container.decode(stream):
-            arrays.append(picture.to_ndarray(format="rgb24"))
-            if len(arrays) == frames:
-                break
+        pictures = islice(container.decode(stream), first, first + frames)
+        arrays = [picture.to_ndarray(format="rgb24") for picture in pictures]
+    if not arrays:
+        raise ValueError(f"{path} has no frame {first}; its first one is 0")
     video = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
     return video[..., : video.shape[-2] // 4 * 4, : video.shape[-1] // 4 * 4]
 

@@ -156,7 +156,7 @@ def environment(model: Upscaler) -> dict[str, str | int]:
     cuda = model.device.type == "cuda"
     details = getattr(model, "runtime_details", "")
     return {
-        "device": torch.cuda.get_device_name(model.device) if cuda else _processor(),
+        "device": torch.cuda.get_device_name(model.device) if cuda else processor(),
         "dtype": model.info.number_format,
         "runtime": f"{model.info.runtime} {details}".strip(),
         "threads": torch.get_num_threads(),
@@ -165,7 +165,7 @@ def environment(model: Upscaler) -> dict[str, str | int]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
     """Return the processor's name, if the system reports it, and the instruction set that torch uses."""
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
