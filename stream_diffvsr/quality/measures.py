@@ -104,14 +104,14 @@ def protocol(border: int, networks: Networks | None = None) -> dict[str, str]:
         "gmsd": f"{inside}; {piq}",
         "vif": f"VIFp; {inside}; {piq}",
         "sharpness": f"gradient of luminance by BT.601; {inside}; {torch_}",
-        "colour_error": f"chroma by BT.601, blurred with sigma 4, of 255; {inside}; {torch_}",
+        "colour_error": f"chroma by BT.601 from 0 to 255, blurred with sigma 4; {inside}; {torch_}",
         "lpips": f"{vgg}, {files.get('lpips')}; {inside}; {piq}",
-        "dists": f"{vgg}, {files.get('dists')}; {inside}; {piq}",
-        "warping_error": f"of 1 squared; {dis}, of the original; {whole}; {torch_}",
+        "dists": f"{vgg}, {files.get('dists')}, shorter side at most 256; {inside}; {piq}",
+        "warping_error": f"squared, of values from 0 to 1; {dis}, of the original; {whole}; {torch_}",
         "tof": f"pixels; {dis}; {whole}; {torch_}",
         "tof_raft": f"pixels; flow of {raft}, 12 updates, pictures in [0, 1]; {whole}; {torch_}",
         "tlpips": f"{vgg}, {files.get('lpips')}; {whole}; {piq}",
-        "ghosts": f"regions per frame; {dis}, of the original; {whole}; {torch_}",
+        "ghosts": f"regions of at least {LEAST} pixels per frame; {dis}, of the original; {whole}; {torch_}",
     }
 
 
