@@ -73,20 +73,21 @@ def _find(folder: Path) -> dict[str, Path]:
 
 def _lpips_weights(path: Path) -> list[Tensor]:
     weights = read_pickled(path)
-    _check(path, weights if isinstance(weights, list) else [], [(1, count, 1, 1) for count in CHANNELS])
-    return weights
+    weights = list(weights) if isinstance(weights, (list, tuple)) else []
+    _check(path, weights, CHANNELS)
+    return [each.reshape(1, -1, 1, 1) for each in weights]
 
 
 def _dists_weights(path: Path) -> list[Tensor]:
     """Return weights for the structure, then for the texture, of the picture and of each layer."""
     weights, counts = read_pickled(path), (3, *CHANNELS)
     kinds = [weights[kind] for kind in ("alpha", "beta") if isinstance(weights, dict) and kind in weights]
-    _check(path, kinds, [(1, sum(counts), 1, 1)] * 2)
-    return [part for each in kinds for part in each.split(counts, dim=1)]
+    _check(path, kinds, (sum(counts),) * 2)
+    return [part for each in kinds for part in each.reshape(1, -1, 1, 1).split(counts, dim=1)]
 
 
-def _check(path: Path, weights: list[Any], shapes: list[tuple[int, ...]]) -> None:
-    if [tuple(x.shape) if isinstance(x, Tensor) else None for x in weights] != shapes:
+def _check(path: Path, weights: list[Any], counts: tuple[int, ...]) -> None:
+    if tuple(x.numel() if isinstance(x, Tensor) else -1 for x in weights) != counts:
         raise CheckpointError(f"{path} does not contain the weights that piq publishes under this name")
 
 
