@@ -137,7 +137,9 @@ class BundledFlow(TileableFlow):
 
     def __init__(self, network: FlowNetwork) -> None:
         super().__init__()
+        # Convolutions are faster with channels last; the numbers differ only by rounding.
         self.network = network.eval().float()
+        self.network.to(memory_format=torch.channels_last)
 
     def forward(self, current: Tensor, previous: Tensor) -> Tensor:
         height, width = current.shape[-2:]
