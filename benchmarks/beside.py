@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--model", default="nano", help="nano, random (released widths), or a folder.")
     parser.add_argument("--size", default="160x90", help="LQ size as WIDTHxHEIGHT.")
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="One run for each.")
-    parser.add_argument("--rounds", type=int, default=20, help="Pairs of frames that count.")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="Pairs of frames to measure, after two warm-up pairs."
+    )
     parser.add_argument("--runtime", default="torch", help="Of this checkout; the other one has PyTorch.")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""The engine's exceptions, in one tree.
+"""The engine's exception hierarchy.
 
 StreamDiffVSRError
 ├── ModelNotFoundError         a checkpoint, or a part of one, is missing
 ├── CheckpointError            a checkpoint file is damaged or belongs to another model
 ├── IncompatibleInputError     a frame, state or option is unsuitable (also a ValueError)
-├── VRAMError                  no plan fits into memory
+├── VRAMError                  no plan fits in memory
 └── VideoError                 a picture or video file cannot be read or written
 """
 
@@ -35,7 +35,7 @@ class IncompatibleInputError(StreamDiffVSRError, ValueError):
 
 
 class VRAMError(StreamDiffVSRError):
-    """Every plan that was tried ran out of memory, or needs more than is available."""
+    """Every plan tried ran out of memory or needs more than is available."""
 
     def __init__(self, required_mb: int, available_mb: int, suggestion: str) -> None:
         self.required_mb = required_mb

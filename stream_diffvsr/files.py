@@ -57,9 +57,9 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Memory-map the tensors of a weight file, safetensors or torch's own, without running any code from it.
+    """Memory-map the tensors of a weight file without running any code from it.
 
-    A single unnamed tensor in a file gets the name ''.
+    The file's format is safetensors or torch's own. A single unnamed tensor in a file gets the name ''.
     """
     if path.suffix == ".safetensors":
         return read_tensors(path)[0]
@@ -154,7 +154,7 @@ def atomic(path: Path) -> Generator[BinaryIO, None, None]:
 
 
 def keep_json(path: Path, value: object) -> None:
-    """Cache a value in a small JSON file; if that fails, only log it."""
+    """Cache a value in a small JSON file; a failure is only logged."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as file:

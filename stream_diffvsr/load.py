@@ -162,7 +162,7 @@ def load_pipeline(
 ) -> Upscaler:
     """Load a model and prepare it to run.
 
-    `source` is 'nano' (bundled), the name of a released model (one of `weights.released.RELEASES`, which is
+    `source` is 'nano' (bundled), the name of a released model (listed in `weights.released.RELEASES`, and
     downloaded if it is not on this machine), the name or folder of a checkpoint that
     `find_checkpoints(extra_folders)` lists, or the file of a single-image model. `dtype` is the number format
     of the networks; frames, flow, warp, state and scheduler arithmetic are always float32.
@@ -170,10 +170,10 @@ def load_pipeline(
     The following arguments are for Stream-DiffVSR only. `flow` is the motion estimator. Setting `quantize`
     to 'int8' or 'fp8' runs linear layers in 8 bits, which is an approximation and requires torchao ('fp8'
     also requires a GPU that supports it). `runtime` is the library that runs the networks: 'torch',
-    'openvino', 'onnx', or 'auto' for the fastest exact one installed, as measured on first use. `provider` is
-    the runtime's device: 'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda' or 'tensorrt' for
-    ONNX Runtime. `loras` are (file, strength) pairs for LoRAs made by 'stream-diffvsr train', with strengths
-    from -2 to 2 (1 means as trained).
+    'openvino', 'onnx', or 'auto' for the fastest exact runtime that is installed, as measured on first use.
+    `provider` is the runtime's device: 'auto', 'cpu', 'gpu' or 'npu' for OpenVINO; 'auto', 'cpu', 'cuda' or
+    'tensorrt' for ONNX Runtime. `loras` are (file, strength) pairs for LoRAs made by 'stream-diffvsr train',
+    with strengths from -2 to 2 (1 means as trained).
 
     For FlashVSR only, `version` is 'v1' or 'v1.1'; it is required unless the name of the folder or of one of
     its files reveals it. For FlashVSR and SwiftVR, `attention` is 'auto' or 'sdpa' (PyTorch's own

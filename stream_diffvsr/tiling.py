@@ -25,11 +25,11 @@ class Band:
         )
 
     def see(self, x: Tensor) -> Tensor:
-        """Cut the band, with the rows around it, out of (1, C, H, W)."""
+        """Return the band and its context rows, cut from a (1, C, H, W) tensor."""
         return x[..., self.seen, :]
 
     def crop(self, x: Tensor) -> Tensor:
-        """Crop (1, C, seen, W) to the band's own rows."""
+        """Crop a (1, C, seen, W) tensor to the band's own rows."""
         return x[..., self.rows.start - self.seen.start : self.rows.stop - self.seen.start, :]
 
 

@@ -57,7 +57,10 @@ class Info:
 
     @property
     def frame_by_frame(self) -> bool:
-        """Whether each frame's result is returned at once, so that a sequence can resume after any frame."""
+        """Whether each frame's result is returned immediately.
+
+        If so, a sequence can resume after any frame.
+        """
         return self.first == 1 and self.chunk == 1
 
 
@@ -266,10 +269,10 @@ class Upscaler(Protocol):
         ...
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Return how frames of a given LQ size (height, width) would be made now, including the memory plan.
+        """Describe how frames of a given LQ size (height, width) would be produced with the current settings.
 
-        A job calls this only once; it then starts each sequence in the same way, from a state with this
-        provenance but no tensors.
+        This includes the memory plan. A job calls this only once; it then starts every sequence from a state
+        that has this provenance but no tensors.
         """
         ...
 

@@ -11,9 +11,9 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 
 
 def keep_freed_memory() -> None:
-    """Make this process keep freed memory for the next tensor; this has an effect only on Linux with glibc.
+    """Make this process keep freed memory for later tensors; this works only on Linux with glibc.
 
-    Otherwise, the system allocates and frees every large tensor page by page, which took an eighth of the CPU
+    Otherwise, the system allocates and frees every large tensor page by page; this took an eighth of the CPU
     time per frame. Call this only in a dedicated process, not in a host such as ComfyUI.
     """
     if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):

@@ -1,4 +1,4 @@
-"""Show what is installed, which device and weights will be used, and why other weights will not."""
+"""Show what is installed, which device and weights will be used, and why other weights are ignored."""
 
 from __future__ import annotations
 

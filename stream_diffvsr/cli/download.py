@@ -58,7 +58,7 @@ def download_with_bar(name: str, folders: list[Path], revision: str | None) -> P
 
 
 def bring_raft(folders: list[Path]) -> Path:
-    """Find or download RAFT's weights, check them, and return their file."""
+    """Find or download RAFT's weights, check them, and return their path."""
     path = find_raft("raft_large", folders) or download_raft("raft_large")
     load_raft("raft_large", path)
     return path

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices",
         metavar="LIST",
         help="Distribute scenes among several devices: all, a list such as cuda:0,cuda:1 or 0,1, or cpu:2 "
-        "for two workers on the CPU. This needs the package ray, and has not yet been tried on GPUs.",
+        "for two workers on the CPU. This needs the ray package, and has not yet been tried on GPUs.",
     )
     group.add_argument(
         "--ray",
@@ -65,7 +65,7 @@ def positive(text: str) -> int:
 
 
 def workers_from_flags(args: argparse.Namespace) -> Devices | None:
-    """Return the workers that the flags request; None if this process does the work."""
+    """Return the workers that the flags request, or None if this process is to do the work itself."""
     if args.devices is None and args.ray is None:
         if args.split_scenes:
             raise IncompatibleInputError("--split-scenes needs --devices or --ray")
@@ -124,7 +124,7 @@ class Results:
         self.args, self.single, self.failed = args, single, 0
 
     def attempt(self, output: Path, make: Callable[[], VideoJob]) -> VideoJob | None:
-        """Make a job; return None if it has already been done or cannot be done."""
+        """Create a job; return None if it is already complete or cannot be run."""
         try:
             job = make()
             if not self.single and not job.overwrite and job.output.exists() and not begun(job):

@@ -40,7 +40,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         default="auto",
         choices=["auto", *DTYPES],
-        help="Number format of the networks. auto: float16 on GPUs that are fast with it, otherwise "
+        help="Number format of the networks. auto: float16 on GPUs where it is fast, otherwise "
         "float32. Default: auto.",
     )
     parser.add_argument(
@@ -54,8 +54,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="torch",
         choices=RUNTIMES,
         help="The library that runs Stream-DiffVSR's networks: PyTorch, OpenVINO (faster on a CPU), ONNX "
-        "Runtime, or auto for the fastest exact runtime that is installed, measured once. With any runtime "
-        "other than torch, the first run converts the model, which takes minutes. Default: torch.",
+        "Runtime, or auto for the fastest exact runtime that is installed, as measured on first use. With "
+        "any runtime other than torch, the first run converts the model, which takes minutes. "
+        "Default: torch.",
     )
     parser.add_argument(
         "--provider",
@@ -75,7 +76,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--flow",
         default="auto",
         choices=["auto", *FLOW_MODELS],
-        help="How to estimate motion between frames. auto: as in the model's training. Default: auto.",
+        help="How to estimate motion between frames. auto: the method used in the model's training. "
+        "Default: auto.",
     )
     parser.add_argument(
         "--progress",

@@ -95,7 +95,10 @@ def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: Trai
 
 
 def output_of(args: argparse.Namespace, options: TrainOptions) -> Path:
-    """Return the result's path; raise `IncompatibleInputError` if it is taken, or no run can be resumed."""
+    """Return the result's path.
+
+    Raises `IncompatibleInputError` if it is taken, or if there is no run to resume.
+    """
     own: Path = args.output or args.clips[0].with_name(f"{args.clips[0].stem}_{options.what}")
     named = options.what == "full" or own.suffix == ".safetensors"
     output = own if named else own.with_name(f"{own.name}.safetensors")
@@ -149,9 +152,10 @@ def train(
 
 
 def tell_costs(run: Run) -> None:
-    """Print the memory, disk space and time that the run needs, measured in trial steps that change nothing.
+    """Print the memory, disk space and time that the run needs.
 
-    With --minutes, also set the number of steps.
+    These are measured by running trial steps that change nothing. With --minutes, also set the number of
+    steps.
     """
     options, device = run.options, run.base.device
     try:

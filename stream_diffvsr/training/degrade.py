@@ -1,11 +1,12 @@
-"""Degrading good frames so that they look like a user's, in steps drawn at random for each sequence.
+"""Degrading good frames so that they look like a user's footage, in steps drawn at random for each sequence.
 
     - blur: {chance: 0.5, sigma: [0.3, 1.2]}
     - reduce: {method: [bicubic, area]}
     - video: {chance: 0.9, codec: [h264, hevc, mpeg2], quality: [22, 34]}
 
-A single number is fixed, two numbers are a range, and one word is drawn from a list of words. All draws use
-the same generator, so a given seed always produces the same frames. `docs/training.md` has a table of steps.
+A single number is fixed, two numbers are a range, and one word is drawn from a list of words. All random
+draws use the same generator, so a given seed always produces the same frames. `docs/training.md` has a table
+of steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The training loop, which runs the engine's frame code with gradients, on the model's own previous results.
+"""The training loop: runs the engine's frame code with gradients, on the model's own previous results.
 
-The data of a step depend only on the seed, the step and the device, so a run that was killed and resumed
-ends with the same weights.
+A step's data depend only on its number, the seed and the device, so a run that is killed and resumed ends
+with the same weights.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Progress:
 
 
 def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.random.Generator) -> Window:
-    """Draw a random sequence to learn from; long scenes are chosen more often."""
+    """Draw a random sequence to train on; long scenes are chosen more often."""
     lengths = np.array([len(scene) for scene in footage.train], float)
     scene = footage.train[rng.choice(len(lengths), p=lengths / lengths.sum())]
     truth = crop(scene, rng, options.size + 2 * MARGIN, options.frames)
@@ -125,7 +125,7 @@ class Run(Trainer):
     # One step
 
     def sequences(self, step: int) -> Iterator[Window]:
-        """Yield the sequences that this device learns from in a step."""
+        """Yield the sequences that this device trains on in one step."""
         for index in range(self.options.batch):
             seed = (self.options.seed, 0, step, self.accelerator.process_index, index)
             yield window(self.footage, self.recipe, self.options, np.random.default_rng(seed))
@@ -167,7 +167,7 @@ class Run(Trainer):
     # The whole run
 
     def rehearse(self) -> float:
-        """Return the seconds per step, including measurements, timed in trial steps that change nothing."""
+        """Run trial steps that change nothing; return the seconds per step, including measurements."""
         if self.step == 0 and self.accelerator.is_main_process:
             self._measure_base()
         seconds = 0.0

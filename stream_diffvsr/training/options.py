@@ -1,4 +1,4 @@
-"""The options of fine-tuning: one table, from which the command derives its flags."""
+"""The fine-tuning options, in one table from which the command derives its flags."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..options import check_options, option
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Everything on which the result depends, apart from the base model and the clips."""
+    """Everything the result depends on, apart from the base model and the clips."""
 
     what: str = option(
         "lora",
@@ -20,8 +20,8 @@ class TrainOptions:
     steps: int = option(1000, "Number of training steps.", low=1)
     minutes: float | None = option(
         None,
-        "Run as many steps as fit into this many minutes, but at most --steps. The number is estimated "
-        "before the first step.",
+        "Run as many steps as fit into this many minutes, but at most --steps. The number of steps is "
+        "estimated before training starts.",
         kind=float,
         low=0.0,
     )
@@ -32,7 +32,7 @@ class TrainOptions:
     )
     decoder: bool = option(
         False,
-        "Also train the decoder, which produces the finest detail; this helps nano most.",
+        "Also train the decoder, which produces the finest detail; nano benefits most.",
         flag="decoder",
     )
     rank: int = option(
@@ -47,7 +47,7 @@ class TrainOptions:
         unset_help="0.001 for lora, 0.0001 for full",
     )
     size: int = option(
-        128, "Width and height of the training crops, in pixels of the good frames.", low=32, high=2048
+        128, "Width and height of the training crops, in pixels of the undegraded frames.", low=32, high=2048
     )
     frames: int = option(
         4, "Frames per sequence, each guided by the model's own previous result.", low=1, high=64
@@ -55,12 +55,12 @@ class TrainOptions:
     batch: int = option(1, "Sequences per step on each device.", low=1, high=256)
     loss: str = option("l1", "l1 keeps more detail; l2 reaches a higher PSNR.", choices=("l1", "l2"))
     steadiness: float = option(
-        0.5, "Weight of the loss for changes over time that are not in the original.", low=0.0, high=100.0
+        0.5, "Weight of the loss on changes over time that are not in the original.", low=0.0, high=100.0
     )
     perceptual: str | None = option(
         None,
-        "File with VGG-16's weights (torchvision's vgg16-397923af.pth). With it, that network's features are "
-        "also compared, which brings more texture but a lower PSNR.",
+        "File with VGG-16's weights (torchvision's vgg16-397923af.pth). If given, the loss also compares "
+        "that network's features, which brings more texture but a lower PSNR.",
         kind=str,
         unset_help="none",
     )

@@ -1,7 +1,7 @@
-"""One training loop for everything that is trained here: fine-tuning, nano, and nano's flow network.
+"""The training loop shared by fine-tuning, nano, and nano's flow network.
 
-What a step learns must depend only on its number, the seed and the process, so that a run that was killed and
-resumed ends with the same weights.
+A step's training data and random draws must depend only on its number, the seed and the process, so that a
+run that is killed and resumed ends with the same weights.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Trainer(ABC):
         """Return the settings that a resumed run must share with the original one, as JSON values."""
 
     def facts(self) -> dict[str, Any]:
-        """Return the other facts to save about a run, as JSON values."""
+        """Return the other values to save with a run, as JSON values."""
         return {"step": self.step, "steps": self.steps}
 
     def fall(self) -> float:
@@ -128,7 +128,7 @@ class Trainer(ABC):
         save_tensors(path, plain, {"run": json.dumps({**self.facts(), "settings": self.settings()})})
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """Restore the state that `keep` saved, and return the facts saved with it.
+        """Restore the state that `keep` saved, and return the other values saved with it.
 
         Raises `IncompatibleInputError` if the state belongs to a run with different settings.
         """

@@ -17,8 +17,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named sets of approximations; docs/speed.md lists the error and the time of each."""
 
 PRESET_HELP = (
-    "exact: produces the same results as the reference. balanced: computes the guidance by the previous "
-    "frame only in every second step. fast: computes it only once per frame, and estimates motion at half "
+    "exact: produces the same results as the reference. balanced: computes the guidance from the previous "
+    "frame only on every second step. fast: computes it only once per frame, and estimates motion at half "
     "size."
 )
 

@@ -369,7 +369,7 @@ class StreamDiffVSRPipeline:
 
 
 class Sequence:
-    """A `Session` of Stream-DiffVSR; every frame is a chunk whose result is returned at once."""
+    """A `Session` of Stream-DiffVSR; every frame is a chunk whose result is returned immediately."""
 
     def __init__(
         self,

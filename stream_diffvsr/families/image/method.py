@@ -97,7 +97,10 @@ class ImageModel:
         return stream(self.session(options, state, on_step, noise), frames)
 
     def provenance(self, size: tuple[int, int], options: ImageOptions | None = None) -> Provenance:
-        """Return how frames would be made now: in tiles if `tile_size` is set, otherwise whole."""
+        """Describe how frames would be produced with the current settings.
+
+        They are produced in tiles if `tile_size` is set, otherwise whole.
+        """
         options = options or ImageOptions()
         return self._provenance(options, options.tile_size)
 
@@ -236,7 +239,7 @@ class ImageModel:
 
 
 class ImageSession:
-    """A `Session` of a single-image model; every frame is a chunk whose result is returned at once."""
+    """A `Session` of a single-image model; every frame is a chunk whose result is returned immediately."""
 
     def __init__(self, upscaler: ImageModel, options: ImageOptions, state: State, on_step: OnStep) -> None:
         self._upscaler, self._options, self._state, self._on_step = upscaler, options, state, on_step
