@@ -50,7 +50,7 @@ def file_widgets() -> dict[str, Widget]:
             ["auto", "off"],
             {
                 "default": "auto",
-                "tooltip": "auto: each scene starts without memory of the previous one. Only Upscale "
+                "tooltip": "auto: the model starts each scene afresh. Only Upscale "
                 "Video looks for scenes; a batch of images is treated as one scene.",
             },
         ),

@@ -211,7 +211,7 @@ class Placement(Protocol):
 
     @property
     def fixed(self) -> bool:
-        """Whether weights never move between devices."""
+        """Whether the weights always stay on the same device."""
         ...
 
     def acquire(self, stage: str, activation_bytes: int) -> torch.device:

@@ -174,7 +174,7 @@ def test_reading_from_the_start_is_said_once(tmp_path: Path, caplog) -> None:
     with caplog.at_level("INFO"):
         source.look_at(Span(30))
         assert [frame.index for frame in source.frames(Span(30))] == list(range(30, FRAMES))
-    assert caplog.text.count("is read from its start") == 1
+    assert caplog.text.count("from the beginning: ") == 1
 
 
 def test_a_picture_that_changed_is_noticed(tmp_path: Path, caplog) -> None:
@@ -183,4 +183,4 @@ def test_a_picture_that_changed_is_noticed(tmp_path: Path, caplog) -> None:
     with caplog.at_level("INFO"):
         frames = list(source.frames(Span(21), Place(20, 20 * clips.STEP, 12345)))
     assert [frame.index for frame in frames] == list(range(21, FRAMES))
-    assert "is read from its start: the frame to resume from was decoded differently" in caplog.text
+    assert "from the beginning: the frame to resume from was decoded differently" in caplog.text

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--unguided",
         type=Path,
         metavar="RESULT",
-        help="Also count ghosts, by comparison with a result made without guidance by the previous frame "
+        help="Also count ghosts, by comparison with a result made without guidance from the previous frame "
         "(for Stream-DiffVSR: --controlnet-conditioning-scale 0 --no-use-tpm).",
     )
     parser.add_argument("--frames", type=int, help="Compare at most this many frames.")

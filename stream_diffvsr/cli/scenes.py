@@ -1,4 +1,4 @@
-"""List the scenes of a video, each of which starts without memory of the previous one."""
+"""List a video's scenes; the model starts each of them afresh."""
 
 from __future__ import annotations
 

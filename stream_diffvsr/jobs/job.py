@@ -183,7 +183,7 @@ class VideoJob:
     )
     scene_cut: str = option(
         "auto",
-        "How to find scenes, each of which starts without memory of the previous one: auto, off, a threshold "
+        "How to find scenes (the model starts each of them afresh): auto, off, a threshold "
         "from 0 to 255 (auto is 27), or a CSV file that lists the first frame of each scene.",
         group="input",
         metavar="HOW",

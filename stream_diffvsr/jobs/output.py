@@ -100,8 +100,8 @@ class Output:
             told = STEREO_WORD in after.streams.video[0].metadata
             if STEREO_WORD in before.streams[source.stream_index].metadata and not told:
                 log.warning(
-                    "the source's 3D arrangement is left out: to keep it, write an .mkv file and do "
-                    "not set --no-audio"
+                    "the note that says how 3D views are arranged is lost: to keep it, write an .mkv "
+                    "file and do not set --no-audio"
                 )
 
     def join(self, parts: Sequence[SegmentFile], finished: bool) -> int:

@@ -215,7 +215,7 @@ class VideoSource:
                 return
             except DoubtError as doubt:
                 if not self._doubted:
-                    log.info("%s is read from its start: %s", self.path, doubt)
+                    log.info("reading %s from the beginning: %s", self.path, doubt)
                 self._doubted = True
                 self.notes.clear()
         with open_container(self.path) as container:

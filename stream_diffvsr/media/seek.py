@@ -2,7 +2,7 @@
 
 Seeking is fast but can go wrong: timestamps may repeat, a file's index may be incorrect, and pictures may
 refer to skipped pictures. Seeking is therefore used only to reach a known frame from an earlier key frame. If
-anything is not as expected, seeking is abandoned (`DoubtError`), and the file is read from its start.
+anything is not as expected, seeking is abandoned (`DoubtError`), and the file is read from the beginning.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
     - reduce: {method: [bicubic, area]}
     - video: {chance: 0.9, codec: [h264, hevc, mpeg2], quality: [22, 34]}
 
-A single number is fixed, two numbers are a range, and one word is drawn from a list of words. All random
-draws use the same generator, so a given seed always produces the same frames. `docs/training.md` has a table
-of steps.
+A single number is a fixed value, two numbers are the range to draw from, and from a list of words, one is
+drawn. All random draws use the same generator, so a given seed always produces the same frames.
+`docs/training.md` has a table of steps.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class UpscaleOptions:
     )
     control_guidance_start: float = option(
         0.0,
-        "Guidance by the previous frame begins after this fraction of the denoising steps.",
+        "Guidance from the previous frame begins after this fraction of the denoising steps.",
         low=0.0,
         high=1.0,
         step=0.05,
@@ -91,7 +91,7 @@ class UpscaleOptions:
     )
     control_guidance_end: float = option(
         1.0,
-        "Guidance by the previous frame ends after this fraction of the denoising steps.",
+        "Guidance from the previous frame ends after this fraction of the denoising steps.",
         low=0.0,
         high=1.0,
         step=0.05,

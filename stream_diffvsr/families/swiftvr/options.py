@@ -42,7 +42,7 @@ class SwiftVROptions:
     overlap: int | None = option(
         None, "Number of groups of 4 earlier frames that a clip reuses.",
         kind=int, low=0, high=CLIP // GROUP, unset=-1, expert=True, group=OWN,
-        unset_help="0 for protocol file, 1 for session",
+        unset_help="chosen by protocol, 0 for file and 1 for session",
     )  # fmt: skip
     memory_plan: str = option(
         "auto",

@@ -59,8 +59,8 @@ def run(
 ) -> Tensor:
     """Run tokens (1, tokens, width) through all blocks; return (tokens, channels of a patch).
 
-    `conditions` is the result of `conditioning`; `attention` contains one object per block, which its
-    self-attention receives in place of the rotary embedding.
+    `conditions` is the result of `conditioning`; `attention` contains one object per block, which is
+    passed to that block's self-attention in place of the rotary embedding.
     """
     time, modulation, prompt = conditions
     for index, (block, own) in enumerate(zip(transformer.blocks, attention, strict=True), 1):
