@@ -202,7 +202,7 @@ class Progress:
         self._next_text = 0.0
 
     def show(self, done: int, image: Tensor | None = None) -> None:
-        """Move the bar, and show the newest frame (H, W, C) at most five times a second."""
+        """Update the bar, and show the newest frame (H, W, C) at most five times a second."""
         self._done, self._since = done, time.monotonic()
         if self._bar is None:
             return
@@ -214,7 +214,7 @@ class Progress:
         self._bar.update_absolute(done, self._total, preview)
 
     def count(self, done: int, total: int) -> None:
-        """Move the bar to `done` of `total`, which may differ from the previous total."""
+        """Set the bar to `done` of `total`, which may differ from the previous total."""
         self._total = total
         self.show(done)
 
@@ -240,7 +240,7 @@ class Progress:
             self._write(f"{self._line}; {now}" if self._line else now)
 
     def say(self, text: str, last: bool = False) -> None:
-        """Show a line of text on the node, at most once a second; a `last` line always appears and stays."""
+        """Show a line of text on the node, at most once a second; a `last` line is always shown and stays."""
         self._line = text
         self._write(text, last)
 
@@ -388,7 +388,7 @@ def lora_files() -> list[tuple[str, Path]]:
 def model_folders() -> list[Path]:
     """Return the folders in which ComfyUI users may keep checkpoints; downloads go to the first.
 
-    Folders registered under the key StreamDiffVSR, in any spelling, come before the usual folders.
+    Folders registered under the key StreamDiffVSR (ignoring case, - and _) come before the usual folders.
     """
     paths = comfy_module("folder_paths")
     if paths is None:

@@ -78,7 +78,7 @@ def check_output(output_path: str | None) -> None:
 
 
 def choose_source(video_path: str, video: Any) -> Source:
-    """Return the source from whichever input is set; refuse both or neither."""
+    """Return the source from whichever input is set; raise an error unless exactly one is."""
     given = bool(unquoted(video_path))
     if given == (video is not None):
         raise IncompatibleInputError(f"set either video_path or video; got {'both' if given else 'neither'}")
@@ -246,7 +246,7 @@ def run_with_progress(
 
 
 class Step(NamedTuple):
-    """The progress of a job on several workers, which send no pictures."""
+    """A job's progress on several workers; `hq` stays None, as workers send no pictures."""
 
     done: int
     total: int | None
@@ -277,7 +277,7 @@ WORDS = {
     "--end": "end_frame",
     "-o": "output_path",
     "--restart": "another output_path",
-    "write to a folder, or set --target": "give all pictures the same size, or turn each into its own video",
+    "write to a folder, or set --target": "give all pictures the same size, or make a separate video of each",
     "or suffix": "or another ending for output_path",
 }
 """Command-line terms, each with the nodes' term for the same thing."""
@@ -285,7 +285,7 @@ WORDS = {
 
 @contextlib.contextmanager
 def node_words() -> Generator[None, None, None]:
-    """Rephrase the engine's errors in the nodes' terms."""
+    """Replace command-line terms in the engine's errors with the nodes' terms."""
     try:
         yield
     except VideoError as error:

@@ -130,7 +130,7 @@ def is_complete(candidate: Candidate, files_identity: str) -> bool:
 
 
 def checkpoint_stamp(folder: Path) -> str:
-    """Return a short string that changes when any file of a checkpoint does, except its stored prompts."""
+    """Return a short string that changes when any of a checkpoint's files does, except the stored prompts."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
 
     inside = [
@@ -159,7 +159,7 @@ def located(source: str) -> str:
 
 
 class Downloading:
-    """Shows a download on the running node: a progress bar, with the amount and speed as text."""
+    """Shows a download's progress on the running node: a bar, and the amount and speed as text."""
 
     def __init__(self, source: str) -> None:
         from ..stream_diffvsr.weights.released import RELEASES

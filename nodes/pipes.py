@@ -24,7 +24,7 @@ class Known:
     compile_mode: str | None = None
     """Compile mode that overrides the one in Settings, or None to keep that one."""
     devices: str = ""
-    """Devices over which Upscale Video spreads its scenes, or '' for the Loader's device alone."""
+    """Devices among which Upscale Video distributes scenes, or '' for the Loader's device alone."""
 
 
 _known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()

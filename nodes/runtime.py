@@ -46,7 +46,7 @@ class Runtime:
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
         devices = (
-            "Devices over which Upscale Video spreads the scenes of a video: all, or a list such as "
+            "Devices among which Upscale Video distributes a video's scenes: all, or a list such as "
             "cuda:0,cuda:1, or cpu:2 for two workers on the CPU. This needs the ray package and has "
             "not yet been tried on GPUs. Leave empty to use only the Loader's device."
         )
@@ -83,7 +83,7 @@ class Runtime:
         check_has(pipe, asked)
         if workers_on(devices) and find_spec("ray") is None:
             raise ModuleNotFoundError(
-                'devices needs the ray package: run python -m pip install "ray" with ComfyUI\'s '
+                'setting devices requires the ray package: run python -m pip install "ray" with ComfyUI\'s '
                 "Python, then restart ComfyUI; or leave devices empty"
             )
         base = how_made(pipe).base or pipe

@@ -35,8 +35,8 @@ class CreateState:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         frame = "An upscaled frame from which the sequence continues. Its sides must be multiples of 4."
         lq = (
-            "The same frame before upscaling, a quarter as wide and high. Leave unconnected to compute it "
-            "from initial_frame by area averaging."
+            "The same frame before upscaling, at a quarter of the width and height. Leave unconnected to "
+            "compute it from initial_frame by area averaging."
         )
         return {
             "optional": {
@@ -107,7 +107,7 @@ class SaveState:
     def INPUT_TYPES(cls) -> dict[str, Any]:
         prefix = (
             "Path of the file within the output folder; a number is appended. %year%, %month%, %day%, "
-            "%hour%, %minute% and %second% are filled in."
+            "%hour%, %minute% and %second% become the current date and time."
         )
         return {
             "required": {

@@ -28,7 +28,7 @@ def from_components(components: Any) -> Path:
     """Write frames (N, H, W, C) in [0, 1], with their frame rate and sound, to one file; return its path.
 
     The frames are encoded as FFV1 with 16 bits per channel, and the sound as FLAC. The same content always
-    gives the same bytes, so a cancelled job can be resumed.
+    produces the same bytes, so a cancelled job can be resumed.
     """
     images, audio = components.images, components.audio
     layout.check_images(images)

@@ -291,7 +291,7 @@ An entry disappears together with its batch manager or node.
 
 @dataclass(frozen=True)
 class MetaBatch:
-    """The position of a run among VideoHelperSuite's meta-batches, which queue the same prompt repeatedly."""
+    """A run's place in a series of meta-batches, for which VideoHelperSuite queues a prompt repeatedly."""
 
     holder: Any
     """An object that lives as long as the meta-batch: its manager, or the node if no manager is linked."""
@@ -334,7 +334,7 @@ class MetaBatch:
         if state is not None and waiting is not None and number == self.number - 1:
             return opened(state)[0], torch.cat([waiting, images]) if len(waiting) else images
         log.warning(
-            "meta-batch %d does not follow one that this node has upscaled: starting a new sequence",
+            "meta-batch %d does not follow the last one this node upscaled: starting a new sequence",
             self.number,
         )
         return given, images

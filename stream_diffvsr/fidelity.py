@@ -1,4 +1,4 @@
-"""Adjustments to how closely a result follows its LQ frame: colour fixes, and the model's strength."""
+"""Adjust how closely a result follows its LQ frame: colour fixes, and the model's strength."""
 
 from __future__ import annotations
 

@@ -34,9 +34,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); fetch the file again.") from error
+        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object; fetch the file again.")
+        raise CheckpointError(f"{path} is not a JSON object; download it again.")
     return content
 
 
@@ -189,7 +189,7 @@ def _header_end(file: BinaryIO, size: int) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in a folder survive a power loss, if the system supports it."""
+    """Flush renames in a folder to disk, so that they survive a power loss, if the system supports it."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -203,6 +203,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Make a file's content survive a power loss."""
+    """Flush a file's content to disk, so that it survives a power loss."""
     with path.open("rb+") as file:
         os.fsync(file.fileno())

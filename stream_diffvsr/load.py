@@ -273,7 +273,7 @@ def find_checkpoints(extra_folders: Iterable[str | Path] = ()) -> list[Found]:
     ]
 
 
-UNTOLD = "its version could be v1 or v1.1: rename the folder to flashvsr-v1 or flashvsr-v1.1."
+UNTOLD = "it could be version v1 or v1.1: rename the folder to flashvsr-v1 or flashvsr-v1.1."
 
 
 def reason_ignored(candidate: Candidate) -> str | None:
@@ -375,8 +375,8 @@ def estimate_memory(
 
     The keys are 'weights' and 'frames'; 'flow', 'controlnet', 'unet' and 'vae' for the activations of these
     stages; and 'peak' for the maximum needed at any moment. In float32, 'peak' includes the copies of weights
-    that are kept for faster computation on a CPU. With `memory_plan` 'auto', the figures are for an unsplit
-    frame. `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
+    that are kept for faster computation on a CPU. With `memory_plan` 'auto', the frame is assumed
+    not to be split. `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
     """
     options = options or UpscaleOptions()
     configs, flow = CONFIGS, "raft_large"

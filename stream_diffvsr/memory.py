@@ -81,7 +81,7 @@ def _cgroup_free() -> list[int]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors alive at the same time, except the `known` ones.
+    """Counts the bytes of all tensors that are currently alive, except the `known` ones.
 
     `peak` is the highest count so far. Memory that libraries allocate internally is not counted.
     """

@@ -18,7 +18,7 @@ class Band:
     """The band with the rows around it, cut off at the edge of the picture."""
 
     def scaled(self, factor: int) -> Band:
-        """Return the same band of a picture `factor` times as high."""
+        """Return the corresponding band of a picture that is `factor` times as high."""
         rows, seen = self.rows, self.seen
         return Band(
             slice(rows.start * factor, rows.stop * factor), slice(seen.start * factor, seen.stop * factor)

@@ -285,7 +285,7 @@ def stream(session: Session, frames: Iterable[Tensor], finish: bool = True) -> I
     """Push frames to a session and yield its results; this is the only loop over frames.
 
     Evaluation is lazy: frame n + 1 is requested only after the results of frame n have been consumed. Pass
-    `finish=False` if more frames will follow; results that depend on those frames are then left out.
+    `finish=False` if more frames will follow; results that need those frames are then held back.
     """
     for lq in frames:
         yield from session.push(lq)

@@ -129,8 +129,8 @@ SPACE = N("", "")
 
 TABLE = {
     "simple_upscale": Example(
-        "## One node\n\nPress **Run**: the result, four times as large and with its sound, goes "
-        f"to the output folder and appears on the node.\n\n{OWN_VIDEO} {NANO}",
+        "## One node\n\nPress **Run**: the result, four times as large and with the original sound, "
+        f"is saved in the output folder and shown on the node.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (N("simple", OURS + "SimpleUpscale", {"model": "nano"}, {"video": "clip.video"}),),
@@ -210,8 +210,8 @@ TABLE = {
     ),
     "resume_state": Example(
         "## Continue from a saved state\n\nRun *save_state* first and reload the page, so that "
-        "its file appears in the list. Frames 8 to 15 then follow frame 7, bit for bit as if the run had "
-        "never stopped.",
+        "its file appears in the list. Frames 8 to 15 then continue after frame 7, bit-identical to an "
+        "uninterrupted run.",
         (
             (CLIP,),
             (PARTS,),
@@ -346,8 +346,8 @@ TABLE = {
     "live_webcam": Example(
         "## A camera, frame by frame\n\nSet the queue to run **on change** or **instantly**, "
         "and press Run. Each run takes a picture and upscales it, guided by the previous "
-        "run's frame.\n\nThe camera's picture is first reduced to a width of 160, so that a CPU can keep "
-        "up; a GPU can handle more.",
+        "run's frame.\n\nThe camera's picture is first reduced to a width of 160 pixels, so a CPU can "
+        "keep up; a GPU can handle more.",
         (
             (N("camera", "WebcamCapture", {"width": 160, "height": 120}), loader()),
             (N("live", OURS + "Live", {}, {"pipe": "model.pipe", "image": "camera.IMAGE"}),),
@@ -425,7 +425,7 @@ TABLE = {
 }
 TABLE["simple_upscale.app"] = Example(
     "## One node, as an app\n\nChoose a video and press **Run**: the result, four times as "
-    f"large and with its sound, goes to the output folder.\n\n{NANO}",
+    f"large and with the original sound, is saved in the output folder.\n\n{NANO}",
     (
         (N("clip", "LoadVideo", {"file": "video.mp4"}),),
         (N("simple", OURS + "SimpleUpscale", {"model": "nano"}, {"video": "clip.VIDEO"}),),

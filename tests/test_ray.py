@@ -257,4 +257,4 @@ def test_a_ray_that_does_not_start(source, checkpoint, tmp_path) -> None:
         env={**os.environ, "RAY_TMPDIR": str(folder)},
     )
     assert done.returncode == 2
-    assert "Ray does not start on this machine" in done.stderr.splitlines()[-1]
+    assert "Ray cannot start on this machine" in done.stderr.splitlines()[-1]

@@ -380,7 +380,7 @@ def test_a_missing_package(checkpoint, monkeypatch, name, capsys, tmp_path):
         ({"runtime": "tflite"}, "runtime must be one of torch"),
         ({"runtime": "torch", "provider": "cuda"}, "runtime torch needs provider auto"),
         ({"runtime": "openvino", "provider": "tensorrt"}, "one of OpenVINO's"),
-        ({"runtime": "openvino", "provider": "npu"}, "OpenVINO finds no device 'npu' here"),
+        ({"runtime": "openvino", "provider": "npu"}, "OpenVINO found no 'npu' device here"),
         ({"runtime": "openvino", "quantize": "int8"}, "quantize none"),
         ({"runtime": "onnx", "provider": "cuda"}, "one that this ONNX Runtime supports"),
         ({"runtime": "onnx", "dtype": "bfloat16"}, "dtype float32 or float16"),

@@ -414,7 +414,7 @@ def test_from_s3_to_s3(s3: tuple[Any, int], tmp_path: Path) -> None:
     small = Server(tmp_path / "small", direct=True, STREAM_DIFFVSR_MAX_PIXELS="100")
     assert small.ask(task, **asked).status_code == 202, "what is in S3 is seen only when it is here"
     status = small.wait(task)
-    assert status["status"] == "failed" and "larger than the 100 pixels" in status["message"], status
+    assert status["status"] == "failed" and "exceed the limit of 100 pixels" in status["message"], status
     small.stop()
 
 

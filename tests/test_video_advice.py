@@ -40,10 +40,10 @@ from stream_diffvsr.training.options import TrainOptions
 @pytest.mark.parametrize(
     ("name", "sound", "said", "codec"),
     [
-        ("a.avi", "pcm_u8", "an .mkv output keeps it", "pcm_u8"),
-        ("a.mkv", "wavpack", "an .mkv output keeps it", "wavpack"),
-        ("a.avi", "adpcm_ms", "an .mkv output stores it as FLAC", "flac"),
-        ("a.wmv", "wmav2", "an .mkv output stores it as FLAC", "flac"),
+        ("a.avi", "pcm_u8", "use an .mkv output to keep it", "pcm_u8"),
+        ("a.mkv", "wavpack", "use an .mkv output to keep it", "wavpack"),
+        ("a.avi", "adpcm_ms", "use an .mkv output to store it as FLAC", "flac"),
+        ("a.wmv", "wmav2", "use an .mkv output to store it as FLAC", "flac"),
     ],
 )
 def test_another_container_for_the_sound(name, sound, said, codec, pipe, tmp_path: Path, caplog) -> None:

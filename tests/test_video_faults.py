@@ -344,7 +344,7 @@ FAULTS: dict[str, Fault] = {
     "track without packets mkv": Fault(
         remuxed("b.mkv", film("a.mkv", sound="aac"), only("video")), said="it contains nothing"
     ),
-    "track that cannot be decoded": Fault(undecodable, said="an .mkv output keeps it"),
+    "track that cannot be decoded": Fault(undecodable, said="use an .mkv output to keep it"),
     "track with a time twice": Fault(
         remuxed("a.mkv", film("a.mkv", sound="aac"), twice("audio")), beside=("aac",)
     ),
@@ -478,7 +478,7 @@ FAULTS: dict[str, Fault] = {
         beside=("subrip",),
         said="is converted to subrip",
     ),
-    "text bitmaps to mp4": Fault(bitmaps, said="an .mkv output keeps it"),
+    "text bitmaps to mp4": Fault(bitmaps, said="use an .mkv output to keep it"),
     "text bitmaps to mkv": Fault(bitmaps, "out.mkv", beside=("hdmv_pgs_subtitle",)),
     "words font to mp4": Fault(with_font, said="only .mkv can store attached files"),
     "words font to mkv": Fault(with_font, "out.mkv", beside=("ttf",)),

@@ -91,7 +91,7 @@ def test_where_hdr10_data_cannot_be_carried_it_is_said_once(hdr: Path, pipe, tmp
     assert light_of(output) == []
     said = [message for message in caplog.messages if "HDR10" in message]
     assert said == [
-        "prores is written without the source's HDR10 data (mastering display, light level), which h264, "
+        "writing prores without the source's HDR10 data (mastering display, light level), which only h264, "
         "h265, av1 can store"
     ]
 

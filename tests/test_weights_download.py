@@ -111,7 +111,7 @@ def test_resumes_after_being_cancelled(hub: StandInHub, home: Path, published: P
     assert told[-1] == sum((published / name).stat().st_size for name in names(folder))
 
 
-@pytest.mark.parametrize(("code", "words"), [(404, "does not have it"), (401, "HF_TOKEN"), (403, "HF_TOKEN")])
+@pytest.mark.parametrize(("code", "words"), [(404, "does not exist"), (401, "HF_TOKEN"), (403, "HF_TOKEN")])
 def test_an_error_that_stays(hub: StandInHub, home: Path, code: int, words: str):
     hub.fail("revision/main", status(code))
     with pytest.raises(ModelNotFoundError, match=words) as caught:

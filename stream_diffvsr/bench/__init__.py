@@ -1,1 +1,1 @@
-"""Benchmarks of the time per frame and per stage, and comparisons with the plain computation."""
+"""Benchmarks of the time per frame and per stage, and comparisons with a plain pipeline."""

@@ -1,4 +1,4 @@
-"""Pipelines to measure: any checkpoint, released architectures with random weights, and the plain path."""
+"""Pipelines to measure: any checkpoint, released architectures with random weights, and a reference run."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def open_measured(
 
 
 def open_diffvsr(model: str | Path, device: str, dtype: str, flow: str) -> StreamDiffVSRPipeline:
-    """Call `open_measured`, and raise `IncompatibleInputError` for a model of any other family."""
+    """Open a Stream-DiffVSR model to measure; raise `IncompatibleInputError` for any other family."""
     pipe = open_measured(model, device, dtype, flow)
     if not isinstance(pipe, StreamDiffVSRPipeline):
         raise IncompatibleInputError(f"this needs a Stream-DiffVSR model, not {model}")

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plain",
         action="store_true",
-        help="Also run the model the way the reference does, and compare the times.",
+        help="Also run the model as the reference implementation does, and compare the times.",
     )
     parser.add_argument(
         "--blocks",

@@ -31,7 +31,7 @@ BUNDLED_MODEL = Candidate("nano", NANO, "diffvsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "Folders to search for unfinished work and, before all other folders, for models."
+    words = "Folders to search for unfinished work, and for models before all other folders."
     parser.add_argument("folder", nargs="*", type=Path, help=words)
 
 
@@ -83,7 +83,7 @@ def weights(folders: list[Path]) -> Iterator[str]:
 
 
 def verdict(found: Found, used: set[str]) -> str:
-    """Return whether a checkpoint will be used, given the names that earlier checkpoints have taken."""
+    """Return whether a checkpoint will be used, given the names already taken by earlier ones."""
     if found.problem:
         return f"ignored: {found.problem}"
     return (

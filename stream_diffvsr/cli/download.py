@@ -1,4 +1,4 @@
-"""Download released weights, or only those files that are missing."""
+"""Download released weights, skipping files that are already there."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ray",
         metavar="ADDRESS",
-        help="Distribute scenes across a Ray cluster: auto for the cluster to which this machine belongs, "
+        help="Distribute scenes across a Ray cluster: auto for the cluster that this machine belongs to, "
         "HOST:PORT, or ray://HOST:PORT.",
     )
     group.add_argument(
@@ -65,7 +65,7 @@ def positive(text: str) -> int:
 
 
 def workers_from_flags(args: argparse.Namespace) -> Devices | None:
-    """Return the workers that the flags request, or None if this process is to do the work itself."""
+    """Return the workers that the flags request, or None if this process does the work itself."""
     if args.devices is None and args.ray is None:
         if args.split_scenes:
             raise IncompatibleInputError("--split-scenes needs --devices or --ray")

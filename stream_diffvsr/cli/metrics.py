@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights",
         type=Path,
         metavar="FOLDER",
-        help="Also compute LPIPS, DISTS, tLPIPS and the tOF of RAFT, with networks whose weights are in this "
+        help="Also compute LPIPS, DISTS, tLPIPS and tOF (with RAFT), using the network weights in this "
         "folder. If any are missing, a message says where to download them.",
     )
     parser.add_argument(
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(for Stream-DiffVSR: --controlnet-conditioning-scale 0 --no-use-tpm).",
     )
     parser.add_argument("--frames", type=int, help="Compare at most this many frames.")
-    parser.add_argument("--csv", type=Path, help="Write the figures of each frame to this CSV file.")
-    parser.add_argument("--plot", type=Path, help="Write a plot of the figures to this PNG file.")
+    parser.add_argument("--csv", type=Path, help="Write the metrics of each frame to this CSV file.")
+    parser.add_argument("--plot", type=Path, help="Save a plot of the metrics as this PNG file.")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def matched(paths: Sequence[Path]) -> Iterator[list[Tensor]]:
-    """Yield frames of all videos together, each (1, 3, H, W) in [0, 1], until one ends; name longer ones."""
+    """Yield the videos' frames together, each (1, 3, H, W) in [0, 1], until one ends; report longer ones."""
     from ..media.read import Span, open_source
 
     for frames in zip_longest(*(open_source(path).frames(Span()) for path in paths)):

@@ -89,7 +89,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def lora_argument(text: str) -> tuple[str, float]:
-    """Split text at the last colon into a path and a strength, which is 1 if missing."""
+    """Split text at the last colon into a path and a strength, which is 1 by default."""
     path, colon, strength = text.rpartition(":")
     try:
         return (path, float(strength)) if colon else (text, 1.0)

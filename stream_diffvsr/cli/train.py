@@ -24,7 +24,7 @@ from ..training.loop import Run, window
 from ..training.options import TrainOptions
 from ..training.report import stack_rows, write_picture
 
-LICENCE = "The base model's licence also covers works derived from it; you also need the rights to the clips."
+LICENCE = "The base model's licence also covers works derived from it, and you need the rights to the clips."
 MEGABYTE = 2**20
 
 
@@ -84,7 +84,7 @@ def print_note(line: str) -> None:
 
 
 def show_degradation(path: Path, footage: Footage, recipe: Recipe, options: TrainOptions) -> None:
-    """Write a picture of four sequences: for each, a true frame next to the enlarged LQ frame."""
+    """Write a picture of four sequences: for each, the original frame next to the enlarged LQ frame."""
     rows = []
     for index in range(4):
         lqs, truths = window(footage, recipe, options, np.random.default_rng((options.seed, 2, index)))

@@ -67,7 +67,7 @@ def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
     """Sample `picture` bilinearly at p + flow(p); also return whether each position is inside the picture.
 
     The second result, (N, 1, h, w), is 1 inside the picture and 0 outside. Positions are exact: zero flow
-    changes nothing, unlike when the reference warps the previous result.
+    changes nothing, whereas the reference's warp of the previous result shifts it slightly even then.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
@@ -78,7 +78,7 @@ def sample_with_inside(picture: Tensor, flow: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def enlarged_and_reduced(lq: Tensor) -> Tensor:
-    """Enlarge (N, 3, h, w) by REDUCTION (bicubic) and shrink it by averaging, in one step: a slight blur."""
+    """Blur slightly: enlarge (N, 3, h, w) by REDUCTION (bicubic) and shrink it by averaging, in one step."""
     height, width = lq.shape[-2:]
     around = F.pad(lq, (REACH,) * 4, mode="replicate")
     # Use slices rather than a convolution, which would run in TF32 on some GPUs.
@@ -230,7 +230,7 @@ class FlowNetwork(nn.Module):
         return flow * near_change(current, previous)
 
     def flows(self, current: Tensor, previous: Tensor) -> list[Tensor]:
-        """Return each pass's flow, coarsest level first, in its level's pixels and at its padded size."""
+        """Return each pass's flow, coarsest level first, at the padded size and in pixels of its level."""
         levels = levels_for(*current.shape[-2:])
         pairs = [self._padded(current, levels), self._padded(previous, levels)]
         pyramid = [torch.cat(pairs)]

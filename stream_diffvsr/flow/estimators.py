@@ -30,7 +30,7 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class FlowEstimator(nn.Module):
-    """Base class of all estimators; each is a module, even without weights, and can move to a device."""
+    """Base class of all estimators; each is a module, even if it has no weights, and can move to a device."""
 
     name = "none"
     any_size = True

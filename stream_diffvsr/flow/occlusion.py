@@ -1,4 +1,4 @@
-"""How far to trust the previous frame: flow must agree in both directions, and frames must match along it."""
+"""How far to trust the previous frame: flow must agree both ways, and frames must match where it points."""
 
 from __future__ import annotations
 

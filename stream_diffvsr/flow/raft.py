@@ -18,7 +18,7 @@ def estimate(network: Any, current: Tensor, previous: Tensor, *, linear: bool) -
 
     The network's own `forward` computes the same flow, but it keeps every update's flow at full size, encodes
     both frames at once and keeps its correlation volume until the next call. With `linear`, the memory
-    for correlations is linear in the number of pixels; otherwise, the volume of all pairs is computed.
+    for correlations grows linearly with the number of pixels; otherwise, the volume of all pairs is computed.
     """
     fmap1, fmap2 = network.feature_encoder(current), network.feature_encoder(previous)
     correlation = (_linear if linear else _volume)(network.corr_block, fmap1, fmap2)

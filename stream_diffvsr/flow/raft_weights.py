@@ -95,7 +95,7 @@ def download_raft(name: str) -> Path:
         raise ModelNotFoundError(
             f"flow weights of {name}",
             path,
-            f"They could not be downloaded ({error}): put {weights.url} there or into the subfolder "
+            f"They could not be downloaded ({error}): save {weights.url} there or in the subfolder "
             f"'{FOLDER}' of a models folder, or choose another flow ('dis' needs no weights).",
         ) from error
     return path

@@ -26,7 +26,7 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
 
 
 def centred(flow: Tensor) -> Tensor:
-    """Return a flow, corrected for the shift, with which `warp` samples exactly where `flow` points.
+    """Correct a flow for the shift, so that `warp` samples exactly where the given `flow` points.
 
     (1, 2, H, W) -> (1, 2, H, W). Used for checkpoints whose index states that they were trained this way.
     """

@@ -38,8 +38,8 @@ def find_scenes(
 ) -> Iterator[Scene]:
     """Yield each scene as soon as its end is known; a run in one process finds the same scenes.
 
-    `state` names the saved state from which the first scene continues. If `told` is set, the single
-    scene of a job without cut detection is yielded without reading frames; its end may then be None.
+    `state` names the saved state from which the first scene continues. If `told` is set, a job
+    without cut detection yields its single scene without reading any frames; its end may then be None.
     """
     job, source, split = prepared.job, prepared.source, split or Split()
     if told and not split.frames and _is_one_scene(prepared) and isinstance(job.start, int):

@@ -322,7 +322,7 @@ def _start_here(ray: Any, devices: Devices) -> None:
             # Ray waits half a minute for its own processes, which is too short on a busy machine.
             if last or "timed out" not in str(error):
                 raise VideoError(
-                    f"Ray does not start on this machine: {_first_line(error).rstrip('.')}. "
+                    f"Ray cannot start on this machine: {_first_line(error).rstrip('.')}. "
                     "Fix the cause, or use a single device."
                 ) from error
 

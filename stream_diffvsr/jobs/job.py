@@ -200,7 +200,7 @@ class VideoJob:
         group="output",
         expert=True,
         metavar="N",
-        unset_help="about a minute's work, at most 120",
+        unset_help="as many as take about a minute, at most 120",
     )
     read_ahead: int = option(
         4,

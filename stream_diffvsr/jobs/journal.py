@@ -136,7 +136,7 @@ def read_segment(content: Mapping[str, Any]) -> Segment:
     segment = Segment(**values)
     named = [name for name in (part.name, part.compare, segment.state, *segment.digests) if name]
     if not all(OWN_FILES.fullmatch(name) for name in named):
-        raise ValueError("it names files that no job writes")
+        raise ValueError("it names files that no job would write")
     if not all(isinstance(number, int) for number in (segment.start, segment.scene, part.frames)):
         raise ValueError("it does not state which frames it contains")
     return segment

@@ -100,7 +100,7 @@ class Output:
             told = STEREO_WORD in after.streams.video[0].metadata
             if STEREO_WORD in before.streams[source.stream_index].metadata and not told:
                 log.warning(
-                    "the note that says how 3D views are arranged is lost: to keep it, write an .mkv "
+                    "the information on how 3D views are arranged is lost: to keep it, write an .mkv "
                     "file and do not set --no-audio"
                 )
 

@@ -72,7 +72,7 @@ class Prepared:
         return max(1, round(1 / (self.source.info.rate * self.source.info.time_base)))
 
     def fitted(self, model: Model) -> Prepared:
-        """Return a copy of the job, filling in the values that depend on the model."""
+        """Return a copy of the job with the values that depend on the model filled in."""
         return Prepared(
             settle_job(self.job, model.info, model.Options, *self.size), self.source, self.cut_rule
         )
@@ -94,7 +94,7 @@ class Prepared:
         return self.job.source.stat().st_size if self.job.audio and self.job.source.is_file() else 0
 
     def between(self, first: int, end: int | None) -> Span:
-        """Return the span from `first` up to `end`, exclusive; None extends it to the end of the job."""
+        """Return the span from `first` to just before `end`; None extends it to the end of the job."""
         return Span(first, self.job.span.end if end is None else end - 1)
 
     def offset(self, first: int) -> int:

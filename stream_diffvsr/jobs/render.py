@@ -97,7 +97,8 @@ class Renderer:
         """Render a scene, or its remaining frames, in a new session.
 
         `scene` is the index of the scene's first frame; at a scene's beginning, `scene` and `state` may be
-        None. Segments end only at borders. Frames before `scene` warm up the model and are discarded.
+        None. A segment ends only where the session can be continued exactly, or at the scene's end. Frames
+        before `scene` warm up the model and are discarded.
         """
         first = next(frames, None)
         if first is None:
@@ -168,7 +169,7 @@ class Renderer:
             self.writer.add(sink.add, prepared[name], frame.index, frame.time)
 
     def close(self) -> SegmentFile | None:
-        """Finish the open segment's files if not yet done; return them, or None if no segment is open."""
+        """Finish the open segment's files, unless already done; return them, or None if none is open."""
         if not self.open or self.closed is not None:
             return self.closed
         self.writer.wait()

@@ -1,4 +1,4 @@
-"""Running a whole job, from file to file, for the command line or nodes, in segments that survive a crash.
+"""Run a whole job, from file to file, for the command line or nodes, in segments that survive a crash.
 
     with contextlib.closing(run(pipe, VideoJob(source="in.mp4", output="out.mp4"))) as progress:
         for step in progress:
@@ -52,7 +52,7 @@ WRITE_DEPTH = 4
 def run(
     pipe: Upscaler, job: VideoJob | Prepared, on_step: OnStep | None = None
 ) -> Generator[JobProgress, None, None]:
-    """Run a job, yielding its progress after each frame; the output exists when the generator ends.
+    """Run a job, yielding its progress after each frame; the output is complete when the generator ends.
 
     Closing the generator, or an exception from `on_step`, cancels the job: a playable file with the finished
     part remains, and running the same job again resumes it. Raises `VideoError` if files cannot be read or
@@ -73,7 +73,7 @@ class Run:
         self.sinks = open_sinks(prepared, self.work.folder)
 
     def steps(self) -> Generator[Any, None, None]:
-        """Upscale the frames not yet done, then join the segments into the output."""
+        """Upscale the remaining frames, then join the segments into the output."""
         with self.work.locked():
             self.journal = self._begin()
             if not self._finished():

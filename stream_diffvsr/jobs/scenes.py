@@ -53,7 +53,7 @@ class SceneCut:
 
     @property
     def compares(self) -> bool:
-        """Whether frames are compared."""
+        """Whether cuts are found by comparing frames."""
         return self.threshold is not None and self.listed is None
 
     def between(self, index: int, before: Tensor | None, now: Tensor | None) -> bool:
@@ -67,7 +67,7 @@ class SceneCut:
 
 @dataclass(frozen=True)
 class Scene:
-    """Describes consecutive frames that one worker renders, but does not contain their pictures."""
+    """Describes consecutive frames for one worker to render; the pictures themselves are not included."""
 
     first: int
     """Index of its first frame in the source."""
@@ -88,7 +88,7 @@ class Scene:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Scene:
-        """Return the scene that `to_json` converted."""
+        """Recreate a scene from the output of `to_json`."""
         place = content["place"]
         values: dict[str, Any] = {**content, "place": None if place is None else Place(**place)}
         return cls(**values)

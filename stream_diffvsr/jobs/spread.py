@@ -248,7 +248,7 @@ class Spread:
                     run, _ = self.names.pop(name)
                     run.take(name, answer)
                 if not self.pool.workers:
-                    raise OSError("all workers are lost; run the same command again to resume")
+                    raise OSError("all workers have been lost; run the same command again to resume")
                 yield self._progress()
         finally:
             self._stop()

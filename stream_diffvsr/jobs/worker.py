@@ -57,7 +57,7 @@ def to_json(job: VideoJob) -> dict[str, Any]:
 
 
 def from_json(content: Mapping[str, Any], options: type) -> VideoJob:
-    """Return the job that `to_json` converted; `options` is the class of its family's options."""
+    """Recreate a job from the output of `to_json`; `options` is the class of its family's options."""
     found: dict[str, Any] = {}
     for key, value in content.items():
         fraction = isinstance(value, list) and value[:1] == ["/"]
@@ -138,7 +138,7 @@ class Worker:
         return _call_result(made)
 
     def check_access(self, job: Mapping[str, Any], source: Mapping[str, Any], token: str) -> dict[str, Any]:
-        """Check that this machine sees the driver's source and work folder; return an error otherwise."""
+        """Check that this machine sees the driver's source and work folder; return an error if not."""
 
         def seen() -> dict[str, Any]:
             path, work = Path(job["source"]), WorkFolder(Path(job["output"]))

@@ -235,7 +235,7 @@ def hdr_options(codec: str, info: SourceInfo) -> dict[str, str]:
         return {}
     if codec not in HDR_OPTIONS:
         log.warning(
-            "%s is written without the source's HDR10 data (mastering display, light level), which %s "
+            "writing %s without the source's HDR10 data (mastering display, light level), which only %s "
             "can store",
             codec,
             ", ".join(HDR_OPTIONS),
@@ -309,7 +309,7 @@ def check_opens(codec: str) -> None:
 
 @functools.cache
 def open_error(codec: str) -> str | None:
-    """Try to open an encoder for a small picture; return why that fails here, or None if it succeeds."""
+    """Try to open an encoder for a small picture; return the reason if that fails, or None."""
     import av
 
     spec = CODECS[codec]

@@ -93,13 +93,13 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def say_left_out(folder: Path) -> None:
-    """Log the suffixes of the files in a folder that are left out because they cannot be read as pictures."""
+    """Log the suffixes of a folder's files that are skipped because they cannot be read as pictures."""
     others = {
         f.suffix.lower() or f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")
     }
     if left_out := sorted(others - set(SUFFIXES)):
         log.warning(
-            "%s files in %s are left out because they cannot be read as pictures",
+            "skipping %s files in %s, which cannot be read as pictures",
             ", ".join(left_out),
             folder,
         )
@@ -330,7 +330,7 @@ def _exif(image: Any) -> bytes:
                 kept[tag] = words
         return kept.tobytes() if len(kept) else b""
     except damage() as error:
-        log.warning("the EXIF data of %s is left out because it is damaged (%s)", image.filename, error)
+        log.warning("leaving out the EXIF data of %s, which is damaged (%s)", image.filename, error)
         return b""
 
 
@@ -355,7 +355,7 @@ def write(path: Path, picture: Picture) -> None:
     values = (pixels[0].movedim(0, -1) * top).round().clamp(0, top).cpu().numpy()
     profile, lost = kept_in(picture.profile, suffix)
     if lost:
-        log.warning("%s is written without %s", path.name, " and ".join(lost))
+        log.warning("writing %s without %s", path.name, " and ".join(lost))
     with atomic(path) as file:
         if deep:
             write_deep = _with_png_profile if suffix == ".png" else _with_tiff_profile

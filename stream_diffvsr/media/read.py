@@ -1,7 +1,7 @@
 """Sources of frames: video files, animated pictures and folders of pictures, read one frame at a time.
 
 Each source has `info` and `frames(span)`, which yields every frame of the span with its timestamp and its
-index in the whole source. `notes` maps each kind of fault to the number found.
+index in the whole source. `notes` maps each kind of fault to how often it was found.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class SourceFrame:
         return self._shown[0]
 
     def thinned(self, step: int) -> Tensor:
-        """Return every step-th row and column of `rgb`, computed in a fraction of the time."""
+        """Return every step-th row and column of `rgb`, which takes only a fraction of the time."""
         return self.pixels.to_rgb(self.device, step)[0]
 
     @property
@@ -126,7 +126,7 @@ class Source(Protocol):
         ...
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Return the place from which to continue after a frame, or None if that would save no time."""
+        """Return the place from which to continue after a frame, or None if seeking would save no time."""
         ...
 
 
@@ -184,7 +184,7 @@ class VideoSource:
             if not span.before(index, seconds):
                 yield self._convert(frame, index, time)
         # The demuxer skips some damage silently; only this difference reveals it.
-        self.notes["frames fewer than its index lists"] += max(0, self._named - index - 1)
+        self.notes["frames missing: fewer than its index lists"] += max(0, self._named - index - 1)
 
     def look_at(self, span: Span) -> None:
         """Set the size to that of the span's first frame, because some broadcasts change size midway."""
@@ -263,7 +263,7 @@ class VideoSource:
             )
         if not self._captioned and "A53_CC" in side_data(frame):
             self._captioned = True
-            log.warning("the closed captions in the video stream of %s are left out", self.path)
+            log.warning("the output will not have the closed captions in the video of %s", self.path)
         duration = getattr(frame, "duration", None) or None if self._has_durations else None
         pixels = Decoded(planes_of(frame, self.info.colour), matrix)
         return SourceFrame(index, time, duration, pixels, (height, width), self.info.bits)
@@ -278,12 +278,12 @@ class VideoSource:
             try:
                 packet = next(packets, None)
             except (av.FFmpegError, OSError) as error:
-                self.notes["unreadable places in the file"] += 1
+                self.notes["unreadable parts of the file"] += 1
                 log.warning("%s cannot be read to the end (%s)", self.path, error)
                 return
             if packet is None:
                 return
-            self.notes["breaks in its timestamps removed"] += line.straighten(packet)
+            self.notes["jumps in its timestamps removed"] += line.straighten(packet)
             if packet.stream.index == stream.index:
                 self.packets += 1
                 # If a frame has no timestamp, its time is estimated from the frames before it.
@@ -347,7 +347,7 @@ def alpha_decoder(stream: Stream) -> Any:
         decoder: Any = av.CodecContext.create(name, "r")
     except ValueError:
         log.warning(
-            "the transparency of stream %d is left out because this version of PyAV lacks %s",
+            "the transparency of stream %d is ignored because this version of PyAV lacks %s",
             stream.index,
             name,
         )

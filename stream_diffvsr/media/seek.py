@@ -1,4 +1,4 @@
-"""Read from the middle of a file, producing the same frames, indices and times as reading from its start.
+"""Read from the middle of a file, producing the same frames, indices and times as when read from the start.
 
 Seeking is fast but can go wrong: timestamps may repeat, a file's index may be incorrect, and pictures may
 refer to skipped pictures. Seeking is therefore used only to reach a known frame from an earlier key frame. If
@@ -85,7 +85,7 @@ def decode_from(
 def count_to(
     container: Container, stream: Stream, span: Span, first: int, interlaced: bool
 ) -> tuple[Place, array[int]]:
-    """Return the place where a span starts, with the timestamps of all frames up to it and of some after it.
+    """Return the place where a span starts, with the timestamps of all frames up to it and a few after it.
 
     This counts packets and sorts their timestamps; nothing is decoded. `first` is the first frame's
     timestamp. Raises `DoubtError` if the number of packets may differ from the number of frames.
@@ -107,7 +107,7 @@ def count_to(
 
 
 def timestamps(container: Container, stream: Stream, span: Span, first: int) -> array[int]:
-    """Return the sorted timestamps of frames up to a span's start and of some after it.
+    """Return the sorted timestamps of all frames up to a span's start and a few after it.
 
     Raises `DoubtError` if a packet has no time, or is damaged or discarded.
     """
@@ -117,7 +117,7 @@ def timestamps(container: Container, stream: Stream, span: Span, first: int) -> 
         if not packet.size:
             continue
         if packet.pts is None or packet.is_discard or packet.is_corrupt:
-            raise DoubtError("some of its packets have no picture or no time")
+            raise DoubtError("some of its packets lack a picture or a timestamp")
         times.append(packet.pts)
         if not span.before(len(times) - 1, (packet.pts - first) * stream.time_base):
             left -= 1

@@ -2,7 +2,7 @@
 
 A stream is copied if the output's container accepts it. Otherwise it is converted or, failing that, left out;
 both cases are logged. Each file is written completely, including the container's trailer, because some
-containers refuse a stream only at that point. Every packet that is later joined into the output has therefore
+containers refuse a stream only at that point. So every packet that is later joined into the output has
 already been accepted. Finished files are reused when the job is resumed.
 """
 
@@ -249,18 +249,18 @@ def what_is_lost(original: Container, container_format: str) -> list[str]:
 
 
 def keeping_advice(stream: Stream, container_format: str) -> str:
-    """Return advice on how to keep a stream unchanged or nearly so, or else on how to leave it out."""
+    """Return advice on keeping a stream unchanged or nearly so or, failing that, on leaving it out."""
     import av
 
     if container_format != "matroska":
         try:
             with av_refusals(), av.open(io.BytesIO(), "w", format="matroska") as mkv:
                 add_copy(mkv, stream)
-            return "an .mkv output keeps it"
+            return "use an .mkv output to keep it"
         except RefusedError:
             if stream.type == "audio":
-                return "an .mkv output stores it as FLAC, without further loss"
-    return "--no-audio leaves it out"
+                return "use an .mkv output to store it as FLAC, without further loss"
+    return "use --no-audio to leave it out"
 
 
 def _one_reading(

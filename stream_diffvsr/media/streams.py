@@ -62,7 +62,7 @@ def choose_stream(container: Container, path: Path, wanted: int | None) -> Strea
         best = max(videos, key=lambda s: (s.frames != 1, s.width * s.height, s.frames, -s.index))
         if others := [str(s.index) for s in videos if s is not best]:
             log.warning(
-                "of the video streams in %s, only %d (%dx%d) is upscaled, not %s: "
+                "%s has several video streams; only %d (%dx%d) is upscaled, not %s: "
                 "use --stream to choose another",
                 path,
                 best.index,
@@ -205,11 +205,11 @@ def hdr_data(frame: Frame, words: Mapping[str, str]) -> dict[str, bytes]:
     if STEREO_WORD in words:
         found.pop("STEREO3D", None)
     if lost := [called for name, called in LOST_DATA.items() if name in found]:
-        log.warning("the source's %s cannot be kept and is left out", " and ".join(lost))
+        log.warning("the source's %s cannot be kept in the output", " and ".join(lost))
     display = found.get(HDR_DATA[0])
     # The last two numbers are flags that say whether the chromaticities and the luminances are known.
     if display is not None and 0 in struct.unpack_from("=2i", display, 80):
-        log.warning("the source's mastering display data is incomplete and is left out")
+        log.warning("the source's mastering display data is incomplete, so it is not kept")
         del found[HDR_DATA[0]]
     return {name: data for name, data in found.items() if name in HDR_DATA}
 

@@ -2,8 +2,8 @@
 
 Such timestamps occur in broadcasts, in recordings made in several pieces and in concatenated files; FFmpeg
 flags the formats that allow them. As in FFmpeg's command-line tool, a break is a step back in decoding order,
-or a step forward of more than ten seconds that no other stream shares. The code that reads the picture and
-the code that reads the sound both process all packets in file order, so both apply the same offsets.
+or a step forward of more than ten seconds in one stream only. The code that reads the picture and the code
+that reads the sound both process all packets in file order, so both apply the same offsets.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Timeline:
         self._tracks: dict[int, _Track] = {}
 
     def streams(self, container: Container, *wanted: Any) -> list[Any]:
-        """Return the streams to demux: those wanted and, if breaks are possible, all sound and video."""
+        """Return the streams to demux: `wanted`, plus all sound and video streams if breaks are possible."""
         others = [*container.streams.video, *container.streams.audio] if self.jumps else []
         return sorted({stream.index: stream for stream in [*wanted, *others]}.values(), key=lambda s: s.index)
 

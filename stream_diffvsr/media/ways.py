@@ -98,7 +98,7 @@ class Copied:
 class Translated:
     """Translates text subtitles for another container.
 
-    A cue without an end time is assigned one, because MP4 players would not show it otherwise.
+    A cue without an end time gets one, because MP4 players would otherwise not show it.
     """
 
     first, damaged = None, 0

@@ -20,7 +20,7 @@ from .pictures import Picture
 
 
 class SegmentWriter:
-    """Writes one segment of a video file with an encoder of its own, independently of other segments."""
+    """Writes one segment of a video file with its own encoder, independently of other segments."""
 
     def __init__(self, path: Path, encoding: Encoding) -> None:
         import av

@@ -1,7 +1,7 @@
 """Quality measures for single frames and for pairs of consecutive frames.
 
 Convention: pictures are RGB, (1, 3, H, W) float32 in [0, 1]; flow is backward, (1, 2, H, W), in pixels.
-Measures that the piq library offers are computed with it, using the settings customary in the field.
+The piq library computes all measures that it offers, with the settings usual in the field.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def protocol(border: int, networks: Networks | None = None) -> dict[str, str]:
 
     piq, torch_ = f"piq {import_piq().__version__}", f"torch {torch.__version__}"
     inside, whole = f"{border} pixels at each edge ignored", "whole frames"
-    luminance, window = "luminance by BT.601", "11x11 window, without downsampling"
-    dis = f"flow of DIS (medium), OpenCV {cv2.__version__}"
+    luminance, window = "BT.601 luminance", "11x11 window, without downsampling"
+    dis = f"DIS flow (medium), OpenCV {cv2.__version__}"
     files = networks.files if networks else {}
     vgg, raft = files.get("vgg16"), files.get("raft_large")
     return {
@@ -103,15 +103,15 @@ def protocol(border: int, networks: Networks | None = None) -> dict[str, str]:
         "ssim_rgb": f"RGB, {window}; {inside}; {piq}",
         "gmsd": f"{inside}; {piq}",
         "vif": f"VIFp; {inside}; {piq}",
-        "sharpness": f"gradient of luminance by BT.601; {inside}; {torch_}",
-        "colour_error": f"chroma by BT.601 from 0 to 255, blurred with sigma 4; {inside}; {torch_}",
+        "sharpness": f"gradient of BT.601 luminance; {inside}; {torch_}",
+        "colour_error": f"BT.601 chroma on a scale of 0 to 255, blurred with sigma 4; {inside}; {torch_}",
         "lpips": f"{vgg}, {files.get('lpips')}; {inside}; {piq}",
         "dists": f"{vgg}, {files.get('dists')}, shorter side at most 256; {inside}; {piq}",
-        "warping_error": f"squared, of values from 0 to 1; {dis}, of the original; {whole}; {torch_}",
+        "warping_error": f"squared error, values from 0 to 1; {dis}, from the original; {whole}; {torch_}",
         "tof": f"pixels; {dis}; {whole}; {torch_}",
-        "tof_raft": f"pixels; flow of {raft}, 12 updates, pictures in [0, 1]; {whole}; {torch_}",
+        "tof_raft": f"pixels; flow by {raft}, 12 updates, pictures in [0, 1]; {whole}; {torch_}",
         "tlpips": f"{vgg}, {files.get('lpips')}; {whole}; {piq}",
-        "ghosts": f"regions of at least {LEAST} pixels per frame; {dis}, of the original; {whole}; {torch_}",
+        "ghosts": f"regions per frame, {LEAST} pixels or more; {dis}, from the original; {whole}; {torch_}",
     }
 
 
@@ -194,7 +194,7 @@ def temporal_measures(
 ) -> dict[str, float]:
     """Return the measures of a frame and its predecessor, or an empty dict for the first frame.
 
-    Both are given as to `measure`.
+    Each is a tuple of pictures, as in `measure`.
     """
     if before is None:
         return {}
@@ -242,7 +242,7 @@ def visible(flow: Tensor, reverse: Tensor) -> Tensor:
 def sample_zero_outside(picture: Tensor, flow: Tensor) -> Tensor:
     """Sample `picture` bilinearly at p + flow(p), with 0 outside.
 
-    Unlike in `warp`, zero flow is the identity.
+    Unlike with `warp`, zero flow returns the picture unchanged.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]
@@ -258,11 +258,11 @@ WORSE, LEAST, ALIKE = 6 / 255, 60, 0.4
 def ghosts(result: Tensor, truth: Tensor, unguided: Tensor, previous: Tensor, flow: Tensor) -> int:
     """Count regions in which guidance makes the frame worse by making it more like the `previous` result.
 
-    Such a region has at least 60 connected pixels in which the absolute error of luminance, blurred with
-    sigma 1.5, is larger than that of the `unguided` result by more than 6 of 255. Inside it, the difference
-    between the two results correlates by more than 0.4 with what separates the unguided result from the
-    previous one, either at the same place or moved along the truth's `flow`. The measure is this project's
-    own; pictures are (1, 3, H, W) in [0, 1], and `flow` is (1, 2, H, W) in pixels.
+    Such a region has at least 60 connected pixels where the absolute luminance error, blurred with sigma
+    1.5, exceeds that of the `unguided` result by more than 6/255. Within the region, result - unguided has a
+    correlation above 0.4 with previous - unguided; the previous result is either left in place or moved
+    along the truth's `flow`. The measure is this project's own; pictures are (1, 3, H, W) in [0, 1], and
+    `flow` is (1, 2, H, W) in pixels.
     """
     import cv2
 

@@ -1,4 +1,4 @@
-"""Measures by trained networks: piq's LPIPS and DISTS, and RAFT's flow; the user downloads the weights."""
+"""Measures using trained networks: piq's LPIPS and DISTS, RAFT's flow; the user downloads the weights."""
 
 from __future__ import annotations
 

@@ -14,8 +14,8 @@ from ..weights.networks import empty, shapes_of
 def vgg_features(path: Path) -> nn.Sequential:
     """Return the convolutional part with torchvision's weights from the file `path`, without gradients.
 
-    It expects pictures (N, 3, H, W), normalised with ImageNet's mean and deviation. Raises
-    `CheckpointError` if the file contains anything else.
+    It expects pictures (N, 3, H, W), normalised with ImageNet's mean and standard deviation.
+    Raises `CheckpointError` if the file contains anything else.
     """
     from torchvision.models import vgg16
 

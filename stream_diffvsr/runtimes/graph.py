@@ -43,7 +43,7 @@ class Graph:
         return sum(value.nbytes for value in self.network.state_dict().values())
 
     def key(self) -> dict[str, str]:
-        """Return everything on which an export depends."""
+        """Return everything that an export depends on."""
         versions = {name: version(name) for name in ("torch", "diffusers")}
         own = {"graph": self.name, "version": VERSION, "form": self.form, "weights": _digest(self.network)}
         return {**own, **versions}
@@ -75,7 +75,7 @@ class Runtime(Protocol):
 
     @property
     def details(self) -> str:
-        """The settings that affect the numbers: version, device and threads."""
+        """The settings that affect the results: version, device and threads."""
         ...
 
     def open(self, graph: Graph) -> Call:

@@ -46,7 +46,7 @@ class OpenVINO:
         found = self.core.available_devices
         if not any(name.partition(".")[0] == self.device for name in found):
             raise IncompatibleInputError(
-                f"OpenVINO finds no device {provider!r} here, only {', '.join(found)}"
+                f"OpenVINO found no {provider!r} device here, only {', '.join(found)}"
             )
 
     @property

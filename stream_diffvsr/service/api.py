@@ -215,7 +215,7 @@ def files_router(kind: str, jobs: Jobs) -> APIRouter:
 
     @router.get(
         "/preview.jpg",
-        summary="Get the newest frame: bicubic enlargement in the left half, the result in the right",
+        summary="Get the newest frame, left half enlarged bicubically, right half upscaled by the model",
         operation_id=f"{kind}_preview",
         responses={**FILE_ANSWER, 200: {"description": "The picture.", "content": {"image/jpeg": {}}}},
         response_class=Response,

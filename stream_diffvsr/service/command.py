@@ -78,7 +78,7 @@ class Checks:
             self._used = time.monotonic()
             if not line:
                 await self._end()
-                raise ProblemError(422, "The file is refused because inspecting it failed or took too long.")
+                raise ProblemError(422, "The file was rejected: inspecting it failed or took too long.")
             return json.loads(line)
 
     async def _started(self) -> asyncio.subprocess.Process:
@@ -103,7 +103,7 @@ class Checks:
         return process
 
     async def end_when_idle(self) -> None:
-        """End the process whenever it is idle, for as long as the server runs."""
+        """While the server runs, end the process each time it has been idle for a while."""
         while True:
             await asyncio.sleep(IDLE / 4)
             if self._process and not self._lock.locked() and time.monotonic() - self._used > IDLE:
@@ -184,14 +184,11 @@ def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
     (width, height), (out_width, out_height) = facts["size"], facts["output_size"]
     most = settings.max_pixels
     if width * height > most:
-        raise ProblemError(
-            413, f"Frames of {width}x{height} have more than the {most:,} pixels accepted here."
-        )
+        raise ProblemError(413, f"Frames of {width}x{height} exceed the limit of {most:,} pixels.")
     if out_width * out_height > ANY_SIZE * most:
         raise ProblemError(
             413,
-            f"Result frames of {out_width}x{out_height} have more than the {ANY_SIZE * most:,} pixels "
-            "allowed here.",
+            f"Result frames of {out_width}x{out_height} exceed the limit of {ANY_SIZE * most:,} pixels.",
         )
     if (facts["seconds"] or 0) > settings.max_seconds:
         raise ProblemError(

@@ -41,9 +41,7 @@ class Jobs:
     def check_room(self, needed: int) -> None:
         """Raise `ProblemError` if a file of `needed` bytes is too large or does not fit on the disk."""
         if needed > self.settings.max_bytes:
-            raise ProblemError(
-                413, f"The file is larger than the {self.settings.max_bytes / 1e9:g} GB accepted here."
-            )
+            raise ProblemError(413, f"The file exceeds the limit of {self.settings.max_bytes / 1e9:g} GB.")
         self._check_disk(needed)
 
     def _check_disk(self, needed: int) -> None:

@@ -56,7 +56,7 @@ async def fetch(url: str, target: Path, max_bytes: int) -> None:
         got = await obstore.get_async(store, key)
         size, done = got.meta["size"], 0
         if size > max_bytes:
-            raise ProblemError(413, f"{url} is larger than the {max_bytes / 1e9:g} GB accepted here.")
+            raise ProblemError(413, f"{url} exceeds the limit of {max_bytes / 1e9:g} GB.")
         with atomic(target) as file:
             async for chunk in got.stream(min_chunk_size=CHUNK):
                 done += await asyncio.to_thread(file.write, chunk)

@@ -1,4 +1,4 @@
-"""The models of requests and responses, for validation and for the API's description."""
+"""Data models for requests and responses, used for validation and in the API's description."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Upscaling(BaseModel):
     format: str | None = Field(
         None,
         max_length=10,
-        description="Ending of the result's name, such as .mp4; null keeps that of the source if possible.",
+        description="File ending of the result, such as .mp4; null means the source's, if possible.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -32,8 +32,8 @@ class Upscaling(BaseModel):
         None,
         max_length=2000,
         description="Source to use instead of an upload: s3://bucket/key, or a path inside a folder that the "
-        "server allows. The caller then chooses the task id, a UUID; sending the same request again is "
-        "harmless.",
+        "server allows. In that case, the caller chooses the task id, a UUID; sending the same request again "
+        "is harmless.",
     )
     target: str | None = Field(
         None, max_length=1200, description="s3://bucket/key to which the result is also uploaded."
@@ -46,7 +46,7 @@ class Status(BaseModel):
 
     task_id: str = Field(examples=["0f8e4a4cb3d94f6a9d1c5be9d2d0a7b1"])
     kind: Literal["videos", "images"]
-    name: str = Field(description="Name of the file, as sent.", examples=["holiday.mp4"])
+    name: str = Field(description="Original name of the file.", examples=["holiday.mp4"])
     status: STATES = Field(description="'uploaded' means that no job has been started yet.")
     frames_done: int = Field(examples=[120])
     frames_total: int | None = Field(examples=[2400])
@@ -120,7 +120,7 @@ class Capabilities(BaseModel):
     source_suffixes: dict[str, list[str]] = Field(
         description="Endings of image files; any other file is treated as a video."
     )
-    formats: dict[str, list[str]] = Field(description="File endings that results can have.")
+    formats: dict[str, list[str]] = Field(description="Supported file endings for results.")
     job: dict[str, Any] = Field(description="JSON schema of a job's options, and how to display them.")
     loader: dict[str, Any] = Field(description="JSON schema of the options for loading a model.")
     families: dict[str, Any] = Field(description="JSON schema of each family's options, with its presets.")

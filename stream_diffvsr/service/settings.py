@@ -50,7 +50,7 @@ class Settings:
         "Devices that run jobs, one job at a time on each: auto, all, or a list such as cuda:0,cuda:1.",
     )
     ray: str = option(
-        "", "Ray cluster over which each job is spread, as with upscale --ray; jobs run one at a time."
+        "", "Ray cluster that shares the work of each job, as with upscale --ray; jobs run one at a time."
     )
     max_gigabytes: float = option(20.0, "Largest file accepted, in GB (10^9 bytes).", low=0.001)
     max_pixels: int = option(

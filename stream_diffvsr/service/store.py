@@ -104,7 +104,7 @@ class Store:
         return found[0] if found else None
 
     def newest(self, kind: str, limit: int, offset: int = 0) -> list[Task]:
-        """Return tasks of a kind, newest first."""
+        """Return tasks of one kind, newest first."""
         return self._select("WHERE kind = ? ORDER BY created DESC LIMIT ? OFFSET ?", kind, limit, offset)
 
     def waiting(self) -> list[Task]:

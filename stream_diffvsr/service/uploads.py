@@ -101,7 +101,7 @@ class Upload:
             return
         self.size += end - start
         if self.size > self.max_bytes:
-            raise ProblemError(413, f"The file is larger than the {self.max_bytes / 1e9:g} GB accepted here.")
+            raise ProblemError(413, f"The file exceeds the limit of {self.max_bytes / 1e9:g} GB.")
         self._file.write(data[start:end])
 
     def _part_end(self) -> None:

@@ -59,7 +59,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Footage:
-    """Scenes to learn from, scenes to measure on, and a line of information about each clip."""
+    """Scenes to train on, scenes held out for evaluation, and a line of information about each clip."""
 
     train: Sequence[Scene]
     held: Sequence[Scene]

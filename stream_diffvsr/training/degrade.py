@@ -4,8 +4,8 @@
     - reduce: {method: [bicubic, area]}
     - video: {chance: 0.9, codec: [h264, hevc, mpeg2], quality: [22, 34]}
 
-A single number is a fixed value, two numbers are the range to draw from, and from a list of words, one is
-drawn. All random draws use the same generator, so a given seed always produces the same frames.
+A single number is used as it is; two numbers define a range to draw from, and a list of words a set to choose
+from. All random draws use the same generator, so a given seed always produces the same frames.
 `docs/training.md` has a table of steps.
 """
 
@@ -29,7 +29,7 @@ Rng = np.random.Generator
 
 
 def blur(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
-    """Blur with a Gaussian; `sigma` is in pixels, at the picture's size in this step."""
+    """Blur with a Gaussian; `sigma` is in pixels of the picture at this step."""
     from torchvision.transforms.functional import gaussian_blur
 
     return gaussian_blur(x, [2 * round(3 * sigma) + 1] * 2, [max(sigma, 0.01)] * 2)
@@ -44,7 +44,7 @@ def reduce(x: Tensor, rng: Rng, *, method: str) -> Tensor:
 
 
 def noise(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
-    """Add sensor noise, independent in every pixel; `sigma` is on a scale of 255."""
+    """Add sensor noise, independent for each pixel; `sigma` is on a scale of 255."""
     return x + torch.from_numpy(rng.normal(0, sigma / 255, x.shape).astype(np.float32))
 
 
@@ -72,7 +72,7 @@ def chroma_bleed(x: Tensor, rng: Rng, *, shift: float, sigma: float) -> Tensor:
 
 
 def interlace(x: Tensor, rng: Rng) -> Tensor:
-    """Add traces of interlacing: take every second row from the next frame."""
+    """Imitate interlacing: take every second row from the next frame."""
     woven = x.clone()
     woven[:-1, :, 1::2] = x[1:, :, 1::2]
     return woven
@@ -94,7 +94,7 @@ CODECS = {"h264": "libx264", "hevc": "libx265", "mpeg2": "mpeg2video"}
 
 
 def video(x: Tensor, rng: Rng, *, codec: str, quality: float) -> Tensor:
-    """Compress with a video codec; `quality` is like the crf of H.264, from 18 (good) to 40 (bad)."""
+    """Compress with a video codec; `quality` works like H.264's crf, from 18 (good) to 40 (bad)."""
     import av
 
     height, width = x.shape[-2:]

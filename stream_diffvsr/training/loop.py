@@ -86,7 +86,7 @@ def centre_crop(lq: Tensor, truth: Tensor, side: int) -> Window:
 
 
 def distance(difference: Tensor, kind: str) -> Tensor:
-    """Return the L1 distance, smoothed at zero, or 10 times the L2 distance, which is of similar size."""
+    """Return the L1 distance, smoothed at zero, or 10 times the L2 distance, which is similar in size."""
     return 10 * difference.square().mean() if kind == "l2" else (difference.square() + 1e-6).sqrt().mean()
 
 

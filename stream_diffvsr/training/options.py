@@ -60,7 +60,7 @@ class TrainOptions:
     perceptual: str | None = option(
         None,
         "File with VGG-16's weights (torchvision's vgg16-397923af.pth). If given, the loss also compares "
-        "that network's features, which brings more texture but a lower PSNR.",
+        "that network's features, which gives more texture but a lower PSNR.",
         kind=str,
         unset_help="none",
     )

@@ -79,11 +79,11 @@ class Trainer(ABC):
         """Return the settings that a resumed run must share with the original one, as JSON values."""
 
     def facts(self) -> dict[str, Any]:
-        """Return the other values to save with a run, as JSON values."""
+        """Return any other values to save with a run, as JSON values."""
         return {"step": self.step, "steps": self.steps}
 
     def fall(self) -> float:
-        """Return the learning rate's current factor, which falls from 1 to 0, by default along a cosine."""
+        """Return the learning rate's current factor, which falls from 1 to 0 (by default, along a cosine)."""
         return 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps)))
 
     def rate_now(self) -> float:
@@ -112,13 +112,13 @@ class Trainer(ABC):
         return loss
 
     def agree_on(self, steps: int) -> None:
-        """Set `steps` to the first process's number, so that all processes end after the same step."""
+        """Set `steps` to the first process's number, so that all processes stop after the same step."""
         from accelerate.utils import broadcast_object_list
 
         self.steps = broadcast_object_list([steps])[0]
 
     def keep(self, path: Path) -> None:
-        """Save everything that the following steps depend on, atomically."""
+        """Atomically save everything that the following steps depend on."""
         tensors = {f"weights.{name}": weight for name, weight in self.parameters.items()}
         tensors |= {f"average.{name}": weight for name, weight in self.average.items()}
         for name, weight in self.parameters.items():
@@ -158,6 +158,6 @@ class Trainer(ABC):
 
 
 def of_state(path: Path, kind: str) -> dict[str, Tensor]:
-    """Return, by name, the tensors of one kind ('weights' or 'average') that `Trainer.keep` saved."""
+    """Return the tensors of one kind ('weights' or 'average') that `Trainer.keep` saved, keyed by name."""
     tensors, _ = read_tensors(path)
     return {name.partition(".")[2]: x for name, x in tensors.items() if name.startswith(f"{kind}.")}

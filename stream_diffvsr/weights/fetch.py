@@ -1,6 +1,6 @@
 """Resumable downloads of released weights: only the files that are needed, and either all of them or none.
 
-huggingface_hub runs in a separate process, which can be ended immediately. With any version of the library,
+huggingface_hub runs in a separate process, which can be stopped immediately. With any version of the library,
 the size of the partial file shows how far the download has got and where to resume it.
 """
 
@@ -215,8 +215,8 @@ def _download_missing(
             log.info("%s; continuing", error)
     for name in missing:
         if _size(work / name) != sizes[name] > 0:
-            got = f"{_size(work / name)} of {sizes[name]} bytes of {name}"
-            raise FetchError(f"only {got} arrived")
+            got = f"{_size(work / name)} of {sizes[name]} bytes"
+            raise FetchError(f"{name} is incomplete: {got} arrived")
     mark.unlink()
     if missing and not target.exists():
         work.replace(target)
@@ -282,7 +282,7 @@ def _reason(trace: str) -> str:
     kinds = {
         ("401 ", "403 ", "GatedRepo"): f"{endpoint()} refuses access: the repository does "
         "not exist, or needs a login (set HF_TOKEN, or run 'hf auth login')",
-        ("404 ", "NotFoundError"): f"{endpoint()} does not have it",
+        ("404 ", "NotFoundError"): f"the repository, revision or file does not exist on {endpoint()}",
         ("No space left", "[Errno 28]"): "No space left on the disk",
         ("JSONDecodeError", "KeyError", "TypeError"): _ANOTHER_ANSWERS.format(endpoint()),
         ("Connect", "Timeout", "resolve host", "Protocol"): f"the connection to {endpoint()} failed",

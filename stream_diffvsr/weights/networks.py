@@ -41,7 +41,7 @@ def move_weight(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Ten
 
 
 def check_keys(path: Path, got: Shapes, needed: Shapes) -> None:
-    """Compare the weights' names and shapes; raise `CheckpointError` with the first difference."""
+    """Compare the weights' names and shapes; raise `CheckpointError` naming the first difference."""
     problems = [f"lacks {key!r}" for key in needed if key not in got]
     problems += [f"has {key!r}, which this network does not have" for key in got if key not in needed]
     problems += [

@@ -259,7 +259,7 @@ def test_a_version_is_told_and_only_where_there_are_several(subjects, tmp_path, 
     assert "\n" not in str(caught.value)
     assert load_pipeline(folder, device="cpu", version="v1").info.model.endswith("-v1")
     assert main(["doctor", str(tmp_path)]) == 0
-    told = f"mine: {folder}, ignored: its version could be v1 or v1.1: rename the folder to flashvsr-v1 or "
+    told = f"mine: {folder}, ignored: it could be version v1 or v1.1: rename the folder to flashvsr-v1 or "
     assert told in capsys.readouterr().out
     with pytest.raises(IncompatibleInputError, match="version"):
         load_pipeline(subjects["swiftvr"].path, device="cpu", version="v1")

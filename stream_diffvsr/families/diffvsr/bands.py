@@ -35,7 +35,7 @@ def embed(control: Control, warped: Tensor, rows: int | None) -> Tensor:
 
 
 def features(vae: TemporalAutoencoderTiny, warped: Tensor, rows: int | None) -> list[Tensor]:
-    """Run `TemporalAutoencoderTiny.features` in bands of `rows` rows, or without bands if `rows` is None."""
+    """Run `TemporalAutoencoderTiny.features` in bands of `rows` rows, or all at once if `rows` is None."""
     if rows is None:
         return vae.features(warped)
     x, pooled = warped, []
@@ -52,7 +52,7 @@ def decode(
     trust: Tensor | None,
     rows: int | None,
 ) -> Tensor:
-    """Run `TemporalAutoencoderTiny.decode` in bands of `rows` rows, or without bands if `rows` is None."""
+    """Run `TemporalAutoencoderTiny.decode` in bands of `rows` rows, or all at once if `rows` is None."""
     if rows is None:
         return vae.decode(latents, features, trust)
     x, remaining = vae.bound(latents), iter(features or ())

@@ -101,8 +101,8 @@ class BuiltNetworks:
     def form(self, height: int, width: int) -> str:
         """Return a name for the sizes that share one built U-Net.
 
-        Sizes share a U-Net if their sides leave the same remainders, which determine how its levels are
-        enlarged.
+        Sizes share a U-Net if their sides, divided by `_multiple`, leave the same remainders; these determine
+        how its levels are enlarged.
         """
         multiple = self._multiple
         return f"{height % multiple}x{width % multiple} over {multiple}"
@@ -169,7 +169,7 @@ class BuiltNetworks:
 
 @dataclass(eq=False)
 class BuiltCalls(TorchCalls):
-    """`Networks` as graphs, for one attempt at one frame."""
+    """`Networks` that run as graphs, used for one attempt at one frame."""
 
     built: BuiltNetworks = None  # type: ignore[assignment]
 

@@ -44,7 +44,7 @@ def recognise(folder: Path) -> bool:
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Return the published names needed to run the model, choosing the best weights file of each part."""
+    """Return the names of the published files that the model needs, with each part's best weights file."""
     text = not PromptEmbeddings(folder, user_cache()).has("")
     wanted = {INDEX, SCHEDULER_CONFIG.as_posix()}
     for part in [*NETWORKS, *([TEXT_ENCODER] if text else [])]:

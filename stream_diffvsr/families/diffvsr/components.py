@@ -139,7 +139,8 @@ def build(part: Component) -> nn.Module:
 def import_library(name: str) -> None:
     """Import the library that builds a network; raise `ImportError` with the cause, which the library hides.
 
-    diffusers and transformers import each other, torchvision and torchaudio; any of these imports may fail.
+    diffusers and transformers import each other as well as torchvision and torchaudio; any of these imports
+    may fail.
     """
     try:
         if name == TEXT_ENCODER:
@@ -195,7 +196,7 @@ Value = TypeVar("Value")
 
 
 def named_for(part: Component, values: Mapping[str, Value], needed: Shapes) -> dict[str, Value]:
-    """Rename the values of a part's files as the installed library expects, and drop known buffers."""
+    """Give a part's values the names that the installed library expects, and drop all BUFFERS."""
     kept = {key: value for key, value in values.items() if not key.endswith(BUFFERS)}
     prefix = PREFIXES.get(part.name, "")
     if prefix and not any(key.startswith(prefix) for key in needed):

@@ -14,8 +14,8 @@ class Control(nn.Module):
     """diffusers' ControlNet, unchanged except that its embedding network is a separate module.
 
     The embedding of the warped frame is the same in every denoising step, so it is computed once. Inside the
-    ControlNet, an identity replaces the embedding network, so the finished embedding is passed in place of
-    the picture.
+    ControlNet, an `nn.Identity` replaces the embedding network, so the finished embedding is passed in place
+    of the picture.
     """
 
     def __init__(self, controlnet: Any) -> None:

@@ -86,7 +86,8 @@ class Needs:
         """Return, without counting, an upper bound on the bytes that a frame needs besides the weights.
 
         At any time, the networks hold at most a few dozen pictures (20 with the released widths), each with
-        as many channels as the widest layer. RAFT's volume needs a third of a byte per pair of LQ pixels.
+        as many channels as the widest layer. RAFT's correlation volume needs a
+        third of a byte per pair of LQ pixels.
         """
         height, width = padded_size(*size)
         networks = self.networks.stages().values()

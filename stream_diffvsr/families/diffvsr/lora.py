@@ -123,14 +123,14 @@ def is_lora(path: Path) -> bool:
 
 
 def write_lora(path: Path, changes: Mapping[str, LowRank], told: Mapping[str, str]) -> None:
-    """Write a file that `read_lora` can read; `told` contains at least base, rank and alpha."""
+    """Write a file that `read_lora` can read; its metadata `told` contains at least base, rank and alpha."""
     tensors = {name + end: x.detach().cpu().contiguous()
                for name, pair in changes.items() for end, x in zip((A, B), pair, strict=True)}  # fmt: skip
     save_tensors(path, tensors, {**told, "format": FORMAT})
 
 
 def merge_loras(networks: TorchNetworks, model: str, loras: Sequence[Lora]) -> TorchNetworks:
-    """Return networks with the sum of these LoRAs in copies of the changed layers; other layers are shared.
+    """Return networks with all these LoRAs merged into copies of the layers they change; the rest is shared.
 
     `model` is the fingerprint of `networks`. Raises `IncompatibleInputError` for a LoRA of another model.
     """

@@ -29,7 +29,7 @@ from .vae import TemporalAutoencoderTiny, reduce_like
 
 @dataclass(frozen=True, eq=False)
 class Guidance:
-    """Guidance of a prediction by the previous frame."""
+    """How the previous frame guides a prediction."""
 
     embedding: Any
     """Embedding of the warped frame, as returned by the runtime's `embed`; its last two axes have LQ size."""
@@ -120,7 +120,7 @@ class TorchNetworks:
         placement: Placement,
         need: Callable[[str], int] = lambda stage: 0,
     ) -> Generator[TorchCalls, None, None]:
-        """Yield the calls for one frame; the networks are stored in `own` and temporarily cast to `dtype`.
+        """Yield the calls for one frame; the networks have dtype `own` and are temporarily cast to `dtype`.
 
         `need` maps a stage to the bytes that it needs; it is called only if the placement moves networks.
         """

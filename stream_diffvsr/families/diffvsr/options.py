@@ -35,7 +35,7 @@ class UpscaleOptions:
         high=1000,
         usual=(1, 50),
         unset=0,
-        unset_help="as the model was trained (4 for the released model)",
+        unset_help="as in training (4 for the released model)",
         flag="steps",
         metavar="N",
     )
@@ -100,8 +100,8 @@ class UpscaleOptions:
     )
     timestep_spacing: str | None = option(
         None,
-        "Noise levels that the steps use. The paper's training used 999, 749, 499 and 249, which corresponds "
-        "to trailing.",
+        "How the noise levels of the steps are spaced. The paper's training used 999, 749, 499 and 249, "
+        "which corresponds to trailing.",
         kind=str,
         choices=("trailing", "leading", "linspace"),
         unset="checkpoint",
@@ -110,7 +110,7 @@ class UpscaleOptions:
     )
     use_tpm: bool = option(
         True,
-        "Also show the previous frame to the decoder (Temporal Processor Module). Turning this off causes "
+        "Also feed the previous frame to the decoder (Temporal Processor Module). Turning this off causes "
         "more flicker.",
         expert=True,
     )
@@ -124,7 +124,7 @@ class UpscaleOptions:
     )
     memory_plan: str = option(
         "auto",
-        "How to save memory. whole: saves none. banded: needs less memory for the same picture. tiled: "
+        "How to save memory. whole: saves nothing. banded: needs less memory for the same picture. tiled: "
         "needs the least memory, but runs the U-Net in tiles and changes the picture slightly. auto: uses "
         "the first of these that fits, and the next one if memory runs out.",
         choices=("auto", "whole", "banded", "tiled"),
@@ -176,7 +176,7 @@ class UpscaleOptions:
         kind=str,
         choices=("off", "mask"),
         unset="checkpoint",
-        unset_help="as the model was trained",
+        unset_help="as in training",
         expert=True,
     )
 

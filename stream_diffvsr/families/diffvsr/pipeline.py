@@ -146,7 +146,7 @@ class StreamDiffVSRPipeline:
 
     @property
     def runtime_details(self) -> str:
-        """What the runtime's results depend on besides the weights; '' for PyTorch."""
+        """Details of the runtime that, besides the weights, affect its results; '' for PyTorch."""
         return "" if self.built is None else self.built.runtime.details
 
     @property
@@ -342,7 +342,7 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Return a function that maps a stage to the bytes that it needs besides the weights.
+        """Return a function that gives the number of bytes that a stage needs besides the weights.
 
         Placements that move networks use it to decide how much memory to free.
         """
@@ -356,7 +356,7 @@ class StreamDiffVSRPipeline:
         return need
 
     def prepared(self, options: UpscaleOptions, dtype: torch.dtype) -> tuple[Schedule, list[Tensor]]:
-        """Return the schedule and prompt embeddings for these options; the latest few are cached."""
+        """Return the schedule and prompt embeddings for these options; the most recent ones are cached."""
         steps, spacing = options.num_inference_steps or self.traits.steps, options.timestep_spacing
         texts = (options.negative_prompt, options.prompt) if options.guided else (options.prompt,)
         key = (steps, spacing, texts, self.device, dtype)

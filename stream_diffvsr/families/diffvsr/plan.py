@@ -142,7 +142,7 @@ class Planner:
     device: torch.device
 
     def plan(self, size: Sequence[int], details: Mapping[str, str], options: UpscaleOptions) -> Plan:
-        """Return the options' plan for an LQ size (height, width) or, for 'auto', the one in `details`.
+        """Return the plan for an LQ size (height, width), from the options or, for 'auto', from `details`.
 
         If no plan is recorded for this size, the fastest plan that fits the free memory is chosen and logged.
         On an accelerator, only exact plans are considered: if the chosen plan does not fit after all, an
@@ -183,7 +183,7 @@ class Planner:
         return CPU_SHARE if self.device.type == "cpu" else SHARE
 
     def minimum_bytes(self, size: Sequence[int], options: UpscaleOptions) -> int:
-        """Return the bytes that the options' plan (for 'auto', the smallest) needs besides the weights."""
+        """Return the bytes that the chosen plan (for 'auto', the smallest) needs besides the weights."""
         if options.memory_plan != "auto":
             return self.bytes_needed(size, options, requested_plan(options, self.methods))
         plans = candidates(options, self.methods, beyond_exact=True)

@@ -119,7 +119,7 @@ def token_ids(tokenizer: Path, prompt: str, length: int) -> list[int]:
     """Return the token ids of a prompt, padded to `length`.
 
     The empty prompt needs only three ids, which are read from the tokenizer's files. The padding id differs
-    between families of models, and no attention mask hides it.
+    between model families and affects the result, as no attention mask hides it.
     """
     if prompt:
         return _tokenize(tokenizer, prompt, length)

@@ -115,7 +115,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
 
 
 def gathered(q: Tensor, k: Tensor, v: Tensor, selected: Tensor) -> Tensor:
-    """Compute the result of `attend` one query window at a time, from copies of its keys and values."""
+    """Compute `attend` one query window at a time, from copies of that window's keys and values."""
     if q.is_meta:  # the selection is unknown, so assume all windows, as an upper bound on memory
         copies = k.clone(), v.clone()
         return torch.empty_like(q) if copies else q

@@ -59,7 +59,7 @@ def version_of(folder: Path) -> str | None:
 
 
 def recognise(folder: Path) -> bool:
-    """Return whether a folder has a file with the name of FlashVSR's transformer or projection."""
+    """Return whether a folder contains a file named like FlashVSR's transformer or projection."""
     return find(folder, TRANSFORMER) is not None or find(folder, PROJECTION) is not None
 
 

@@ -16,7 +16,7 @@ CONDITION = 8
 
 
 class TinyDecoder(nn.Module):
-    """FlashVSR's small decoder, which also sees the LQ frames; parameters are named as published."""
+    """FlashVSR's small decoder, which also sees LQ frames; parameter names match the published weights."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class TinyDecoder(nn.Module):
     def forward(self, latent: Tensor, frames: Tensor, memory: Memory) -> Iterator[Tensor]:
         """Yield the 4 pictures (1, 3, H, W) of a latent (1, 16, 1, H/8, W/8), in model range but not clamped.
 
-        `frames` (4, 3, H, W) are the LQ frames of these pictures; `memory` is updated in place.
+        `frames` (4, 3, H, W) are the LQ frames for these pictures; `memory` is updated in place.
         """
         n, c, h, w = frames.shape
         condition = F.pixel_unshuffle(frames.transpose(0, 1).reshape(1, c * n, h, w), CONDITION)

@@ -48,7 +48,7 @@ class FlashVSROptions:
         group=OWN,
     )
     local_range: int = option(
-        11, "Size of the area that a window may attend to, in windows of 128 pixels; 9 looks sharper.",
+        11, "Size of the area a window may attend to, in windows of 128 pixels; 9 gives sharper pictures.",
         low=1, high=99, expert=True, group=OWN,
     )  # fmt: skip
     memory_plan: str = option(

@@ -30,7 +30,7 @@ class ChannelNorm(nn.Module):
 
 
 class Projection(nn.Module):
-    """Two convolutions over time and space, then a linear layer; parameters are named as published.
+    """Two convolutions over time and space, then a linear layer; parameter names match the published weights.
 
     Each convolution's input is preceded by two extra time steps. In v1, these are the last two of the same
     push, so nothing is carried over; in v1.1, they are the last two of the previous push.

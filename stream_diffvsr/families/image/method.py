@@ -203,7 +203,7 @@ class ImageModel:
             remedy = f"memory ran out ({message}); use smaller frames, a smaller tile_size or dtype float16"
             raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
         log.warning(
-            "out of memory (%s): this frame and all later frames are computed in tiles of %d output pixels, "
+            "out of memory (%s): computing this and all later frames in tiles of %d output pixels, "
             "which is an approximation",
             message,
             lower[0],
@@ -232,7 +232,7 @@ class ImageModel:
         try:
             return count_bytes(frame, [*network.state_dict().values(), *flow.state_dict().values()])
         except Exception as error:  # some models read values, which do not exist on the meta device
-            log.debug("this model's memory needs cannot be counted: %r", error)
+            log.debug("cannot calculate how much memory this model needs: %r", error)
             scale = self.network.scale
             height, width = (min(side, (tile or side * scale) // scale + 1) for side in size)
             return ROUGH * self.dtype.itemsize * height * width * (1 + scale**2)

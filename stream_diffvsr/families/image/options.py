@@ -20,7 +20,7 @@ class ImageOptions:
 
     steady: float = option(
         0.0,
-        "How strongly each result is blended with the previous result, aligned by motion, where both show "
+        "How strongly each result is blended with the motion-compensated previous result where both show "
         "the same content. 0 leaves each frame as the model makes it; higher values reduce flicker but make "
         "the picture slightly softer.",
         low=0, high=1, step=0.05, group=OWN,

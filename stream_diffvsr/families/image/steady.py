@@ -1,4 +1,4 @@
-"""Stabilise results by averaging them recursively along the motion, where consecutive frames agree."""
+"""Stabilise results by averaging them recursively along the motion wherever consecutive frames agree."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ PIXELS = 3 * UNSHUFFLE**2
 
 
 class Encoder(nn.Module):
-    """SwiftVR's encoder; parameters are named as published."""
+    """SwiftVR's encoder; parameter names match the published weights."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """SwiftVR's decoder; parameters are named as published, except those that `converted` changes."""
+    """SwiftVR's decoder; parameter names match the published weights, unless `converted` changes them."""
 
     def __init__(self, widths: Sequence[int], channels: int) -> None:
         super().__init__()

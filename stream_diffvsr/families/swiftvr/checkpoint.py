@@ -100,7 +100,7 @@ def build(shapes: Shapes, config: Mapping[str, Any]) -> dict[str, nn.Module]:
 
 
 def read_prompt(folder: Path) -> Tensor:
-    """Return the prompt's embedding, (1, tokens, width), including rows of zeros.
+    """Return the prompt's embedding, (1, tokens, width), including any rows of zeros.
 
     Raises `CheckpointError` if the embedding is damaged or missing from the file.
     """

@@ -5,8 +5,8 @@
     z - v -> decoder, picture by picture -> hq
 
 No noise is used. The decoder lags 3 frames behind: latents 0 to n decode to frames 0 to 4n. With protocol
-"file", a scene's first clip has 28 frames and later clips have 24; the last clip is padded at its front to 7
-latents, with zeros or latents of the previous clip. With protocol "session", every clip has 24 frames,
+"file", a scene's first clip has 28 frames and later clips have 24; the last clip is padded at the front to 7
+latents, with zeros or with latents of the previous clip. With protocol "session", every clip has 24 frames,
 except the last, which may be shorter.
 """
 

@@ -28,21 +28,21 @@ class SwiftVROptions:
     stretch: float = option(1.0, "Additional scale factor for the width.", low=0.25, high=4, hidden=True)
     protocol: str = option(
         "file",
-        "file: reads 4 extra frames at the start and pads the last clip, as for the published results. "
+        "file: reads 4 extra frames at the start and pads the last clip, as in the published results. "
         "session: uses clips of equal length from the start and waits for 4 fewer frames.",
         choices=("file", "session"),
         expert=True,
         group=OWN,
     )
     clip_len: int = option(
-        CLIP, "Number of frames restored together; must be a multiple of 4. With fewer frames, results come "
-        "sooner and need less memory, but quality is lower.",
+        CLIP, "Number of frames restored together; must be a multiple of 4. Fewer frames give results "
+        "sooner and need less memory, but reduce quality.",
         low=GROUP, high=CLIP, step=GROUP, expert=True, group=OWN,
     )  # fmt: skip
     overlap: int | None = option(
         None, "Number of groups of 4 earlier frames that a clip reuses.",
         kind=int, low=0, high=CLIP // GROUP, unset=-1, expert=True, group=OWN,
-        unset_help="chosen by protocol, 0 for file and 1 for session",
+        unset_help="depends on protocol (0 for file, 1 for session)",
     )  # fmt: skip
     memory_plan: str = option(
         "auto",

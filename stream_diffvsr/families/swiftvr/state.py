@@ -32,7 +32,7 @@ class Memory:
 
     @property
     def index(self) -> int:
-        """The number of frames of the video finished so far."""
+        """The number of the video's frames finished so far."""
         return self.start + frames_before(self.latents)
 
     @property

@@ -111,7 +111,7 @@ class ChunkUpscaler(ABC):
 
     @abstractmethod
     def whole(self, memory: Any, options: Any) -> int:
-        """Return how many frames, from `memory.index` on, the next chunk needs."""
+        """Return how many frames the next chunk needs, counted from `memory.index`."""
 
     @abstractmethod
     def filled(self, frames: list[Tensor], memory: Any, options: Any) -> list[Tensor]:
@@ -150,7 +150,7 @@ class ChunkUpscaler(ABC):
         return stream(self.session(options, state, on_step, noise), frames)
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Return how frames are made now; the memory plan is left out, since it does not affect them."""
+        """Return how frames are currently made, without the memory plan, which does not affect them."""
         settings = asdict(options or self.Options())
         offloads = settings.pop("memory_plan") == "offload" or self.offloaded
         parts = "blocks that are not running are kept in system memory" if offloads else ""

@@ -87,7 +87,7 @@ def blocks(channels: int) -> list[nn.Module]:
 
 
 def enlarging(channels: Sequence[int]) -> list[nn.Module]:
-    """Return the middle of a decoder, which turns one picture into 4, each with sides 8 times as long.
+    """Return the middle of a decoder, which turns one picture into 4, each 8 times as wide and high.
 
     `channels` contains the number of channels at each of the decoder's four sizes.
     """

@@ -2,7 +2,7 @@
 
 If a picture was enlarged by repeating pixels, each result of a 3x3 convolution depends on only 2x2 different
 pixels. With the weights of equal pixels summed, the four results for an input pixel need 16 products instead
-of 36, and no enlarged picture is needed. The numbers differ only by rounding.
+of 36, and no enlarged picture is needed. The results differ only by rounding.
 
 With few channels, a single transposed convolution is fastest; with many channels, four 2x2 convolutions are.
 On one core of a Xeon with AVX-512, 24 channels at 320x180 take 9 ms with one convolution and 18 ms with four

@@ -1,6 +1,6 @@
-"""Reorder the weights of linear layers once into the layout that oneDNN multiplies fastest.
+"""Reorder the weights of linear layers once into the layout that is fastest for oneDNN.
 
-The numbers differ only by rounding. Packing helps where torch's float32 products reach only half of the
+The results differ only by rounding. Packing helps where torch's float32 products reach only half of the
 processor's speed: on AMD processors, MKL does not use AVX-512, but oneDNN does. (On Zen 5, a U-Net step at
 the released model's widths runs 1.31 times as fast; on Zen 3, which lacks AVX-512, there is no gain.)
 """
@@ -31,7 +31,7 @@ def is_faster_here() -> bool:
 
 @contextmanager
 def packed(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Pack the large float32 layers on a CPU for the duration of the context, if that is faster here.
+    """Pack large float32 layers for the duration of the context, on CPUs where that is faster.
 
     Packed weights are kept alongside the stored weights for as long as their layer exists; they are
     packed again if the stored weights change. Packing itself does not change the stored weights.
