@@ -105,7 +105,7 @@ def saved_states() -> list[str]:
 
 
 def listed_name(file: PurePath, root: PurePath, kind: str) -> str:
-    """Return a file's name as listed and as stored in workflows, with / as the separator on every system."""
+    """Return a file's name as it appears in lists and workflows, with / as the separator on every system."""
     return f"{file.relative_to(root).as_posix()} [{kind}]"
 
 

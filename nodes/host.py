@@ -240,7 +240,7 @@ class Progress:
             self._write(f"{self._line}; {now}" if self._line else now)
 
     def say(self, text: str, last: bool = False) -> None:
-        """Show a line of text on the node, at most once a second; a `last` line is always shown and stays."""
+        """Show a line of text on the node: at most once a second, except the `last` line, which stays."""
         self._line = text
         self._write(text, last)
 
@@ -309,7 +309,7 @@ def meta_batch_number(prompt: Mapping[str, Any] | None, node_id: str | None) -> 
 
 
 def workflow_metadata(prompt: Any, extra: Mapping[str, Any] | None) -> dict[str, str]:
-    """Return the workflow metadata as ComfyUI's own nodes save it, or {} if the user disabled metadata."""
+    """Return the workflow metadata as ComfyUI's own nodes save it, or {} if the user has disabled it."""
     arguments = getattr(comfy_module("comfy.cli_args"), "args", None)
     if getattr(arguments, "disable_metadata", False):
         return {}
@@ -350,7 +350,7 @@ def shown_video(path: Path) -> dict[str, Any]:
 
 
 def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
-    """Describe a file in ComfyUI's folders as the page expects, with / as the separator on every system."""
+    """Describe a file in ComfyUI's folders in the page's format, with / as the separator on every system."""
     inside = path.relative_to(root)
     subfolder = "" if len(inside.parts) == 1 else inside.parent.as_posix()
     return {"filename": inside.name, "subfolder": subfolder, "type": kind}
@@ -360,7 +360,7 @@ def page_file(path: PurePath, root: PurePath, kind: str) -> dict[str, str]:
 
 
 def folder(kind: str) -> Path:
-    """Return ComfyUI's 'output', 'temp' or 'input' folder; without ComfyUI, one in the working folder."""
+    """Return the 'output', 'temp' or 'input' folder of ComfyUI or, without ComfyUI, of the working folder."""
     paths = comfy_module("folder_paths")
     return Path(getattr(paths, f"get_{kind}_directory")()) if paths else Path.cwd() / kind
 

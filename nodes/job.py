@@ -67,13 +67,13 @@ def source_path(video_path: str) -> Path:
 
 
 def check_output(output_path: str | None) -> None:
-    """Refuse a path to which nodes may not write, or one with an unsupported ending."""
+    """Refuse a path to which nodes may not write, or one with an unsupported extension."""
     name = unquoted(output_path)
     files.writable(name)
     ending = Path(name).suffix.lower()
     if ending not in CONTAINERS and ENDING.fullmatch(ending):
         raise IncompatibleInputError(
-            f"output_path must end in one of {', '.join(CONTAINERS)}, or have no ending; got {name}"
+            f"output_path must end in one of {', '.join(CONTAINERS)}, or have no extension; got {name}"
         )
 
 
@@ -86,7 +86,7 @@ def choose_source(video_path: str, video: Any) -> Source:
 
 
 def video_source(video: Any) -> Source:
-    """Return the source for a VIDEO; write it to the temp folder first if it is in memory or edited."""
+    """Return the source for a VIDEO; save it to the temp folder first if it is in memory or was edited."""
     from fractions import Fraction
 
     from . import temporary
@@ -256,7 +256,7 @@ class Step(NamedTuple):
 
 
 def run_spread(pool: Pool, job: VideoJob) -> Generator[Step, None, None]:
-    """Do what `run` does, but with several workers; yield progress every half second."""
+    """Run the job like `run`, but with several workers; yield progress every half second."""
     from ..stream_diffvsr.jobs.spread import Spread
 
     driver = Spread([job], pool)
@@ -278,7 +278,7 @@ WORDS = {
     "-o": "output_path",
     "--restart": "another output_path",
     "write to a folder, or set --target": "give all pictures the same size, or make a separate video of each",
-    "or suffix": "or another ending for output_path",
+    "or suffix": "or another extension for output_path",
 }
 """Command-line terms, each with the nodes' term for the same thing."""
 

@@ -17,7 +17,7 @@ MEGABYTE = 2**20
 
 
 def check_images(images: Tensor, minimum: int = 1) -> None:
-    """Check that `images` is a batch of RGB or RGBA pictures with sides of at least `minimum`."""
+    """Check that `images` is a batch of RGB or RGBA pictures with sides of at least `minimum` pixels."""
     if not isinstance(images, Tensor) or images.ndim != 4 or images.shape[-1] not in (3, 4):
         got = f"{tuple(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise IncompatibleInputError(
@@ -72,7 +72,7 @@ def empty_result(images: Tensor, size: tuple[int, int], device: torch.device) ->
 
 
 def write_frame(result: Tensor, index: int, rgb: Tensor, image: Tensor) -> None:
-    """Write `rgb`, (1, 3, H, W) in [0, 1], as frame `index`, with the enlarged alpha of `image`, if any."""
+    """Write `rgb`, (1, 3, H, W) in [0, 1], as frame `index`, with the upscaled alpha of `image`, if any."""
     result[index, ..., :COLOURS] = to_image(rgb)
     if image.shape[-1] > COLOURS:
         from ..stream_diffvsr.media.sizes import enlarge

@@ -130,7 +130,7 @@ def is_complete(candidate: Candidate, files_identity: str) -> bool:
 
 
 def checkpoint_stamp(folder: Path) -> str:
-    """Return a short string that changes when any of a checkpoint's files does, except the stored prompts."""
+    """Return a short string that changes when a checkpoint's files change, except for the stored prompts."""
     from ..stream_diffvsr.families.diffvsr.prompt import FILE
 
     inside = [

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LoRA:
-    """Returns a new pipe with a LoRA; the input pipe is not changed."""
+    """Returns a new pipe with a LoRA added; the input pipe is not changed."""
 
     DESCRIPTION = (
         "Adds a LoRA made by 'stream-diffvsr train' to a Stream-DiffVSR model. Chain several of these nodes "

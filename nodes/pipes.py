@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Known:
-    """How one pipe was opened, and the settings that later nodes added to it."""
+    """Records how a pipe was opened, and the settings that later nodes added to it."""
 
     source: str = ""
     """The model's name as selected in the Loader."""
@@ -31,7 +31,7 @@ _known: WeakKeyDictionary[Upscaler, Known] = WeakKeyDictionary()
 
 
 def how_made(pipe: Upscaler) -> Known:
-    """Return the record of a pipe, which is empty if no node made the pipe."""
+    """Return the record of a pipe, or an empty record if no node made the pipe."""
     return _known.get(pipe, Known())
 
 

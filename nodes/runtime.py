@@ -48,7 +48,7 @@ class Runtime:
         devices = (
             "Devices among which Upscale Video distributes a video's scenes: all, or a list such as "
             "cuda:0,cuda:1, or cpu:2 for two workers on the CPU. This needs the ray package and has "
-            "not yet been tried on GPUs. Leave empty to use only the Loader's device."
+            "not yet been tested on GPUs. Leave empty to use only the Loader's device."
         )
         return {
             "required": {"pipe": PIPE_IN, **choice_widgets()},
@@ -64,7 +64,7 @@ class Runtime:
         quantize: str | None = None,
         devices: str | None = None,
     ) -> bool:
-        """Raise the errors that a run would raise; None means that the input is linked."""
+        """Raise the errors that a run would raise; a value of None means that the input is linked."""
         given = {"runtime": runtime, "provider": provider, "compile_mode": compile_mode, "quantize": quantize}
         check_values(choice_widgets(), given)
         workers_on(devices or "")
@@ -121,28 +121,28 @@ def choice_widgets() -> dict[str, Widget]:
             list(PROVIDERS),
             {
                 "default": "auto",
-                "tooltip": "What the runtime runs on. openvino: cpu, or Intel's gpu or npu. onnx: cpu, cuda "
-                "or tensorrt. auto: the Loader's device. With torch, leave this at auto.",
+                "tooltip": "The hardware that the runtime uses. openvino: cpu, or Intel's gpu or npu. onnx: "
+                "cpu, cuda or tensorrt. auto: the Loader's device. With torch, leave this at auto.",
             },
         ),
         "compile_mode": (
             kind,
-            {**about, "advanced": False, "tooltip": f"{about['tooltip']} Only for torch."},
+            {**about, "advanced": False, "tooltip": f"{about['tooltip']} Applies only to torch."},
         ),
         "quantize": (
             list(QUANTIZATIONS),
             {
                 "default": "none",
-                "tooltip": "int8 and fp8 run linear layers in 8 bits, which is an approximation. Both need "
-                "the Python package torchao; fp8 also needs an NVIDIA 40-series card or newer. Only "
-                "for torch.",
+                "tooltip": "int8 and fp8 run linear layers in 8-bit precision, which is an approximation. "
+                "Both need the Python package torchao; fp8 also needs an NVIDIA 40-series card or newer. "
+                "Applies only to torch.",
             },
         ),
     }
 
 
 def check_has(pipe: Upscaler, asked: dict[str, str]) -> None:
-    """Refuse values that the model's family does not support."""
+    """Reject values that the model's family does not support."""
     from ..stream_diffvsr.load import FAMILIES
 
     for name, value in asked.items():
@@ -154,7 +154,7 @@ def check_has(pipe: Upscaler, asked: dict[str, str]) -> None:
 def workers_on(devices: str) -> Devices | None:
     """Return the requested workers, or None if the Loader's device does the work.
 
-    Raise `IncompatibleInputError` for a single device, which must be chosen in the Loader.
+    Raise `IncompatibleInputError` if `devices` names a single device, which must be chosen in the Loader.
     """
     from ..stream_diffvsr.jobs.cluster import parse_devices
 

@@ -51,7 +51,7 @@ def file_widgets() -> dict[str, Widget]:
             {
                 "default": "auto",
                 "tooltip": "auto: the model starts each scene afresh. Only Upscale "
-                "Video looks for scenes; a batch of images is treated as one scene.",
+                "Video detects scenes; a batch of images is treated as one scene.",
             },
         ),
         "scene_cut_threshold": (
@@ -104,7 +104,7 @@ class SettingsValue:
     family: str = "diffvsr"
 
     def options(self, pipe: Upscaler | None = None, preset: str = "settings", **own: Any) -> Any:
-        """Return options for the family of `pipe`, or for Stream-DiffVSR if it is None; `own` overrides them.
+        """Return options for the family of `pipe` (Stream-DiffVSR if None); `own` takes precedence.
 
         A `preset` chosen on the node replaces the one from Settings, along with every option that presets
         can set. The compile mode of a Runtime node overrides any other. Options that the family lacks are

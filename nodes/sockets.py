@@ -23,7 +23,7 @@ Widget = tuple[Any, dict[str, Any]]
 
 
 def check_values(widgets: Mapping[str, Widget], values: Mapping[str, Any]) -> None:
-    """Refuse values that a widget does not offer; None means that the input is linked.
+    """Reject values that a widget does not offer; None means that the input is linked.
 
     ComfyUI does not check the inputs of nodes that have their own validation. Nodes raise errors instead of
     returning them as text, which ComfyUI would repeat for every input.

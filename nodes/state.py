@@ -23,17 +23,25 @@ BLACK_SIDE = 8
 class CreateState:
     """Creates an empty state, or one that continues from a given upscaled frame."""
 
-    DESCRIPTION = "Creates a state to start from, either empty or as if initial_frame had just been upscaled."
+    DESCRIPTION = (
+        "Creates the state that a sequence starts from, either empty or with initial_frame as the last "
+        "upscaled frame."
+    )
     SEARCH_ALIASES: ClassVar = ["start sequence", "reset state", "new video upscale state"]
     CATEGORY = ADVANCED
     FUNCTION = "execute"
     RETURN_TYPES = (STATE,)
     RETURN_NAMES = ("state",)
-    OUTPUT_TOOLTIPS = ("The state to start from; its frame_index is 1 with initial_frame, otherwise 0.",)
+    OUTPUT_TOOLTIPS = (
+        "The state to start from; its frame_index is 1 if initial_frame is given, otherwise 0.",
+    )
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        frame = "An upscaled frame from which the sequence continues. Its sides must be multiples of 4."
+        frame = (
+            "An upscaled frame from which the sequence continues. Its width and height must be multiples "
+            "of 4."
+        )
         lq = (
             "The same frame before upscaling, at a quarter of the width and height. Leave unconnected to "
             "compute it from initial_frame by area averaging."
@@ -155,7 +163,7 @@ class LoadState:
         path = files.state_path(state_file)
         return (
             path.is_file()
-            or f"There is no saved state {path}: run Stream-DiffVSR Save State first, or choose another."
+            or f"There is no saved state {path}: run Stream-DiffVSR Save State first, or choose another file."
         )
 
     def execute(self, state_file: str) -> tuple[State]:
@@ -176,7 +184,7 @@ def reduced(hq: Tensor) -> Tensor:
     height, width = hq.shape[-2:]
     if height % SCALE or width % SCALE:
         raise IncompatibleInputError(
-            f"the sides of initial_frame must be multiples of {SCALE}, not {width}x{height}"
+            f"the width and height of initial_frame must be multiples of {SCALE}, not {width}x{height}"
         )
     return F.avg_pool2d(hq, SCALE)
 

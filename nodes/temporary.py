@@ -57,7 +57,7 @@ def temp_file(name: str, write: Any) -> Path:
 
 
 def encode(file: io.BufferedIOBase, images: torch.Tensor, rate: Fraction, audio: Any) -> None:
-    """Write the frames, and the sound up to the end of the frames, as ComfyUI's Save Video does."""
+    """Write the frames and the sound, cut off where the frames end, as ComfyUI's Save Video does."""
     import av
 
     from ..stream_diffvsr.media.codecs import CODECS, Encoding, open_encoder

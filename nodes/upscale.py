@@ -104,7 +104,7 @@ class Upscale:
                         "max": 256,
                         "step": 16,
                         "advanced": True,
-                        "tooltip": "Overlap of the tiles in output pixels, which must be less than half of "
+                        "tooltip": "Overlap of the tiles in output pixels; must be less than half of "
                         "tile_size. Only used when enable_tiling is on.",
                     },
                 ),
@@ -126,7 +126,7 @@ class Upscale:
     def VALIDATE_INPUTS(
         cls, enable_tiling: Any = None, tile_size: int | None = None, tile_overlap: int | None = None
     ) -> bool:
-        """Raise the errors that a run would raise; None means that the input is linked."""
+        """Raise the errors that a run would raise; a value of None means that the input is linked."""
         given = {"tile_size": tile_size, "tile_overlap": tile_overlap}
         check_values({name: cls.INPUT_TYPES()["optional"][name] for name in given}, given)
         if enable_tiling and tile_size and tile_overlap and 2 * tile_overlap >= tile_size:
@@ -207,7 +207,7 @@ class ProcessFrame:
 
 
 def check_frame_by_frame(pipe: Upscaler) -> None:
-    """Refuse a model that processes frames in chunks."""
+    """Raise `IncompatibleInputError` for a model that processes frames in chunks."""
     if not pipe.info.frame_by_frame:
         raise IncompatibleInputError(
             f"{pipe.info.family} needs {pipe.info.first} frames before its first result: use Stream-DiffVSR "
@@ -291,7 +291,7 @@ An entry disappears together with its batch manager or node.
 
 @dataclass(frozen=True)
 class MetaBatch:
-    """A run's place in a series of meta-batches, for which VideoHelperSuite queues a prompt repeatedly."""
+    """A run's place in a series of meta-batches; VideoHelperSuite queues the prompt once for each."""
 
     holder: Any
     """An object that lives as long as the meta-batch: its manager, or the node if no manager is linked."""
@@ -308,7 +308,7 @@ class MetaBatch:
         """Whether the sequence ends with this batch; if not, a model that works in chunks needs more frames.
 
         Raise `IncompatibleInputError` for a model that works in chunks if the end is unknown, or if a batch
-        might produce no frames, in which case VideoHelperSuite would stop silently.
+        might produce no frames, since VideoHelperSuite would then stop silently.
         """
         if pipe.info.frame_by_frame or self.number is None:
             return True

@@ -35,7 +35,7 @@ class IncompatibleInputError(StreamDiffVSRError, ValueError):
 
 
 class VRAMError(StreamDiffVSRError):
-    """Every plan tried ran out of memory or needs more than is available."""
+    """Every memory plan that was tried ran out of memory or needs more than is available."""
 
     def __init__(self, required_mb: int, available_mb: int, suggestion: str) -> None:
         self.required_mb = required_mb

@@ -118,11 +118,11 @@ def read_pickled(path: Path, device: str = "cpu") -> Any:
         names = zipfile.ZipFile(path).namelist() if zipped else []
         # Before 2.6, torch runs programs in these two kinds of archive even with weights_only.
         if tarfile.is_tarfile(path) or any(name.endswith("/constants.pkl") for name in names):
-            raise ValueError("it is a TorchScript program or in torch's oldest format: save only the weights")
+            raise ValueError("this is a TorchScript program or torch's oldest format: save only the weights")
         return torch.load(path, map_location=device, mmap=zipped, weights_only=True)
     except Exception as error:  # damaged content can raise any error in the unpickler
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise _damaged(path, f"is not a complete file containing only weights ({reason})") from error
+        raise _damaged(path, f"is incomplete or contains more than weights ({reason})") from error
 
 
 def _damaged(path: Path, how: str) -> CheckpointError:

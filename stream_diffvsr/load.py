@@ -241,7 +241,7 @@ def _refuse_what_is_not_there(
 
 
 def family_of(folder: Path) -> str | None:
-    """Return the family that a folder's files belong to, or None if it does not look like a checkpoint."""
+    """Return the family of a folder's files, or None if the folder does not look like a checkpoint."""
     try:
         return next((name for name, family in FAMILIES.items() if family.recognise(folder)), None)
     except OSError:  # a folder without read permission, such as lost+found
@@ -249,7 +249,7 @@ def family_of(folder: Path) -> str | None:
 
 
 def family_named(source: str | Path, extra_folders: Iterable[str | Path] = ()) -> str:
-    """Return the family of a source; raise `ModelNotFoundError` as `resolve` does.
+    """Return the family of a source; raise `ModelNotFoundError` in the same cases as `resolve`.
 
     For a folder that is not a checkpoint, return Stream-DiffVSR, whose checks then report what is missing.
     """
@@ -351,7 +351,7 @@ def download(
 
 
 def download_targets(name: str, extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Return the folders that a released model can be downloaded to, best first.
+    """Return the folders that a released model can be downloaded to, in order of preference.
 
     A folder that lacks only Stream-DiffVSR's text encoder or tokenizer is completed in place, unless it is in
     the hub's cache, which only huggingface_hub may write to.
@@ -375,8 +375,8 @@ def estimate_memory(
 
     The keys are 'weights' and 'frames'; 'flow', 'controlnet', 'unet' and 'vae' for the activations of these
     stages; and 'peak' for the maximum needed at any moment. In float32, 'peak' includes the copies of weights
-    that are kept for faster computation on a CPU. With `memory_plan` 'auto', the frame is assumed
-    not to be split. `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
+    that are kept for faster computation on a CPU. With `memory_plan` 'auto', the estimate assumes
+    that the frame is not split. `model` is 'v1', 'nano' or a checkpoint folder of Stream-DiffVSR.
     """
     options = options or UpscaleOptions()
     configs, flow = CONFIGS, "raft_large"

@@ -81,7 +81,7 @@ def _cgroup_free() -> list[int]:
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensors that are currently alive, except the `known` ones.
+    """Counts the bytes of all tensors that are currently alive, except those in `known`.
 
     `peak` is the highest count so far. Memory that libraries allocate internally is not counted.
     """
@@ -118,7 +118,7 @@ class LiveTensors(TorchDispatchMode):
 def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int:
     """Return the peak size of a call's tensors in bytes, not counting inputs and weights (`known`).
 
-    The call runs on torch's meta device, which computes nothing, so networks of any size take about a second.
+    The call runs on torch's meta device, which computes nothing, so it takes about a second for any network.
     """
     with torch.no_grad(), torch.device("meta"), LiveTensors(known) as live:
         result = call()
@@ -127,7 +127,7 @@ def count_bytes(call: Callable[[], object], known: Iterable[Tensor] = ()) -> int
 
 
 def on_meta(network: Network) -> Network:
-    """Copy a network to the meta device, with its shapes and its code, but without its weights."""
+    """Copy a network to the meta device; the copy has the same shapes and code, but no weights."""
     tensors = chain(network.parameters(), network.buffers())
     memo: dict[int, Any] = {}
     with torch.inference_mode(False), torch.no_grad():

@@ -131,7 +131,7 @@ def _problem(value: object, rule: Rule) -> str | None:
 
 
 def from_json(cls: type[Made], values: Mapping[str, Any]) -> Made:
-    """Create options from JSON values such as `to_json` returns; missing options keep their defaults.
+    """Create options from JSON values like those of `to_json`; missing options keep their defaults.
 
     Raises `IncompatibleInputError` for an unknown name or a value that is not allowed.
     """

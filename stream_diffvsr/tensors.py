@@ -48,7 +48,7 @@ def upsample(lq: Tensor, scale: float = SCALE) -> Tensor:
 
 
 def padded_size(height: int, width: int, multiple: int = LATENT_MULTIPLE) -> tuple[int, int]:
-    """Return height and width, rounded up to multiples of `multiple`."""
+    """Return the height and width, each rounded up to a multiple of `multiple`."""
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 

@@ -34,7 +34,7 @@ class Band:
 
 
 def bands(height: int, rows: int, halo: int) -> list[Band]:
-    """Cut `height` rows into bands of `rows`, each with `halo` rows of context above and below."""
+    """Split `height` rows into bands of `rows`, each with `halo` rows of context above and below."""
     return [
         Band(
             slice(start, min(start + rows, height)),
@@ -54,7 +54,7 @@ class Tile:
     """(height, width) float32; each pixel's weights sum to 1 over all tiles."""
 
     def cut(self, x: Tensor) -> Tensor:
-        """Return this tile's part of (B, C, H, W)."""
+        """Return this tile's part of a (B, C, H, W) tensor."""
         return x[..., self.rows, self.columns]
 
     def add(self, part: Tensor, whole: Tensor) -> None:
@@ -69,8 +69,8 @@ def tiles(height: int, width: int, size: int, overlap: int, multiple: int = 1) -
     """Cover a picture with tiles of at most `size`, row by row.
 
     Neighbours overlap by at least `overlap`. Tiles start at multiples of `multiple`, and `size` must be a
-    multiple of it too. Weights grow with the squared distance to the tile's edges; they are never 0, even at
-    the edge of the picture.
+    multiple of it too. Weights grow with the squared distance from the tile's edges; they are never 0, even
+    at the edge of the picture.
     """
     rows, columns = (spans(length, size, overlap, multiple) for length in (height, width))
     return [

@@ -122,7 +122,7 @@ class State:
     def __post_init__(self) -> None:
         if isinstance(self.index, bool) or not isinstance(self.index, int) or self.index < 0:
             raise IncompatibleInputError(
-                f"frame_index must be a whole number of at least 0, not {self.index!r}"
+                f"frame_index must be a whole number, 0 or greater, not {self.index!r}"
             )
 
     @property

@@ -139,7 +139,7 @@ TABLE = {
     "long_video_file": Example(
         "## Upscale a video of any length, file to file\n\nMemory use does not grow with the "
         "length of the video. Sound, timing and colours are kept.\n\nCancel whenever you like: the "
-        "finished part is left as a playable file, and queueing the same workflow again resumes "
+        "finished part remains as a playable file, and queueing the same workflow again resumes "
         f"the job.\n\n{OWN_VIDEO} {NANO}",
         ((CLIP, loader()), (to_file(),)),
     ),
@@ -156,8 +156,8 @@ TABLE = {
     ),
     "before_after": Example(
         "## Before and after\n\n**Compare Images** needs ComfyUI 0.33 or newer, and *Nodes 2.0* "
-        "turned on in the menu. Move the pointer over the picture to see bicubic on one side and the "
-        f"result on the other.\n\n{OWN_VIDEO} {NANO}",
+        "turned on in the menu. Move the pointer over the picture to see the bicubic upscale on one side "
+        f"and the result on the other.\n\n{OWN_VIDEO} {NANO}",
         (
             (CLIP,),
             (PARTS,),

@@ -257,9 +257,9 @@ def test_paths_are_checked_before_the_run(clip: Path) -> None:
         ("~nobody-here/x.mp4", "", "home folder"),
         ("", "../x.mp4", "outputs must be inside"),
         ("", "x/my.gif", r"output_path must end in one of \.mp4, .*got x/my\.gif"),
-        ("", "x/my.AVI", "have no ending"),
-        ("", "x/my.m2ts", "have no ending"),
-        ("", "x/my.png", "have no ending"),
+        ("", "x/my.AVI", "have no extension"),
+        ("", "x/my.m2ts", "have no extension"),
+        ("", "x/my.png", "have no extension"),
     ],
 )
 def test_a_bad_path_is_refused_before_the_run(path: str, output: str, said: str) -> None:
@@ -276,7 +276,7 @@ def test_webm_takes_its_own_codec(pipe, clip: Path) -> None:
 
 def test_errors_of_the_engine_speak_of_widgets(pipe, clip: Path) -> None:
     settings = SETTINGS().execute(codec="prores")[0]
-    with pytest.raises(Exception, match="choose another codec of Settings or another ending for output_path"):
+    with pytest.raises(Exception, match="another codec of Settings or another extension for output_path"):
         upscale(pipe, video_path=str(clip), output_path="my.webm", settings=settings)
 
 

@@ -70,7 +70,7 @@ def test_result_comes_whole_and_in_ranges(server: Server, finished: str, tmp_pat
 @pytest.mark.parametrize(
     ("asked", "status", "told"),
     [
-        ({"model": "v9"}, 422, "there is no 'v9'"),
+        ({"model": "v9"}, 422, "there is no model 'v9'"),
         ({"model": "v1"}, 409, "not on this machine"),
         ({"size": "9x"}, 422, "neither a factor"),
         ({"preset": "best"}, 422, "Stream-DiffVSR has the presets exact"),

@@ -226,7 +226,7 @@ def test_two_views_in_one_picture(pipe, tmp_path: Path, caplog) -> None:
         assert container.streams.video[0].metadata["stereo_mode"] == "left_right"
     upscale(pipe, tmp_path / "a.mkv", tmp_path / "c.mkv", audio=False)
     upscale(pipe, tmp_path / "a.mkv", tmp_path / "d.mp4")
-    assert caplog.text.count("3D views are arranged is lost: to keep it, write an .mkv file") == 2
+    assert caplog.text.count("the layout of the 3D views is lost: to keep it, write an .mkv file") == 2
 
 
 def test_the_time_code_in_the_data_of_a_camera(pipe, tmp_path: Path, caplog) -> None:

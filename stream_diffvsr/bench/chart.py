@@ -10,7 +10,7 @@ from ..errors import VideoError
 
 
 def write_chart(path: Path, report: Mapping[str, Any]) -> None:
-    """Write a PNG; each size's bar shows milliseconds per frame by stage and the share of the best rate."""
+    """Write a PNG with a bar for each size: milliseconds per frame by stage and share of the best rate."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

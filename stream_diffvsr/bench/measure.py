@@ -1,4 +1,4 @@
-"""Timing frames and the networks that compute them."""
+"""Measure the time taken by frames and by the networks that compute them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Clock:
 
     @contextmanager
     def watching(self, model: Upscaler) -> Generator[Clock, None, None]:
-        """Reset the counts, and measure the model's networks within this context."""
+        """Reset the totals, and time the model's networks within this context."""
         self.spent = {STAGES.get(name, name): 0.0 for name in model.networks}
         handles = [
             handle
@@ -135,7 +135,7 @@ def measure(
     plain: StreamDiffVSRPipeline | None = None,
     on_frame: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Upscale a moving picture: two frames to warm up, then `frames` frames that are measured.
+    """Upscale a moving picture: two warm-up frames, then `frames` measured frames.
 
     With `plain`, both pipelines upscale each frame, taking turns to go first, and the ratio is computed for
     each pair, so it remains valid even if the machine's speed drifts. The plain pipeline runs eagerly,

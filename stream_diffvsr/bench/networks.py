@@ -62,7 +62,7 @@ BLOCKS = 30
 
 
 class RandomPrompts:
-    """Random embeddings in place of those read from a folder."""
+    """Random embeddings to replace those read from a folder."""
 
     def get(self, prompt: str) -> Tensor:
         generator = torch.Generator().manual_seed(len(prompt))

@@ -152,7 +152,7 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def environment(model: Upscaler) -> dict[str, str | int]:
-    """Return what the figures depend on: the device, number format, runtime, threads and versions."""
+    """Return the conditions behind the figures: device, number format, runtime, threads and versions."""
     cuda = model.device.type == "cuda"
     details = getattr(model, "runtime_details", "")
     return {

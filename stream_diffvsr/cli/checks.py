@@ -76,8 +76,8 @@ def capabilities() -> dict[str, Any]:
     schema = json_schema(VideoJob, job)
     schema["properties"]["scene_cut"] |= {
         "pattern": SCENE_CUT,
-        "description": "How to find scenes (the model starts each of them afresh): auto, off, or a "
-        "threshold from 0 to 255 (auto is 27).",
+        "description": "How to detect scenes (the model starts each of them afresh): auto, off, or a "
+        "threshold from 0 to 255 (auto uses 27).",
     }
     families = {name: _family(name) for name in FAMILIES}
     return {

@@ -31,7 +31,7 @@ BUNDLED_MODEL = Candidate("nano", NANO, "diffvsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    words = "Folders to search for unfinished work, and for models before all other folders."
+    words = "Folders to search for unfinished work and, before all other folders, for models."
     parser.add_argument("folder", nargs="*", type=Path, help=words)
 
 
@@ -63,7 +63,7 @@ def packages() -> Iterator[str]:
 
 
 def devices() -> Iterator[str]:
-    """Yield each device with the number format that 'auto' selects on it; mark the device used by 'auto'."""
+    """Yield each device with the number format that 'auto' selects for it; mark the device used by 'auto'."""
     chosen = resolve_device("auto")
     for name in available():
         device = resolve_device(name)
@@ -94,7 +94,7 @@ def verdict(found: Found, used: set[str]) -> str:
 
 
 def missing(name: str, folders: list[Path]) -> str:
-    """Return what will happen if missing released weights are requested."""
+    """Return a line saying that released weights are missing, and where they would be downloaded."""
     target, release = download_targets(name, folders)[0], RELEASES[name]
     there = next(parent for parent in target.absolute().parents if parent.is_dir())
     free = f"{release.gigabytes} GB needed, {shutil.disk_usage(there).free / 1e9:.1f} GB free"
@@ -120,7 +120,7 @@ def flow(folders: list[Path]) -> Iterator[str]:
 
 
 def raft(name: str, folders: list[Path]) -> str:
-    """Return the location of a RAFT network's weights, or how they would be obtained."""
+    """Return where a RAFT network's weights are or would be downloaded, or why they are ignored."""
     path = find_raft(name, folders)
     if path is None:
         return f"not found; would be downloaded to {hub_file(name)}"

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(f'{name} ({each.gigabytes} GB)' for name, each in RELEASES.items())}. "
         f"Default: {RELEASED}.",
     )
-    parser.add_argument("--folder", type=Path, help="Models folder to use instead of the default folder.")
+    parser.add_argument("--folder", type=Path, help="Models folder to use instead of the default.")
     parser.add_argument("--revision", help="Branch, tag or commit of the published repository.")
 
 

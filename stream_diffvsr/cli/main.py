@@ -69,7 +69,7 @@ def is_read(stream: TextIO) -> bool:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that reports errors without printing pages of usage first."""
+    """A parser that reports errors without printing the long usage text first."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see '{self.prog} --help'\n")
@@ -82,7 +82,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, module in COMMANDS.items():
         summary = (module.__doc__ or "").partition("\n")[0]
         command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("--debug", action="store_true", help="Show where an error came from.")
+        command.add_argument("--debug", action="store_true", help="Print the traceback of an error.")
         module.add_arguments(command)
     return parser.parse_args(argv)
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--devices",
         metavar="LIST",
         help="Distribute scenes among several devices: all, a list such as cuda:0,cuda:1 or 0,1, or cpu:2 "
-        "for two workers on the CPU. This needs the ray package, and has not yet been tried on GPUs.",
+        "for two workers on the CPU. This needs the ray package and has not yet been tested on GPUs.",
     )
     group.add_argument(
         "--ray",
@@ -45,15 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--split-scenes",
         type=positive,
         metavar="N",
-        help="With several workers, cut scenes of more than N frames into parts of N frames. The result is "
-        "not exact: see --warm-up.",
+        help="With several workers, split scenes longer than N frames into parts of N frames. The result "
+        "then differs from an unsplit run: see --warm-up.",
     )
     group.add_argument(
         "--warm-up",
         type=int,
         default=8,
         metavar="K",
-        help="Start each part of a split scene K frames early, and discard those frames. Default: 8.",
+        help="Start each part of a split scene K frames early, and discard the extra frames. Default: 8.",
     )
 
 
@@ -118,7 +118,7 @@ def outputs(found: Sequence[Path], args: argparse.Namespace, named: Callable[[Pa
 
 
 class Results:
-    """Reports how each job of a run ended, both immediately and in the exit code."""
+    """Reports each job's outcome as soon as it ends, and determines the exit code of the run."""
 
     def __init__(self, args: argparse.Namespace, single: bool) -> None:
         self.args, self.single, self.failed = args, single, 0
@@ -187,7 +187,7 @@ def by_workers(
 
 
 def with_progress(steps: Iterator[SpreadProgress], progress: str, count: int) -> Iterator[SpreadProgress]:
-    """Yield the steps while showing one bar for all workers, or lines of JSON."""
+    """Yield the steps while showing one progress bar for all workers, or printing lines of JSON."""
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 

@@ -15,7 +15,9 @@ from ..errors import VideoError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("result", type=Path, help="The result: a video, or a folder of pictures.")
-    parser.add_argument("truth", type=Path, help="The original at full quality.")
+    parser.add_argument(
+        "truth", type=Path, help="The full-quality original: a video, or a folder of pictures."
+    )
     parser.add_argument(
         "--border", type=int, default=0, help="Ignore this many pixels at each edge. Default: 0."
     )
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     frames = measure(islice(matched(paths), args.frames), args.border, networks)
     measured = list(tqdm(frames, unit="frame", file=sys.stderr, disable=None))
     if not measured:
-        raise VideoError(f"{' and '.join(map(str, paths))} have no frames in common.")
+        raise VideoError(f"there are no frames to compare in {' and '.join(map(str, paths))}.")
     print(summary(measured, protocol(args.border, networks)))
     if args.csv:
         write_csv(args.csv, measured)
@@ -60,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def matched(paths: Sequence[Path]) -> Iterator[list[Tensor]]:
-    """Yield the videos' frames together, each (1, 3, H, W) in [0, 1], until one ends; report longer ones."""
+    """Yield the videos' frames together, (1, 3, H, W) in [0, 1], until one ends; report any longer videos."""
     from ..media.read import Span, open_source
 
     for frames in zip_longest(*(open_source(path).frames(Span()) for path in paths)):

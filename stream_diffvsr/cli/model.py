@@ -47,7 +47,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantize",
         default="none",
         choices=QUANTIZATIONS,
-        help="Run linear layers in 8 bits, an approximation that needs torchao. Default: none.",
+        help="Run linear layers in 8-bit precision, an approximation that needs torchao. Default: none.",
     )
     parser.add_argument(
         "--runtime",
@@ -63,14 +63,14 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         choices=PROVIDERS,
         help="Device for the runtime: cpu, gpu or npu with openvino; cpu, cuda or tensorrt with onnx. "
-        "Only cpu has been tried so far. Default: auto.",
+        "Only cpu has been tested so far. Default: auto.",
     )
     parser.add_argument(
         "--attention",
         default="auto",
         choices=ATTENTIONS,
-        help="Self-attention of SwiftVR: PyTorch's (auto, sdpa) or, on CUDA, FlashAttention (flash) or "
-        "the approximate SageAttention (sage). FlashVSR supports auto and sdpa. Default: auto.",
+        help="Self-attention implementation for SwiftVR: PyTorch's (auto, sdpa) or, on CUDA, FlashAttention "
+        "(flash) or the approximate SageAttention (sage). FlashVSR supports auto and sdpa. Default: auto.",
     )
     parser.add_argument(
         "--flow",

@@ -39,8 +39,8 @@ def run_to_end(
     """Run a job to its end; return the last report, or None if everything was already done.
 
     `progress` is one of PROGRESS: a bar on standard error, a line of JSON per frame on standard output, or
-    nothing. If `preview` is given, a picture (bicubic next to the result) is written to that path after
-    every `every`-th frame, but at most once a second.
+    nothing. If `preview` is given, a side-by-side picture of the bicubic upscale and the result is written
+    to that path every `every` frames, but at most once a second.
     """
     step, shown_at = None, -math.inf
     shown = {"bar": _bar, "json": _json_lines, "none": iter}[progress]

@@ -145,8 +145,8 @@ def train(
         run.tuned.save_folder(output, run.best_file, resolve(args.base) or Path(args.base), told)
     print_note(f"the base: {run.begun}")
     gain = run.best.psnr - run.begun.psnr
-    said = "the best" if gain > 0 else "no step was better than the base; the best"
-    print_note(f"{said}, step {run.best_step}: {run.best}, {gain:+.3f} dB")
+    said = "best step" if gain > 0 else "no step was better than the base; best step"
+    print_note(f"{said} {run.best_step}: {run.best}, {gain:+.3f} dB")
     print(output)
     return 0
 
@@ -186,7 +186,7 @@ def tell_costs(run: Run) -> None:
 
 
 def memory_used(device: torch.device) -> int:
-    """Return the peak bytes allocated on a GPU so far; on other devices, the memory this process uses."""
+    """Return the peak GPU memory allocated so far, in bytes; on other devices, what this process uses."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import psutil

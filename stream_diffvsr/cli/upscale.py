@@ -47,8 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--output",
         type=Path,
-        help="File or folder to write; for several inputs, a folder. Default: <name>_4x next to the input, "
-        "with any requested size in place of 4x.",
+        help="Output file or folder; a folder if there are several inputs. Default: <name>_4x next to "
+        "the input, with any requested size in place of 4x.",
     )
     add_model_arguments(parser)
     parser.add_argument("--state-in", type=Path, metavar="FILE", help="Continue from a saved state.")
@@ -75,7 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--preview",
         type=int,
         metavar="N",
-        help="Write a picture (bicubic next to the result) every N frames, but at most once a second.",
+        help="Write a side-by-side picture of the bicubic upscale and the result every N frames, but at most "
+        "once a second.",
     )
 
 
@@ -181,7 +182,7 @@ def plan_lines(args: argparse.Namespace, prepared: Prepared) -> Iterator[str]:
 def plan_without_weights(
     args: argparse.Namespace, job: VideoJob, size: tuple[int, int], frames: int | None
 ) -> Iterator[str]:
-    """Yield the lines of `plan_lines` without the weights, using only the networks' configurations."""
+    """Yield lines like those of `plan_lines`, using only the networks' configurations, not their weights."""
     if family_named(args.model) != "diffvsr":
         raise IncompatibleInputError(
             f"--plan needs the weights of {args.model}: run 'stream-diffvsr download {args.model}' first"

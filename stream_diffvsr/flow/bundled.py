@@ -1,8 +1,8 @@
 """nano's own flow estimator: a small coarse-to-fine network that needs only torch.
 
-The input frames have been enlarged by 4 (bicubic), so a quarter of their size can hold all their detail.
-Frames are therefore first shrunk by averaging 4x4 pixels, and the flow found at that size is enlarged at the
-end.
+The input frames have been upscaled 4x (bicubic), so shrinking them to a quarter of their size loses no
+detail. Frames are therefore first shrunk by averaging 4x4 pixels, and the flow found at that size is enlarged
+at the end.
 
 At every level of a pyramid, the same weights process the frame, the previous frame moved along the current
 flow estimate, and two inputs that need no learning: how well windows match at each shift of a few pixels, and
@@ -115,7 +115,7 @@ def window_differences(current: Tensor, moved: Tensor, radius: int) -> Tensor:
 
 
 def with_detail(picture: Tensor) -> Tensor:
-    """Stack `picture / 2` and `picture` minus its local mean; lighting does not affect the latter."""
+    """Stack `picture / 2` and `picture` minus its local mean; the latter does not depend on lighting."""
     mean = F.avg_pool2d(picture, WINDOW, 1, WINDOW // 2, count_include_pad=False)
     return torch.cat([picture / 2, picture - mean], 1)
 
@@ -162,7 +162,7 @@ def least_squares(current: Tensor, moved: Tensor, inside: Tensor) -> tuple[Tenso
 
 
 def window_steps(products: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each window's step and its reliability, from the mean products of gradients and differences."""
+    """Compute each window's step and its reliability from the mean products of gradients and differences."""
     xx, xy, yy, xt, yt = products.split(1, 1)
     xx, yy = xx + DAMPING, yy + DAMPING
     determinant = xx * yy - xy * xy

@@ -148,7 +148,7 @@ class BundledFlow(TileableFlow):
         return self._of_reduced(*small)[..., :height, :width]
 
     def between(self, lq: Tensor, previous: Tensor, scale: float, method: str) -> Tensor:
-        """Avoid enlarging frames only to shrink them again; the result differs only by rounding."""
+        """Skip enlarging frames that would only be shrunk again; the result differs only by rounding."""
         if scale != REDUCTION or method != "whole":
             return super().between(lq, previous, scale, method)
         return self._of_reduced(enlarged_and_reduced(lq), enlarged_and_reduced(previous))
@@ -159,7 +159,7 @@ class BundledFlow(TileableFlow):
 
 
 class CallableFlow(FlowEstimator):
-    """Wraps a user's function of (current, previous): calls it at the output's size and checks its result."""
+    """Calls a user's function with (current, previous) at the output's size, and checks its result."""
 
     any_size = False
 

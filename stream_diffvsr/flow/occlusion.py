@@ -1,4 +1,4 @@
-"""How far to trust the previous frame: flow must agree both ways, and frames must match where it points."""
+"""How much to trust the previous frame: flow must agree in both directions and join matching pixels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ERODE, FEATHER = 5, 5
 
 
 def mask(lq: Tensor, previous: Tensor, flow: Tensor, back: Tensor | None, scale: int) -> Tensor:
-    """Return how far to trust each pixel of the warped previous frame, from 0 to 1 (fully).
+    """Return how much to trust each pixel of the warped previous frame, from 0 (not at all) to 1 (fully).
 
     `lq` and `previous` are (1, 3, h, w) in model range. `flow`, (1, 2, H, W), points from `lq` back to
     `previous`, in pixels of the large frame (H = scale * h). `back` is the flow from `previous` to `lq`, or

@@ -19,7 +19,7 @@ BUNDLED = NANO / "flow" / "model.safetensors"
 
 
 def open_flow_network(name: str, folders: Iterable[Path] = ()) -> nn.Module:
-    """Return an estimator's network, on the CPU; `folders` are searched for RAFT's weights."""
+    """Return a flow estimator's network, on the CPU; `folders` are searched for RAFT's weights."""
     return open_bundled() if name == "bundled" else open_raft(name, folders)
 
 
@@ -28,7 +28,7 @@ def open_bundled(path: Path = BUNDLED) -> FlowNetwork:
     for needed in (path, path.with_name("config.json")):
         if not needed.is_file():
             raise ModelNotFoundError(
-                "nano's flow network", needed, "Install this package again, or choose another flow."
+                "nano's flow network", needed, "Reinstall this package, or choose another flow."
             )
     config_path = path.with_name("config.json")
     config = read_json(config_path)
@@ -36,7 +36,7 @@ def open_bundled(path: Path = BUNDLED) -> FlowNetwork:
         network = empty(lambda: FlowNetwork(**config))
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"{config_path} does not describe a flow network ({error!r}): install this package again."
+            f"{config_path} does not describe a flow network ({error!r}): reinstall this package."
         ) from error
     weights = read_weights(path)
     check_keys(path, {key: tuple(value.shape) for key, value in weights.items()}, shapes_of(network))

@@ -37,7 +37,7 @@ def open_raft(name: str, folders: Iterable[Path] = ()) -> nn.Module:
 
 
 def load_raft(name: str, path: Path) -> nn.Module:
-    """Return the network with the weights from a file. Raises `CheckpointError` if the file is damaged."""
+    """Return the network with weights read from a file. Raises `CheckpointError` if the file is damaged."""
     from torchvision.models import optical_flow
 
     network = empty(lambda: getattr(optical_flow, name)(weights=None, progress=False))
@@ -76,7 +76,7 @@ def read_raft(path: Path) -> dict[str, Any]:
     if prefix and not _digest(path).startswith(prefix):
         raise CheckpointError(
             f"{path} ({path.stat().st_size} bytes) is damaged: its SHA-256 does not begin with "
-            f"{prefix}, as its name says it should; delete the file, and it will be downloaded again."
+            f"{prefix}, the digits in its name; delete the file, and it will be downloaded again."
         )
     return read_weights(path)
 

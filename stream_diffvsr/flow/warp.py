@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 
 def warp(frame: Tensor, flow: Tensor) -> Tensor:
-    """Sample `frame` bilinearly at the positions to which `flow` points; those outside the picture yield 0.
+    """Sample `frame` bilinearly where `flow` points; positions outside the picture yield 0.
 
     `frame` is (1, C, H, W), and `flow` is (1, 2, H, W) in pixels, with channel 0 = dx; returns (1, C, H, W).
     The computation is always in float32, because half precision cannot even represent the pixel positions of
@@ -16,7 +16,7 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
 
     The reference normalises positions by W-1 but samples with align_corners=False, so zero flow is not the
     identity: it shifts the picture by amounts from -0.5 px at the left edge to +0.5 px at the right edge. The
-    weights were trained that way, so this behaviour is kept for parity (tests/test_golden.py).
+    weights were trained with this shift, so it is kept for parity (tests/test_golden.py).
     """
     height, width = frame.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0].float()
@@ -26,9 +26,9 @@ def warp(frame: Tensor, flow: Tensor) -> Tensor:
 
 
 def centred(flow: Tensor) -> Tensor:
-    """Correct a flow for the shift, so that `warp` samples exactly where the given `flow` points.
+    """Correct a flow for the shift in `warp`, so that `warp` samples exactly where the given `flow` points.
 
-    (1, 2, H, W) -> (1, 2, H, W). Used for checkpoints whose index states that they were trained this way.
+    (1, 2, H, W) -> (1, 2, H, W). Used for checkpoints trained with this correction, as stated in their index.
     """
     height, width = flow.shape[-2:]
     x = torch.arange(width, device=flow.device, dtype=torch.float32) + flow[:, 0] + 0.5

@@ -28,15 +28,14 @@ class Split:
     def __post_init__(self) -> None:
         if self.frames < 0 or not 0 <= self.warm_up <= max(self.frames, 8):
             raise IncompatibleInputError(
-                f"the warm-up must be between 0 and the length of the parts ({self.frames}), "
-                f"not {self.warm_up}"
+                f"the warm-up must be between 0 and the part length ({self.frames}), not {self.warm_up}"
             )
 
 
 def find_scenes(
     prepared: Prepared, split: Split | None = None, state: str = "", told: bool = False
 ) -> Iterator[Scene]:
-    """Yield each scene as soon as its end is known; a run in one process finds the same scenes.
+    """Yield each scene as soon as its end is known; the scenes are the same as in a single-process run.
 
     `state` names the saved state from which the first scene continues. If `told` is set, a job
     without cut detection yields its single scene without reading any frames; its end may then be None.

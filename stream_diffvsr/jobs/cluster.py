@@ -268,7 +268,7 @@ def workers(
 
     `model` contains the arguments for `load_pipeline`.
     `address` is the address of a cluster, or None to start workers on this machine. `on_wait` is called every
-    half second while waiting for all workers, for example as they start, and may raise an exception to
+    half second while waiting for all workers, for example while they start, and may raise an exception to
     cancel. Raises `VideoError` if no cluster answers or its workers differ, and `IncompatibleInputError` if
     the ray package is missing.
     """

@@ -183,8 +183,8 @@ class VideoJob:
     )
     scene_cut: str = option(
         "auto",
-        "How to find scenes (the model starts each of them afresh): auto, off, a threshold "
-        "from 0 to 255 (auto is 27), or a CSV file that lists the first frame of each scene.",
+        "How to detect scenes (the model starts each of them afresh): auto, off, a threshold "
+        "from 0 to 255 (auto uses 27), or a CSV file that lists the first frame of each scene.",
         group="input",
         metavar="HOW",
     )
@@ -200,7 +200,7 @@ class VideoJob:
         group="output",
         expert=True,
         metavar="N",
-        unset_help="as many as take about a minute, at most 120",
+        unset_help="as many as can be upscaled in about a minute, at most 120",
     )
     read_ahead: int = option(
         4,

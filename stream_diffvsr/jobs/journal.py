@@ -130,7 +130,7 @@ class Journal:
 
 
 def read_segment(content: Mapping[str, Any]) -> Segment:
-    """Return the segment that a record describes; raise ValueError, TypeError or KeyError if invalid."""
+    """Return the segment that a record describes; raise ValueError, TypeError or KeyError if it is wrong."""
     place, part = content["place"], SegmentFile(**content["part"])
     values: dict[str, Any] = {**content, "part": part, "place": None if place is None else Place(**place)}
     segment = Segment(**values)
@@ -145,7 +145,7 @@ def read_segment(content: Mapping[str, Any]) -> Segment:
 def resumable(segments: Iterable[Segment]) -> tuple[Segment, ...]:
     """Return the segments that a resumed job can keep, sorted by their frames.
 
-    In each scene, they cover every frame from the first to the scene's end or to its last saved state.
+    In each scene, these segments cover all frames from the first to the scene's end or last saved state.
     """
     kept: list[Segment] = []
     for segment in sorted(segments, key=lambda each: each.start):
@@ -336,7 +336,7 @@ def work_state(folder: Path) -> str | None:
 
 
 def changed_settings(before: Journal, now: Journal) -> list[str]:
-    """Return the changes that prevent continuing, such as 'seed was 0 and is now 1'."""
+    """Return the changes that prevent resuming the job, such as 'seed was 0 and is now 1'."""
     pairs = {
         "source": (before.source, now.source),
         "": (before.settings, now.settings),

@@ -50,8 +50,8 @@ class Output:
         """Join a black frame with all side streams and metadata, just as the output will be joined.
 
         This way, anything that the container rejects shows up before hours of work are spent. `on_progress`
-        reports how much of the source has been read for its sound and subtitles. Raises `VideoError` if the
-        container rejects the video stream itself.
+        reports how much of the source has been read to extract sound and subtitles. Raises `VideoError` if
+        the container rejects the video stream itself.
         """
         job = self.prepared.job
         if "main" in self.videos and job.audio and isinstance(self.prepared.source, VideoSource):
@@ -100,8 +100,8 @@ class Output:
             told = STEREO_WORD in after.streams.video[0].metadata
             if STEREO_WORD in before.streams[source.stream_index].metadata and not told:
                 log.warning(
-                    "the information on how 3D views are arranged is lost: to keep it, write an .mkv "
-                    "file and do not set --no-audio"
+                    "the layout of the 3D views is lost: to keep it, write an .mkv file and do not set "
+                    "--no-audio"
                 )
 
     def join(self, parts: Sequence[SegmentFile], finished: bool) -> int:

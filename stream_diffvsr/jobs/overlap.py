@@ -65,7 +65,7 @@ def _offer(results: queue.Queue[Any], entry: Any, stop: threading.Event) -> bool
 
 
 class Background:
-    """Runs calls one after another in a thread; the caller must wait while `depth` calls are queued.
+    """Runs calls one after another in a thread; adding another blocks while `depth` calls are queued.
 
     An error in a call is raised by the next `add` or `wait`.
     """

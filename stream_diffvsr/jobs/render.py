@@ -1,4 +1,4 @@
-"""Rendering a scene into segments; any process that has the model and the files can do this."""
+"""Render a scene into segments; any process that has the model and the files can do this."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class Renderer:
             self.writer.add(sink.add, prepared[name], frame.index, frame.time)
 
     def close(self) -> SegmentFile | None:
-        """Finish the open segment's files, unless already done; return them, or None if none is open."""
+        """Finish the open segment's files if not yet done; return them, or None if no segment is open."""
         if not self.open or self.closed is not None:
             return self.closed
         self.writer.wait()
@@ -244,7 +244,7 @@ def _seen(
 
 
 def load_state(path: Path) -> tuple[State, Tensor | None]:
-    """Load a state and the last frame before it, (1, 3, h, w) in model range, or None if it was not saved."""
+    """Load a state and the frame before it, (1, 3, h, w) in model range, or None if no frame was saved."""
     state = State.load(path)
     tensors = dict(state.tensors)
     last = tensors.pop(LAST, None)

@@ -51,12 +51,12 @@ def cost_lines(
 
 
 def output_bytes(codec: str, width: int, height: int) -> float:
-    """Return the number of bytes that a frame typically takes up in a file."""
+    """Return the number of bytes that a frame typically occupies in an output file."""
     return width * height * BYTES_PER_PIXEL.get(codec, BYTES_PER_PIXEL["png"])
 
 
 def report_time(pipe: Upscaler, lq: Tensor, options: Any, state: State, frames: int | None) -> str:
-    """Return a line about the time needed, measured on a few frames; `lq` is a frame of the video."""
+    """Return a line with the time needed, estimated from a few frames; `lq` is a frame of the video."""
     seconds = seconds_per_frame(pipe, lq, options, state)
     return f"time: {seconds:.2f} s per frame" + (f", {_duration(seconds * frames)} in all" if frames else "")
 

@@ -4,7 +4,7 @@
         for step in progress:
             show(step.done, step.total, step.fps)
 
-Threads decode frames in advance and encode results afterwards; the loop between them is `upscaler.stream`.
+Threads decode frames in advance and encode the results; the loop between them is `upscaler.stream`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Scene cuts, at which the previous frame must not guide the next one.
 
-The measure is the one that PySceneDetect documents for its content detector: the mean difference of hue,
+The metric is the one that PySceneDetect documents for its content detector: the mean difference of hue,
 saturation and value between two frames, in 8-bit units. It depends only on the two LQ frames, so splitting or
 resuming a video does not move any cut. As in the detector, only every n-th row and column of large
-frames is compared, so that finding scenes takes little longer than decoding.
+frames is compared, so that finding scenes takes only slightly longer than decoding.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Scene:
     """Name of the file in the work folder that contains the state to continue from; '' if there is none."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the scene as JSON values."""
+        """Return the scene as JSON-compatible values."""
         return asdict(self)
 
     @classmethod
@@ -97,7 +97,7 @@ class Scene:
 def in_scenes(
     frames: Iterator[T], cut_before: Callable[[T | None, T], bool]
 ) -> Iterator[tuple[bool, Iterator[T]]]:
-    """Group frames into scenes in a single pass; yield (whether a cut begins the scene, its frames).
+    """Group frames into scenes in a single pass; yield pairs: whether a cut begins the scene, and its frames.
 
     `cut_before` is called once for each frame, with the previous frame (None at the start) and the frame
     itself. Read a scene to its end before requesting the next scene; a frame is read only after the previous
@@ -140,9 +140,9 @@ STRIP = 64
 
 
 def difference(before: Tensor, now: Tensor) -> float:
-    """Return the mean difference of the hue (0 to 179), saturation and value (0 to 255) of two `hsv` frames.
+    """Return the mean difference in hue (0 to 179), saturation and value (0 to 255) of two `hsv` frames.
 
-    Sums of integers are exact, so the result is the same with any number of threads.
+    Sums of integers are exact, so the result is the same for any number of threads.
     """
     strips = zip(before.split(STRIP, 2), now.split(STRIP, 2), strict=True)
     return sum(int((a.short() - b.short()).abs().sum()) for a, b in strips) / now.numel()
@@ -166,7 +166,7 @@ def _hsv(rgb: Tensor) -> Tensor:
 
 
 def read_list(path: Path) -> frozenset[int]:
-    """Read the indices of scenes' first frames from a CSV file: PySceneDetect's list, or one index per line.
+    """Read the index of each scene's first frame from a CSV file: PySceneDetect's list or one index per line.
 
     PySceneDetect's "Start Frame" column counts frames from 1; plain indices count from 0.
     """

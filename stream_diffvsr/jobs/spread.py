@@ -1,4 +1,4 @@
-"""Jobs run by several workers: one pass reads ahead to find the scenes, and the longest are rendered first.
+"""Running jobs on several workers: one pass reads ahead to find the scenes; the longest are rendered first.
 
 The driver never handles the resulting pictures: workers write segments into the job's folder and return
 records, which the driver checks against the files before accepting them. A `Pool` manages the workers.
@@ -63,7 +63,7 @@ class Pool(Protocol):
         ...
 
     def progress(self) -> Mapping[str, int]:
-        """Return the number of frames done in each scene that is being rendered, by the scene's name."""
+        """Return how many frames are done in each scene being rendered, keyed by the scene's name."""
         ...
 
     def stop(self, name: str) -> None:

@@ -109,7 +109,7 @@ class Worker:
         logger.propagate = False
 
     def describe(self) -> dict[str, Any]:
-        """Open the model; return details of the model, this machine and this process, or an error."""
+        """Open the model; return details of the model, machine and process, or an error."""
         facts = {
             "version": __version__,
             "torch": torch.__version__,
@@ -156,7 +156,7 @@ class Worker:
                     f"{where} cannot see {work.folder}: choose an output in a folder that all machines share."
                 )
             if not os.access(work.folder, os.W_OK | os.X_OK):
-                raise PermissionError(f"{where} cannot write into {work.folder}: check its permissions.")
+                raise PermissionError(f"{where} cannot write to {work.folder}: check its permissions.")
             return {}
 
         return _call_result(seen)

@@ -148,7 +148,7 @@ def choose_encoding(
 ) -> Encoding:
     """Return the settings for encoding at `size` (height, width); raises `VideoError` if none will work."""
     if codec not in CODECS:
-        raise VideoError(f"there is no codec {codec!r}; the known codecs are {', '.join(CODECS)}.")
+        raise VideoError(f"unknown codec {codec!r}; use one of {', '.join(CODECS)}.")
     spec = CODECS[codec]
     pix_fmt = pix_fmt or default_format(spec, info.bits)
     if pix_fmt not in spec.formats:
@@ -309,7 +309,7 @@ def check_opens(codec: str) -> None:
 
 @functools.cache
 def open_error(codec: str) -> str | None:
-    """Try to open an encoder for a small picture; return the reason if that fails, or None."""
+    """Try to open an encoder for a small picture; return the reason for failure, or None on success."""
     import av
 
     spec = CODECS[codec]

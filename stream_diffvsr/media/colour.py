@@ -270,7 +270,7 @@ def rgb_to_planes(rgb: Tensor, name: str, colour: Colour) -> list[np.ndarray]:
 
 
 def to_planes(rgb: Tensor, name: str, colour: Colour) -> list[Tensor]:
-    """Convert like `rgb_to_planes`, but to uint8 or int32 tensors on the device of `rgb`."""
+    """Like `rgb_to_planes`, but return uint8 or int32 tensors on the device of `rgb`."""
     layout = LAYOUTS[name]
     top = 2**layout.bits - 1
     if layout.rgb:

@@ -66,8 +66,8 @@ def join(
     """Write `target` from the segments and, if `source` is given, from the source's other streams.
 
     `sides` are the prepared sound and subtitles of the source, and `stream` is the index of its video stream.
-    With `words`, the source's metadata, chapters, covers and attached files are copied too. `target` is
-    synced to the disk. Raises `RefusedError` if the container does not accept a stream, or `OSError` if
+    With `words`, the source's metadata, chapters, cover pictures and attached files are copied too. `target`
+    is synced to disk. Raises `RefusedError` if the container does not accept a stream, or `OSError` if
     reading or writing fails.
     """
     import av

@@ -93,13 +93,13 @@ def list_folder(folder: Path) -> list[Path]:
 
 
 def say_left_out(folder: Path) -> None:
-    """Log the suffixes of a folder's files that are skipped because they cannot be read as pictures."""
+    """Log the suffixes of the files in a folder that are skipped because they cannot be read as pictures."""
     others = {
         f.suffix.lower() or f.name for f in folder.iterdir() if f.is_file() and not f.name.startswith(".")
     }
     if left_out := sorted(others - set(SUFFIXES)):
         log.warning(
-            "skipping %s files in %s, which cannot be read as pictures",
+            "skipping %s files in %s: they cannot be read as pictures",
             ", ".join(left_out),
             folder,
         )
@@ -330,7 +330,7 @@ def _exif(image: Any) -> bytes:
                 kept[tag] = words
         return kept.tobytes() if len(kept) else b""
     except damage() as error:
-        log.warning("leaving out the EXIF data of %s, which is damaged (%s)", image.filename, error)
+        log.warning("leaving out the damaged EXIF data of %s (%s)", image.filename, error)
         return b""
 
 
@@ -341,12 +341,12 @@ def _tensor(image: Image.Image) -> Tensor:
 def write(path: Path, picture: Picture) -> None:
     """Write a picture in the format given by its suffix; the file appears only when complete.
 
-    16 bits and alpha are kept if the format supports them. Raises `VideoError` for an unknown suffix.
+    16-bit depth and alpha are kept if the format supports them. Raises `VideoError` for an unknown suffix.
     """
     suffix = path.suffix.lower()
     if suffix not in WRITABLE:
         raise VideoError(
-            f"{path.name} must end in the suffix of a supported picture format: {', '.join(WRITABLE)}."
+            f"{path.name} is not in a supported picture format: its name must end in {', '.join(WRITABLE)}."
         )
     alpha = picture.alpha if suffix in ALPHA_SUFFIXES else None
     pixels = picture.rgb if alpha is None else torch.cat([picture.rgb, alpha], dim=1)

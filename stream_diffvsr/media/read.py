@@ -1,7 +1,7 @@
 """Sources of frames: video files, animated pictures and folders of pictures, read one frame at a time.
 
 Each source has `info` and `frames(span)`, which yields every frame of the span with its timestamp and its
-index in the whole source. `notes` maps each kind of fault to how often it was found.
+index in the whole source. `notes` maps each kind of fault to the number of times it was found.
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ class VideoSource:
             if not span.before(index, seconds):
                 yield self._convert(frame, index, time)
         # The demuxer skips some damage silently; only this difference reveals it.
-        self.notes["frames missing: fewer than its index lists"] += max(0, self._named - index - 1)
+        self.notes["frames missing: it has fewer than its index lists"] += max(0, self._named - index - 1)
 
     def look_at(self, span: Span) -> None:
         """Set the size to that of the span's first frame, because some broadcasts change size midway."""
@@ -197,7 +197,7 @@ class VideoSource:
         self.notes.clear()
 
     def place(self, frame: SourceFrame) -> Place | None:
-        """Return the place from which to continue after a frame, with no checksum if the source is faulty."""
+        """Return the place from which to continue after a frame; a faulty source's place has no checksum."""
         assert isinstance(frame.pixels, Decoded)
         checksum = frame.pixels.planes.checksum() if self._in_order() else None
         return Place(frame.index, frame.time, checksum)
@@ -263,7 +263,7 @@ class VideoSource:
             )
         if not self._captioned and "A53_CC" in side_data(frame):
             self._captioned = True
-            log.warning("the output will not have the closed captions in the video of %s", self.path)
+            log.warning("the output will not contain the closed captions from the video of %s", self.path)
         duration = getattr(frame, "duration", None) or None if self._has_durations else None
         pixels = Decoded(planes_of(frame, self.info.colour), matrix)
         return SourceFrame(index, time, duration, pixels, (height, width), self.info.bits)
@@ -334,7 +334,7 @@ class VideoSource:
 
 
 def alpha_decoder(stream: Stream) -> Any:
-    """Return a function that decodes packets with WebM's alpha, or None if alpha is absent or unsupported.
+    """Return a function that decodes WebM's alpha packets, or None if alpha is absent or unsupported.
 
     FFmpeg's own decoders ignore alpha.
     """

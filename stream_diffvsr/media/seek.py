@@ -65,7 +65,7 @@ def frames_from(
 def decode_from(
     container: Container, stream: Stream, place: Place, decode: Callable[[Any, Any], Iterator[Any]]
 ) -> Iterator[Any]:
-    """Yield frames from a key frame before a place onwards; skip earlier ones, which may lack references."""
+    """Yield frames, starting at a key frame no later than a place; those before it may lack references."""
     import av
 
     for seconds in STEPS_BACK:
@@ -85,7 +85,7 @@ def decode_from(
 def count_to(
     container: Container, stream: Stream, span: Span, first: int, interlaced: bool
 ) -> tuple[Place, array[int]]:
-    """Return the place where a span starts, with the timestamps of all frames up to it and a few after it.
+    """Return the place where a span starts, and the timestamps of all frames up to there and of a few more.
 
     This counts packets and sorts their timestamps; nothing is decoded. `first` is the first frame's
     timestamp. Raises `DoubtError` if the number of packets may differ from the number of frames.
@@ -107,9 +107,9 @@ def count_to(
 
 
 def timestamps(container: Container, stream: Stream, span: Span, first: int) -> array[int]:
-    """Return the sorted timestamps of all frames up to a span's start and a few after it.
+    """Return the sorted timestamps of all frames up to a span's start and of a few more.
 
-    Raises `DoubtError` if a packet has no time, or is damaged or discarded.
+    Raises `DoubtError` if a packet has no timestamp, or is damaged or discarded.
     """
     times: array[int] = array("q")
     left = REORDERED

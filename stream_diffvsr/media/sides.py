@@ -113,7 +113,7 @@ class Making:
 
 
 def set_rising_dts(packet: Packet, last: int | None) -> int:
-    """Make a packet's decoding time later than `last`, as muxers require, and return it."""
+    """Ensure that a packet's decoding time is later than `last`, as muxers require, and return it."""
     if last is not None and packet.dts <= last:
         packet.dts = last + 1
     packet.pts = max(packet.pts, packet.dts)
@@ -121,7 +121,7 @@ def set_rising_dts(packet: Packet, last: int | None) -> int:
 
 
 def encoder_delay(packet: Packet) -> Fraction:
-    """Return the encoder's delay: how many seconds at the start of a packet are not played."""
+    """Return the encoder delay: the number of seconds at the start of a packet that are not played."""
     context = getattr(packet.stream, "codec_context", None)
     rate = getattr(context, "rate", 0)
     if not rate or not hasattr(packet, "has_sidedata") or not packet.has_sidedata("skip_samples"):
@@ -132,7 +132,7 @@ def encoder_delay(packet: Packet) -> Fraction:
 def make_sides(
     source: Path, container_format: str, folder: Path, on_progress: OnProgress | None = None
 ) -> list[Side]:
-    """Write a source's sound and subtitles to files `side-<stream>` in a folder, in the container's format.
+    """Write a source's sound and subtitles to files named `side-<stream>.<container_format>` in a folder.
 
     Files from an earlier run are reused. Conversions and omissions are logged. `on_progress` is called with
     the number of bytes read and the source's size in bytes; it may raise an exception to stop the work.
@@ -249,7 +249,7 @@ def what_is_lost(original: Container, container_format: str) -> list[str]:
 
 
 def keeping_advice(stream: Stream, container_format: str) -> str:
-    """Return advice on keeping a stream unchanged or nearly so or, failing that, on leaving it out."""
+    """Return advice on how to keep a stream (nearly) unchanged or, failing that, how to leave it out."""
     import av
 
     if container_format != "matroska":

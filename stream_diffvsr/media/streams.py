@@ -139,7 +139,7 @@ def side_data(frame: Frame) -> dict[str, bytes]:
 
 
 def named_frames(stream: Stream) -> int:
-    """Return the number of frames in a stream's index, or 0 if it is unknown."""
+    """Return a stream's number of frames according to its index, or 0 if it is unknown."""
     # Older PyAV versions expose no index. The index of AVI also lists empty packets, and that of MP4 also
     # lists frames that are not shown.
     if (entries := getattr(stream, "index_entries", None)) is None or not stream.frames:

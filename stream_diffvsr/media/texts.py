@@ -11,7 +11,7 @@ import html
 import re
 
 KNOWN = ("mov_text", "subrip", "srt", "webvtt", "text", "ass", "ssa")
-"""FFmpeg's names for the text subtitle codecs that can be translated."""
+"""FFmpeg's names for the text subtitle codecs that can be converted."""
 TAG = re.compile(r"</?(?:[ibuscv]|ruby|rt|lang|font|\d+:\d+)(?:[ .:][^<>\n]*)?>", re.IGNORECASE)
 STYLE = re.compile(r"</?[ibu]>", re.IGNORECASE)
 OPEN, CLOSE = "\1", "\2"

@@ -51,12 +51,12 @@ class Window:
         return self.low <= seconds < self.high
 
     def ticks(self, time_base: Fraction) -> int:
-        """Return the shift in ticks."""
+        """Return the shift in units of `time_base`."""
         return round(self.shift / time_base)
 
 
 def kept_words(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata that is still correct in another container."""
+    """Return the metadata that remains valid in another container."""
     return {key: value for key, value in metadata.items() if not CONTAINER_KEYS.fullmatch(key)}
 
 
@@ -135,7 +135,7 @@ def copy_attachments(out: Output, original: Container) -> None:
 
 
 def why_no_cover(stream: Stream, container_format: str) -> str | None:
-    """Return why a cover picture is left out, or None if it is kept."""
+    """Return the reason for leaving out a cover picture, or None if it is kept."""
     if container_format not in ("mp4", "matroska"):
         return f"{container_format} cannot store a cover picture"
     if not stream.codec_context or stream.codec_context.name not in COVERS:

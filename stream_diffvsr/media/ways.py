@@ -1,4 +1,4 @@
-"""Ways to write a sound or subtitle stream: copying it, translating its text or re-encoding its sound."""
+"""Ways to write a sound or subtitle stream: copying it, converting its text or re-encoding its sound."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class Copied:
 
 
 class Translated:
-    """Translates text subtitles for another container.
+    """Converts text subtitles for another container.
 
     A cue without an end time gets one, because MP4 players would otherwise not show it.
     """
@@ -109,13 +109,13 @@ class Translated:
         self.unended: Any = None
         self.before, self.name = stream.codec_context.name, TEXT_CODECS[out.format.name.split(",")[0]]
         if self.before not in KNOWN:
-            raise RefusedError("it does not contain text that can be translated")
+            raise RefusedError("it does not contain text that can be converted")
         if hasattr(out, "add_mux_stream"):
             self.stream = out.add_mux_stream(self.name, time_base=stream.time_base)
             return
         if self.name != "subrip":
             # Older PyAV versions open an encoder for every new stream, but have no encoders for subtitles.
-            raise RefusedError("this version of PyAV cannot translate it: update the av package")
+            raise RefusedError("this version of PyAV cannot convert it: update the av package")
         with av.open(io.BytesIO(EMPTY_SRT), format="srt") as text:
             self.stream = out.add_stream_from_template(text.streams[0], opaque=True)
 

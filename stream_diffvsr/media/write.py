@@ -60,7 +60,7 @@ class SegmentWriter:
         return self.times[shown] - self.times[0] if shown >= 0 else shown * self._step
 
     def finish(self) -> int:
-        """Finish the file, sync it to the disk, rename it to its final name and return its size."""
+        """Finish the file, sync it to disk, rename it to its final name and return its size."""
         self._mux(self._stream.encode(None))
         self._container.close()
         if len(self.order) != len(self.times):

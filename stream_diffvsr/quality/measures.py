@@ -116,7 +116,7 @@ def protocol(border: int, networks: Networks | None = None) -> dict[str, str]:
 
 
 def check_pair(result: Tensor, truth: Tensor, border: int) -> None:
-    """Reject frames whose sizes differ, and a border that leaves too little to compare."""
+    """Reject frames that differ in size or are too small, not counting the border."""
     (height, width), size = truth.shape[-2:], f"{result.shape[-1]}x{result.shape[-2]}"
     if result.shape != truth.shape:
         raise IncompatibleInputError(
@@ -194,7 +194,7 @@ def temporal_measures(
 ) -> dict[str, float]:
     """Return the measures of a frame and its predecessor, or an empty dict for the first frame.
 
-    Each is a tuple of pictures, as in `measure`.
+    `frame` and `before` are tuples of pictures, as in `measure`.
     """
     if before is None:
         return {}
@@ -242,7 +242,7 @@ def visible(flow: Tensor, reverse: Tensor) -> Tensor:
 def sample_zero_outside(picture: Tensor, flow: Tensor) -> Tensor:
     """Sample `picture` bilinearly at p + flow(p), with 0 outside.
 
-    Unlike with `warp`, zero flow returns the picture unchanged.
+    Unlike `warp`, this returns the picture unchanged for zero flow.
     """
     height, width = picture.shape[-2:]
     x = torch.arange(width, device=flow.device) + flow[:, 0]

@@ -1,4 +1,4 @@
-"""Measures using trained networks: piq's LPIPS and DISTS, RAFT's flow; the user downloads the weights."""
+"""Measures that use trained networks: piq's LPIPS and DISTS, and RAFT's flow; users download the weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Networks:
 def open_networks(folder: Path) -> Networks:
     """Open the networks with the weights in `folder`; nothing is downloaded.
 
-    Raises `ModelNotFoundError` if a file is missing, `CheckpointError` if it contains something else.
+    Raises `ModelNotFoundError` if a file is missing, `CheckpointError` if one contains other weights.
     """
     paths = _find(folder)
     # The measures share the convolutions, but DISTS replaces the pooling layers between them.

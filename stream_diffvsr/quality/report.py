@@ -13,7 +13,7 @@ from .measures import NAMES, Measures
 
 
 def means(frames: Sequence[Measures]) -> dict[str, float]:
-    """Return the mean of each measure over the frames that have it, or NaN if no frame does."""
+    """Return the mean of each measure over the frames that have a value, or NaN if none has."""
     columns = {name: [getattr(each, name) for each in frames] for name in NAMES}
     return {
         name: _mean([value for value in column if not math.isnan(value)]) for name, column in columns.items()
@@ -25,12 +25,12 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def measured(frames: Sequence[Measures]) -> list[str]:
-    """Return the names of the measures that at least one frame has."""
+    """Return the names of the measures for which at least one frame has a value."""
     return [name for name, value in means(frames).items() if not math.isnan(value)]
 
 
 def summary(frames: Sequence[Measures], how: Mapping[str, str]) -> str:
-    """Return a Markdown table of each measure's mean and how it is computed (see `protocol`)."""
+    """Return a Markdown table of the measures: the mean of each and how it is computed (see `protocol`)."""
     values = means(frames)
     rows = [("measure", f"mean of {len(frames)} frames", "computed from"), ("---",) * 3]
     rows += [(name, f"{values[name]:.5g}", how[name]) for name in measured(frames)]

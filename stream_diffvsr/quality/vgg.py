@@ -1,4 +1,4 @@
-"""The convolutions of VGG-16, on whose features learned measures and losses are based."""
+"""The convolutional part of VGG-16, whose features are used by learned measures and losses."""
 
 from __future__ import annotations
 

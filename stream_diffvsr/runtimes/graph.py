@@ -49,10 +49,10 @@ class Graph:
         return {**own, **versions}
 
     def export(self) -> Any:
-        """Return torch's ExportedProgram. Raises `IncompatibleInputError` if this torch is too old."""
+        """Return torch's ExportedProgram. Raises `IncompatibleInputError` if the torch version is too old."""
         if not hasattr(torch.export.Dim, "AUTO"):
             raise IncompatibleInputError(
-                f"runtimes other than torch need torch 2.6 or newer, not {torch.__version__}"
+                f"runtimes other than torch need torch 2.6 or newer; {torch.__version__} is installed"
             )
         free = torch.export.Dim.AUTO
         shapes = tuple({2: free, 3: free} if x.ndim == 4 else {} for x in self.inputs)
@@ -79,7 +79,7 @@ class Runtime(Protocol):
         ...
 
     def open(self, graph: Graph) -> Call:
-        """Return a function that runs the graph, which is built first unless it has been stored."""
+        """Return a function that runs the graph; the graph is built first unless it is already stored."""
         ...
 
 

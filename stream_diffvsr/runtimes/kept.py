@@ -1,4 +1,4 @@
-"""Store files that a runtime has built, keyed by everything on which they depend, for use in later runs."""
+"""Store files that a runtime has built, keyed by everything they depend on, for use in later runs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def built_once(
 
 
 def expected_seconds(root: Path, size: int) -> float:
-    """Estimate from earlier conversions in `root` how long it takes to convert `size` bytes of weights.
+    """Estimate from earlier conversions in `root` how long converting `size` bytes of weights will take.
 
     If there are no earlier conversions, assume the speed of two cores of a 2024 server.
     """

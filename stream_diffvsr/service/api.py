@@ -167,10 +167,10 @@ def tasks_router(kind: str, jobs: Jobs) -> APIRouter:
         return jobs.status(task(task_id))
 
     @router.delete(
-        "/{task_id}", summary="Cancel the job, and keep or delete its files", operation_id=f"{kind}_delete"
+        "/{task_id}", summary="Cancel the job and keep or delete its files", operation_id=f"{kind}_delete"
     )
     async def delete(task_id: str, remove: bool = False) -> Status:
-        """Cancel the job, and keep its finished part or, with `remove`, delete the task and its files."""
+        """Cancel the job and keep its finished part, or, with `remove`, delete the task and its files."""
         found = await jobs.workers.cancel(task(task_id))
         if remove:
             await asyncio.to_thread(store.remove_files, found)
@@ -215,7 +215,7 @@ def files_router(kind: str, jobs: Jobs) -> APIRouter:
 
     @router.get(
         "/preview.jpg",
-        summary="Get the newest frame, left half enlarged bicubically, right half upscaled by the model",
+        summary="Get the newest frame: left half bicubic, right half upscaled by the model",
         operation_id=f"{kind}_preview",
         responses={**FILE_ANSWER, 200: {"description": "The picture.", "content": {"image/jpeg": {}}}},
         response_class=Response,
@@ -227,7 +227,7 @@ def files_router(kind: str, jobs: Jobs) -> APIRouter:
 
 
 async def receive(request: Request, kind: str, jobs: Jobs) -> Task:
-    """Store an upload as a new task; if the upload fails, delete everything."""
+    """Store an upload as a new task; if the upload fails, delete its files."""
     store, task_id = jobs.store, uuid.uuid4().hex
     folder = store.folder / task_id
     folder.mkdir()
@@ -306,7 +306,7 @@ def page_router() -> APIRouter:
 
 
 def describe(app: FastAPI) -> None:
-    """Add to the API's description what the routes do not declare: the request models and the token."""
+    """Add the request models and the token, which the routes do not declare, to the API's description."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Checks:
         self._about: tuple[float, dict[str, Any]] = (-FRESH, {})
 
     async def about(self, *, fresh: bool = False) -> dict[str, Any]:
-        """Return models, devices and options (see `cli.checks`), at most a few seconds old if `fresh`."""
+        """Return models, devices and options (see `cli.checks`); if `fresh`, at most a few seconds old."""
         told, about = self._about
         if not about or (fresh and time.monotonic() - told > FRESH):
             about = await self._ask({"about": True})
@@ -103,7 +103,7 @@ class Checks:
         return process
 
     async def end_when_idle(self) -> None:
-        """While the server runs, end the process each time it has been idle for a while."""
+        """End the process whenever it has been idle for a while, as long as the server runs."""
         while True:
             await asyncio.sleep(IDLE / 4)
             if self._process and not self._lock.locked() and time.monotonic() - self._used > IDLE:
@@ -127,7 +127,7 @@ def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[st
     model = next((each for each in about["models"] if each["name"] == asked["model"]), None)
     if model is None:
         raise ProblemError(
-            422, f"model: there is no {asked['model']!r} here; GET /api/v1/models lists the available models."
+            422, f"model: there is no model {asked['model']!r} here; GET /api/v1/models lists the models."
         )
     if not model["here"]:
         if not model["can_download"]:
@@ -137,8 +137,8 @@ def check_request(asked: Mapping[str, Any], about: Mapping[str, Any]) -> dict[st
         if not asked["download"]:
             raise ProblemError(
                 409,
-                f'{model["name"]} is not on this machine: send "download": true to download its '
-                f"{model['download_gigabytes']} GB first.",
+                f'{model["name"]} is not on this machine: send "download": true to download it '
+                f"({model['download_gigabytes']} GB) first.",
             )
     if not SIZES.fullmatch(asked["size"]):
         raise ProblemError(
@@ -193,7 +193,7 @@ def check_limits(facts: Mapping[str, Any], settings: Settings) -> None:
     if (facts["seconds"] or 0) > settings.max_seconds:
         raise ProblemError(
             413,
-            f"A length of {facts['seconds']:.0f} seconds exceeds the limit of {settings.max_seconds:g}.",
+            f"The length of {facts['seconds']:.0f} s exceeds the limit of {settings.max_seconds:g} s.",
         )
 
 

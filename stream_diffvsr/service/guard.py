@@ -77,7 +77,7 @@ class Guard:
                 "This server accepts only the host names localhost and 127.0.0.1 unless --token is set.",
             )
         if scope["method"] not in ("GET", "HEAD", "OPTIONS") and _foreign(headers, host):
-            return 403, "Requests from other sites' pages are refused."
+            return 403, "Requests from pages of other sites are refused."
         if self.settings.token and path.startswith(API) and path not in OPEN and not self._known(headers):
             return 401, "This server requires a token: send the header 'Authorization: Bearer TOKEN'."
         return None

@@ -55,7 +55,7 @@ class Jobs:
         suffix = Path(name.replace("\\", "/")).suffix.lower()
         if not SUFFIX.fullmatch(suffix):
             raise ProblemError(
-                415, "The file's name needs an ending, such as .mp4 or .png, that shows its type."
+                415, "The file's name needs an extension that shows its type, such as .mp4 or .png."
             )
         if kind == "images" and suffix not in (await self.checks.about())["pictures"]:
             raise ProblemError(
@@ -78,7 +78,9 @@ class Jobs:
         if task.state == "queued" or task.state == "running":
             if {**task.request} == {**request, "suffix": task.request.get("suffix")}:
                 return task
-            raise ProblemError(409, f"This task is {task.state} with a different request: cancel it first.")
+            raise ProblemError(
+                409, f"This task is already {task.state} with a different request: cancel it first."
+            )
         if len(self.store.waiting()) >= self.settings.max_waiting:
             raise ProblemError(503, "The queue is full: try again later.", Retry_After="60")
         request["suffix"] = _format(kind, task, asked.format, about)

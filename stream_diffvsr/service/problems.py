@@ -23,9 +23,7 @@ class Problem(BaseModel):
     type: str = "about:blank"
     title: str = Field(examples=["Unprocessable Content"])
     status: int = Field(examples=[422])
-    detail: str = Field(
-        examples=["model: there is no 'v9' here; GET /api/v1/models lists the available models."]
-    )
+    detail: str = Field(examples=["model: there is no model 'v9' here; GET /api/v1/models lists the models."])
 
 
 class ProblemError(StreamDiffVSRError):

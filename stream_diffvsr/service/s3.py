@@ -61,7 +61,7 @@ async def fetch(url: str, target: Path, max_bytes: int) -> None:
             async for chunk in got.stream(min_chunk_size=CHUNK):
                 done += await asyncio.to_thread(file.write, chunk)
             if done != size:
-                raise OSError(f"only {done} of {size} bytes arrived")
+                raise OSError(f"only {done} of {size} bytes were received")
 
     target.parent.mkdir(exist_ok=True)
     await _again(once, f"{url} cannot be read")

@@ -22,7 +22,7 @@ class Upscaling(BaseModel):
     format: str | None = Field(
         None,
         max_length=10,
-        description="File ending of the result, such as .mp4; null means the source's, if possible.",
+        description="File extension of the result, such as .mp4; null means the source's, if possible.",
     )
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -32,8 +32,8 @@ class Upscaling(BaseModel):
         None,
         max_length=2000,
         description="Source to use instead of an upload: s3://bucket/key, or a path inside a folder that the "
-        "server allows. In that case, the caller chooses the task id, a UUID; sending the same request again "
-        "is harmless.",
+        "server allows. In that case, the caller chooses the task id (a UUID), so sending the same request "
+        "again is harmless.",
     )
     target: str | None = Field(
         None, max_length=1200, description="s3://bucket/key to which the result is also uploaded."
@@ -53,9 +53,9 @@ class Status(BaseModel):
     fps: float | None = Field(examples=[2.5])
     seconds_left: float | None = Field(examples=[912.0])
     message: str = Field(
-        description="Why the job failed, or what it is doing before or after upscaling.", examples=[""]
+        description="The reason for a failure, or the current step before or after upscaling.", examples=[""]
     )
-    position: int | None = Field(description="How many jobs are ahead of it in the queue.", examples=[None])
+    position: int | None = Field(description="Jobs ahead of this one in the queue.", examples=[None])
     device: str | None = Field(examples=["cuda:0"])
     created: float = Field(description="Seconds since 1970.", examples=[1764170000.0])
     ended: float | None = Field(examples=[None])
@@ -85,7 +85,7 @@ class Model(BaseModel):
     name: str = Field(examples=["v1"])
     family: str = Field(examples=["diffvsr"])
     title: str = Field(examples=["Stream-DiffVSR"])
-    here: bool = Field(description="Whether the model is on this machine.")
+    here: bool = Field(description="Whether the model is on the server.")
     download_gigabytes: float | None = Field(None, examples=[4.0])
     can_download: bool | None = None
 
@@ -118,16 +118,16 @@ class Capabilities(BaseModel):
     s3: bool = Field(description="Whether s3:// addresses are supported.")
     paths: bool = Field(description="Whether paths on the server may be used as sources.")
     source_suffixes: dict[str, list[str]] = Field(
-        description="Endings of image files; any other file is treated as a video."
+        description="File extensions of images; files with any other extension are treated as videos."
     )
-    formats: dict[str, list[str]] = Field(description="Supported file endings for results.")
+    formats: dict[str, list[str]] = Field(description="Supported file extensions for results.")
     job: dict[str, Any] = Field(description="JSON schema of a job's options, and how to display them.")
     loader: dict[str, Any] = Field(description="JSON schema of the options for loading a model.")
     families: dict[str, Any] = Field(description="JSON schema of each family's options, with its presets.")
 
 
 class Login(BaseModel):
-    """The page's login request."""
+    """A login request from the web page."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     token: str = Field(max_length=1000)

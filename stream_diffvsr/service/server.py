@@ -1,4 +1,4 @@
-"""Starting the server and running it until it is told to stop."""
+"""Start the server and run it until it is told to stop."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ GIGABYTE = 10**9
 
 
 def parse_folders(text: str) -> tuple[Path, ...]:
-    """Split a list of folders separated as in PATH."""
+    """Split a list of folders that uses the same separator as PATH."""
     return tuple(Path(part).expanduser() for part in text.split(os.pathsep) if part)
 
 
@@ -36,7 +36,7 @@ class Settings:
     )
     token: str = option(
         "",
-        "Password that every request must carry; the page asks for it. An environment variable is "
+        "Password that every request must include; the page asks for it. An environment variable is "
         "safer than the command line.",
     )
     allow: tuple[Path, ...] = option(
@@ -50,15 +50,15 @@ class Settings:
         "Devices that run jobs, one job at a time on each: auto, all, or a list such as cuda:0,cuda:1.",
     )
     ray: str = option(
-        "", "Ray cluster that shares the work of each job, as with upscale --ray; jobs run one at a time."
+        "", "Ray cluster over which each job is spread, as with upscale --ray; jobs run one at a time."
     )
-    max_gigabytes: float = option(20.0, "Largest file accepted, in GB (10^9 bytes).", low=0.001)
+    max_gigabytes: float = option(20.0, "Maximum size of a file, in GB (10^9 bytes).", low=0.001)
     max_pixels: int = option(
         8192 * 4320,
         "Maximum number of pixels in an input frame; an output frame may have 8 times as many.",
         low=64,
     )
-    max_seconds: float = option(6 * 3600.0, "Longest video accepted, in seconds.", low=0.1)
+    max_seconds: float = option(6 * 3600.0, "Maximum length of a video, in seconds.", low=0.1)
     max_waiting: int = option(1000, "Maximum number of jobs in the queue.", low=1)
     keep_days: float = option(
         0.0, "Days after which finished jobs and unused uploads are deleted; 0 means never.", low=0
@@ -74,7 +74,7 @@ class Settings:
         check_options(self)
         if self.host not in LOOPBACK and not self.token:
             raise IncompatibleInputError(
-                f"--host {self.host} can be reached from other machines and needs a token: set --token or "
+                f"--host {self.host} lets other machines reach the server and needs a token: set --token or "
                 "STREAM_DIFFVSR_TOKEN",
             )
 

@@ -272,14 +272,14 @@ def last_words(log_file: Path) -> str:
 
 
 def end_orphans(folder: Path) -> None:
-    """Kill the processes that a crashed server left running: commands that write inside `folder`."""
+    """Kill the processes that a crashed server left running, identified by an output inside `folder`."""
     import psutil
 
     begin, found = f"--output={folder}", []
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if PYTHON_MODULE in words and any(word.startswith(begin) for word in words):
-            log.warning("ending process %d, which an earlier server left running", process.pid)
+            log.warning("killing process %d, which an earlier server left running", process.pid)
             with contextlib.suppress(psutil.Error):
                 process.kill()
                 found.append(process)

@@ -1,4 +1,4 @@
-"""The training footage: videos and folders of pictures, divided into scenes, with a part held out."""
+"""The training footage: videos and folders of pictures, divided into scenes, some of them held out."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def _hold_out(scenes: Sequence[Scene], frames: int) -> tuple[list[Scene], list[S
 
 
 def crop(scene: Scene, rng: np.random.Generator, side: int, frames: int) -> Tensor:
-    """Return a random crop of a scene, (frames, 3, side, side) in [0, 1]; smaller if the scene is small."""
+    """Return a random crop of a scene, (frames, 3, side, side) in [0, 1]; smaller if the scene is smaller."""
     sides = [min(side, length // SCALE * SCALE) for length in scene.size]
     places = [int(rng.integers(length - own + 1)) for length, own in zip(scene.size, sides, strict=True)]
     rows, columns = (slice(at, at + own) for at, own in zip(places, sides, strict=True))

@@ -1,10 +1,10 @@
-"""Degrading good frames so that they look like a user's footage, in steps drawn at random for each sequence.
+"""Degrades good frames to look like a user's footage, in steps drawn at random for each sequence.
 
     - blur: {chance: 0.5, sigma: [0.3, 1.2]}
     - reduce: {method: [bicubic, area]}
     - video: {chance: 0.9, codec: [h264, hevc, mpeg2], quality: [22, 34]}
 
-A single number is used as it is; two numbers define a range to draw from, and a list of words a set to choose
+A single number is used as is; two numbers define a range to draw from, and a list of words a set to choose
 from. All random draws use the same generator, so a given seed always produces the same frames.
 `docs/training.md` has a table of steps.
 """
@@ -44,14 +44,14 @@ def reduce(x: Tensor, rng: Rng, *, method: str) -> Tensor:
 
 
 def noise(x: Tensor, rng: Rng, *, sigma: float) -> Tensor:
-    """Add sensor noise, independent for each pixel; `sigma` is on a scale of 255."""
+    """Add sensor noise, independent for each pixel; `sigma` is for pixel values from 0 to 255."""
     return x + torch.from_numpy(rng.normal(0, sigma / 255, x.shape).astype(np.float32))
 
 
 def grain(x: Tensor, rng: Rng, *, sigma: float, size: float) -> Tensor:
     """Add film grain, in grey clumps `size` pixels wide that are strongest in mid-tones.
 
-    `sigma` is on a scale of 255.
+    `sigma` is for pixel values from 0 to 255.
     """
     shape = (len(x), 1, *x.shape[-2:])
     clumps = blur(torch.from_numpy(rng.normal(0, 1, shape).astype(np.float32)), rng, sigma=size)
@@ -193,7 +193,7 @@ def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
     for name, given in steps:
         if name not in STEPS or not isinstance(given or {}, dict):
             raise IncompatibleInputError(
-                f"there is no degradation step {name!r}: {given!r}; the steps are {', '.join(STEPS)}"
+                f"unknown degradation step {name!r}: {given!r}; the known steps are {', '.join(STEPS)}"
             )
         known = {**STEPS[name][1], "chance": (0.0, 1.0)}
         missing = STEPS[name][1].keys() - (given or {}).keys()
@@ -201,7 +201,7 @@ def check_steps(steps: Sequence[tuple[Any, Any]]) -> Recipe:
             value = (given or {}).get(key)
             if not _fits(value, known.get(key, ())):
                 if key not in known:
-                    raise IncompatibleInputError(f"{name} has no {key}, only {', '.join(known)}")
+                    raise IncompatibleInputError(f"{name} has no setting {key}, only {', '.join(known)}")
                 raise IncompatibleInputError(f"{name}: {key} must be within {known[key]}, not {value!r}")
     if [name for name, _ in steps].count("reduce") != 1:
         raise IncompatibleInputError(

@@ -1,7 +1,7 @@
 """The training loop: runs the engine's frame code with gradients, on the model's own previous results.
 
 A step's data depend only on its number, the seed and the device, so a run that is killed and resumed ends
-with the same weights.
+with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def window(footage: Footage, recipe: Recipe, options: TrainOptions, rng: np.rand
 
 
 def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
-    """Return sequences from the held-out part; every call returns the same ones."""
+    """Return sequences from the held-out footage; every call returns the same ones."""
     found = []
     for index, scene in enumerate(footage.held[:HELD_SCENES]):
         rng = np.random.default_rng((seed, 1, index))
@@ -77,7 +77,7 @@ def held_windows(footage: Footage, recipe: Recipe, seed: int) -> list[Window]:
 
 
 def centre_crop(lq: Tensor, truth: Tensor, side: int) -> Window:
-    """Crop degraded and true frames to their centre, and convert them to model range."""
+    """Crop degraded and original frames to their centre, and convert them to model range."""
     top, left = (max(0, (length - side // SCALE) // 2) for length in lq.shape[-2:])
     small = side // SCALE
     lq = lq[..., top : top + small, left : left + small]
@@ -86,7 +86,7 @@ def centre_crop(lq: Tensor, truth: Tensor, side: int) -> Window:
 
 
 def distance(difference: Tensor, kind: str) -> Tensor:
-    """Return the L1 distance, smoothed at zero, or 10 times the L2 distance, which is similar in size."""
+    """Return the L1 distance, smoothed at zero, or 10 times the L2 distance, which is of similar scale."""
     return 10 * difference.square().mean() if kind == "l2" else (difference.square() + 1e-6).sqrt().mean()
 
 
@@ -167,7 +167,7 @@ class Run(Trainer):
     # The whole run
 
     def rehearse(self) -> float:
-        """Run trial steps that change nothing; return the seconds per step, including measurements."""
+        """Run trial steps that change nothing; return the time per step in seconds, including measuring."""
         if self.step == 0 and self.accelerator.is_main_process:
             self._measure_base()
         seconds = 0.0

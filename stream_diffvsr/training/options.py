@@ -27,12 +27,12 @@ class TrainOptions:
     )
     degradation: str = option(
         "clean",
-        "How to degrade good frames so that they look like yours: clean, compressed, old-film, anime, or a "
-        "YAML file.",
+        "How to degrade good frames so that they look like the videos you want to upscale: clean, "
+        "compressed, old-film, anime, or a YAML file.",
     )
     decoder: bool = option(
         False,
-        "Also train the decoder, which produces the finest detail; nano benefits most.",
+        "Also train the decoder, which produces the finest detail; this helps nano most.",
         flag="decoder",
     )
     rank: int = option(
@@ -47,10 +47,10 @@ class TrainOptions:
         unset_help="0.001 for lora, 0.0001 for full",
     )
     size: int = option(
-        128, "Width and height of the training crops, in pixels of the undegraded frames.", low=32, high=2048
+        128, "Width and height of the training crops, in pixels of the original frames.", low=32, high=2048
     )
     frames: int = option(
-        4, "Frames per sequence, each guided by the model's own previous result.", low=1, high=64
+        4, "Frames per training sequence; each is guided by the model's own previous result.", low=1, high=64
     )
     batch: int = option(1, "Sequences per step on each device.", low=1, high=256)
     loss: str = option("l1", "l1 keeps more detail; l2 reaches a higher PSNR.", choices=("l1", "l2"))
@@ -70,7 +70,7 @@ class TrainOptions:
         low=0.0,
         high=100.0,
     )
-    every: int = option(100, "Measure quality on the held-out part, and save pictures, every N steps.", low=1)
+    every: int = option(100, "Measure quality on the held-out scenes and save pictures every N steps.", low=1)
     seed: int = option(0, "Random seed. The same seed produces the same weights.", low=0)
     precision: str = option(
         "float32",

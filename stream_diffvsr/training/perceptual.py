@@ -1,4 +1,4 @@
-"""An optional loss on the features of VGG-16, which rewards texture where a loss on pixels rewards blur.
+"""An optional loss on VGG-16 features, which encourages texture where a loss on pixels encourages blur.
 
 It compares the features after the third convolution of the third block, as in Johnson et al. 2016,
 "Perceptual Losses for Real-Time Style Transfer and Super-Resolution".

@@ -1,4 +1,4 @@
-"""The reports of a run: losses and figures as CSV, a chart, and pictures before and after training."""
+"""Reports of a run: losses and quality figures as CSV, a chart, and pictures before and after training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOG, MEASURES, CHART = "log.csv", "measures.csv", "chart.png"
 
 @dataclass(frozen=True)
 class Figures:
-    """Mean quality over the held-out part."""
+    """Mean quality on the held-out sequences."""
 
     psnr: float
     """PSNR of the luminance in dB."""

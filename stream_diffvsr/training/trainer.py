@@ -1,7 +1,7 @@
 """The training loop shared by fine-tuning, nano, and nano's flow network.
 
 A step's training data and random draws must depend only on its number, the seed and the process, so that a
-run that is killed and resumed ends with the same weights.
+run that is killed and resumed ends with the same weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ MOMENTS = "step", "exp_avg", "exp_avg_sq"
 class Trainer(ABC):
     """Parameters, their optimiser, and the number of steps done; subclasses compute the gradients.
 
-    Under `accelerate launch`, each process computes gradients for its own data, and these are averaged.
+    Under `accelerate launch`, each process computes gradients for its own data; the gradients are averaged.
     """
 
     warm = 10
@@ -83,7 +83,7 @@ class Trainer(ABC):
         return {"step": self.step, "steps": self.steps}
 
     def fall(self) -> float:
-        """Return the learning rate's current factor, which falls from 1 to 0 (by default, along a cosine)."""
+        """Return the learning rate's current factor, which falls from 1 to 0 (along a cosine by default)."""
         return 0.5 * (1 + math.cos(math.pi * min(1.0, self.step / self.steps)))
 
     def rate_now(self) -> float:
@@ -112,7 +112,7 @@ class Trainer(ABC):
         return loss
 
     def agree_on(self, steps: int) -> None:
-        """Set `steps` to the first process's number, so that all processes stop after the same step."""
+        """Set `steps` to the first process's value, so that all processes stop after the same step."""
         from accelerate.utils import broadcast_object_list
 
         self.steps = broadcast_object_list([steps])[0]

@@ -110,7 +110,7 @@ def fetch(
     revision: str | None = None,
     on_progress: OnProgress | None = None,
 ) -> Path:
-    """Download a release to the first of `targets` that is writable; return that folder.
+    """Download a release to the first writable folder in `targets`; return that folder.
 
     Existing files of the published size are kept. Raises `ModelNotFoundError` with instructions for copying
     the files manually; bytes downloaded so far stay next to the folder, and the next call resumes from there.

@@ -62,7 +62,7 @@ def _inside(folder: Path, recognise: Recognise) -> Iterator[Candidate]:
 
 
 def models_folders(extra_folders: Iterable[str | Path] = ()) -> list[Path]:
-    """Return folders that may be checkpoints, or may contain checkpoints and flow weights."""
+    """Return the folders that may be checkpoints or contain checkpoints and flow weights."""
     folders = [*registered(extra_folders), user_models(), *_around(Path(__file__))]
     return list(dict.fromkeys(folders))
 

@@ -1,9 +1,9 @@
 """Run the convolutional parts over bands of rows.
 
 The result is the same as for whole frames, but needs only a fraction of the memory. These networks do not
-normalise over the picture, so a band needs only a margin of rows around it. Only the TPM looks at the whole
-frame, through a pooled map. This map is first computed band by band, then mixed once, and finally used in a
-second pass over the bands.
+normalise over the whole picture, so a band needs only a margin of rows around it. Only the TPM looks at the
+whole frame, through a pooled map. This map is first computed band by band, then mixed once, and
+finally used in a second pass over the bands.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Rows:
         self.height = height
 
     def put(self, part: Tensor, band: Band) -> None:
-        """Store the band's own rows of `part`, which covers `band.seen` at any integer scale."""
+        """Store the band's own rows from `part`, which covers `band.seen` at any integer scale."""
         large = _at_size_of(band, part)
         if not hasattr(self, "tensor"):
             height = self.height * large.rows.stop // band.rows.stop

@@ -32,7 +32,7 @@ RANGE = 128
 class BuiltNetworks:
     """The networks of a checkpoint, opened as graphs when they are first called.
 
-    Flow and bands of rows are still computed in PyTorch; bands need a loop around the layers.
+    Flow is still computed in PyTorch, and so are bands of rows, which need a loop around the layers.
     """
 
     networks: TorchNetworks
@@ -68,7 +68,7 @@ class BuiltNetworks:
         return (name, form, self.area(size)) in self._open
 
     def area(self, size: tuple[int, int]) -> tuple[int, int] | None:
-        """Return the largest latents (height, width) that graphs for `size` accept, or None for no limit."""
+        """Return the largest latents (height, width) accepted by graphs for `size`; None means no limit."""
         return padded_size(*size, RANGE) if self.runtime.needs_profile else None
 
     def opened(self, name: str, size: tuple[int, int], form: str = "") -> Call:
@@ -101,8 +101,8 @@ class BuiltNetworks:
     def form(self, height: int, width: int) -> str:
         """Return a name for the sizes that share one built U-Net.
 
-        Sizes share a U-Net if their sides, divided by `_multiple`, leave the same remainders; these determine
-        how its levels are enlarged.
+        Two sizes share a U-Net if their heights and their widths have the same remainders modulo `_multiple`,
+        because these determine how its levels are enlarged.
         """
         multiple = self._multiple
         return f"{height % multiple}x{width % multiple} over {multiple}"

@@ -148,7 +148,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 def remembered_shapes(part: Component) -> Shapes:
     """Return the shapes that a part's network needs, cached in a small file after the first call.
 
-    Computing them imports diffusers, which takes seconds and would slow down every listing of models.
+    Computing them imports diffusers, which takes several seconds and would slow down every listing of models.
     """
     content = json.dumps([part.name, part.config, version("diffusers"), version("transformers")])
     path = user_cache() / f"shapes-{hashlib.sha256(content.encode()).hexdigest()[:24]}.json"

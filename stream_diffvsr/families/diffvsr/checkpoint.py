@@ -72,9 +72,9 @@ def open_diffvsr(
     flow: str | Callable[[Tensor, Tensor], Tensor],
     flow_folders: Iterable[Path],
 ) -> StreamDiffVSRPipeline:
-    """Load a folder strictly, placing each weight directly on its device in its number format.
+    """Load a checkpoint folder strictly, placing each weight directly on its device in its number format.
 
-    `flow_folders` are further folders to search for RAFT's weights. Raises `ModelNotFoundError` or
+    `flow_folders` are additional folders to search for RAFT's weights. Raises `ModelNotFoundError` or
     `CheckpointError`.
     """
     networks, prompts = _Networks(), PromptEmbeddings(folder, user_cache())

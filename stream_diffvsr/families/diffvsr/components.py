@@ -81,7 +81,7 @@ def open_component(folder: Path, name: str) -> Component:
 
 
 def choose(present: Collection[str], name: str) -> str | None:
-    """Return the best weights file of a part among the names in its folder, or None if there is none."""
+    """Return the best of a part's weights files among the names in its folder, or None if there are none."""
     stems = STEMS.get(name, NETWORK_STEMS)
     names = [form.format(stem=stem) for form in FORMS for stem in stems]
     return next((candidate for candidate in names if candidate in present), None)
@@ -196,7 +196,7 @@ Value = TypeVar("Value")
 
 
 def named_for(part: Component, values: Mapping[str, Value], needed: Shapes) -> dict[str, Value]:
-    """Give a part's values the names that the installed library expects, and drop all BUFFERS."""
+    """Rename a part's weights as the installed library expects, and drop all BUFFERS."""
     kept = {key: value for key, value in values.items() if not key.endswith(BUFFERS)}
     prefix = PREFIXES.get(part.name, "")
     if prefix and not any(key.startswith(prefix) for key in needed):

@@ -1,4 +1,4 @@
-"""The ControlNet, whose image embedding is computed once, since it is the same in every denoising step."""
+"""The ControlNet, whose image embedding is computed only once, as it is the same in all denoising steps."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ EXACT = 1e-4
 def with_runtime(
     pipe: StreamDiffVSRPipeline, name: str, provider: str, dtype: str | torch.dtype, quantize: str
 ) -> StreamDiffVSRPipeline:
-    """Return `pipe` with its networks run by the given runtime; the arguments are as for `load_pipeline`."""
+    """Return `pipe` with its networks run by the given runtime (arguments as for `load_pipeline`)."""
     if name == "auto":
         return fastest(pipe)
     runtime = open_runtime(name, provider, pipe.device, dtype, quantize)
@@ -39,7 +39,7 @@ def with_runtime(
 
 
 def fastest(pipe: StreamDiffVSRPipeline) -> StreamDiffVSRPipeline:
-    """Return `pipe` with the runtime that is fastest here, and log the choice.
+    """Return `pipe` with the fastest runtime on this machine, and log the choice.
 
     The first time, graphs are built and a few small frames are timed. On a GPU or in half precision, PyTorch
     is always chosen, since no other runtime has been tried there yet.

@@ -50,7 +50,7 @@ class Guidance:
 class Networks(Protocol):
     """The network calls, bound to one frame's size, memory plan and number format.
 
-    Pictures are float32, (1, ., height, width), on the caller's device. The types that `embed` and
+    Pictures are float32, (1, channels, height, width), on the caller's device. The types that `embed` and
     `features` return depend on the runtime.
     """
 
@@ -108,7 +108,7 @@ class TorchNetworks:
             nn.Module.to(self.vae, memory_format=torch.channels_last)
 
     def stages(self) -> dict[str, nn.Module]:
-        """Return the networks by stage."""
+        """Return the networks, keyed by stage."""
         return {"flow": self.flow, "unet": self.unet, "controlnet": self.controlnet, "vae": self.vae}
 
     @contextmanager
@@ -122,7 +122,7 @@ class TorchNetworks:
     ) -> Generator[TorchCalls, None, None]:
         """Yield the calls for one frame; the networks have dtype `own` and are temporarily cast to `dtype`.
 
-        `need` maps a stage to the bytes that it needs; it is called only if the placement moves networks.
+        `need` returns how many bytes a stage needs; it is called only if the placement moves networks.
         """
         calls = TorchCalls(self, plan, dtype, placement, need, latent_channels=self.vae.latent_channels)
         if dtype == own:

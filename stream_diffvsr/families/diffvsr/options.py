@@ -41,8 +41,8 @@ class UpscaleOptions:
     )
     seed: int = option(
         0,
-        "Noise seed. Frame n of the whole video uses seed + n, so a video upscaled in parts equals one "
-        "upscaled in a single run.",
+        "Noise seed. Frame n of the whole video uses seed + n, so upscaling a video in parts gives the "
+        "same result as a single run.",
         low=-(2**63),
         high=2**64 - 1,
         usual=(0, 2**64 - 1),
@@ -100,12 +100,12 @@ class UpscaleOptions:
     )
     timestep_spacing: str | None = option(
         None,
-        "How the noise levels of the steps are spaced. The paper's training used 999, 749, 499 and 249, "
-        "which corresponds to trailing.",
+        "How the noise levels of the steps are spaced. The paper's model was trained with timesteps "
+        "999, 749, 499 and 249, which corresponds to trailing.",
         kind=str,
         choices=("trailing", "leading", "linspace"),
         unset="checkpoint",
-        unset_help="as set in the checkpoint's scheduler file, otherwise leading",
+        unset_help="as set in the checkpoint's scheduler file, or leading if not set there",
         expert=True,
     )
     use_tpm: bool = option(
@@ -124,7 +124,7 @@ class UpscaleOptions:
     )
     memory_plan: str = option(
         "auto",
-        "How to save memory. whole: saves nothing. banded: needs less memory for the same picture. tiled: "
+        "How to save memory. whole: saves no memory. banded: needs less memory for the same picture. tiled: "
         "needs the least memory, but runs the U-Net in tiles and changes the picture slightly. auto: uses "
         "the first of these that fits, and the next one if memory runs out.",
         choices=("auto", "whole", "banded", "tiled"),
@@ -193,5 +193,5 @@ class UpscaleOptions:
         return self.guidance_scale > 1
 
     def to_json(self) -> str:
-        """Return the options as one line of JSON with sorted keys, for states and the journals of videos."""
+        """Return the options as one line of JSON with sorted keys, for states and video journals."""
         return json.dumps(asdict(self), sort_keys=True)

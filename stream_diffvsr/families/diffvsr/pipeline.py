@@ -88,10 +88,10 @@ class StreamDiffVSRPipeline:
         self._lock = threading.Lock()
 
     def quantize(self, kind: str) -> None:
-        """Approximate the U-Net's and ControlNet's linear layers in 'int8' or 'fp8' from now on.
+        """Switch the linear layers of the U-Net and the ControlNet to 'int8' or 'fp8', an approximation.
 
-        Call this before the first frame. Raises `IncompatibleInputError` and `ModuleNotFoundError` as
-        `quantized.check_quantize` does.
+        Call this before processing the first frame. Raises `IncompatibleInputError` and
+        `ModuleNotFoundError` as `quantized.check_quantize` does.
         """
         quantized.check_quantize(kind, self.device)
         if kind != "none":
@@ -180,7 +180,7 @@ class StreamDiffVSRPipeline:
         return Planner(self.needs, self.needs.most, self.flow.methods, self.device)
 
     def bytes_needed(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> int:
-        """Return how many bytes an unsplit LQ frame (height, width) needs in addition to the weights."""
+        """Return how many bytes an LQ frame (height, width), if not split, needs besides the weights."""
         return self.planner.bytes_needed(size, options or UpscaleOptions(), Plan())
 
     def provenance(self, size: tuple[int, int], options: UpscaleOptions | None = None) -> Provenance:
@@ -241,10 +241,10 @@ class StreamDiffVSRPipeline:
         flow: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> FrameResult:
-        """Upscale one frame by 4.
+        """Upscale one frame by a factor of 4.
 
         `lq` is (1, 3, h, w) float32 in model range. `latents` (1, C, h', w'), at the size padded to multiples
-        of 4, replace the seeded noise. `flow` (1, 2, 4h, 4w) in pixels replaces the estimate, and is used
+        of 4, replace the seeded noise. `flow` (1, 2, 4h, 4w) in pixels replaces the estimate; it is used
         even if the pipeline does not estimate flow.
 
         If memory runs out and `memory_plan` is 'auto', the frame is recomputed with a plan that needs less
@@ -297,7 +297,7 @@ class StreamDiffVSRPipeline:
         check_frame(lq)
         if options.flow_scale != 1 and not self.flow.any_size:
             raise IncompatibleInputError(
-                f"flow_scale must be 1 if flow is a callable, not {options.flow_scale}"
+                f"flow_scale must be 1, not {options.flow_scale}, if flow is a callable"
             )
         state.check_fits(lq, self.model)
         height, width = lq.shape[-2:]
@@ -342,7 +342,7 @@ class StreamDiffVSRPipeline:
         return compilation.effective_mode(options.compile_mode, self.device)
 
     def stage_bytes(self, frame: Frame, plan: Plan) -> Callable[[str], int]:
-        """Return a function that gives the number of bytes that a stage needs besides the weights.
+        """Return a function that tells how many bytes a stage needs in addition to the weights.
 
         Placements that move networks use it to decide how much memory to free.
         """

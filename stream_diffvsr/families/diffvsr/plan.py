@@ -30,7 +30,7 @@ SMALLEST_TILE = 256
 
 @dataclass(frozen=True)
 class Plan:
-    """A way to compute one frame. Without tiles, the result is exactly the same as for the whole frame."""
+    """A way to compute one frame. Without tiles, the result is exactly the same as without splitting."""
 
     flow: str = "whole"
     """One of the estimator's `methods`: 'whole', 'linear' (RAFT without a correlation volume) or 'tiled'."""
@@ -43,7 +43,7 @@ class Plan:
 
     @property
     def exact(self) -> bool:
-        """Whether the result is the same as for the whole frame, up to rounding."""
+        """Whether the result is the same as without splitting the frame, up to rounding."""
         return self.tile is None and self.flow != "tiled"
 
     def next_plan(self, stage: str, methods: Sequence[str], tile: int | None = None) -> Plan | None:
@@ -102,7 +102,7 @@ class Plan:
 
 
 def requested_plan(options: UpscaleOptions, methods: Sequence[str]) -> Plan:
-    """Return the plan that the options ask for; for 'auto', the first one to try, without splitting."""
+    """Return the plan that the options ask for; for 'auto', the unsplit plan, which is tried first."""
     if options.memory_plan in ("auto", "whole"):
         return Plan(overlap=options.tile_overlap)
     plan = Plan(nearest_method("linear", methods), BAND_ROWS, overlap=options.tile_overlap)
@@ -146,8 +146,8 @@ class Planner:
 
         If no plan is recorded for this size, the fastest plan that fits the free memory is chosen and logged.
         On an accelerator, only exact plans are considered: if the chosen plan does not fit after all, an
-        error is raised and the next plan is tried. On a CPU, the system would kill the program instead, so
-        U-Net tiles are chosen in advance if no exact plan fits.
+        error is raised and the next plan is tried. On a CPU, running out of memory would kill the
+        program, so U-Net tiles are chosen in advance if no exact plan fits.
         """
         if options.memory_plan != "auto":
             return requested_plan(options, self.methods)
@@ -173,7 +173,7 @@ class Planner:
             free / GIGABYTE,
             ""
             if plan.exact
-            else "; no exact plan fits, so results differ slightly from those for the whole frame",
+            else "; no exact plan fits, so results differ slightly from those of an unsplit frame",
         )
         return plan
 
@@ -183,7 +183,7 @@ class Planner:
         return CPU_SHARE if self.device.type == "cpu" else SHARE
 
     def minimum_bytes(self, size: Sequence[int], options: UpscaleOptions) -> int:
-        """Return the bytes that the chosen plan (for 'auto', the smallest) needs besides the weights."""
+        """Return how many bytes the plan (for 'auto', the smallest one) needs in addition to the weights."""
         if options.memory_plan != "auto":
             return self.bytes_needed(size, options, requested_plan(options, self.methods))
         plans = candidates(options, self.methods, beyond_exact=True)

@@ -42,7 +42,7 @@ class PromptEmbeddings:
 
     @cached_property
     def encoder(self) -> str:
-        """Fingerprint of the text encoder; '' if the folder has none, in which case any file is accepted."""
+        """Fingerprint of the text encoder; '' if the folder has none, so any encoder's embeddings match."""
         try:
             return fingerprint(open_component(self.folder, TEXT_ENCODER).files)
         except ModelNotFoundError:

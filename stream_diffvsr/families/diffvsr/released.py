@@ -57,7 +57,7 @@ def released_planner(flow: str, dtype: torch.dtype, device: torch.device) -> Pla
 def without_weights(
     configs: dict[str, dict[str, Any]], flow: FlowEstimator, dtype: torch.dtype
 ) -> TorchNetworks:
-    """On the meta device, build the networks that the configurations describe, and prepare them to run."""
+    """Build the configured networks on the meta device, and prepare them to run."""
     unet, controlnet, vae = (empty(lambda n=name: from_config(n, configs[n])) for name in NETWORKS)
     for network in (unet, controlnet, vae):
         nn.Module.to(network, dtype)  # diffusers' own `to` warns about casts

@@ -49,7 +49,7 @@ class StreamDiffVSRState(State):
             raise IncompatibleInputError(f"the state belongs to {family}, not to diffvsr")
         if held and held.keys() != given.keys():
             raise IncompatibleInputError(
-                f"pass both previous_hq and previous_lq, or neither, not only {', '.join(held)}"
+                f"pass both previous_hq and previous_lq, or neither; got only {', '.join(held)}"
             )
         if held:
             _check_pair(held["previous_hq"], held["previous_lq"])

@@ -72,7 +72,7 @@ def upsample_like(x: Tensor, target: Tensor) -> Tensor:
 
 
 def reduce_like(trust: Tensor | None, target: Tensor) -> Tensor | None:
-    """Average a map (1, 1, H, W) down to the height and width of `target`, in its number format."""
+    """Shrink a map (1, 1, H, W) by averaging to the height, width and number format of `target`."""
     return (
         None
         if trust is None
@@ -132,7 +132,7 @@ class Decoder(nn.Module):
 
 
 class TemporalAutoencoderTiny(nn.Module):
-    """Autoencoder that converts pictures in model range to latents a quarter of their size, and back.
+    """Autoencoder that converts pictures in model range to latents a quarter as wide and high, and back.
 
     It is built from the checkpoint's own configuration. Keys for variants that this network does not
     implement must have the value that the reference always uses.

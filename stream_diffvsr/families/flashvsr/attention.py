@@ -34,7 +34,7 @@ TRAINED_AREA = (768, 1280)
 
 @dataclass(frozen=True)
 class Selection:
-    """The windows that may attend to each other in pictures of one size."""
+    """The windows that may attend to each other in pictures of a given size."""
 
     near: Tensor
     """(n, n) bool: whether each key window is within reach of each query window."""
@@ -146,7 +146,7 @@ def _by_blocks(attention: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, s
     def among(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Return whether a query may attend to a key.
 
-        This is called only if FlexAttention is not compiled and therefore cannot skip blocks.
+        FlexAttention calls this only if it is not compiled, since it cannot skip blocks then.
         """
         return selected[head, query // TOKENS, key // TOKENS]
 
@@ -168,7 +168,7 @@ def _flex(device: torch.device, dtype: torch.dtype, head: int) -> Callable[..., 
     except Exception as error:  # compilers fail with all kinds of errors
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         log.warning(
-            "FlexAttention does not compile here (%s), so copies of the selected windows are used instead",
+            "FlexAttention cannot be compiled here (%s), so copies of the selected windows are used instead",
             reason,
         )
         return None

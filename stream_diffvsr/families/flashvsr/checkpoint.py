@@ -49,17 +49,17 @@ MERGED = "LQ_proj_in."
 
 
 def find(folder: Path, part: str) -> Path | None:
-    """Return the file of a part, or None if it is missing."""
+    """Return the path of a part's file, or None if it is missing."""
     return next((path for name in FILES[part] if (path := folder / name).is_file()), None)
 
 
 def version_of(folder: Path) -> str | None:
-    """Return the version that the file names reveal, or None."""
+    """Return the version if a file name reveals it, or else None."""
     return V11 if (folder / RENAMED).is_file() else None
 
 
 def recognise(folder: Path) -> bool:
-    """Return whether a folder contains a file named like FlashVSR's transformer or projection."""
+    """Return whether a folder contains a file with the name of FlashVSR's transformer or projection."""
     return find(folder, TRANSFORMER) is not None or find(folder, PROJECTION) is not None
 
 
@@ -100,7 +100,7 @@ def open_flashvsr(
     """
     if version not in VERSIONS:
         raise IncompatibleInputError(
-            f"version must be 'v1' or 'v1.1', not {version!r}, since FlashVSR's files do not reveal it; "
+            f"version must be 'v1' or 'v1.1', not {version!r}: FlashVSR's files do not reveal it; "
             "alternatively, rename the folder to flashvsr-v1 or flashvsr-v1.1"
         )
     folder = Path(folder)

@@ -16,7 +16,7 @@ CONDITION = 8
 
 
 class TinyDecoder(nn.Module):
-    """FlashVSR's small decoder, which also sees LQ frames; parameter names match the published weights."""
+    """FlashVSR's small decoder, which also takes LQ frames; parameter names match the published weights."""
 
     def __init__(self, channels: Sequence[int]) -> None:
         super().__init__()

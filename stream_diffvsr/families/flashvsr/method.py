@@ -89,7 +89,7 @@ class FlashVSR(ChunkUpscaler):
 
         Frame 25 of a scene completes the first 21 results; after that, every 8 frames complete 8 more.
         `noise` (1, 16, latents, H/8, W/8) replaces the seeded noise of the scene's latents; H and W are the
-        sides of the result, padded to multiples of 128.
+        height and width of the result, padded to multiples of 128.
         """
         options = options or FlashVSROptions()
         if options.decoder not in self.networks:

@@ -17,7 +17,7 @@ OWN = "FlashVSR"
 
 @dataclass(frozen=True, kw_only=True)
 class FlashVSROptions:
-    """Settings of one sequence, checked on creation; the defaults are as published."""
+    """Settings of one sequence, checked on creation; the defaults are the published ones."""
 
     scale: float = option(4.0, "Factor by which each side is enlarged.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "Additional scale factor for the width.", low=0.25, high=4, hidden=True)
@@ -48,13 +48,14 @@ class FlashVSROptions:
         group=OWN,
     )
     local_range: int = option(
-        11, "Size of the area a window may attend to, in windows of 128 pixels; 9 gives sharper pictures.",
+        11,
+        "Size of the area that a window may attend to, in windows of 128 pixels; 9 gives sharper pictures.",
         low=1, high=99, expert=True, group=OWN,
     )  # fmt: skip
     memory_plan: str = option(
         "auto",
         "offload: keeps the transformer and the keys of earlier pairs in system memory between uses, "
-        "which needs less memory for the same picture. auto: does so only if memory runs out.",
+        "which needs less GPU memory and gives the same picture. auto: does so only if memory runs out.",
         choices=("auto", "whole", "offload"),
         expert=True,
         group="memory",

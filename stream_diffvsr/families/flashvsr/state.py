@@ -24,7 +24,7 @@ LATENTS = 6
 
 @dataclass(frozen=True)
 class Memory:
-    """The memory between chunks; it is immutable, so a chunk that fails does not affect it."""
+    """The memory carried from chunk to chunk; it is immutable, so a chunk that fails does not affect it."""
 
     start: int = 0
     """Index of the scene's first frame in the video."""
@@ -36,12 +36,12 @@ class Memory:
 
     @property
     def index(self) -> int:
-        """The number of the video's frames finished so far."""
+        """The number of video frames finished so far."""
         return self.start + frames_before(self.latents)
 
     @property
     def ahead(self) -> int:
-        """The number of frames, from `index` on, that the projection has already seen."""
+        """The number of frames, from `index` on, that the projection has already processed."""
         return AHEAD if self.latents else 0
 
     @property

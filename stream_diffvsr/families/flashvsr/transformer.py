@@ -1,4 +1,4 @@
-"""Denoising of one chunk by the transformer in a single step."""
+"""Denoise one chunk with the transformer in a single step."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def denoise(
     `noise` is (1, 16, f, h, w) float32 with an even f; `tokens` is (f, h/2, w/2, width), made from the
     low-quality frames; `prompt` is (1, tokens, text width); `position` is the index of the first latent in
     the scene; `past` contains the pairs of earlier chunks and is empty at the scene's start; `kept` is the
-    number of pairs above which the oldest is dropped; `offload` says whether pairs are kept in system
-    memory between uses.
+    maximum number of pairs to keep (then the oldest is dropped); `offload` says whether pairs are kept in
+    system memory between uses.
     """
     x = transformer.patch_embedding(noise.to(tokens.dtype))
     rows, columns = x.shape[-2:]

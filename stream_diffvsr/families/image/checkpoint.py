@@ -125,9 +125,7 @@ def _architecture(path: Path, weights: dict[str, Any]) -> str:
     for each in MAIN_REGISTRY.architectures("detection"):
         if each.detect(weights):
             if use := OTHER_USE.get(each.architecture.id):
-                raise CheckpointError(
-                    f"{path} ({each.architecture.name}) {use}; choose a model for upscaling."
-                )
+                raise CheckpointError(f"{path} ({each.architecture.name}) {use}; choose an upscaling model.")
             return each.architecture.name
     raise CheckpointError(
         f"{path} contains no super-resolution or restoration model that spandrel supports; choose another "

@@ -99,7 +99,7 @@ class ImageModel:
     def provenance(self, size: tuple[int, int], options: ImageOptions | None = None) -> Provenance:
         """Describe how frames would be produced with the current settings.
 
-        They are produced in tiles if `tile_size` is set, otherwise whole.
+        Frames are produced in tiles if `tile_size` is set, otherwise as a whole.
         """
         options = options or ImageOptions()
         return self._provenance(options, options.tile_size)
@@ -203,7 +203,7 @@ class ImageModel:
             remedy = f"memory ran out ({message}); use smaller frames, a smaller tile_size or dtype float16"
             raise VRAMError(need // MEGABYTE, free_memory(self.device) // MEGABYTE, remedy)
         log.warning(
-            "out of memory (%s): computing this and all later frames in tiles of %d output pixels, "
+            "out of memory (%s): computing this and all later frames with tile_size %d, "
             "which is an approximation",
             message,
             lower[0],
@@ -254,5 +254,5 @@ class ImageSession:
         return []
 
     def state(self) -> State:
-        """Return the state after the last frame; if `steady` is 0, it has a frame number but no pictures."""
+        """Return the state after the last frame: with `steady` 0, just a frame number and no pictures."""
         return self._state

@@ -22,7 +22,7 @@ class ImageNetwork(nn.Module):
     """Wrapper around spandrel's descriptor of a model, with the model's network as the only submodule.
 
     A greyscale model processes the red, green and blue channels one at a time. A model with an alpha channel
-    receives an opaque alpha channel, and its alpha output is dropped.
+    is given an opaque alpha channel, and its alpha output is discarded.
     """
 
     def __init__(self, descriptor: ImageModelDescriptor[nn.Module]) -> None:

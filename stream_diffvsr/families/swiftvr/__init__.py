@@ -1,1 +1,1 @@
-"""SwiftVR: one-step restoration of latents with self-attention in shifted windows and without noise."""
+"""SwiftVR: one-step restoration of latents, without noise and with self-attention in shifted windows."""

@@ -54,8 +54,8 @@ def converted(values: dict[str, Tensor]) -> dict[str, Tensor]:
     """Convert the decoder's published weights to the names and layers used here.
 
     Where one picture becomes two, the published network repeats it and applies a convolution over time to
-    just these two, padded with zeros. For each of the two, this is equivalent to a 1x1 convolution whose
-    weights are the sum of two taps.
+    only these two, padded with zeros. For each of the two, this is equivalent to a 1x1 convolution whose
+    weights are the sum of two of its taps.
     """
     kept = {}
     for name, value in values.items():

@@ -54,7 +54,7 @@ def problem(folder: Path) -> StreamDiffVSRError | None:
 
 
 def needed(names: Collection[str], folder: Path) -> list[str]:
-    """Return the published `names` that are needed to run the model."""
+    """Return those of the published `names` that are needed to run the model."""
     chosen = [next((name for name in FILES[part] if name in names), None) for part in FILES]
     return [name for name in chosen if name]
 
@@ -135,8 +135,8 @@ def _read(folder: Path) -> tuple[dict[str, nn.Module], Tensor]:
     ends = network.config.in_channels, network.config.text_dim
     if ends != (shapes["encoder.17.weight"][0], prompt.shape[-1]):
         raise CheckpointError(
-            f"{folder} mixes parts of several models: the transformer takes {ends[0]} channels and a prompt "
-            f"of width {ends[1]}, but the other files have {shapes['encoder.17.weight'][0]} and "
+            f"{folder} mixes parts of several models: the transformer needs {ends[0]} channels and a prompt "
+            f"of width {ends[1]}, but the other files provide {shapes['encoder.17.weight'][0]} and "
             f"{prompt.shape[-1]}."
         )
     return networks, prompt

@@ -86,7 +86,7 @@ class SwiftVR(ChunkUpscaler):
     def filled(self, frames: list[Tensor], memory: Memory, options: SwiftVROptions) -> list[Tensor]:
         """Repeat the last frame until the number of new frames is one more than a multiple of 4.
 
-        A sequence cannot end with any other number of new frames.
+        A sequence can end only with such a number of new frames.
         """
         new = len(frames) - memory.ahead
         frames = [*frames, *[frames[-1]] * ((1 - new) % GROUP)]
@@ -154,7 +154,7 @@ class SwiftVR(ChunkUpscaler):
 
 
 def prepared(lq: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a frame to its result's size, convert it to [0, 1], and pad it with black to multiples of 32."""
+    """Resize a frame to its output size, convert it to [0, 1], and pad it with black to multiples of 32."""
     if size != (lq.shape[-2], lq.shape[-1]):
         lq = F.interpolate(lq, size=size, mode="bilinear", align_corners=False)
     height, width = padded_size(*size, MULTIPLE)

@@ -22,7 +22,7 @@ OWN = "SwiftVR"
 
 @dataclass(frozen=True, kw_only=True)
 class SwiftVROptions:
-    """Settings of one sequence, checked on creation; the defaults are as published."""
+    """Settings of one sequence, checked on creation; the defaults are the published ones."""
 
     scale: float = option(4.0, "Factor by which each side is enlarged.", low=1, high=4, step=0.5)
     stretch: float = option(1.0, "Additional scale factor for the width.", low=0.25, high=4, hidden=True)
@@ -65,5 +65,5 @@ class SwiftVROptions:
 
     @property
     def kept(self) -> int:
-        """The number of latents to remember; protocol "file" also pads the last clip with them."""
+        """The number of latents to keep; protocol "file" also pads the last clip with them."""
         return max(self.context, self.clip_len // GROUP if self.protocol == "file" else 0)

@@ -1,7 +1,7 @@
 """Restoration of one chunk's latents by the transformer, with self-attention in shifted windows.
 
-A window covers 16 x 16 tokens (512 x 512 pixels) in all of the chunk's latents. Windows keep their size, so
-they overlap at the far edge; they do not wrap around, and no masks are used.
+A window covers 16 x 16 tokens (512 x 512 pixels) across all of the chunk's latents. Windows at the
+edges keep their full size and overlap their neighbours; they do not wrap around, and no masks are used.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ MEGABYTE = 2**20
 
 
 class Memory(Protocol):
-    """The memory between chunks; it is immutable, so a chunk that fails does not affect it."""
+    """The memory carried from chunk to chunk; it is immutable, so a chunk that fails does not affect it."""
 
     @property
     def index(self) -> int:
@@ -115,7 +115,7 @@ class ChunkUpscaler(ABC):
 
     @abstractmethod
     def filled(self, frames: list[Tensor], memory: Any, options: Any) -> list[Tensor]:
-        """Return the frames of the next chunk for a sequence that ends with `frames`."""
+        """Return the next chunk's frames at the end of a sequence: `frames`, padded or cut as needed."""
 
     @abstractmethod
     def _chunk(
@@ -150,7 +150,7 @@ class ChunkUpscaler(ABC):
         return stream(self.session(options, state, on_step, noise), frames)
 
     def provenance(self, size: tuple[int, int], options: Any = None) -> Provenance:
-        """Return how frames are currently made, without the memory plan, which does not affect them."""
+        """Return a record of how frames are made, without the memory plan, which does not affect them."""
         settings = asdict(options or self.Options())
         offloads = settings.pop("memory_plan") == "offload" or self.offloaded
         parts = "blocks that are not running are kept in system memory" if offloads else ""
@@ -173,9 +173,9 @@ class ChunkUpscaler(ABC):
         on_step: OnStep,
         noise: Tensor | None = None,
     ) -> tuple[list[Tensor], Any]:
-        """Return the results for LQ frames and the new `Memory`; retry with offloading if memory runs out.
+        """Return the results for LQ frames, and the new `Memory`; retry with offloading if memory runs out.
 
-        Inputs are never changed, even if the chunk fails.
+        The inputs are never modified, even if the chunk fails.
         """
         with self._lock:
             if options.memory_plan == "offload":
@@ -335,7 +335,7 @@ class ChunkSession:
             old, new = before.options.get(name, now.options[name]), now.options[name]
             if old != new:
                 raise IncompatibleInputError(
-                    f"{name} must be {old!r}, as it was for the state's frames, not {new!r}"
+                    f"{name} must be {old!r}, the value used for the state's frames, not {new!r}"
                 )
         if differences := before.differences(now):
             log.warning("this is not an exact continuation of frame %d: %s", state.index, differences)

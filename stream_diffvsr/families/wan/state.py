@@ -1,4 +1,4 @@
-"""Conversion of the memory that a sequence keeps between chunks to a `State`, and back."""
+"""Convert what a sequence remembers between chunks to a `State`, and back."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def packed(
 ) -> State:
     """Return the state after `latents` latents of the scene that began at frame `start`.
 
-    `tensors` are named 'kind' or 'kind.number...'.
+    The keys of `tensors` are 'kind' or 'kind.number...'.
     """
     index = start + frames_before(latents)
     if not latents:

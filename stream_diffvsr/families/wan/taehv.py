@@ -25,7 +25,7 @@ class MemoryBlock(nn.Module):
         return self.conv(torch.cat([x, before], 1)).add_(x).relu_()
 
     def remembering(self, x: Tensor, memory: Memory, index: int) -> Tensor:
-        """Process consecutive pictures (pictures, C, h, w).
+        """Process consecutive pictures, given as one tensor (pictures, C, h, w).
 
         `memory[index]` contains the features of the previous picture and is updated.
         """
@@ -51,7 +51,7 @@ class Grow(nn.Module):
     """Splits the features of one picture into those of several pictures, the earliest first.
 
     Each is enlarged by a factor of 2 afterwards. The published networks enlarge first, which gives the same
-    results but takes four times the work.
+    results but takes four times as much computation.
     """
 
     def __init__(self, channels: int, out: int, pictures: int) -> None:
@@ -87,7 +87,7 @@ def blocks(channels: int) -> list[nn.Module]:
 
 
 def enlarging(channels: Sequence[int]) -> list[nn.Module]:
-    """Return the middle of a decoder, which turns one picture into 4, each 8 times as wide and high.
+    """Return the middle layers of a decoder, which turn one picture into 4, each 8 times as wide and high.
 
     `channels` contains the number of channels at each of the decoder's four sizes.
     """

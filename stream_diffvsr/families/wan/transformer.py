@@ -21,7 +21,7 @@ DIFFUSERS = "0.33"
 
 
 def transformer(config: Mapping[str, Any]) -> nn.Module:
-    """Build a `WanTransformer3DModel` without its table of positions, which has a limited length.
+    """Build a `WanTransformer3DModel` without its position table, which has a limited length.
 
     Unknown settings are ignored. Raises `StreamDiffVSRError` if diffusers is too old.
     """

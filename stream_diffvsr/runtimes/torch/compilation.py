@@ -50,7 +50,7 @@ _failed: set[tuple[type[nn.Module], str]] = set()
 
 @lru_cache
 def compile_problem(device: str) -> str | None:
-    """Return why torch.compile fails on a device type, or None if it works; the first call takes seconds."""
+    """Return why torch.compile fails on a device type, or None; the first call takes a few seconds."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=True)(torch.ones(8, device=device))
     except Exception as error:

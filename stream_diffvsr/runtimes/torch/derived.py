@@ -1,4 +1,4 @@
-"""Derived forms of weights, computed once and kept alongside the weights as long as their layer exists."""
+"""Derived forms of weights, computed once and kept for as long as the layer exists."""
 
 from __future__ import annotations
 

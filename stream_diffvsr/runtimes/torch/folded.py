@@ -38,9 +38,9 @@ SPREAD = torch.tensor([[0.0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]])
 
 @contextmanager
 def folded(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
-    """Fold the float32 convolutions that follow enlargements on a CPU, for the duration of the context.
+    """On a CPU, fold the float32 convolutions that follow enlargements, for the duration of the context.
 
-    Summed weights are kept for as long as their layer exists; the layer's own weights do not change.
+    Summed weights are kept for as long as their layer exists; the layer's own weights are not modified.
     """
     pairs = [pair for network in networks for pair in _pairs(network)]
     changed: list[nn.Module] = []

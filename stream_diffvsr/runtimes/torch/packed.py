@@ -1,8 +1,8 @@
 """Reorder the weights of linear layers once into the layout that is fastest for oneDNN.
 
-The results differ only by rounding. Packing helps where torch's float32 products reach only half of the
-processor's speed: on AMD processors, MKL does not use AVX-512, but oneDNN does. (On Zen 5, a U-Net step at
-the released model's widths runs 1.31 times as fast; on Zen 3, which lacks AVX-512, there is no gain.)
+The results differ only by rounding. Packing helps where torch's float32 matrix products reach only half of
+the processor's speed: on AMD processors, MKL does not use AVX-512, but oneDNN does. (On Zen 5, a U-Net step
+at the released model's widths runs 1.31 times as fast; on Zen 3, which lacks AVX-512, there is no gain.)
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def is_faster_here() -> bool:
 def packed(networks: Iterable[nn.Module]) -> Generator[None, None, None]:
     """Pack large float32 layers for the duration of the context, on CPUs where that is faster.
 
-    Packed weights are kept alongside the stored weights for as long as their layer exists; they are
+    Packed weights are kept alongside the stored weights for as long as the layer exists; they are
     packed again if the stored weights change. Packing itself does not change the stored weights.
     """
     layers = [layer for network in networks for layer in _layers(network)]

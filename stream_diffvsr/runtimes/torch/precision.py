@@ -33,7 +33,7 @@ class UpcastAttention:
     """A diffusers attention processor that computes fused attention in float32 for half-precision networks.
 
     diffusers' own fused processor ignores `upcast_attention`; its older processor respects this setting, but
-    keeps a matrix of all pairs of positions in memory.
+    keeps the full attention matrix in memory.
     """
 
     def __call__(

@@ -3,7 +3,7 @@
 const API = "api/v1/";
 const KINDS = { videos: "video", images: "image" };
 const SIZES = ["4x", "2x", "3x", "720p", "1080p", "1440p", "2160p"];
-const QUALITY = { exact: "Exact", balanced: "Balanced: faster, nearly the same result", fast: "Fast: an approximation" };
+const QUALITY = { exact: "Exact", balanced: "Balanced: faster, with nearly the same result", fast: "Fast: an approximation" };
 // Options that other fields of the form already set, or that apply only to folders of pictures.
 const ELSEWHERE = ["scale", "short_edge", "rate"];
 const OF_VIDEOS = ["start", "end", "stream", "codec", "crf", "pix_fmt", "scene_cut", "segment_frames", "audio"];
@@ -285,7 +285,7 @@ function jobForm(kind, viewer) {
       notice("Uploading the file.");
       const id = source.value ? taskId() : await upload(kind, file.files[0], sent);
       if (source.value) request.source = source.value;
-      notice("The server is inspecting the file.");
+      notice("The server is checking the file.");
       watch(kind, await send(`${kind}/${id}/upscaling`, request), viewer);
       notice("The job is in the queue.");
     } catch (error) {
@@ -493,7 +493,7 @@ function sideBySide(task) {
 // ---- begin
 
 async function begin() {
-  notice("Asking the server for its options.");
+  notice("Loading the server's options.");
   [capabilities, { models }] = [await ask("capabilities"), await ask("models")];
   for (const kind of Object.keys(KINDS)) {
     const place = make("div", { className: "card" }, make("p", { className: "empty" }, `While the ${KINDS[kind]} is being processed, its newest frame is shown here before and after upscaling.`));
