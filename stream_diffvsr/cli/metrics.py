@@ -1,4 +1,4 @@
-"""Compare a result with the original: PSNR, SSIM, sharpness, warping error, LPIPS, ghosts and others."""
+"""Compare a result with the original: PSNR, SSIM, sharpness, warping error, LPIPS, ghosting and more."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def version_of(folder: Path) -> str | None:
 
 
 def recognise(folder: Path) -> bool:
-    """Return whether a folder contains a file with the name of FlashVSR's transformer or projection."""
+    """Return whether a folder seems, by a file name, to contain FlashVSR's transformer or projection."""
     return find(folder, TRANSFORMER) is not None or find(folder, PROJECTION) is not None
 
 

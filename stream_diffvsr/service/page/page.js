@@ -496,7 +496,7 @@ async function begin() {
   notice("Loading the server's options.");
   [capabilities, { models }] = [await ask("capabilities"), await ask("models")];
   for (const kind of Object.keys(KINDS)) {
-    const place = make("div", { className: "card" }, make("p", { className: "empty" }, `While the ${KINDS[kind]} is being processed, its newest frame is shown here before and after upscaling.`));
+    const place = make("div", { className: "card" }, make("p", { className: "empty" }, `While the ${KINDS[kind]} is being processed, its newest frame appears here, before and after upscaling.`));
     byId(kind).replaceChildren(make("div", { className: "two" }, jobForm(kind, place), place));
     const { tasks } = await ask(`${kind}?limit=20`);
     const running = tasks.find((task) => task.status === "running") ?? tasks.find((task) => task.status === "queued");
