@@ -164,7 +164,7 @@ def workers_on(devices: str) -> Devices | None:
         return found
     if found and text != "all":
         raise IncompatibleInputError(
-            f"devices must name more than one device, not {devices}: choose a single device in the Loader"
+            f"devices must name more than one device, not {devices}; choose a single one in the Loader"
         )
     return None
 

@@ -38,7 +38,7 @@ PATIENCE = 10.0
 
 
 class Pool(Protocol):
-    """Workers that each render one scene at a time; see `worker.Worker` for their answers."""
+    """Workers that each render one scene at a time; see `worker.Worker` for what they send back."""
 
     threads: int
 

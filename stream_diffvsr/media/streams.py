@@ -62,7 +62,7 @@ def choose_stream(container: Container, path: Path, wanted: int | None) -> Strea
         best = max(videos, key=lambda s: (s.frames != 1, s.width * s.height, s.frames, -s.index))
         if others := [str(s.index) for s in videos if s is not best]:
             log.warning(
-                "%s has several video streams; only %d (%dx%d) is upscaled, not %s: "
+                "%s has several video streams; only stream %d (%dx%d) is upscaled, not %s: "
                 "use --stream to choose another",
                 path,
                 best.index,

@@ -103,7 +103,7 @@ class Checks:
         return process
 
     async def end_when_idle(self) -> None:
-        """End the process whenever it has been idle for a while, as long as the server runs."""
+        """While the server runs, stop the process each time it has been idle for a while."""
         while True:
             await asyncio.sleep(IDLE / 4)
             if self._process and not self._lock.locked() and time.monotonic() - self._used > IDLE:
