@@ -179,7 +179,7 @@ def test_other_video_streams_are_said(tmp_path: Path, caplog) -> None:
                     data.stream = stream
                     out.mux(data)
     assert VideoSource(tmp_path / "a.mkv").stream_index == 0
-    assert "only 0 (16x16) is upscaled, not 1: use --stream to choose another" in caplog.text
+    assert "only stream 0 (16x16) is upscaled, not 1: use --stream to choose another" in caplog.text
     caplog.clear()
     assert VideoSource(tmp_path / "a.mkv", 1).stream_index == 1
     assert not caplog.text

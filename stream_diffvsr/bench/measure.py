@@ -243,7 +243,7 @@ def measure_sequence(
     options: Any,
     on_round: Callable[[], None] = lambda: None,
 ) -> Result:
-    """Upscale a moving picture with a model of any family, which may process several frames at once.
+    """Upscale a moving test picture with a model of any family; it may process several frames at once.
 
     The first two chunks warm up the model, and the next `rounds` chunks are measured.
     """
