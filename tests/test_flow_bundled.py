@@ -247,7 +247,7 @@ def test_splitting_a_run_changes_nothing(checkpoint: Path):
 def test_a_missing_file(tmp_path: Path, name: str):
     folder = shutil.copytree(BUNDLED.parent, tmp_path / "flow")
     (folder / name).unlink()
-    with pytest.raises(ModelNotFoundError, match=r"nano's flow network not found: .*Install"):
+    with pytest.raises(ModelNotFoundError, match=r"nano's flow network not found: .*Reinstall"):
         open_bundled(folder / BUNDLED.name)
 
 
