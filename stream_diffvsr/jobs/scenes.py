@@ -74,7 +74,7 @@ class Scene:
     end: int | None = None
     """Index one past its last frame; None if it lasts until the end of the job."""
     place: Place | None = None
-    """Place of the frame before the first one; if None, the first is found by counting from the start."""
+    """Where to find the frame before the first one; None means to read the source from its beginning."""
     warm_up: int = 0
     """Number of frames before `first` to render and discard; above 0 only for parts of a longer scene."""
     offset: int = 0

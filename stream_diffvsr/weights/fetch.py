@@ -215,8 +215,7 @@ def _download_missing(
             log.info("%s; continuing", error)
     for name in missing:
         if _size(work / name) != sizes[name] > 0:
-            got = f"{_size(work / name)} of {sizes[name]} bytes"
-            raise FetchError(f"{name} is incomplete: {got} arrived")
+            raise FetchError(f"{name} is incomplete: {_size(work / name)} of {sizes[name]} bytes arrived")
     mark.unlink()
     if missing and not target.exists():
         work.replace(target)
